@@ -1,0 +1,99 @@
+"""What travels from a sensor to a step: frames (as read), scenes (voxelised, one camera's view), batches (packed).
+
+Dims legend, used in every shape comment of the project:
+
+    D  data shards (one a device)          F  input features (5: intensity, x, y, z, radius)
+    S  scenes a shard (capacity)           K  neighbours of a point (16)
+    P  points a shard (capacity)           C  channels
+    N  points of one scene or scan         M  occupied cells of a plane (capacity a shard)
+    H  halo cells of a plane (capacity)    h, w  image rows and columns
+
+Padding: a padded point has `scene == S`, `cell == M` and label 255; tap tables point to row M (or H), the zero row.
+This module imports NumPy only, so that data workers never start a JAX backend.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+IGNORE = 255  # the label of a point without a class
+
+# Planes in the order the layers use them: the two point axes that span each (drop z, then y, then x).
+PLANE_AXES = ((0, 1), (0, 2), (1, 2))
+
+
+class BadFrameError(Exception):
+    """One frame that cannot be used (truncated scan, unreadable image, nothing in view). The message names the file."""
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. `main` prints the message as one sentence and exits with code 2."""
+
+
+class Frame(NamedTuple):
+    """One scan, paired with one camera image when there is one, as a reader returns it.
+
+    Points stay in the reader's native frame, where the published code voxelises (the world for PandaSet, the lidar
+    for the others), and `to_ego` moves them to the frame the student sees. Pairing is done by the reader, on every
+    point of the scan, because each dataset has its own chain of frames and its own visibility rule.
+    """
+
+    name: str  # "pandaset/002/45/front_camera": what errors and logs call it
+    points: np.ndarray  # [N, 4] float32 or float64: x, y, z (metres, native frame), raw intensity
+    to_ego: np.ndarray  # [4, 4] float64: native frame -> student's frame
+    image: np.ndarray | None = None  # [h, w, 3] uint8
+    pixels: np.ndarray | None = None  # [N, 2] float64: row, column in `image`; any value where not visible
+    visible: np.ndarray | None = None  # [N] bool: the point projects inside the image by the dataset's rule
+    labels: np.ndarray | None = None  # [N] uint8: class, or 255
+
+
+class SceneView(NamedTuple):
+    """One scene ready to be packed: indices are local to the scene. Built by `transforms.make_scene`."""
+
+    name: str
+    index: int  # position in the stream: exact resume is stated with it
+    feats: np.ndarray  # [N, F] float32
+    neighbors: np.ndarray  # [N, K] int32
+    planes: tuple[ScenePlane, ...]
+    image: np.ndarray | None  # [h, w, 3] uint8, resized
+    pixels: np.ndarray | None  # [N, 2] int32 in the resized image
+    labels: np.ndarray | None  # [N] uint8
+    error: str | None = None  # why the frame is bad; everything else is then empty
+    upsample: np.ndarray | None = None  # [N_raw] int32: for each raw point its nearest kept point (evaluation only)
+    raw_labels: np.ndarray | None = None  # [N_raw] uint8
+
+
+class ScenePlane(NamedTuple):
+    """Cell tables of one scene in one plane, before packing. m occupied cells, u halo cells."""
+
+    cell: np.ndarray  # [N] int32: row of the point's cell among the m occupied
+    position: np.ndarray  # [m] int32: i * W + j of each occupied cell, ascending
+    halo_taps: np.ndarray  # [u, 9] int32: rows of the 3x3 neighbours in the occupied table, -1 for none
+    cell_taps: np.ndarray  # [m, 9] int32: rows of the 3x3 neighbours in the halo table, -1 for none
+
+
+class Plane(NamedTuple):
+    """Packed cell tables of one plane; see the legend of `docs/design.md`."""
+
+    cell: np.ndarray  # [D, P] int32
+    grid_index: np.ndarray  # [D, M] int32: scene * H * W + i * W + j; S * H * W for unused rows
+    order: np.ndarray  # [D, P] int32: points sorted by cell
+    start: np.ndarray  # [D, M + 1] int32: where each cell's run begins in `order`
+    inverse_count: np.ndarray  # [D, M] float32: 1 / points in the cell, 0 for unused rows
+    halo_taps: np.ndarray  # [D, H, 9] int32
+    cell_taps: np.ndarray  # [D, M, 9] int32
+
+
+class Batch(NamedTuple):
+    """What a step reads. `None` for what the task does not need."""
+
+    feats: np.ndarray  # [D, P, F] float32
+    scene: np.ndarray  # [D, P] int32, S marks padding
+    scene_points: np.ndarray  # [D, S] int32: points of each scene, 0 for an empty slot
+    neighbors: np.ndarray  # [D, P, K] int32
+    planes: tuple[Plane, ...]
+    images: np.ndarray | None = None  # [D, S, h, w, 3] uint8
+    pixels: np.ndarray | None = None  # [D, P, 2] int32
+    labels: np.ndarray | None = None  # [D, P] int32
