@@ -1,0 +1,99 @@
+"""Point embedding (WaffleIron, section 3.3): final([linear(norm(f)), max over neighbours of MLP(norm(f_j) - norm(f_i))]).
+
+With the published order of layers, everything before the ReLU of the neighbourhood branch is affine in the raw
+offsets r = feats[neighbour] - feats[centre]:
+
+    input norm: r * s, s = scale / sqrt(variance + eps)       (its mean and bias cancel in the difference)
+    norm 0:     (r * s - mean0) * a0 + b0                       1x1: @ W1 [F, C]        norm 1: * a1 + b1
+
+so the statistics of both norms follow from the mean [F] and covariance [F, F] of r, exactly, and the three layers
+are one matrix [F, C] and one bias [C]. Offsets are data, so no gradient is scattered back to neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from scalr_jax.models.layers import BATCH_NORM_EPS, Linear, torch_uniform, unbiased, update_running
+from scalr_jax.ops.neighbors import neighbor_max
+
+Array = jax.Array
+
+
+class _Statistics(nn.Module):
+    """The parameters and running statistics of a batch norm whose batch statistics are computed elsewhere."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, mean: Array | None, variance: Array | None, count: Array | None) -> tuple[Array, Array]:
+        """Returns (multiplier, shift) [channels] such that the norm is x * multiplier + shift."""
+        scale = self.param("scale", nn.initializers.ones, (self.channels,))
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (self.channels,))
+        running_variance = self.variable("batch_stats", "variance", jnp.ones, (self.channels,))
+        if mean is None or variance is None or count is None:
+            mean, variance = running_mean.value, running_variance.value
+        else:
+            update_running(self, running_mean, running_variance, mean, unbiased(variance, count))
+        multiplier = scale * jax.lax.rsqrt(variance + BATCH_NORM_EPS)
+        return multiplier, bias - mean * multiplier
+
+
+def _moments(x: Array, mask: Array) -> tuple[Array, Array, Array]:
+    """Mean [F], covariance [F, F] (biased) and count of the rows of x [D, P, F] or [D, P, K, F] where `mask`."""
+    axes = tuple(range(x.ndim - 1))
+    valid = jnp.broadcast_to(mask, x.shape[:-1])
+    count = jnp.maximum(valid.sum(dtype=jnp.float32), 1.0)
+    mean = jnp.where(valid[..., None], x, 0.0).sum(axes) / count
+    centred = jnp.where(valid[..., None], x - mean, 0.0)
+    covariance = jnp.tensordot(centred, centred, (axes, axes), precision="highest") / count
+    return mean, covariance, count
+
+
+class PointEmbedding(nn.Module):
+    """feats [D, P, F], neighbours [D, P, K], mask [D, P] -> [D, P, C] in `dtype`."""
+
+    channels: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, feats: Array, neighbors: Array, mask: Array, *, train: bool) -> Array:
+        num_features = feats.shape[-1]
+        feats = jnp.where(mask[..., None], feats, 0.0)
+        mean, covariance, count = _moments(feats, mask) if train else (None, None, None)
+        variance = jnp.diag(covariance) if covariance is not None else None
+        scale, shift = _Statistics(num_features, name="norm")(mean, variance, count)
+        points = Linear(self.channels, dtype=self.dtype, name="point")(feats * scale + shift)  # [D, P, C]
+
+        offsets = jax.vmap(lambda f, n: f[n] - f[:, None])(feats, neighbors)  # [D, P, K, F]
+        moments = _moments(offsets, mask[..., None]) if train else None
+        matrix, bias = self._folded(scale, moments, num_features)
+        kernel = self.param("neighbor_out", torch_uniform(self.channels), (self.channels, self.channels))
+        neighborhood = jax.vmap(neighbor_max, in_axes=(0, None, None, None))(
+            offsets, matrix, bias, kernel.astype(self.dtype)
+        )  # [D, P, C]
+        return Linear(self.channels, dtype=self.dtype, name="final")(jnp.concatenate([points, neighborhood], -1))
+
+    def _folded(self, scale: Array, moments, num_features: int) -> tuple[Array, Array]:
+        """Input scale, norm 0, 1x1 and norm 1 as one matrix [F, C] and one bias [C] on raw offsets."""
+        kernel = self.param("neighbor_in", torch_uniform(num_features), (num_features, self.channels))
+        statistics0 = _Statistics(num_features, name="neighbor_norm_0")
+        statistics1 = _Statistics(self.channels, name="neighbor_norm_1")
+        if moments is None:
+            multiplier, shift = statistics0(None, None, None)
+            matrix = (scale * multiplier)[:, None] * kernel
+            multiplier1, shift1 = statistics1(None, None, None)
+        else:
+            mean, covariance, count = moments  # over (point, neighbour) pairs
+            multiplier, shift = statistics0(mean * scale, jnp.diag(covariance) * scale**2, count)
+            matrix = (scale * multiplier)[:, None] * kernel
+            hidden_mean = jnp.matmul(mean, matrix, precision="highest") + jnp.matmul(shift, kernel, precision="highest")
+            hidden_variance = jnp.einsum("fc,fg,gc->c", matrix, covariance, matrix, precision="highest")
+            multiplier1, shift1 = statistics1(hidden_mean, hidden_variance, count)
+        bias = jnp.matmul(shift, kernel, precision="highest")
+        return matrix * multiplier1, bias * multiplier1 + shift1

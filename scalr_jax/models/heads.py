@@ -1,0 +1,40 @@
+"""Heads on the backbone's point features [D, P, C]: distillation (linear or MLP) and segmentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from scalr_jax.models.layers import BatchNorm, Linear
+
+Array = jax.Array
+
+
+class DistillationHead(nn.Module):
+    """To the teacher's width: one linear layer (`hidden` 0, ScaLR) or linear, ReLU, linear (ScaLR+, hidden 2048)."""
+
+    features: int
+    hidden: int = 0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if self.hidden:
+            x = jax.nn.relu(Linear(self.hidden, dtype=self.dtype, name="hidden")(x))
+        return Linear(self.features, dtype=self.dtype, name="out")(x)
+
+
+class SegmentationHead(nn.Module):
+    """Batch norm and a zero-initialised linear layer (ScaLR, section 4): [D, P, C] -> logits [D, P, classes]."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        x = BatchNorm(name="norm")(x, mask, train=train)
+        kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.num_classes))
+        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
+        return x @ kernel + bias

@@ -1,0 +1,85 @@
+"""Flatten and inflate between points and the occupied cells of a plane.
+
+    flatten: cells[m] = inverse_count[m] * sum over points p of cell m of points[p]
+    inflate: points[p] = cells[cell[p]]
+
+Both are linear and (but for the factor) each other's transpose, so both gradients are written with the same two
+primitives: a gather by `cell`, and a sum over runs of points that are sorted by cell. Nothing is accumulated in an
+order that varies, so gradients are deterministic. All functions work on one data shard; the model maps them over D.
+
+`flatten_dense` and `inflate_dense` are the plain reference on the whole H x W grid (WaffleIron, section 3.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def take_rows(table: Array, rows: Array) -> Array:
+    """Rows of `table` [M, C] at `rows` [...] (any shape); row M is the zero row. Returns [..., C]."""
+    return jnp.take(table, rows, axis=0, mode="fill", fill_value=0)
+
+
+def sum_runs(points: Array, plane: Any) -> Array:
+    """Sum of `points` [P, C] over each cell's run; accumulates in float32. Returns [M, C] in float32."""
+    num_cells = plane.inverse_count.shape[0]
+    in_order = points[plane.order].astype(jnp.float32)  # [P, C]
+    cell = plane.cell[plane.order]
+    return jax.ops.segment_sum(in_order, cell, num_cells, indices_are_sorted=True)  # padding (cell M) falls off
+
+
+@jax.custom_vjp
+def flatten(points: Array, plane: Any) -> Array:
+    """Mean of the points of each occupied cell. [P, C] -> [M, C], same dtype; unused rows are zero."""
+    return (sum_runs(points, plane) * plane.inverse_count[:, None]).astype(points.dtype)
+
+
+def _flatten_forward(points: Array, plane: Any):
+    return flatten(points, plane), plane
+
+
+def _flatten_backward(plane: Any, gradient: Array):
+    scaled = gradient.astype(jnp.float32) * plane.inverse_count[:, None]
+    return take_rows(scaled.astype(gradient.dtype), plane.cell), None
+
+
+flatten.defvjp(_flatten_forward, _flatten_backward)
+
+
+@jax.custom_vjp
+def inflate(cells: Array, plane: Any) -> Array:
+    """Each point reads its cell; padded points read zero. [M, C] -> [P, C]."""
+    return take_rows(cells, plane.cell)
+
+
+def _inflate_forward(cells: Array, plane: Any):
+    return inflate(cells, plane), plane
+
+
+def _inflate_backward(plane: Any, gradient: Array):
+    return sum_runs(gradient, plane).astype(gradient.dtype), None
+
+
+inflate.defvjp(_inflate_forward, _inflate_backward)
+
+
+def flatten_dense(points: Array, plane: Any, *, grid: tuple[int, int], num_scenes: int) -> Array:
+    """The reference: mean of the points of every cell of every scene's grid. [P, C] -> [S, H, W, C]."""
+    num_cells = num_scenes * grid[0] * grid[1]
+    position = jnp.take(plane.grid_index, plane.cell, mode="fill", fill_value=num_cells)  # [P]
+    sums = jax.ops.segment_sum(points.astype(jnp.float32), position, num_cells)
+    counts = jax.ops.segment_sum(jnp.ones(position.shape, jnp.float32), position, num_cells)
+    means = sums / (counts[:, None] + 1e-6)
+    return means.astype(points.dtype).reshape(num_scenes, *grid, points.shape[-1])
+
+
+def inflate_dense(cells: Array, plane: Any) -> Array:
+    """The reference: each point reads its cell of the whole grid. [S, H, W, C] -> [P, C]; padding reads zero."""
+    flat = cells.reshape(-1, cells.shape[-1])
+    position = jnp.take(plane.grid_index, plane.cell, mode="fill", fill_value=flat.shape[0])
+    return take_rows(flat, position)
