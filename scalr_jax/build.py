@@ -1,0 +1,140 @@
+"""From a config to its parts: dataset, scene settings, student, teacher. Plain functions, read top to bottom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from scalr_jax.data.joined import Joined
+from scalr_jax.data.scenes import InputError
+from scalr_jax.data.transforms import SceneSettings
+from scalr_jax.models.student import Student
+
+
+def make_dataset(config: Any, split: str, *, cache: Path) -> Any:
+    """The dataset of `config.data` for `split`: has `__len__`, `frame(index, rng)`, `intensity`, `class_names`.
+
+    `cache`: where generated streets are rendered to when `data.root` is empty.
+    """
+    data = config.data
+    if data.dataset == "streets":
+        from scalr_jax.data.streets import Streets
+
+        number = data.num_scenes if split == "train" else data.num_validation_scenes
+        root = Path(data.root) if data.root else cache
+        streets = Streets(
+            root,
+            split=split,
+            num_scenes=number,
+            sensors=tuple(data.sensors),
+            image_size=tuple(data.image_size),
+            seed=config.seed,
+        )
+        streets.render_missing()
+        return streets
+    if not data.root:
+        raise InputError(f"data.root is empty; give the folder that holds {data.dataset}: --config.data.root=DIR")
+    if not Path(data.root).is_dir():
+        raise InputError(f"data.root = {data.root} is not a folder; give the one that holds {data.dataset}")
+    labels = config.task != "distill"
+    if data.dataset == "pandaset":
+        from scalr_jax.data.pandaset import PandaSet
+
+        subset = {"scenes": tuple(data.scenes) or None, "frames": tuple(data.frames) or None}
+        return Joined([PandaSet(data.root, sensor=s, split=split, labels=labels, **subset) for s in data.sensors])
+    if data.dataset == "semantic_kitti":
+        from scalr_jax.data.semantic_kitti import SemanticKITTI
+
+        return SemanticKITTI(data.root, split=split, labels=labels)
+    if data.dataset == "nuscenes":
+        from scalr_jax.data.nuscenes import NuScenes
+
+        return NuScenes(data.root, split=split, labels=labels)
+    known = "streets, pandaset, nuscenes, semantic_kitti"
+    raise InputError(f"data.dataset = {data.dataset!r} is none of {known}")
+
+
+def make_settings(config: Any, *, task: str, train: bool) -> SceneSettings:
+    """`task`: "distill" or "segment"."""
+    data, model = config.data, config.model
+    low, high = model.field_of_view
+    return SceneSettings(
+        task=task,
+        train=train,
+        field_of_view=(tuple(low), tuple(high)),
+        grids=tuple(tuple(grid) for grid in model.grids),
+        num_neighbors=model.num_neighbors,
+        voxel_size=data.voxel_size,
+        max_points=data.max_points,
+        image_size=tuple(data.image_size),
+        antialias=data.antialias,
+        augmentation=data.augmentation,
+    )
+
+
+def compute_dtype(name: str) -> Any:
+    """`auto`: bfloat16 where the accelerator has it, float32 on CPU."""
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if name not in ("float32", "bfloat16"):
+        raise InputError(f"model.dtype = {name!r} is none of 'auto', 'float32', 'bfloat16'")
+    return jnp.dtype(name)
+
+
+def make_student(config: Any, *, head: str, out_features: int, frozen_backbone: bool = False) -> Student:
+    """The student of `config.model`; `head` and `out_features` as `Student` takes them."""
+    model = config.model
+    for key, known in (
+        ("name", ("waffleiron",)),
+        ("norm", ("layer", "batch")),
+        ("activation", ("relu", "gelu")),
+        ("implementation", ("auto", "cells", "dense")),
+        ("remat", ("none", "layer", "group")),
+    ):
+        if model[key] not in known:
+            raise InputError(f"model.{key} = {model[key]!r} is none of {', '.join(known)}")
+    if len(model.grids) != 3:
+        raise InputError(f"model.grids has {len(model.grids)} planes, and the three planes xy, xz, yz need one each")
+    return Student(
+        channels=model.channels,
+        depth=model.depth,
+        grids=tuple(tuple(grid) for grid in model.grids),
+        head=head,
+        out_features=out_features,
+        head_hidden=model.head_hidden if head == "distill" else 0,
+        norm=model.norm,
+        activation=model.activation,
+        drop_path=model.drop_path,
+        implementation=model.implementation,
+        remat=model.remat,
+        frozen_backbone=frozen_backbone,
+        dtype=compute_dtype(model.dtype),
+    )
+
+
+def make_teacher(config: Any) -> tuple[Any, Any]:
+    """(vit_config, params in the compute dtype) of `config.teacher`."""
+    teacher = config.teacher
+    if teacher.name == "demo":
+        from scalr_jax.demo_teacher import load_demo_teacher
+
+        vit_config, params = load_demo_teacher()
+    elif teacher.name == "dinov2":
+        from scalr_jax.interop_vit import load_dinov2
+
+        if not teacher.checkpoint or not Path(teacher.checkpoint).is_file():
+            raise InputError(
+                f"teacher.checkpoint = {teacher.checkpoint!r} is not a file; fetch dinov2_vitl14_pretrain.pth from the "
+                "DINOv2 project's release page and give its path: --config.teacher.checkpoint=PATH"
+            )
+        vit_config, params = load_dinov2(teacher.checkpoint, num_heads=teacher.num_heads)
+    else:
+        raise InputError(f"teacher.name = {teacher.name!r} is none of 'dinov2', 'demo'")
+    patch = vit_config.patch_size
+    if any(size % patch for size in config.data.image_size):
+        raise InputError(f"data.image_size = {tuple(config.data.image_size)} is not a multiple of the patch, {patch}")
+    dtype = compute_dtype("auto")
+    return vit_config, jax.tree.map(lambda x: jnp.asarray(x, dtype), params)

@@ -1,0 +1,111 @@
+"""Every config key with its default. A config file starts from `get_config()` and sets what differs.
+
+The config is locked: a misspelt key is an error that names the nearest one. Keys that are shares (`warmup_share`, ...)
+are fractions of the whole schedule, so that shortening a run keeps its shape.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+from ml_collections import config_dict
+
+ConfigDict = ml_collections.ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults: ScaLR's 48 x 768 student, 8 scenes a step."""
+    config = ConfigDict()
+    config.task = "distill"  # distill, probe, finetune, evaluate, demo, teacher
+    config.seed = 0
+    config.num_steps = 1000
+    config.log_every_steps = 10
+    config.checkpoint_every_steps = 500
+    config.keep_checkpoints = 2
+    config.checkpoint = ""  # probe, finetune, evaluate: the workdir of the run to start from
+    config.data = _data()
+    config.model = _model()
+    config.teacher = _teacher()
+    config.optimizer = _optimizer()
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
+    config.demo = ConfigDict(
+        {"probe_steps": 100, "probe_learning_rate": 0.01, "supervised_learning_rates": (1e-3, 3e-3, 6e-3)}
+    )
+    config.lock()
+    return config
+
+
+def _data() -> ConfigDict:
+    return ConfigDict(
+        {
+            "dataset": "streets",  # streets, pandaset, nuscenes, semantic_kitti
+            "root": "",  # where the raw dataset lies; for streets the cache (default: beside the workdir)
+            "sensors": ("beams32",),
+            "num_scenes": 64,  # streets: scenes to render
+            "num_validation_scenes": 32,
+            "scenes": (),  # subset of the dataset's scenes, () for all
+            "frames": (),  # subset of the frames, () for all
+            "split": "train",
+            "voxel_size": 0.1,  # metres
+            "max_points": 20_000,  # the nearest to a random point
+            "image_size": (224, 448),
+            "antialias": True,  # False: torchvision 0.12's resize, as ScaLR pinned
+            "augmentation": "published",  # published, consistent, none
+            "points_per_shard": 65_536,
+            "scenes_per_shard": 12,
+            "scenes_per_step": 0,  # 0: as many as fit; 8: the published batch, exactly
+            "cells_per_shard": (),  # (): derived from the first scenes
+            "halo_per_shard": (),
+            "num_workers": 2,  # worker processes of each process
+            "prefetch": 2,
+        }
+    )
+
+
+def _model() -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "waffleiron",
+            "channels": 768,
+            "depth": 48,
+            "num_neighbors": 16,
+            "norm": "layer",  # layer, batch
+            "activation": "relu",  # relu, gelu
+            "head_hidden": 0,  # ScaLR+: 2048
+            "drop_path": 0.0,
+            "field_of_view": ((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0)),  # metres
+            "grids": ((256, 256), (256, 32), (256, 32)),
+            "implementation": "auto",  # auto, cells, dense
+            "remat": "none",  # none, layer, group
+            "dtype": "auto",  # auto: bfloat16 on accelerators, float32 on CPU
+            "num_classes": config_dict.placeholder(int),  # default: the dataset's
+        }
+    )
+
+
+def _teacher() -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "dinov2",  # dinov2 (a checkpoint), demo (the packaged one)
+            "checkpoint": "",
+            "feature": "x_pre_norm",  # x_pre_norm, x
+            "num_heads": config_dict.placeholder(int),
+        }
+    )
+
+
+def _optimizer() -> ConfigDict:
+    return ConfigDict(
+        {
+            "learning_rate": 2e-3,
+            "final_learning_rate": 1e-5,
+            "weight_decay": 0.03,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "schedule": "cosine",  # cosine, rsqrt, constant
+            "warmup_share": 0.02,
+            "cooldown_start_share": 63 / 65,
+            "timescale_share": 0.45 / 65,
+            "batch_size": 8,  # the schedule's unit: progress = scenes seen / batch_size
+            "total_updates": 0,  # 0: num_steps x the expected scenes a step / batch_size
+        }
+    )

@@ -1,0 +1,38 @@
+"""Several datasets, one after the other, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from scalr_jax.data.scenes import Frame
+
+
+class Joined:
+    """The frames of all `datasets`; each frame keeps the intensity statistics of its own dataset."""
+
+    def __init__(self, datasets: Sequence[Any]):
+        self.datasets = tuple(datasets)
+        self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.datasets[0].class_names
+
+    def _find(self, index: int) -> tuple[Any, int]:
+        k = int(np.searchsorted(self._ends, index, side="right"))
+        return self.datasets[k], index - int(self._ends[k]) + len(self.datasets[k])
+
+    def frame(self, index: int, rng: np.random.Generator) -> Frame:
+        dataset, local = self._find(index)
+        return dataset.frame(local, rng)
+
+    def intensity(self, index: int) -> tuple[float, float]:
+        """(mean, standard deviation) of the raw intensity of the sensor that made this frame."""
+        dataset, local = self._find(index)
+        return dataset.intensity(local) if callable(dataset.intensity) else dataset.intensity

@@ -1,0 +1,165 @@
+"""Packing: scenes of different sizes share one flat buffer of static size, as language models pack sequences.
+
+Scenes are added in order until the next one would overflow any capacity; that one opens the next pack. So nothing
+is dropped and the order is that of the stream. All in NumPy, in the main process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from scalr_jax.data.scenes import IGNORE, Batch, InputError, Plane, ScenePlane, SceneView
+
+
+class Capacities(NamedTuple):
+    """Static sizes of one data shard. The config key that raises each is in `KEYS`."""
+
+    points: int  # P
+    scenes: int  # S
+    cells: tuple[int, ...]  # M of each plane
+    halo: tuple[int, ...]  # H of each plane
+
+
+KEYS = Capacities("data.points_per_shard", "data.scenes_per_shard", "data.cells_per_shard", "data.halo_per_shard")  # type: ignore[arg-type]
+
+
+class Pack(NamedTuple):
+    """Scenes that fill one shard for one step, and where their stream goes on."""
+
+    scenes: tuple[SceneView, ...]
+    next_index: int  # position in the stream of the first scene that is not in this pack or an earlier one
+
+
+def sizes(scene: SceneView) -> Capacities:
+    """What one scene needs of each capacity."""
+    cells = tuple(len(plane.position) for plane in scene.planes)
+    return Capacities(len(scene.feats), 1, cells, tuple(len(plane.halo_taps) for plane in scene.planes))
+
+
+def add(a: Capacities, b: Capacities) -> Capacities:
+    cells, halo = (tuple(x + y for x, y in zip(u, v, strict=True)) for u, v in ((a.cells, b.cells), (a.halo, b.halo)))
+    return Capacities(a.points + b.points, a.scenes + b.scenes, cells, halo)
+
+
+def overflow(need: Capacities, capacities: Capacities) -> list[str]:
+    """One text for each capacity that is exceeded."""
+    found = []
+    for key, name, needed, given in zip(KEYS, Capacities._fields, need, capacities, strict=True):
+        if any(x > y for x, y in zip(np.atleast_1d(needed), np.atleast_1d(given), strict=True)):
+            found.append(f"{needed} {name} where {key} is {given}")
+    return found
+
+
+def derive_capacities(
+    sample: Sequence[SceneView], *, points: int, scenes: int, num_shards_margin: float = 1.25
+) -> Capacities:
+    """Table capacities for packs of `points` points and `scenes` scenes, from a sample of scenes.
+
+    A pack holds at most `scenes` scenes and `points` points; its cells are estimated from the sample's cells a point
+    and cells a scene, with a margin, and never below one and a half times the largest scene seen.
+    """
+
+    def capacity(counts: list[int]) -> int:
+        by_points = points * sum(counts) / sum(len(scene.feats) for scene in sample)
+        by_scenes = scenes * sum(counts) / len(counts)
+        need = max(num_shards_margin * min(by_points, by_scenes), 1.5 * max(counts))
+        return int(-(-need // 128) * 128)
+
+    num_planes = len(sample[0].planes)
+    cells = tuple(capacity([len(scene.planes[k].position) for scene in sample]) for k in range(num_planes))
+    halo = tuple(capacity([len(scene.planes[k].halo_taps) for scene in sample]) for k in range(num_planes))
+    return Capacities(points, scenes, cells, halo)
+
+
+def pack_stream(scenes: Iterator[SceneView], capacities: Capacities, *, exactly: int | None = None) -> Iterator[Pack]:
+    """Packs of consecutive scenes. With `exactly`, every pack holds that many scenes.
+
+    Raises `InputError` for a scene (or, with `exactly`, a group of scenes) that does not fit, naming what to raise.
+    """
+    held: list[SceneView] = []
+    empty = Capacities(0, 0, (0,) * len(capacities.cells), (0,) * len(capacities.halo))
+    need = empty
+    for scene in scenes:
+        size = sizes(scene)
+        exceeded = overflow(add(need, size), capacities)
+        if exceeded and (not held or exactly):
+            what = f"the scene {scene.name}" if not held else f"a group of {exactly} scenes up to {scene.name}"
+            raise InputError(f"{what} needs {', '.join(exceeded)}; raise it")
+        if exceeded:
+            yield Pack(tuple(held), scene.index)
+            held, need = [], empty
+        held.append(scene)
+        need = add(need, size)
+        if exactly and len(held) == exactly:
+            yield Pack(tuple(held), scene.index + 1)
+            held, need = [], empty
+    if held:
+        yield Pack(tuple(held), held[-1].index + 1)
+
+
+def pack_shard(scenes: Sequence[SceneView], capacities: Capacities, template: SceneView, grids) -> Batch:
+    """Concatenate scenes into one shard's arrays (no D axis). `template` gives widths and dtypes of an empty pack."""
+    capacity = capacities.points
+    counts = np.array([len(scene.feats) for scene in scenes], np.int32)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    total = int(starts[-1])
+    batch = Batch(
+        feats=_filled([scene.feats for scene in scenes], capacity, 0.0, template.feats),
+        scene=np.full(capacity, capacities.scenes, np.int32),
+        scene_points=np.zeros(capacities.scenes, np.int32),
+        neighbors=np.repeat(np.arange(capacity, dtype=np.int32)[:, None], template.neighbors.shape[1], axis=1),
+        planes=tuple(
+            _pack_plane([scene.planes[k] for scene in scenes], counts, capacities, k, grids[k])
+            for k in range(len(grids))
+        ),
+    )
+    batch.scene[:total] = np.repeat(np.arange(len(scenes), dtype=np.int32), counts)
+    batch.scene_points[: len(scenes)] = counts
+    for scene, start in zip(scenes, starts, strict=False):
+        batch.neighbors[start : start + len(scene.feats)] = scene.neighbors + start
+    if template.image is not None and template.pixels is not None:
+        images = np.zeros((capacities.scenes, *template.image.shape), np.uint8)
+        for i, scene in enumerate(scenes):
+            images[i] = scene.image
+        batch = batch._replace(
+            images=images, pixels=_filled([scene.pixels for scene in scenes], capacity, 0, template.pixels)
+        )
+    if template.labels is not None:
+        labels = _filled([scene.labels for scene in scenes], capacity, IGNORE, template.labels)
+        batch = batch._replace(labels=labels.astype(np.int32))
+    return batch
+
+
+def _filled(parts: Sequence, capacity: int, fill, like: np.ndarray) -> np.ndarray:
+    """Concatenation of `parts`, filled up to `capacity` rows."""
+    out = np.full((capacity, *like.shape[1:]), fill, like.dtype)
+    start = 0
+    for part in parts:
+        out[start : start + len(part)] = part
+        start += len(part)
+    return out
+
+
+def _pack_plane(parts: Sequence[ScenePlane], counts: np.ndarray, capacities: Capacities, k: int, grid) -> Plane:
+    num_points, num_cells, num_halo = capacities.points, capacities.cells[k], capacities.halo[k]
+    area = grid[0] * grid[1]
+    cell = np.full(num_points, num_cells, np.int32)
+    grid_index = np.full(num_cells, capacities.scenes * area, np.int32)
+    halo_taps = np.full((num_halo, 9), num_cells, np.int32)
+    cell_taps = np.full((num_cells, 9), num_halo, np.int32)
+    point, row, halo = 0, 0, 0
+    for i, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        m, u = len(part.position), len(part.halo_taps)
+        cell[point : point + count] = part.cell + row
+        grid_index[row : row + m] = part.position + i * area
+        halo_taps[halo : halo + u] = np.where(part.halo_taps < 0, num_cells, part.halo_taps + row)
+        cell_taps[row : row + m] = np.where(part.cell_taps < 0, num_halo, part.cell_taps + halo)
+        point, row, halo = point + count, row + m, halo + u
+    order = np.argsort(cell, kind="stable").astype(np.int32)
+    start = np.searchsorted(cell[order], np.arange(num_cells + 1)).astype(np.int32)
+    occupied = np.diff(start).astype(np.float32)
+    inverse = np.where(occupied > 0, 1.0 / (occupied + 1e-6), 0.0).astype(np.float32)  # + 1e-6 as published
+    return Plane(cell, grid_index, order, start, inverse, halo_taps, cell_taps)

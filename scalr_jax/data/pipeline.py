@@ -1,0 +1,200 @@
+"""From datasets to batches: Grain streams, worker processes, packing, exact resume.
+
+Scene i of the shuffled global order belongs to data shard i mod D, and every shard packs its own stream, so the
+order depends on the seed and on D, not on processes or workers. Every scene's randomness comes from (seed, epoch,
+record). Nothing is filtered in the workers: a bad frame travels as a record with an error, which is dropped, named
+and counted here. What a checkpoint needs is one number a stream: the first scene not yet in a finished step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from scalr_jax.data import packing
+from scalr_jax.data.scenes import BadFrameError, Batch, InputError, SceneView
+from scalr_jax.data.transforms import SceneSettings, make_scene
+
+MAX_BAD_SHARE = 0.01
+SAMPLE_SIZE = 32  # scenes looked at to derive capacities
+
+
+class Step(NamedTuple):
+    """One step's input on this process."""
+
+    batch: Batch  # leading axis: this process's shards
+    positions: np.ndarray  # [D_local] int64: where each stream goes on after this step
+    num_scenes: int
+    bad_frames: int  # distinct bad frames met so far on this process
+    scenes: tuple[tuple[SceneView, ...], ...]  # per shard, for evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildScene:
+    """Position in the endless shuffled order -> SceneView; runs in a worker."""
+
+    dataset: Any
+    settings: SceneSettings
+    seed: int
+
+    def __call__(self, position: int, record: int) -> SceneView:
+        rng = np.random.default_rng((self.seed, position // len(self.dataset), int(record)))
+        try:
+            frame = self.dataset.frame(int(record), rng)
+            statistics = self.dataset.intensity
+            statistics = statistics(int(record)) if callable(statistics) else statistics
+            return make_scene(frame, position, statistics, self.settings, rng)
+        except BadFrameError as error:
+            nothing = np.zeros((0, 0), np.float32)
+            return SceneView(str(record), position, nothing, nothing, (), None, None, None, str(error))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """One dataset's batches for this process's shards.
+
+    Args:
+        dataset: has `__len__`, `frame(index, rng)` and `intensity`.
+        settings: how a frame becomes a scene.
+        seed: of the order and of every random choice.
+        num_shards: D, over all processes.
+        shards: this process's shards.
+        epochs: None for an endless shuffled stream (training); evaluation takes 1, in order.
+        num_workers: worker processes of this process (0: none).
+        scenes_per_step: None, or exactly so many scenes a step over all shards.
+    """
+
+    dataset: Any
+    settings: SceneSettings
+    seed: int = 0
+    num_shards: int = 1
+    shards: Sequence[int] = (0,)
+    epochs: int | None = None
+    num_workers: int = 0
+    scenes_per_step: int | None = None
+
+    def __post_init__(self):
+        if len(self.dataset) == 0:
+            raise InputError("the dataset has no frame")
+        if self.scenes_per_step and self.scenes_per_step % self.num_shards:
+            raise InputError(
+                f"data.scenes_per_step = {self.scenes_per_step} does not divide among {self.num_shards} data shards"
+            )
+
+    def order(self) -> grain.MapDataset:
+        """The global order: element i is the scene at position i."""
+        records = grain.MapDataset.range(len(self.dataset))
+        if self.epochs is None:
+            most = (2**31 - 1) // len(self.dataset)
+            records = records.shuffle(seed=self.seed % 2**32).repeat(most)
+        return records.map_with_index(BuildScene(self.dataset, self.settings, self.seed))
+
+    def stream(self, shard: int, first: int) -> Iterator[SceneView]:
+        """Scenes of one shard from position `first` on, bad ones included."""
+        scenes = self.order().slice(slice(first, None, self.num_shards))
+        workers = -(-self.num_workers // len(self.shards))
+        threads = grain.ReadOptions(num_threads=0 if workers else 2, prefetch_buffer_size=0 if workers else 4)
+        stream = scenes.to_iter_dataset(threads)
+        if workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, also outside an absl program
+            options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+            stream = stream.mp_prefetch(options)
+        return iter(stream)
+
+    def sample(self, number: int = SAMPLE_SIZE) -> list[SceneView]:
+        """The first good scenes of the order, the same on every process."""
+        order, scenes, error = self.order(), [], "it is empty"
+        for i in range(min(2 * number, len(self.dataset))):
+            scene = order[i]
+            if scene.error is None:
+                scenes.append(scene)
+            else:
+                error = scene.error
+            if len(scenes) == number:
+                break
+        if not scenes:
+            raise InputError(f"no usable frame at the beginning of the dataset: {error}")
+        return scenes
+
+    def empty_batch(self, capacities: packing.Capacities, template: SceneView) -> Batch:
+        """Arrays of the right shapes and dtypes, all padding."""
+        return _stack([packing.pack_shard((), capacities, template, self.settings.grids) for _ in self.shards])
+
+    def steps(
+        self, capacities: packing.Capacities, template: SceneView, positions: Sequence[int] | None = None
+    ) -> Iterator[Step]:
+        """Batches from `positions` (one a local shard; default: the beginning) on.
+
+        Ends after the longest stream of an evaluation; other shards, and other processes, then see empty packs.
+        """
+        positions = list(self.shards) if positions is None else list(positions)
+        bad: dict[str, str] = {}
+        exactly = self.scenes_per_step // self.num_shards if self.scenes_per_step else None
+        streams = [
+            packing.pack_stream(self._good(self.stream(shard, first), bad), capacities, exactly=exactly)
+            for shard, first in zip(self.shards, positions, strict=True)
+        ]
+        while True:
+            packs = [next(stream, packing.Pack((), position)) for stream, position in zip(streams, positions)]  # noqa: B905
+            positions = [self._next(shard, pack) for shard, pack in zip(self.shards, packs, strict=True)]
+            arrays = [packing.pack_shard(p.scenes, capacities, template, self.settings.grids) for p in packs]
+            scenes = tuple(pack.scenes for pack in packs)
+            yield Step(_stack(arrays), np.array(positions), sum(map(len, scenes)), len(bad), scenes)
+
+    def _next(self, shard: int, pack: packing.Pack) -> int:
+        """The first position of the shard that is not before the pack's end."""
+        return pack.next_index + (shard - pack.next_index) % self.num_shards
+
+    def _good(self, scenes: Iterator[SceneView], bad: dict[str, str]) -> Iterator[SceneView]:
+        """Drops, names and counts bad frames; stops when more than 1 % (and more than one) are bad."""
+        for scene in scenes:
+            if scene.error is None:
+                yield scene
+            elif scene.name not in bad:
+                bad[scene.name] = scene.error
+                logging.warning("skipped a bad frame: %s", scene.error)
+                if len(bad) > max(1, MAX_BAD_SHARE * len(self.dataset)):
+                    raise InputError(
+                        f"{len(bad)} of {len(self.dataset)} frames are bad, more than 1 %; the last one: {scene.error}"
+                    )
+
+
+def _stack(shards: Sequence[Batch]) -> Batch:
+    """[...] a shard -> [D_local, ...], through nested tuples and None."""
+
+    def stack(*leaves):
+        if leaves[0] is None:
+            return None
+        if isinstance(leaves[0], tuple):
+            parts = [stack(*inner) for inner in zip(*leaves, strict=True)]
+            return type(leaves[0])(*parts) if hasattr(leaves[0], "_fields") else tuple(parts)
+        return np.stack(leaves)
+
+    return stack(*shards)
+
+
+def prefetch(items: Iterator, size: int = 2) -> Iterator:
+    """The same items, computed ahead in one thread, in order."""
+    if size == 0:
+        yield from items
+        return
+    end = object()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    try:
+        pending = deque(pool.submit(next, items, end) for _ in range(size))
+        while True:
+            item = pending.popleft().result()
+            if item is end:
+                return
+            pending.append(pool.submit(next, items, end))
+            yield item
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

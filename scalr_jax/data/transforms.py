@@ -1,0 +1,229 @@
+"""From a frame to a scene, as published (ScaLR, section 3 and its released code), in NumPy.
+
+Distillation: voxelise, keep what the camera sees, limit, rotate/flip/scale, cut to the field of view, features,
+neighbours, cells. Segmentation: the same without a camera; with `augmentation="published"` the features are computed
+before the augmentation, whose rotations of coordinates and of features then differ (a quirk of the published code).
+Every random choice comes from the `rng` argument.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+from pykdtree.kdtree import KDTree
+
+from scalr_jax.data.scenes import IGNORE, PLANE_AXES, BadFrameError, Frame, ScenePlane, SceneView
+
+FIELD_OF_VIEW_EPS = 1e-4  # metres
+FEATURES = ("intensity", "x", "y", "z", "radius")
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneSettings:
+    """What `make_scene` needs to know of the model and the task."""
+
+    task: str  # "distill" or "segment"
+    train: bool
+    field_of_view: tuple[tuple[float, float, float], tuple[float, float, float]]  # min and max corner, metres
+    grids: tuple[tuple[int, int], ...]
+    num_neighbors: int = 16
+    voxel_size: float = 0.1  # metres
+    max_points: int = 20_000
+    image_size: tuple[int, int] = (224, 448)
+    antialias: bool = True
+    augmentation: str = "published"  # "published", "consistent" or "none"
+
+
+def voxelize(points: np.ndarray, voxel_size: float, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Indices [n] of one point a voxel, in lexicographic voxel order: a random one, or the first without `rng`.
+
+    points [N, 3+] in metres; voxels are counted from the cloud's minimum corner.
+    """
+    order = np.arange(len(points)) if rng is None else rng.permutation(len(points))
+    xyz = points[order, :3]
+    voxels = ((xyz - xyz.min(axis=0, keepdims=True)) / voxel_size).astype(np.int64)
+    _, count_y, count_z = voxels.max(axis=0) + 1
+    keys = (voxels[:, 0] * count_y + voxels[:, 1]) * count_z + voxels[:, 2]
+    _, first = np.unique(keys, return_index=True)
+    return order[first]
+
+
+def limit(points: np.ndarray, max_points: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Indices of the `max_points` points nearest to a random point (to the origin without `rng`), nearest first.
+
+    All indices in order when there are not more points than that.
+    """
+    if len(points) <= max_points:
+        return np.arange(len(points))
+    center = np.zeros((1, 3)) if rng is None else points[rng.integers(len(points))][None, :3]
+    return np.argsort(np.square(points[:, :3] - center).sum(axis=1))[:max_points]
+
+
+def inside(points: np.ndarray, field_of_view) -> np.ndarray:
+    """Mask [N]: strictly inside the field of view, by more than 0.1 mm."""
+    low, high = np.asarray(field_of_view, np.float64)
+    return ((points[:, :3] > low + FIELD_OF_VIEW_EPS) & (points[:, :3] < high - FIELD_OF_VIEW_EPS)).all(axis=1)
+
+
+def rotation(angle: float) -> np.ndarray:
+    """[2, 2], to be applied to row vectors (x, y)."""
+    return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+
+
+def augment(xyz: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rotate about z by U(-pi, pi), flip x or y with probability 2/3, scale by U(0.9, 1.1). [N, 3] -> [N, 3]."""
+    xyz = xyz.copy()
+    xyz[:, :2] = xyz[:, :2] @ rotation(rng.uniform(-np.pi, np.pi))
+    if rng.random() < 2 / 3:
+        xyz[:, rng.integers(2)] *= -1.0
+    return xyz * rng.uniform(0.9, 1.1)
+
+
+def make_features(xyz: np.ndarray, intensity: np.ndarray, statistics: tuple[float, float]) -> np.ndarray:
+    """[N, F] float32: (intensity - mean) / std, x, y, z, distance to the origin (metres)."""
+    mean, std = statistics
+    columns = [(intensity[:, None] - mean) / std, xyz, np.linalg.norm(xyz, axis=1, keepdims=True)]
+    return np.concatenate(columns, axis=1).astype(np.float32)
+
+
+def find_neighbors(xyz: np.ndarray, num_neighbors: int) -> np.ndarray:
+    """[N, K] int32: the nearest other points, nearest first. Points that coincide may stand in any order."""
+    _, found = KDTree(np.ascontiguousarray(xyz)).query(np.ascontiguousarray(xyz), k=num_neighbors + 1)
+    own = found == np.arange(len(xyz), dtype=found.dtype)[:, None]
+    own[~own.any(axis=1), -1] = True  # so many coincide that the point itself was not returned
+    return found[~own].reshape(len(xyz), num_neighbors).astype(np.int32)
+
+
+def make_plane(xyz: np.ndarray, axes: tuple[int, int], grid: tuple[int, int], field_of_view) -> ScenePlane:
+    """Cell tables of one plane; cell = floor((p - min) / cell size), position = i * W + j. xyz inside the view."""
+    low, high = np.asarray(field_of_view, np.float64)[:, list(axes)]
+    cell_size = (high - low) / np.array(grid)
+    ij = ((xyz[:, list(axes)] - low) / cell_size).astype(np.int64)
+    position, cell = np.unique(ij[:, 0] * grid[1] + ij[:, 1], return_inverse=True)
+    halo, halo_taps, cell_taps = _dilate(position, grid)
+    del halo
+    return ScenePlane(cell.astype(np.int32), position.astype(np.int32), halo_taps, cell_taps)
+
+
+def _dilate(position: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Halo positions [u] of the occupied positions [m], and both tap tables (-1: no such row)."""
+    padded = (grid[0] + 2, grid[1] + 2)  # a border, so that taps never wrap around
+    offsets = np.array([i * padded[1] + j for i in (-1, 0, 1) for j in (-1, 0, 1)])
+    occupied = (position // grid[1] + 1) * padded[1] + position % grid[1] + 1
+    in_grid = np.zeros(padded, bool)
+    in_grid[1:-1, 1:-1] = True
+    reached = np.zeros(padded, bool)
+    reached.ravel()[(occupied[:, None] + offsets).ravel()] = True
+    halo = np.flatnonzero(reached & in_grid)
+    row = np.full(padded[0] * padded[1], -1, np.int32)
+    row[occupied] = np.arange(len(occupied), dtype=np.int32)
+    halo_taps = row[halo[:, None] + offsets]
+    row[occupied] = -1
+    row[halo] = np.arange(len(halo), dtype=np.int32)
+    cell_taps = row[occupied[:, None] + offsets]
+    return (halo // padded[1] - 1) * grid[1] + halo % padded[1] - 1, halo_taps, cell_taps
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.ndarray:
+    """Bilinear resize of [h, w, 3] uint8 to `size` (rows, columns), without cropping."""
+    if image.shape[:2] == tuple(size):
+        return image
+    if antialias:
+        return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    rows, columns = (_sample_axis(image.shape[axis], size[axis]) for axis in (0, 1))
+    out = image.astype(np.float32)
+    out = out[rows[0]] * (1 - rows[2])[:, None, None] + out[rows[1]] * rows[2][:, None, None]
+    out = out[:, columns[0]] * (1 - columns[2])[None, :, None] + out[:, columns[1]] * columns[2][None, :, None]
+    return np.rint(out).astype(np.uint8)
+
+
+def _sample_axis(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lower and upper source index and the upper one's weight, pixel centres at half integers."""
+    source = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    low = np.floor(source).astype(np.int64)
+    return low, np.minimum(low + 1, old - 1), (source - low).astype(np.float32)
+
+
+def to_ego(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """[N, 3] float32 in the student's frame."""
+    return (points[:, :3] @ matrix[:3, :3].T + matrix[:3, 3]).astype(np.float32)
+
+
+def make_scene(
+    frame: Frame, index: int, intensity: tuple[float, float], settings: SceneSettings, rng: np.random.Generator
+) -> SceneView:
+    """Everything between the reader and the packer, for one frame. Raises `BadFrameError`."""
+    if len(frame.points) == 0:
+        raise BadFrameError(f"{frame.name}: the scan has no points")
+    if settings.task == "distill":
+        return _distillation_scene(frame, index, intensity, settings, rng)
+    return _segmentation_scene(frame, index, intensity, settings, rng)
+
+
+def _distillation_scene(frame: Frame, index: int, intensity, settings: SceneSettings, rng) -> SceneView:
+    if frame.image is None or frame.pixels is None or frame.visible is None:
+        raise BadFrameError(f"{frame.name}: distillation needs an image, and the frame has none")
+    kept = voxelize(frame.points, settings.voxel_size, rng)
+    kept = kept[frame.visible[kept]]
+    if len(kept) == 0:
+        raise BadFrameError(f"{frame.name}: no point of the scan projects into the image; check the calibration")
+    kept = kept[limit(frame.points[kept], settings.max_points, rng)]
+    xyz = to_ego(frame.points[kept], frame.to_ego)
+    if settings.augmentation != "none":
+        xyz = augment(xyz, rng)
+    cut = inside(xyz, settings.field_of_view)
+    xyz, kept = xyz[cut], kept[cut]
+    feats = make_features(xyz, frame.points[kept, 3], intensity)
+    ratio = np.array(settings.image_size) / np.array(frame.image.shape[:2])
+    pixels = np.floor(frame.pixels[kept] * ratio).astype(np.int32)
+    image = resize_image(frame.image, settings.image_size, antialias=settings.antialias)
+    return _finish(frame.name, index, xyz, feats, settings, image=image, pixels=pixels)
+
+
+def _segmentation_scene(frame: Frame, index: int, intensity, settings: SceneSettings, rng) -> SceneView:
+    labels = frame.labels if frame.labels is not None else np.full(len(frame.points), IGNORE, np.uint8)
+    kept = voxelize(frame.points, settings.voxel_size, rng if settings.train else None)
+    if settings.train:
+        kept = kept[limit(frame.points[kept], settings.max_points, rng)]
+    xyz = to_ego(frame.points[kept], frame.to_ego)
+    feats = make_features(xyz, frame.points[kept, 3], intensity)
+    if settings.train and settings.augmentation == "published":
+        xyz, feats = _augment_published(xyz, feats, rng)
+    elif settings.train and settings.augmentation == "consistent":
+        xyz = augment(xyz, rng)
+        feats = make_features(xyz, frame.points[kept, 3], intensity)
+    cut = inside(xyz, settings.field_of_view)
+    xyz, kept, feats = xyz[cut], kept[cut], feats[cut]
+    scene = _finish(frame.name, index, xyz, feats, settings, labels=labels[kept])
+    if settings.train:
+        return scene
+    raw = to_ego(frame.points, frame.to_ego)
+    _, nearest = KDTree(np.ascontiguousarray(xyz)).query(raw, k=1)
+    return scene._replace(upsample=nearest.astype(np.int32), raw_labels=labels)
+
+
+def _augment_published(xyz: np.ndarray, feats: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:
+    """As released: two rotations by different angles, flips of coordinates only, scaling of features only."""
+    xyz, feats = xyz.copy(), feats.copy()
+    xyz[:, :2] = xyz[:, :2] @ rotation(rng.uniform(-np.pi, np.pi))
+    feats[:, 1:3] = feats[:, 1:3] @ rotation(rng.uniform(-np.pi, np.pi))
+    if rng.random() < 2 / 3:
+        xyz[:, rng.integers(2)] *= -1.0
+    feats[:, 1:4] *= rng.uniform(0.9, 1.1)
+    return xyz, feats
+
+
+def _finish(name: str, index: int, xyz, feats, settings: SceneSettings, *, image=None, pixels=None, labels=None):
+    if len(xyz) <= settings.num_neighbors:
+        raise BadFrameError(
+            f"{name}: {len(xyz)} points are left in the field of view, and {settings.num_neighbors + 1} are needed"
+        )
+    xyz = xyz.astype(np.float32)
+    planes = tuple(
+        make_plane(xyz, axes, grid, settings.field_of_view)
+        for axes, grid in zip(PLANE_AXES, settings.grids, strict=True)
+    )
+    neighbors = find_neighbors(xyz, settings.num_neighbors)
+    return SceneView(name, index, feats, neighbors, planes, image, pixels, labels)

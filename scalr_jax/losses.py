@@ -1,0 +1,86 @@
+"""The losses. Rows are points; `mask` says which count; masked rows may hold anything and get zero gradient.
+
+    distillation: mean over pairs of || p/|p| - q/|q| ||_2   (ScaLR, equation 1: not squared)
+    segmentation: cross-entropy + Lovasz-softmax over the classes present (Berman et al., CVPR 2018)
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+EPS = 1e-12  # as torch.nn.functional.normalize
+
+
+def normalize(x: Array, mask: Array) -> Array:
+    """Unit rows [..., C] in float32; masked rows are replaced before the norm, so that their gradient is zero."""
+    x = jnp.where(mask[..., None], x.astype(jnp.float32), 1.0)
+    return x / jnp.maximum(safe_norm(x), EPS)[..., None]
+
+
+def safe_norm(x: Array) -> Array:
+    """Euclidean norm of the last axis, with gradient zero (not NaN) at zero."""
+    square = jnp.sum(jnp.square(x), axis=-1)
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+
+
+def masked_mean(values: Array, mask: Array) -> Array:
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
+
+
+def distillation(student: Array, teacher: Array, mask: Array) -> Array:
+    """student, teacher [..., C], mask [...] -> scalar: mean distance of the unit vectors over all valid rows."""
+    difference = normalize(student, mask) - normalize(jax.lax.stop_gradient(teacher), mask)
+    return masked_mean(safe_norm(difference), mask)
+
+
+def best_constant(teacher: Array, mask: Array, *, iterations: int = 4) -> Array:
+    """The distillation loss of the best constant prediction for these pairs: what a collapsed student reaches.
+
+    The unit vector c that minimises the mean distance to the teacher's unit vectors, by Weiszfeld's iteration from
+    their mean direction.
+    """
+    q = normalize(teacher, mask)
+    axes = tuple(range(q.ndim - 1))
+    weight = mask.astype(jnp.float32)
+    for _ in range(iterations):
+        direction = jnp.sum(q * weight[..., None], axis=axes)
+        constant = direction / jnp.maximum(safe_norm(direction), EPS)
+        distance = safe_norm(q - constant)
+        weight = mask / jnp.maximum(distance, 1e-3)
+    return masked_mean(distance, mask)
+
+
+def cross_entropy(logits: Array, labels: Array, mask: Array) -> Array:
+    """logits [..., classes] float32, labels [...] int32 -> scalar mean over `mask`."""
+    log_probability = jax.nn.log_softmax(jnp.where(mask[..., None], logits, 0.0))
+    picked = jnp.take_along_axis(log_probability, jnp.where(mask, labels, 0)[..., None], axis=-1)[..., 0]
+    return -masked_mean(picked, mask)
+
+
+def lovasz_softmax(logits: Array, labels: Array, mask: Array) -> Array:
+    """Lovasz-softmax over the classes present among the valid rows. logits [N, classes], labels [N] -> scalar."""
+    probabilities = jax.nn.softmax(jnp.where(mask[:, None], logits, 0.0))  # [N, classes]
+
+    def one_class(k: Array, probability: Array) -> tuple[Array, Array]:
+        truth = jnp.where(mask, labels == k, False).astype(jnp.float32)
+        error = jnp.where(mask, jnp.abs(truth - probability), -1.0)  # padding sorts last
+        order = jnp.argsort(-jax.lax.stop_gradient(error))
+        sorted_truth, sorted_mask = truth[order], mask[order].astype(jnp.float32)
+        intersection = truth.sum() - jnp.cumsum(sorted_truth)
+        union = truth.sum() + jnp.cumsum((1.0 - sorted_truth) * sorted_mask)
+        jaccard = 1.0 - intersection / jnp.maximum(union, 1.0)
+        weights = jnp.diff(jaccard, prepend=0.0) * sorted_mask
+        return jnp.sum(jnp.where(mask, error, 0.0)[order] * weights), truth.sum() > 0
+
+    values, present = jax.vmap(one_class)(jnp.arange(logits.shape[-1]), probabilities.T)
+    return masked_mean(values, present)
+
+
+def segmentation(logits: Array, labels: Array, mask: Array) -> tuple[Array, Array]:
+    """Cross-entropy and Lovasz-softmax of [..., classes] logits, as two scalars; `mask` excludes label 255."""
+    flat = logits.reshape(-1, logits.shape[-1]).astype(jnp.float32)
+    labels, mask = labels.reshape(-1), mask.reshape(-1)
+    return cross_entropy(flat, labels, mask), lovasz_softmax(flat, labels, mask)

@@ -1,0 +1,62 @@
+"""AdamW and the two published learning-rate schedules.
+
+Schedules are functions of progress, counted in updates of the published batch: scenes seen / `optimizer.batch_size`.
+So a run whose packs hold a varying number of scenes follows the same curve in scenes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from scalr_jax.data.scenes import InputError
+
+Array = jax.Array
+
+
+def warmup_cosine(t: Array, *, warmup: float, total: float, final: float) -> Array:
+    """Factor of the learning rate: linear to 1 at `warmup`, cosine to `final` at `total` (ScaLR), constant after."""
+    fraction = jnp.clip((t - warmup) / max(total - warmup, 1), 0.0, 1.0)
+    cosine = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * fraction))
+    return jnp.where(t < warmup, t / max(warmup, 1), cosine)
+
+
+def warmup_rsqrt_cooldown(t: Array, *, warmup: float, cooldown: float, timescale: float, total: float) -> Array:
+    """Linear warm-up, 1/sqrt(1 + (t - warmup)/timescale), linear cool-down from step `cooldown` on (ScaLR+).
+
+    As released, the cool-down starts from 1/sqrt(1 + cooldown/timescale), counted from step 0.
+    """
+    steps = total - cooldown
+    inverse_root = jax.lax.rsqrt(1 + jnp.maximum(t - warmup, 0.0) / timescale)
+    last = (1 + cooldown / timescale) ** -0.5
+    linear = last * jnp.maximum(steps - (t - cooldown) - 1, 0.0) / max(steps - 1, 1)
+    return jnp.where(t < warmup, t / max(warmup, 1), jnp.where(t < cooldown, inverse_root, linear))
+
+
+def make_schedule(config: Any, total: float) -> Callable[[Array], Array]:
+    """progress (updates of the published batch, float32) -> learning rate. `config` is `config.optimizer`."""
+    peak = config.learning_rate
+    warmup = config.warmup_share * total
+    if config.schedule == "cosine":
+        final = config.final_learning_rate / peak
+        return lambda t: peak * warmup_cosine(t, warmup=warmup, total=total, final=final)
+    if config.schedule == "rsqrt":
+        cooldown, timescale = config.cooldown_start_share * total, config.timescale_share * total
+        return lambda t: peak * warmup_rsqrt_cooldown(
+            t, warmup=warmup, cooldown=cooldown, timescale=timescale, total=total
+        )
+    if config.schedule == "constant":
+        return lambda t: peak * jnp.ones_like(t)
+    raise InputError(f"optimizer.schedule = {config.schedule!r} is none of 'cosine', 'rsqrt', 'constant'")
+
+
+def make_optimizer(config: Any) -> optax.GradientTransformation:
+    """AdamW without its learning rate, which the step multiplies in; decay on all parameters, as published."""
+    return optax.chain(
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=1e-8),
+        optax.add_decayed_weights(config.weight_decay),
+    )

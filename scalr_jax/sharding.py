@@ -1,0 +1,79 @@
+"""The mesh, and which array lies where.
+
+Axes ("data", "fsdp"): the batch's leading axis D is split over both, parameters over "fsdp" by the table below.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from scalr_jax.data.scenes import InputError
+
+# Path pattern -> which trailing axis is split over "fsdp". The first match counts; no match: replicated.
+RULES: tuple[tuple[str, int], ...] = (
+    (r"/(kernel|neighbor_in|neighbor_out|kernel_1|kernel_2)$", -1),
+    (r"/(pos_embed|cls_token|registers)$", -1),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
+    """`data` -1: all devices / fsdp. Raises `InputError` when the mesh does not divide the devices."""
+    devices = jax.devices() if devices is None else devices
+    wanted = (len(devices) // fsdp if data == -1 else data, fsdp)
+    if wanted[0] * wanted[1] != len(devices):
+        raise InputError(
+            f"mesh.data = {data} x mesh.fsdp = {fsdp} needs {wanted[0] * wanted[1]} devices, and there are "
+            f"{len(devices)}; use mesh.data = -1 and a mesh.fsdp that divides {len(devices)}"
+        )
+    return jax.make_mesh(wanted, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def path_name(path: Any) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of a tree of parameters, optimiser state or their shapes."""
+    size = mesh.shape["fsdp"]
+
+    def place(path, leaf) -> NamedSharding:
+        name = "/" + path_name(path)
+        for pattern, axis in RULES:
+            if re.search(pattern, name) and leaf.ndim >= -axis and leaf.shape[axis] % size == 0 and size > 1:
+                spec: list[str | None] = [None] * leaf.ndim
+                spec[axis] = "fsdp"
+                return NamedSharding(mesh, P(*spec))
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def local_shards(mesh: Mesh) -> list[int]:
+    """Indices along D of this process's devices, in the order in which its local batch is laid out."""
+    order = {device: i for i, device in enumerate(mesh.devices.ravel())}
+    return sorted(order[device] for device in mesh.local_devices)
+
+
+def put_batch(tree: Any, mesh: Mesh) -> Any:
+    """This process's shards [D_local, ...] (NumPy) as global arrays [D, ...]."""
+    sharding = batch_sharding(mesh)
+
+    def put(leaf: np.ndarray) -> jax.Array:
+        shape = (mesh.size, *leaf.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, leaf, shape)
+
+    return jax.tree.map(put, tree)

@@ -1,0 +1,119 @@
+"""The pure steps: arrays in, arrays out. No config, file or writer in here.
+
+    distill:  step(state, teacher, batch) -> (state, metrics)
+    segment:  step(state, batch) -> (state, metrics)
+    predict:  step(variables, batch) -> logits or features [D, P, C]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from scalr_jax import losses
+from scalr_jax.data.scenes import IGNORE
+from scalr_jax.models import vit
+from scalr_jax.ops.bilinear import sample_tokens
+from scalr_jax.train_state import TrainState, split
+
+Array = jax.Array
+
+
+def teacher_features(vit_config: Any, params: Any, batch: Any, *, which: str) -> Array:
+    """The teacher's feature of each point's pixel: [D, P, C_teacher], zero for padded points.
+
+    Samples the token grid; the upsampled map of the published code is never made.
+    """
+    num_shards, num_scenes, height, width = batch.images.shape[:4]
+    images = batch.images.reshape(-1, height, width, 3).astype(jnp.float32) / 255.0
+    tokens = vit.features(vit_config, params, images, which=which)
+    tokens = vit.patch_tokens(tokens, vit_config)
+    rows, columns = height // vit_config.patch_size, width // vit_config.patch_size
+    grid = tokens.reshape(num_shards, num_scenes, rows, columns, -1)
+    sample = jax.vmap(lambda g, s, p: sample_tokens(g, s, p, (height, width)))
+    return jax.lax.stop_gradient(sample(grid, batch.scene, batch.pixels))
+
+
+def _update(state: TrainState, batch: Any, optimizer, learning_rate: Array, trainable, loss_of) -> tuple:
+    """One optimiser step on the trainable top-level parameters. `loss_of(params) -> (loss, (batch_stats, extra))`."""
+    chosen, frozen = split(state.params, trainable)
+    (loss, (batch_stats, extra)), gradients = jax.value_and_grad(
+        lambda chosen: loss_of({**chosen, **frozen}), has_aux=True
+    )(chosen)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, chosen)
+    chosen = jax.tree.map(lambda p, u: p - learning_rate * u, chosen, updates)
+    num_scenes = jnp.sum(batch.scene_points > 0, dtype=jnp.int32)
+    metrics = {
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "gradient_norm": optax.global_norm(gradients),
+        "points": batch.scene_points.sum(),
+        "scenes": num_scenes,
+        **extra,
+    }
+    state = state.replace(
+        step=state.step + 1,
+        scenes_seen=state.scenes_seen + num_scenes,
+        params={k: chosen.get(k, frozen.get(k)) for k in state.params},
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+    )
+    return state, metrics
+
+
+def make_distill_step(
+    student: Any, vit_config: Any, optimizer, schedule: Callable, *, seed: int, batch_size: int, which: str
+) -> Callable:
+    """`schedule` maps scenes seen / `batch_size` to the learning rate; `which` names the teacher's feature."""
+
+    def step(state: TrainState, teacher: Any, batch: Any) -> tuple[TrainState, dict]:
+        mask = batch.scene < batch.scene_points.shape[1]  # [D, P]
+        target = teacher_features(vit_config, teacher, batch, which=which)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def loss_of(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            output, updated = student.apply(
+                variables, batch, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+            )
+            return losses.distillation(output, target, mask), (updated["batch_stats"], {})
+
+        learning_rate = schedule(state.scenes_seen / batch_size)
+        state, metrics = _update(state, batch, optimizer, learning_rate, tuple(state.params), loss_of)
+        return state, {**metrics, "loss_constant": losses.best_constant(target, mask)}
+
+    return step
+
+
+def make_segment_step(
+    student: Any, optimizer, schedule: Callable, *, seed: int, batch_size: int, trainable: tuple[str, ...] | None
+) -> Callable:
+    """Cross-entropy + Lovasz on the trainable top-level parameters (None: all)."""
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+        mask = (batch.scene < batch.scene_points.shape[1]) & (batch.labels != IGNORE)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def loss_of(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, updated = student.apply(
+                variables, batch, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+            )
+            entropy, lovasz = losses.segmentation(logits, batch.labels, mask)
+            accuracy = losses.masked_mean(logits.argmax(-1) == batch.labels, mask)
+            return entropy + lovasz, (updated["batch_stats"], {"cross_entropy": entropy, "accuracy": accuracy})
+
+        learning_rate = schedule(state.scenes_seen / batch_size)
+        names = tuple(state.params) if trainable is None else trainable
+        return _update(state, batch, optimizer, learning_rate, names, loss_of)
+
+    return step
+
+
+def make_predict_step(student: Any) -> Callable:
+    """variables, batch -> the head's output [D, P, C] in float32, with running statistics."""
+    return lambda variables, batch: student.apply(variables, batch, train=False)

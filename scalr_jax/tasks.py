@@ -1,0 +1,117 @@
+"""What each `config.task` does: build the data and the model, train, write results.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from scalr_jax import build, metrics
+from scalr_jax.checkpoint import load_variables
+from scalr_jax.data.scenes import InputError
+from scalr_jax.evaluation.segmentation import evaluate as evaluate_segmentation
+from scalr_jax.logging import write_json
+from scalr_jax.train import distillation_task, segmentation_task, train
+from scalr_jax.train_state import TrainState
+
+
+def streets_cache(workdir: Path) -> Path:
+    return workdir / "streets"
+
+
+def last_metrics(workdir: Path) -> dict:
+    """The last line of metrics.jsonl that belongs to a step."""
+    lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "train/loss" in line][-1]
+
+
+def variables_of(state: TrainState) -> dict:
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def distill(config: Any, workdir: Path) -> TrainState:
+    """Distil the teacher into the student; results.json holds the last logged metrics."""
+    dataset = build.make_dataset(config, config.data.split, cache=streets_cache(workdir))
+    state = train(config, workdir, dataset, distillation_task(config))
+    if jax.process_index() == 0:
+        write_json(workdir / "results.json", last_metrics(workdir))
+        from scalr_jax.visualize import draw_loss
+
+        draw_loss(workdir)
+    return state
+
+
+def num_classes_of(config: Any, dataset: Any) -> int:
+    return config.model.num_classes or len(dataset.class_names)
+
+
+def load_backbone(path: str) -> dict:
+    """params and batch_stats of a workdir's newest checkpoint."""
+    if not path or not (Path(path) / "checkpoints").is_dir():
+        raise InputError(f"config.checkpoint = {path!r} is not a workdir; give that of a finished run")
+    return load_variables(Path(path) / "checkpoints")
+
+
+def _segment(config: Any, workdir: Path, *, label: str, frozen: bool, initial: dict | None) -> dict:
+    """Train a segmentation head (and the backbone unless `frozen`), evaluate, write results.json."""
+    dataset = build.make_dataset(config, "train", cache=streets_cache(workdir))
+    validation = build.make_dataset(config, "validation", cache=streets_cache(workdir))
+    num_classes = num_classes_of(config, dataset)
+    task = segmentation_task(config, num_classes, label=label, initial=initial, frozen=frozen)
+    state = train(config, workdir, dataset, task)
+    confusion = evaluate_segmentation(config, validation, task.student, variables_of(state), num_classes)
+    results = {**metrics.summarize(confusion), **class_results(confusion, dataset.class_names)}
+    if jax.process_index() == 0:
+        write_json(workdir / "results.json", results)
+        print(f"{label}: mIoU {results['miou']:.4f}", flush=True)
+    return results
+
+
+def class_results(confusion: Any, names: Any) -> dict[str, dict]:
+    iou = metrics.intersection_over_union(confusion)
+    return {"iou": {name: round(float(value), 4) for name, value in zip(names, iou, strict=True)}}
+
+
+def probe(config: Any, workdir: Path) -> dict:
+    """Batch norm + linear head on the frozen backbone of `config.checkpoint`."""
+    return _segment(config, workdir, label="probe", frozen=True, initial=load_backbone(config.checkpoint))
+
+
+def finetune(config: Any, workdir: Path) -> dict:
+    """All parameters, from `config.checkpoint`, or from random weights when it is empty."""
+    initial = load_backbone(config.checkpoint) if config.checkpoint else None
+    return _segment(config, workdir, label="finetune", frozen=False, initial=initial)
+
+
+def evaluate(config: Any, workdir: Path) -> dict:
+    """mIoU of the probed or fine-tuned run in `config.checkpoint` on `config.data`."""
+    variables = load_backbone(config.checkpoint)
+    if "head" not in variables["params"] or "norm" not in variables["params"]["head"]:
+        raise InputError(f"{config.checkpoint} holds no segmentation head; give the workdir of a probe or fine-tuning")
+    dataset = build.make_dataset(config, config.data.split, cache=streets_cache(workdir))
+    num_classes = variables["params"]["head"]["bias"].shape[0]
+    student = build.make_student(config, head="segment", out_features=num_classes)
+    confusion = evaluate_segmentation(config, dataset, student, variables, num_classes)
+    results = {**metrics.summarize(confusion), **class_results(confusion, dataset.class_names)}
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "results.json", results)
+        print(json.dumps(results, indent=2))
+    return results
+
+
+def demo(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Distil, probe, train with supervision, compare; see `demo.py`."""
+    from scalr_jax.demo import run_demo
+
+    run_demo(config, workdir)
+
+
+def teacher(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Train the packaged demo teacher; see `demo_teacher.py`."""
+    from scalr_jax.demo_teacher import train_teacher
+
+    train_teacher(config, workdir)

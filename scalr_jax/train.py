@@ -1,0 +1,255 @@
+"""The training loop, told as a story. The same for distillation, probing and fine-tuning.
+
+Order of resuming: (1) the config is compared with the workdir's; (2) capacities are derived again from the same first
+scenes; (3) the state's shapes and shardings; (4) the newest readable checkpoint fills them, or fresh values do;
+(5) metrics.jsonl is cut to the checkpoint's step; (6) every data stream starts at its first unfinished scene.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scalr_jax import build, optim, sharding, steps
+from scalr_jax.checkpoint import Checkpoints
+from scalr_jax.data.packing import Capacities, derive_capacities
+from scalr_jax.data.pipeline import Pipeline, prefetch
+from scalr_jax.data.scenes import InputError, SceneView
+from scalr_jax.logging import MetricWriter, write_json
+from scalr_jax.train_state import TrainState, init_state
+
+# Keys that may differ between a run and its resumption: they change neither the data order nor the parameters.
+FREE_KEYS = ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.num_workers", "data.prefetch")
+
+
+class Task(NamedTuple):
+    """What distinguishes one kind of training from another."""
+
+    label: str  # begins each line of progress
+    scene_task: str  # "distill" or "segment"
+    student: Any
+    trainable: tuple[str, ...] | None  # top-level parameters that are trained; None: all
+    make_step: Callable  # (optimizer, schedule) -> step(state, teacher, batch)
+    teacher: Any = None  # frozen parameters, an argument of the step
+    initial: dict | None = None  # parameters and batch statistics to start from, by top-level name
+
+
+def distillation_task(config: Any) -> Task:
+    vit_config, teacher = build.make_teacher(config)
+    student = build.make_student(config, head="distill", out_features=vit_config.width)
+
+    def make_step(optimizer, schedule):
+        return steps.make_distill_step(
+            student,
+            vit_config,
+            optimizer,
+            schedule,
+            seed=config.seed,
+            batch_size=config.optimizer.batch_size,
+            which=config.teacher.feature,
+        )
+
+    return Task("distill", "distill", student, None, make_step, teacher)
+
+
+def segmentation_task(config: Any, num_classes: int, *, label: str, initial: dict | None, frozen: bool) -> Task:
+    """Probing (`frozen`) or fine-tuning; `initial` holds a backbone's params and batch_stats, or None for random."""
+    student = build.make_student(config, head="segment", out_features=num_classes, frozen_backbone=frozen)
+    trainable = ("head",) if frozen else None
+
+    def make_step(optimizer, schedule):
+        step = steps.make_segment_step(
+            student,
+            optimizer,
+            schedule,
+            seed=config.seed,
+            batch_size=config.optimizer.batch_size,
+            trainable=trainable,
+        )
+        return lambda state, teacher, batch: step(state, batch)
+
+    return Task(label, "segment", student, trainable, make_step, None, initial)
+
+
+def train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
+    """Train to `config.num_steps`, resuming when `workdir` holds a run of the same config. Returns the last state."""
+    _claim_workdir(config, workdir)
+
+    # Devices, data and the static sizes of a pack.
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    pipeline = _make_pipeline(config, dataset, task, mesh)
+    sample = pipeline.sample()
+    capacities = choose_capacities(config, sample)
+    expected = expected_scenes(sample, capacities, config.data.scenes_per_step, mesh.size)
+
+    # The step, and where its state lies.
+    total = config.optimizer.total_updates or config.num_steps * expected / config.optimizer.batch_size
+    optimizer = optim.make_optimizer(config.optimizer)
+    step_function = task.make_step(optimizer, optim.make_schedule(config.optimizer, total))
+    batch = sharding.put_batch(pipeline.empty_batch(capacities, sample[0]), mesh)
+    key = jax.random.key(config.seed)
+
+    def fresh(batch):
+        return init_state(task.student, batch, optimizer, task.trainable, key)
+
+    shapes = jax.eval_shape(fresh, batch)
+    shardings = sharding.parameter_shardings(shapes, mesh)
+    teacher = jax.device_put(task.teacher, sharding.parameter_shardings(task.teacher, mesh))
+    step = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+
+    # Resume, or begin.
+    writer = MetricWriter(
+        workdir, num_steps=config.num_steps, active=jax.process_index() == 0, label=task.label
+    )
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", every=config.checkpoint_every_steps, keep=config.keep_checkpoints
+    )
+    abstract = jax.tree.map(
+        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, shardings
+    )
+    positions = np.array(pipeline.shards, np.int32)
+    global_positions = sharding.put_batch(positions, mesh)
+    restored = checkpoints.restore(abstract, _abstract(global_positions))
+    if restored is not None:
+        state, global_positions = restored
+        positions = _local_rows(global_positions)
+        writer.resume(int(state.step))
+        print(f"{task.label} resumed at step {int(state.step)} of {config.num_steps}", flush=True)
+    else:
+        state = jax.jit(fresh, out_shardings=shardings)(batch)
+        if task.initial is not None:
+            state = _start_from(state, task.initial, shardings)
+    del batch
+
+    # The loop. Its order matters: read, step, save what the step finished, log.
+    first = int(state.step)
+    source = prefetch(iter(pipeline.steps(capacities, sample[0], positions.tolist())), config.data.prefetch)
+    log = _Log(writer, capacities, mesh.size, config.log_every_steps)
+    for number in range(first + 1, config.num_steps + 1):
+        item = next(source)
+        batch = sharding.put_batch(item.batch, mesh)
+        with jax.transfer_guard("disallow"):
+            state, metrics = step(state, teacher, batch)
+        global_positions = sharding.put_batch(item.positions.astype(np.int32), mesh)
+        checkpoints.save(number, state, global_positions, force=number == config.num_steps)
+        log.add(number, metrics, item.bad_frames, last=number == config.num_steps)
+    source.close()  # type: ignore[attr-defined]
+    checkpoints.wait()
+    checkpoints.close()
+    writer.close()
+    return state
+
+
+def choose_capacities(config: Any, sample: list[SceneView]) -> Capacities:
+    """From the config where it gives them, else derived from a sample of scenes."""
+    data = config.data
+    derived = derive_capacities(sample, points=data.points_per_shard, scenes=data.scenes_per_shard)
+    return Capacities(
+        derived.points,
+        derived.scenes,
+        tuple(data.cells_per_shard) or derived.cells,
+        tuple(data.halo_per_shard) or derived.halo,
+    )
+
+
+def expected_scenes(sample: list[SceneView], capacities: Capacities, scenes_per_step: int, num_shards: int) -> float:
+    """Scenes a step over all shards: exact with `scenes_per_step`, else from the sample's mean number of points."""
+    if scenes_per_step:
+        return float(scenes_per_step)
+    mean_points = sum(len(scene.feats) for scene in sample) / len(sample)
+    return num_shards * min(capacities.scenes, max(1.0, capacities.points / mean_points - 0.5))
+
+
+def _make_pipeline(config: Any, dataset: Any, task: Task, mesh: Any) -> Pipeline:
+    return Pipeline(
+        dataset,
+        build.make_settings(config, task=task.scene_task, train=True),
+        seed=config.seed,
+        num_shards=mesh.size,
+        shards=sharding.local_shards(mesh),
+        num_workers=config.data.num_workers,
+        scenes_per_step=config.data.scenes_per_step or None,
+    )
+
+
+def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _local_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of an array sharded along its first axis, in order."""
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def _start_from(state: TrainState, initial: dict, shardings: Any) -> TrainState:
+    """Replace the top-level parameters and statistics that `initial` has (embedding and backbone)."""
+    params = {**state.params, **{k: v for k, v in initial["params"].items() if k != "head"}}
+    statistics = {**state.batch_stats, **{k: v for k, v in initial["batch_stats"].items() if k != "head"}}
+    given, wanted = (jax.tree.map(jnp.shape, tree) for tree in (params, state.params))
+    if given != wanted:
+        raise InputError("the checkpoint's backbone has other shapes than config.model; give the model it was made with")
+    return jax.device_put(state.replace(params=params, batch_stats=statistics), shardings)
+
+
+def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat.update(_flat(value, name + ".") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def _claim_workdir(config: Any, workdir: Path) -> None:
+    """Write config.json, or compare with the one there. Raises `InputError` that lists every difference."""
+    path = workdir / "config.json"
+    new = json.loads(config.to_json_best_effort())
+    if path.exists():
+        old, now = _flat(json.loads(path.read_text())), _flat(new)
+        differences = [
+            f"{key}: {old.get(key)} there, {now.get(key)} now"
+            for key in sorted(old | now)
+            if old.get(key) != now.get(key) and key not in FREE_KEYS
+        ]
+        if differences:
+            raise InputError(
+                f"{workdir} holds a run with another config ({'; '.join(differences)}); use another --workdir"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        write_json(path, new)
+
+
+class _Log:
+    """Gathers metrics on the device and writes their means every few steps."""
+
+    def __init__(self, writer: MetricWriter, capacities: Capacities, num_shards: int, every: int):
+        self._writer, self._every = writer, every
+        self._points = capacities.points * num_shards
+        self._scenes = capacities.scenes * num_shards
+        self._pending: list[dict] = []
+        self._since = time.monotonic()
+
+    def add(self, step: int, metrics: dict, bad_frames: int, *, last: bool) -> None:
+        self._pending.append(metrics)
+        if step % self._every and not last:
+            return
+        rows = jax.device_get(self._pending)
+        mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+        seconds = time.monotonic() - self._since
+        points, scenes = mean.pop("points"), mean.pop("scenes")
+        values = {f"train/{key}": value for key, value in mean.items()}
+        values["train/points_per_s"] = points * len(rows) / seconds
+        values["train/scenes_per_step"] = scenes
+        values["train/point_fill"] = points / self._points
+        values["train/scene_fill"] = scenes / self._scenes
+        values["train/bad_frames"] = bad_frames
+        self._writer.write(step, values)
+        self._pending, self._since = [], time.monotonic()
