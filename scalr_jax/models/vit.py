@@ -1,0 +1,253 @@
+"""The teacher: a Vision Transformer as DINO, DINOv2 and DINOv3 publish it.
+
+    tokens = [CLS, registers, patch(image)] + positions
+    tokens = tokens + scale1 * attention(norm1(tokens))        depth times, scanned
+    tokens = tokens + scale2 * mlp(norm2(tokens))
+    x_pre_norm = tokens, x = norm(tokens)
+
+(Dosovitskiy et al., "An Image is Worth 16x16 Words"; Oquab et al., "DINOv2"; Darcet et al., "Vision Transformers Need
+Registers"; Simeoni et al., "DINOv3".) Blocks are one scan over stacked parameters, so compile time does not grow with
+depth. The CLS token's own position is part of `cls`. Norms, softmax and the residual stream are float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scalr_jax.ops.positions import resample_matrix, rotary_angles
+
+Array = jax.Array
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # red, green, blue, of images in 0..1
+IMAGENET_STD = (0.229, 0.224, 0.225)
+FEATURES = ("x_pre_norm", "x")
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Everything about a ViT that is not a parameter. The defaults are DINOv2 ViT-S/14."""
+
+    patch_size: int = 14
+    width: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    hidden: int = 1536  # channels between the two linear layers of the MLP (SwiGLU: of each of the two halves)
+    ffn: str = "mlp"  # mlp (exact GELU), swiglu
+    num_registers: int = 0
+    layer_scale: bool = True
+    norm_eps: float = 1e-6  # DINOv3: 1e-5
+    positions: str = "learned"  # learned, rotary (DINOv3)
+    position_grid: tuple[int, int] = (37, 37)  # rows, columns of the learned table
+    position_interpolation: str = "dinov2"  # dinov2, size, antialias: see ops/positions.py
+    rotary_base: float = 100.0
+    dtype: str = "params"  # what matrix products compute in: params (the parameters' own dtype), float32, bfloat16
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads:
+            raise ValueError(f"width = {self.width} is not a multiple of num_heads = {self.num_heads}")
+        for name, known in (
+            ("ffn", ("mlp", "swiglu")),
+            ("positions", ("learned", "rotary")),
+            ("position_interpolation", ("dinov2", "size", "antialias")),
+            ("dtype", ("params", "float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} = {getattr(self, name)!r} is none of {', '.join(known)}")
+
+
+def features(vit_config: ViTConfig, params: Any, images: Array, *, which: str = "x_pre_norm") -> Array:
+    """Tokens of the last block, float32 [B, 1 + registers + th * tw, C]: CLS, registers, patches row by row.
+
+    Args:
+      vit_config: the architecture.
+      params: as `init` or `scalr_jax.interop.load_dinov2` return them.
+      images: [B, h, w, 3], red, green, blue in 0..1; ImageNet's mean and standard deviation are applied here.
+      which: "x_pre_norm" (before the final norm, what ScaLR distils) or "x" (after it).
+
+    Raises:
+      ValueError: `which` is unknown, or the image's size is not a multiple of the patch.
+    """
+    if which not in FEATURES:
+        raise ValueError(f"which = {which!r} is none of {', '.join(FEATURES)}")
+    return ViT(vit_config).apply({"params": params}, images, normalise=which == "x")
+
+
+def init(vit_config: ViTConfig, key: Array, image_size: tuple[int, int]) -> dict:
+    """Random float32 parameters: truncated normal of deviation 0.02, biases 0, norms and layer scales 1.
+
+    The tree does not depend on `image_size` (rows, columns), which must be a multiple of the patch.
+    """
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    return ViT(vit_config).lazy_init(key, images)["params"]
+
+
+def patch_grid(vit_config: ViTConfig, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(th, tw), the patches of an image of (h, w) pixels. Raises ValueError unless both are multiples of the patch."""
+    rows, columns = (size // vit_config.patch_size for size in image_size)
+    if (rows * vit_config.patch_size, columns * vit_config.patch_size) != tuple(image_size) or not rows * columns:
+        raise ValueError(f"an image of {image_size} pixels is no whole number of {vit_config.patch_size}-pixel patches")
+    return rows, columns
+
+
+def num_tokens(vit_config: ViTConfig, image_size: tuple[int, int]) -> int:
+    """Tokens of one image: CLS, registers and patches."""
+    rows, columns = patch_grid(vit_config, image_size)
+    return 1 + vit_config.num_registers + rows * columns
+
+
+def patch_tokens(tokens: Array, vit_config: ViTConfig) -> Array:
+    """Drops CLS and registers: [B, tokens, C] -> [B, th * tw, C]."""
+    return tokens[:, 1 + vit_config.num_registers :]
+
+
+class Dense(nn.Module):
+    """[..., C_in] -> [..., features] in `dtype` (None: the kernel's own)."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", nn.initializers.truncated_normal(0.02), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        dtype = self.dtype or kernel.dtype
+        return x.astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)
+
+
+class Norm(nn.Module):
+    """Layer norm over channels in float32, whatever the parameters' dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return nn.LayerNorm(self.eps, dtype=jnp.float32, use_fast_variance=False, name="layer")(x)
+
+
+def rotate(x: Array, angles: np.ndarray) -> Array:
+    """Rotary positions (Su et al., "RoFormer"): the last T tokens of x [B, tokens, heads, d] turn by angles [T, d/2].
+
+    The pair (x_i, x_{i + d/2}) turns by angle i. CLS and registers come first and keep their place.
+    """
+    num_prefix = x.shape[1] - len(angles)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]  # [T, 1, d/2]
+    a, b = jnp.split(x[:, num_prefix:].astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return jnp.concatenate([x[:, :num_prefix], turned.astype(x.dtype)], axis=1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, tokens, C] -> [B, tokens, C]; queries, keys, values in one product."""
+
+    config: ViTConfig
+    angles: Any  # [th * tw, C / heads / 2] or None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        batch, tokens, width = x.shape
+        qkv = Dense(3 * width, self.dtype, name="qkv")(x)
+        qkv = qkv.reshape(batch, tokens, 3, self.config.num_heads, -1)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, tokens, heads, C / heads]
+        if self.angles is not None:
+            q, k = rotate(q, self.angles), rotate(k, self.angles)
+        x = jax.nn.dot_product_attention(q, k, v).reshape(batch, tokens, width)
+        return Dense(width, self.dtype, name="projection")(x)
+
+
+class Mlp(nn.Module):
+    """mlp: linear(gelu(linear(x))), exact GELU; swiglu: linear(silu(a) * b), [a, b] = linear(x). [B, tokens, C]."""
+
+    config: ViTConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width, hidden = x.shape[-1], self.config.hidden
+        if self.config.ffn == "swiglu":
+            a, b = jnp.split(Dense(2 * hidden, self.dtype, name="linear_1")(x), 2, axis=-1)
+            x = jax.nn.silu(a) * b
+        else:
+            x = jax.nn.gelu(Dense(hidden, self.dtype, name="linear_1")(x), approximate=False)
+        return Dense(width, self.dtype, name="linear_2")(x)
+
+
+class Block(nn.Module):
+    """One transformer block as the body of a scan: float32 tokens [B, tokens, C] in and out."""
+
+    config: ViTConfig
+    angles: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, _: None) -> tuple[Array, None]:
+        config = self.config
+        branches = {
+            "1": Attention(config, self.angles, self.dtype, name="attention"),
+            "2": Mlp(config, self.dtype, name="mlp"),
+        }
+        for n, branch in branches.items():
+            y = branch(Norm(config.norm_eps, name=f"norm_{n}")(x)).astype(jnp.float32)
+            if config.layer_scale:
+                y *= self.param(f"scale_{n}", nn.initializers.ones, (config.width,)).astype(jnp.float32)
+            x += y
+        return x, None
+
+
+class ViT(nn.Module):
+    """Images [B, h, w, 3] in 0..1 -> float32 tokens [B, 1 + registers + th * tw, C]; see `features`."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, images: Array, *, normalise: bool = True) -> Array:
+        config = self.config
+        grid = patch_grid(config, (images.shape[1], images.shape[2]))
+        dtype = None if config.dtype == "params" else jnp.dtype(config.dtype)
+        x = self.embed(images, grid, dtype)
+        angles = None
+        if config.positions == "rotary":
+            angles = rotary_angles(grid, config.width // config.num_heads, config.rotary_base)
+        blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.depth)
+        x, _ = blocks(config, angles, dtype, name="blocks")(x, None)
+        norm = Norm(config.norm_eps, name="norm")
+        return norm(x) if normalise else x
+
+    def embed(self, images: Array, grid: tuple[int, int], dtype: Any) -> Array:
+        """[B, h, w, 3] -> float32 [B, tokens, C]: patches with positions, after CLS and registers."""
+        config, size = self.config, self.config.patch_size
+        rows, columns = grid
+        x = (images.astype(jnp.float32) - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
+        x = x.reshape(-1, rows, size, columns, size, 3)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, size * size * 3)  # [B, th * tw, patch pixels]
+        x = Dense(config.width, dtype, name="patch")(x).astype(jnp.float32)
+        init = nn.initializers.truncated_normal(0.02)
+        if config.positions == "learned":
+            num_rows, num_columns = config.position_grid
+            table = self.param("positions", init, (num_rows * num_columns, config.width))
+            x += resample_positions(table, config, grid)
+        prefix = self.param("cls", init, (1, config.width))
+        if config.num_registers:
+            prefix = jnp.concatenate([prefix, self.param("registers", init, (config.num_registers, config.width))])
+        prefix = jnp.broadcast_to(prefix.astype(jnp.float32), (len(x), *prefix.shape))
+        return jnp.concatenate([prefix, x], axis=1)
+
+
+def resample_positions(table: Array, config: ViTConfig, grid: tuple[int, int]) -> Array:
+    """The learned table [rows * columns, C] at the patches of another grid: float32 [th * tw, C]."""
+    table = table.astype(jnp.float32)
+    if grid == config.position_grid:
+        return table
+    rows, columns = (
+        resample_matrix(num_in, num_out, config.position_interpolation)
+        for num_in, num_out in zip(config.position_grid, grid, strict=True)
+    )  # [th, rows], [tw, columns]
+    table = table.reshape(*config.position_grid, -1)
+    table = jnp.einsum("ij,jkc->ikc", rows, table, precision="highest")
+    return jnp.einsum("ij,kjc->kic", columns, table, precision="highest").reshape(grid[0] * grid[1], -1)

@@ -1,0 +1,83 @@
+"""Where a ViT's patches are: resampled position tables and rotary angles, as constants in NumPy.
+
+A table of 37 x 37 learned positions serves a grid of th x tw patches through separable bicubic interpolation. The
+weights depend on sizes only, so each axis is one constant matrix: positions = rows @ table @ columns^T. Three codes do
+it in three ways, a few 1e-3 apart; they are named after what they do (Keys, "Cubic convolution interpolation", 1981):
+
+    "dinov2"     scale factor (size + 0.1)/37, also for the coordinates; a = -0.75, clamped borders (DINO, DINOv2)
+    "size"       scale factor size/37; a = -0.75, clamped borders (transformers' DINOv2)
+    "antialias"  scale factor size/37; a = -0.5, widened by the scale when shrinking, weights cut at the border and
+                 normalised (DINOv2 with registers, timm)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+INTERPOLATIONS = ("dinov2", "size", "antialias")
+_DINOV2_OFFSET = 0.1
+
+
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """Keys' cubic convolution kernel with parameter a (equation 4 has a = -0.5); x in samples."""
+    x = np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def _clamped(num_in: int, num_out: int, scale: float) -> np.ndarray:
+    """[num_out, num_in] bicubic weights; samples outside read the border. `scale`: input samples an output sample."""
+    center = (np.arange(num_out) + 0.5) * scale - 0.5  # [num_out]
+    taps = np.floor(center)[:, None] + np.arange(-1, 3)  # [num_out, 4]
+    weights = _cubic(center[:, None] - taps, a=-0.75)
+    matrix = np.zeros((num_out, num_in))
+    source = np.clip(taps, 0, num_in - 1).astype(int)
+    np.add.at(matrix, (np.arange(num_out)[:, None], source), weights)
+    return matrix
+
+
+def _antialiased(num_in: int, num_out: int) -> np.ndarray:
+    """[num_out, num_in] bicubic weights of a kernel as wide as the scale, cut at the border and normalised."""
+    scale = num_in / num_out
+    center = (np.arange(num_out) + 0.5) * scale  # [num_out]
+    distance = (np.arange(num_in) + 0.5 - center[:, None]) / max(scale, 1.0)  # [num_out, num_in]
+    weights = _cubic(distance, a=-0.5)
+    return weights / weights.sum(1, keepdims=True)
+
+
+def resample_matrix(num_in: int, num_out: int, interpolation: str) -> np.ndarray:
+    """[num_out, num_in] float32: one axis of the interpolation. The identity when the sizes are equal.
+
+    Raises:
+      ValueError: `interpolation` is not one of INTERPOLATIONS.
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"position_interpolation = {interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
+    if interpolation == "antialias":
+        matrix = _antialiased(num_in, num_out)
+    elif interpolation == "size":
+        matrix = _clamped(num_in, num_out, num_in / num_out)
+    else:
+        matrix = _clamped(num_in, num_out, num_in / (num_out + _DINOV2_OFFSET))
+    return matrix.astype(np.float32)
+
+
+def rotary_angles(grid: tuple[int, int], head_dim: int, base: float) -> np.ndarray:
+    """[th * tw, head_dim / 2] float32, radians: DINOv3's axial rotary positions.
+
+    Patch centres run over -1..1 on each axis separately; angle = 2 pi coordinate / base^(2 i / (head_dim / 2)), the
+    first quarter of a head for the row, the second for the column (DINOv3, `rope_position_encoding.py`).
+    """
+    if head_dim % 4:
+        raise ValueError(f"rotary positions need heads of a multiple of 4 channels, not {head_dim}")
+    periods = rotary_periods(head_dim, base)
+    centers = [2 * (np.arange(size) + 0.5) / size - 1 for size in grid]
+    coords = np.stack(np.meshgrid(*centers, indexing="ij"), -1).reshape(-1, 2)  # [th * tw, 2]
+    angles = 2 * np.pi * coords[:, :, None] / periods
+    return angles.reshape(len(coords), -1).astype(np.float32)
+
+
+def rotary_periods(head_dim: int, base: float) -> np.ndarray:
+    """[head_dim / 4] float64: base^(2 i / (head_dim / 2)), from 1 up, in units of half the image."""
+    return base ** (np.arange(head_dim // 4) / (head_dim // 4))
