@@ -7,7 +7,6 @@ counted by the pipeline, it does not end a run.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from PIL import Image
 from scalr_jax.data.scenes import IGNORE, BadFrameError, InputError
 
 MAX_BAD_FRACTION = 0.03  # of a scan's points that may be NaN or infinite; they are dropped, more is a bad frame
+LABEL_MAPS = Path(__file__).parent / "label_maps"
 RANDOM = "random"  # `frame(camera=RANDOM)`: one of the frame's cameras, drawn with `rng`
 
 
@@ -31,7 +31,7 @@ class LabelMap(NamedTuple):
 
 def read_label_map(dataset: str) -> LabelMap:
     """Reads `label_maps/<dataset>.json`: {"classes": [...], "labels": {id: [name, class or null for ignored]}}."""
-    content = json.loads((Path(__file__).parent / "label_maps" / f"{dataset}.json").read_text())
+    content = json.loads((LABEL_MAPS / f"{dataset}.json").read_text())
     number = {name: i for i, name in enumerate(content["classes"])} | {None: IGNORE}
     labels = {int(i): (name, number[class_name]) for i, (name, class_name) in content["labels"].items()}
     return LabelMap(tuple(content["classes"]), dict(labels.values()), {i: c for i, (_, c) in labels.items()})
@@ -99,21 +99,17 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
       BadFrameError: missing, unreadable, cut short, or of another size.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                found = file.size
-                image = None if size and found != tuple(size) else np.asarray(file.convert("RGB"))
+        with Image.open(path) as file:
+            if size is not None and file.size != tuple(size):
+                raise BadFrameError(
+                    f"{path}: the image is {file.width} x {file.height} pixels, its calibration is for "
+                    f"{size[0]} x {size[1]}; use the dataset's original images."
+                )
+            return np.asarray(file.convert("RGB"))
     except FileNotFoundError as error:
         raise BadFrameError(f"{path}: no such image; copy it, or leave this camera out.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadFrameError(f"{path}: unreadable image ({error}); copy the file again.") from error
-    if image is None:
-        raise BadFrameError(
-            f"{path}: the image is {found[0]} x {found[1]} pixels, its calibration is for {size[0]} x {size[1]}; "
-            "use the dataset's original images."
-        )
-    return image
 
 
 def finite_points(points: np.ndarray, path: Path) -> np.ndarray:
@@ -122,7 +118,7 @@ def finite_points(points: np.ndarray, path: Path) -> np.ndarray:
     Raises:
       BadFrameError: more than 3 % have not.
     """
-    good = np.isfinite(points).all(1)
+    good = np.asarray(np.isfinite(points).all(axis=1))
     num_bad = len(points) - int(good.sum())
     if num_bad > MAX_BAD_FRACTION * len(points):
         raise BadFrameError(
@@ -138,7 +134,7 @@ def need_visible(visible: np.ndarray, name: str, calibration: Path) -> None:
         raise BadFrameError(f"{name}: none of {len(visible)} points projects into the image; check {calibration}.")
 
 
-def rotation(quaternion: Sequence[float]) -> np.ndarray:
+def rotation(quaternion: Sequence[float] | np.ndarray) -> np.ndarray:
     """Quaternion w, x, y, z (of any length but 0) -> rotation matrix [3, 3] float64."""
     w, x, y, z = quaternion
     s = 2.0 / (w * w + x * x + y * y + z * z)
@@ -163,11 +159,11 @@ def pick_camera(
         if camera is not None and camera not in known:
             raise InputError(f"camera {camera!r} is not one of {', '.join(known)}.")
         return camera
-    if not available:
-        return None
-    if len(available) > 1 and rng is None:
+    if len(available) < 2:
+        return available[0] if available else None
+    if rng is None:
         raise InputError("frame() draws one of several cameras: give rng, or name the camera.")
-    return available[0] if len(available) == 1 else available[int(rng.integers(len(available)))]
+    return available[int(rng.integers(len(available)))]
 
 
 def check_choice(what: str, given: str, choices: Iterable[str]) -> None:

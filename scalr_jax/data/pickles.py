@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import pickle
 import re
 import zlib
@@ -66,7 +67,7 @@ class _Record:
         self.state = state
 
 
-# Classes, not functions: what a pickle can do to an object (BUILD) ends in `__setstate__`, so nothing here can be changed.
+# Classes, not functions: all that a pickle can do to one (BUILD) ends in `__setstate__`, so nothing here is changed.
 _STAND_INS = {kind: type(f"_{kind.title().replace(' ', '')}", (_Record,), {"kind": kind}) for kind in _KINDS.values()}
 
 
@@ -142,7 +143,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _columns(frame: Any) -> dict[str, np.ndarray]:
     _need(_is(frame, "frame") and isinstance(frame.state, dict), "no DataFrame")
-    manager = frame.state.get("_mgr", frame.state.get("_data"))  # `_data` before pandas 1.1
+    manager: Any = frame.state.get("_mgr", frame.state.get("_data"))  # `_data` before pandas 1.1
     _need(_is(manager, "manager"), "no block manager")
     axis, blocks = _old_layout(manager.state) if manager.state is not None else _new_layout(manager.args)
     names = _names(axis)
@@ -198,14 +199,14 @@ def _objects(record: Any) -> list[Any]:
 def _strings(record: Any) -> list[Any]:
     """A column of strings as pandas 3 has it: an object array, or Arrow's offsets and bytes."""
     state = record.state
-    data = state.get("_pa_array", state.get("_ndarray")) if isinstance(state, dict) else state[1]
+    data: Any = state.get("_pa_array", state.get("_ndarray")) if isinstance(state, dict) else state[1]
     data = data[0] if isinstance(data, tuple) else data
     if not _is(data, "arrow"):
         return _objects(data)
     form, count, _, first, (_, offsets, text) = data.args[0][:5]
     width = {"large_string": "<i8", "string": "<i4"}[form.args[0]]
     ends = np.frombuffer(_bytes(offsets), width)[first : first + count + 1]
-    return [bytes(_bytes(text))[a:b].decode() for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [bytes(_bytes(text))[a:b].decode() for a, b in itertools.pairwise(ends)]
 
 
 def _array(record: Any) -> np.ndarray:
