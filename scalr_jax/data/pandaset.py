@@ -43,7 +43,7 @@ SENSORS = {
 class _Entry(NamedTuple):
     scene: str
     number: int  # of the frame: 0 to 79
-    scan: str  # file name below lidar/
+    scan: str  # file name below lidar/: "00.pkl.gz"
     labels: str | None  # file name below annotations/semseg/
     cameras: tuple[str, ...]  # those of the wanted cameras whose image is there
 
@@ -86,11 +86,17 @@ class PandaSet:
         self._label_map = files.read_label_map("pandaset")
         self.class_names = self._label_map.class_names
         self._poses: dict[Path, np.ndarray] = {}  # filled as frames are read
-        self._scenes, self._num_left_out = self._find_scenes(scenes)
+        self._scenes, num_unlabelled = self._find_scenes(scenes)
+        wanted = None if frames is None else frozenset(frames)
         found = [entry for scene in self._scenes for entry in self._find_frames(scene)]
-        found = [entry for entry in found if frames is None or entry.number in set(frames)]
+        found = [entry for entry in found if wanted is None or entry.number in wanted]
         self._entries = [e for e in found if (e.cameras or not self.cameras) and (e.labels or not labels)]
         self._num_found = len(found)
+        self._left_out = (
+            f"{sum(bool(self.cameras) and not e.cameras for e in found)} scans without image, "
+            f"{sum(labels and not e.labels for e in found)} without labels; {num_unlabelled} scenes without labels"
+            + (" (name them in scenes= to use them)" if num_unlabelled else "")
+        )
         if not self._entries:
             raise InputError(
                 f"{self.root}: no frame to use among {len(found)} scans of {len(self._scenes)} scenes "
@@ -109,16 +115,15 @@ class PandaSet:
         """A short table of what was found."""
         images = sum(len(entry.cameras) for entry in self._entries)
         rows = [
-            ("scenes", f"{len(self._scenes)} ({self._num_left_out} left out: without labels; name them in scenes=)"),
-            ("frames", f"{len(self)} of {self._num_found} scans (a frame needs an image, or a label file)"),
+            ("scenes", len(self._scenes)),
+            ("frames", f"{len(self)} of {self._num_found} scans"),
+            ("left out", self._left_out),
             ("images", f"{images} of {len(self) * len(self.cameras)}"),
             ("labelled frames", sum(entry.labels is not None for entry in self._entries)),
         ]
         return files.format_table(f"PandaSet {self.sensor}, split {self.split}: {self.root}", rows)
 
-    def frame(
-        self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = files.RANDOM
-    ) -> Frame:
+    def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = files.RANDOM) -> Frame:
         """Reads one frame.
 
         Args:
@@ -166,8 +171,8 @@ class PandaSet:
 
     def _find_frames(self, scene: str) -> list[_Entry]:
         folder = self.root / scene
-        scans = {scan.split(".")[0]: scan for scan in files.listing(folder / "lidar") if scan.endswith((".pkl", ".gz"))}
-        labels = {label.split(".")[0]: label for label in files.listing(folder / "annotations" / "semseg")}
+        scans = _pickles(folder / "lidar")
+        labels = _pickles(folder / "annotations" / "semseg")
         images = {camera: files.listing(folder / "camera" / camera) for camera in self.cameras}
         return [
             _Entry(
@@ -210,12 +215,12 @@ class PandaSet:
 
     def _pair(self, frame: Frame, entry: _Entry, camera: str) -> Frame:
         folder = self.root / entry.scene / "camera" / camera
-        image = files.read_image(folder / f"{entry.number:02d}.jpg", IMAGE_SIZE)
+        image = files.read_image(folder / f"{entry.scan.split('.')[0]}.jpg", IMAGE_SIZE)
         lens = files.read_json(folder / "intrinsics.json")
         try:
             focal, centre = (np.array([lens[a], lens[b]], np.float64) for a, b in (("fx", "fy"), ("cx", "cy")))
         except (KeyError, TypeError, ValueError) as error:
-            raise BadFrameError(f"{folder / 'intrinsics.json'}: needs numbers fx, fy, cx, cy; copy it again.") from error
+            raise BadFrameError(f"{folder / 'intrinsics.json'}: no numbers fx, fy, cx, cy; copy it again.") from error
         to_camera = np.linalg.inv(self._pose(folder / "poses.json", entry.number))
         local = to_camera[:3, :3] @ frame.points[:, :3].T + to_camera[:3, 3:]  # [3, N]
         in_front = local[2] > 0.0
@@ -237,10 +242,16 @@ class PandaSet:
         return poses[number]
 
 
+def _pickles(folder: Path) -> dict[str, str]:
+    """Frame ("00") -> name of its pickle; of a compressed and a plain one the compressed."""
+    names = sorted(files.listing(folder))
+    return {name.split(".")[0]: name for name in names if name.endswith((".pkl", ".pkl.gz"))}
+
+
 def _read_poses(path: Path) -> np.ndarray:
     """A poses.json -> [frames, 4, 4], sensor -> world."""
+    poses: list[np.ndarray] = []
     try:
-        poses = []
         for entry in files.read_json(path):
             pose = np.eye(4)
             pose[:3, :3] = files.rotation([float(entry["heading"][axis]) for axis in "wxyz"])
