@@ -118,21 +118,20 @@ def make_student(config: Any, *, head: str, out_features: int, frozen_backbone: 
 def make_teacher(config: Any) -> tuple[Any, Any]:
     """(vit_config, params in the compute dtype) of `config.teacher`."""
     teacher = config.teacher
-    if teacher.name == "demo":
+    if teacher.checkpoint == "demo":
         from scalr_jax.demo_teacher import load_demo_teacher
 
         vit_config, params = load_demo_teacher()
-    elif teacher.name == "dinov2":
+    elif teacher.checkpoint and Path(teacher.checkpoint).is_file():
         from scalr_jax.interop_vit import load_dinov2
 
-        if not teacher.checkpoint or not Path(teacher.checkpoint).is_file():
-            raise InputError(
-                f"teacher.checkpoint = {teacher.checkpoint!r} is not a file; fetch dinov2_vitl14_pretrain.pth from the "
-                "DINOv2 project's release page and give its path: --config.teacher.checkpoint=PATH"
-            )
         vit_config, params = load_dinov2(teacher.checkpoint, num_heads=teacher.num_heads)
     else:
-        raise InputError(f"teacher.name = {teacher.name!r} is none of 'dinov2', 'demo'")
+        raise InputError(
+            f"teacher.checkpoint = {teacher.checkpoint!r} is not a file; fetch dinov2_vitl14_pretrain.pth from the "
+            "DINOv2 project's release page and give its path, --config.teacher.checkpoint=PATH, or take the small "
+            "packaged teacher, --config.teacher.checkpoint=demo"
+        )
     patch = vit_config.patch_size
     if any(size % patch for size in config.data.image_size):
         raise InputError(f"data.image_size = {tuple(config.data.image_size)} is not a multiple of the patch, {patch}")

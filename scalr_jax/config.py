@@ -28,7 +28,13 @@ def get_config() -> ConfigDict:
     config.optimizer = _optimizer()
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     config.demo = ConfigDict(
-        {"probe_steps": 100, "probe_learning_rate": 0.01, "supervised_learning_rates": (1e-3, 3e-3, 6e-3)}
+        {
+            "probe_steps": 100,
+            "probe_learning_rate": 0.01,
+            "supervised_learning_rates": (1e-3, 3e-3, 6e-3),
+            "segment_max_points": 4_000,
+            "segment_scenes_per_shard": 5,
+        }
     )
     config.lock()
     return config
@@ -85,8 +91,7 @@ def _model() -> ConfigDict:
 def _teacher() -> ConfigDict:
     return ConfigDict(
         {
-            "name": "dinov2",  # dinov2 (a checkpoint), demo (the packaged one)
-            "checkpoint": "",
+            "checkpoint": "",  # path of a DINOv2 file; "demo": the small ViT that comes with the package
             "feature": "x_pre_norm",  # x_pre_norm, x
             "num_heads": config_dict.placeholder(int),
         }

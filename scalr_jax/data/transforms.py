@@ -101,14 +101,17 @@ def make_plane(xyz: np.ndarray, axes: tuple[int, int], grid: tuple[int, int], fi
     low, high = np.asarray(field_of_view, np.float64)[:, list(axes)]
     cell_size = (high - low) / np.array(grid)
     ij = ((xyz[:, list(axes)] - low) / cell_size).astype(np.int64)
-    position, cell = np.unique(ij[:, 0] * grid[1] + ij[:, 1], return_inverse=True)
-    halo, halo_taps, cell_taps = _dilate(position, grid)
-    del halo
-    return ScenePlane(cell.astype(np.int32), position.astype(np.int32), halo_taps, cell_taps)
+    return plane_tables(ij[:, 0] * grid[1] + ij[:, 1], grid)
 
 
-def _dilate(position: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Halo positions [u] of the occupied positions [m], and both tap tables (-1: no such row)."""
+def plane_tables(point_position: np.ndarray, grid: tuple[int, int]) -> ScenePlane:
+    """The same from each point's position i * W + j [N]."""
+    position, cell = np.unique(point_position, return_inverse=True)
+    return ScenePlane(cell.astype(np.int32), position.astype(np.int32), *_dilate(position, grid))
+
+
+def _dilate(position: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Tap tables of the halo [u, 9] and of the occupied positions [m, 9] (-1: no such row)."""
     padded = (grid[0] + 2, grid[1] + 2)  # a border, so that taps never wrap around
     offsets = np.array([i * padded[1] + j for i in (-1, 0, 1) for j in (-1, 0, 1)])
     occupied = (position // grid[1] + 1) * padded[1] + position % grid[1] + 1
@@ -122,8 +125,7 @@ def _dilate(position: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, np
     halo_taps = row[halo[:, None] + offsets]
     row[occupied] = -1
     row[halo] = np.arange(len(halo), dtype=np.int32)
-    cell_taps = row[occupied[:, None] + offsets]
-    return (halo // padded[1] - 1) * grid[1] + halo % padded[1] - 1, halo_taps, cell_taps
+    return halo_taps, row[occupied[:, None] + offsets]
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.ndarray:

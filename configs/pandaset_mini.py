@@ -1,0 +1,30 @@
+"""Distils the packaged teacher into a small student on real PandaSet frames, in PandaSet's raw layout, on a CPU.
+
+    python -m scalr_jax.main --config=configs/pandaset_mini.py --workdir=runs/pandaset_mini --config.data.root=PANDASET
+
+Both sensors, all scenes and frames that are there; `--config.data.scenes="('002',)"` and
+`--config.data.frames="('45',)"` take a subset. For a real result give DINOv2 as the teacher:
+`--config.teacher.checkpoint=dinov2_vits14_pretrain.pth --config.data.image_size="(224, 448)"`.
+"""
+
+from scalr_jax import config as defaults
+
+
+def get_config():
+    config = defaults.get_config()
+    config.task = "distill"
+    config.num_steps = 100
+    config.log_every_steps = 5
+    config.checkpoint_every_steps = 50
+    config.data.update(
+        dataset="pandaset",
+        sensors=("pandar64", "pandargt"),
+        image_size=(112, 224),
+        max_points=6_000,
+        points_per_shard=24_576,
+        scenes_per_shard=6,
+    )
+    config.model.update(channels=64, depth=6)
+    config.teacher.checkpoint = "demo"
+    config.optimizer.update(learning_rate=3e-3, warmup_share=0.1)
+    return config
