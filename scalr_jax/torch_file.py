@@ -50,6 +50,7 @@ _KINDS = {
     ("torch._utils", "_rebuild_parameter"): "parameter",
     ("torch", "Size"): "tuple",
     ("torch", "device"): "device",
+    ("argparse", "Namespace"): "namespace",
     **{("torch", name): f"torch.{name}" for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32")},
     **{(f"numpy.{core}.multiarray", "scalar"): "scalar" for core in ("core", "_core")},
     ("numpy", "dtype"): "dtype",
@@ -119,18 +120,19 @@ def _need(condition: bool, problem: str) -> None:
 
 
 class _Record:
-    """What stands in for an object of the pickle: its kind and what it was called with. Its state is dropped."""
+    """What stands in for an object of the pickle: its kind, what it was called with, and its state."""
 
     kind = ""
 
     def __new__(cls, *args: Any, **_: Any) -> _Record:
         record = super().__new__(cls)
-        record.args, record.items = args, {}
+        record.args, record.items, record.state = args, {}, None
         return record
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args: tuple[Any, ...]
         self.items: dict[Any, Any]
+        self.state: Any
 
     def __setitem__(self, key: Any, value: Any) -> None:  # SETITEMS of an OrderedDict
         self.items[key] = value
@@ -227,6 +229,8 @@ class _Archive:
         if kind in ("dict", "defaultdict"):
             given = args[0] if args and kind == "dict" else {}
             return self.convert({**dict(given), **record.items}, depth)
+        if kind == "namespace":  # the command line of a training script
+            return self.plain(record.state, depth)
         if kind == "tuple":
             return self.plain(tuple(args[0]), depth)
         _need(kind == "device", f"a bare {kind}")

@@ -20,12 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scalr_jax.ops.positions import resample_matrix, rotary_angles
+from scalr_jax.ops.positions import INTERPOLATIONS, resample_matrix, rotary_angles, rotary_periods
 
 Array = jax.Array
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # red, green, blue, of images in 0..1
-IMAGENET_STD = (0.229, 0.224, 0.225)
 FEATURES = ("x_pre_norm", "x")
 
 
@@ -46,7 +44,14 @@ class ViTConfig:
     position_grid: tuple[int, int] = (37, 37)  # rows, columns of the learned table
     position_interpolation: str = "dinov2"  # dinov2, size, antialias: see ops/positions.py
     rotary_base: float = 100.0
+    rotary_periods: tuple[float, ...] = ()  # [C / heads / 4] in half images; (): powers of `rotary_base`
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's red, green, blue, of images in 0..1;
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # DINOv3's satellite models have their own
     dtype: str = "params"  # what matrix products compute in: params (the parameters' own dtype), float32, bfloat16
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
@@ -54,11 +59,13 @@ class ViTConfig:
         for name, known in (
             ("ffn", ("mlp", "swiglu")),
             ("positions", ("learned", "rotary")),
-            ("position_interpolation", ("dinov2", "size", "antialias")),
+            ("position_interpolation", INTERPOLATIONS),
             ("dtype", ("params", "float32", "bfloat16")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.positions == "rotary" and self.head_dim % 4:
+            raise ValueError(f"rotary positions need heads of a multiple of 4 channels, not {self.head_dim}")
 
 
 def features(vit_config: ViTConfig, params: Any, images: Array, *, which: str = "x_pre_norm") -> Array:
@@ -67,7 +74,7 @@ def features(vit_config: ViTConfig, params: Any, images: Array, *, which: str = 
     Args:
       vit_config: the architecture.
       params: as `init` or `scalr_jax.interop.load_dinov2` return them.
-      images: [B, h, w, 3], red, green, blue in 0..1; ImageNet's mean and standard deviation are applied here.
+      images: [B, h, w, 3], red, green, blue in 0..1; mean and standard deviation are applied here.
       which: "x_pre_norm" (before the final norm, what ScaLR distils) or "x" (after it).
 
     Raises:
@@ -75,7 +82,8 @@ def features(vit_config: ViTConfig, params: Any, images: Array, *, which: str = 
     """
     if which not in FEATURES:
         raise ValueError(f"which = {which!r} is none of {', '.join(FEATURES)}")
-    return ViT(vit_config).apply({"params": params}, images, normalise=which == "x")
+    tokens: Any = ViT(vit_config).apply({"params": params}, images, normalise=which == "x")
+    return tokens
 
 
 def init(vit_config: ViTConfig, key: Array, image_size: tuple[int, int]) -> dict:
@@ -84,7 +92,7 @@ def init(vit_config: ViTConfig, key: Array, image_size: tuple[int, int]) -> dict
     The tree does not depend on `image_size` (rows, columns), which must be a multiple of the patch.
     """
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    return ViT(vit_config).lazy_init(key, images)["params"]
+    return dict(ViT(vit_config).lazy_init(key, images)["params"])
 
 
 def patch_grid(vit_config: ViTConfig, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -213,7 +221,7 @@ class ViT(nn.Module):
         x = self.embed(images, grid, dtype)
         angles = None
         if config.positions == "rotary":
-            angles = rotary_angles(grid, config.width // config.num_heads, config.rotary_base)
+            angles = rotary_angles(grid, config.rotary_periods or rotary_periods(config.head_dim, config.rotary_base))
         blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.depth)
         x, _ = blocks(config, angles, dtype, name="blocks")(x, None)
         norm = Norm(config.norm_eps, name="norm")
@@ -223,7 +231,7 @@ class ViT(nn.Module):
         """[B, h, w, 3] -> float32 [B, tokens, C]: patches with positions, after CLS and registers."""
         config, size = self.config, self.config.patch_size
         rows, columns = grid
-        x = (images.astype(jnp.float32) - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
+        x = (images.astype(jnp.float32) - jnp.asarray(config.image_mean)) / jnp.asarray(config.image_std)
         x = x.reshape(-1, rows, size, columns, size, 3)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, size * size * 3)  # [B, th * tw, patch pixels]
         x = Dense(config.width, dtype, name="patch")(x).astype(jnp.float32)

@@ -63,21 +63,18 @@ def resample_matrix(num_in: int, num_out: int, interpolation: str) -> np.ndarray
     return matrix.astype(np.float32)
 
 
-def rotary_angles(grid: tuple[int, int], head_dim: int, base: float) -> np.ndarray:
-    """[th * tw, head_dim / 2] float32, radians: DINOv3's axial rotary positions.
+def rotary_periods(head_dim: int, base: float) -> tuple[float, ...]:
+    """base^(2 i / (head_dim / 2)) for i < head_dim / 4, in units of half the image (DINOv3)."""
+    return tuple(base ** (i / (head_dim // 4)) for i in range(head_dim // 4))
 
-    Patch centres run over -1..1 on each axis separately; angle = 2 pi coordinate / base^(2 i / (head_dim / 2)), the
-    first quarter of a head for the row, the second for the column (DINOv3, `rope_position_encoding.py`).
+
+def rotary_angles(grid: tuple[int, int], periods: tuple[float, ...]) -> np.ndarray:
+    """[th * tw, 2 len(periods)] float32, radians: axial rotary positions (DINOv3, `rope_position_encoding.py`).
+
+    Patch centres run over -1..1 on each axis separately; angle = 2 pi coordinate / period, first for the row and then
+    for the column.
     """
-    if head_dim % 4:
-        raise ValueError(f"rotary positions need heads of a multiple of 4 channels, not {head_dim}")
-    periods = rotary_periods(head_dim, base)
     centers = [2 * (np.arange(size) + 0.5) / size - 1 for size in grid]
     coords = np.stack(np.meshgrid(*centers, indexing="ij"), -1).reshape(-1, 2)  # [th * tw, 2]
-    angles = 2 * np.pi * coords[:, :, None] / periods
+    angles = 2 * np.pi * coords[:, :, None] / np.asarray(periods)
     return angles.reshape(len(coords), -1).astype(np.float32)
-
-
-def rotary_periods(head_dim: int, base: float) -> np.ndarray:
-    """[head_dim / 4] float64: base^(2 i / (head_dim / 2)), from 1 up, in units of half the image."""
-    return base ** (np.arange(head_dim // 4) / (head_dim // 4))
