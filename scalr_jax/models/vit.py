@@ -92,7 +92,7 @@ def init(vit_config: ViTConfig, key: Array, image_size: tuple[int, int]) -> dict
     The tree does not depend on `image_size` (rows, columns), which must be a multiple of the patch.
     """
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    return dict(ViT(vit_config).lazy_init(key, images)["params"])
+    return jax.jit(lambda key: dict(ViT(vit_config).lazy_init(key, images)["params"]))(key)
 
 
 def patch_grid(vit_config: ViTConfig, image_size: tuple[int, int]) -> tuple[int, int]:

@@ -50,6 +50,5 @@ def sample_tokens(tokens: Array, image_index: Array, pixels: Array, image_size: 
     out = jnp.zeros((len(pixels), channels), jnp.float32)
     for row, row_weight in ((top, 1 - down), (bottom, down)):
         for column, column_weight in ((left, 1 - along), (right, along)):
-            weight = jnp.where(valid, row_weight * column_weight, 0.0)
-            out += weight[:, None] * table[(image * rows + row) * columns + column]
-    return out.astype(tokens.dtype)
+            out += (row_weight * column_weight)[:, None] * table[(image * rows + row) * columns + column]
+    return jnp.where(valid[:, None], out, 0.0).astype(tokens.dtype)
