@@ -44,7 +44,6 @@ _STORAGES = {
 _KINDS = {
     **{("torch", name): name for name in _STORAGES},
     ("collections", "OrderedDict"): "dict",
-    ("collections", "defaultdict"): "defaultdict",
     ("collections", "Counter"): "dict",
     ("torch._utils", "_rebuild_tensor_v2"): "tensor",
     ("torch._utils", "_rebuild_parameter"): "parameter",
@@ -226,9 +225,8 @@ class _Archive:
             return self.plain(args[0], depth)
         if kind == "scalar":
             return _scalar(*args)
-        if kind in ("dict", "defaultdict"):
-            given = args[0] if args and kind == "dict" else {}
-            return self.convert({**dict(given), **record.items}, depth)
+        if kind == "dict":
+            return self.convert({**dict(*args), **record.items}, depth)
         if kind == "namespace":  # the command line of a training script
             return self.plain(record.state, depth)
         if kind == "tuple":
