@@ -62,6 +62,7 @@ def cross_entropy(logits: Array, labels: Array, mask: Array) -> Array:
 
 def lovasz_softmax(logits: Array, labels: Array, mask: Array) -> Array:
     """Lovasz-softmax over the classes present among the valid rows. logits [N, classes], labels [N] -> scalar."""
+    labels, mask = jnp.asarray(labels), jnp.asarray(mask)
     probabilities = jax.nn.softmax(jnp.where(mask[:, None], logits, 0.0))  # [N, classes]
 
     def one_class(k: Array, probability: Array) -> tuple[Array, Array]:

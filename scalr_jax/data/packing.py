@@ -84,11 +84,12 @@ def pack_stream(scenes: Iterator[SceneView], capacities: Capacities, *, exactly:
     need = empty
     for scene in scenes:
         size = sizes(scene)
-        exceeded = overflow(add(need, size), capacities)
-        if exceeded and (not held or exactly):
-            what = f"the scene {scene.name}" if not held else f"a group of {exactly} scenes up to {scene.name}"
-            raise InputError(f"{what} needs {', '.join(exceeded)}; raise it")
-        if exceeded:
+        if exceeded := overflow(size, capacities):
+            raise InputError(f"the scene {scene.name} needs {', '.join(exceeded)}; raise it")
+        if exceeded := overflow(add(need, size), capacities):
+            if exactly:
+                group = f"a group of {exactly} scenes up to {scene.name}"
+                raise InputError(f"{group} needs {', '.join(exceeded)}; raise it")
             yield Pack(tuple(held), scene.index)
             held, need = [], empty
         held.append(scene)

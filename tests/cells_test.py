@@ -1,0 +1,136 @@
+"""The occupied-cells form equals the dense grid: outputs and gradients, on random and adversarial occupancy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scalr_jax.data.packing import Capacities, pack_shard
+from scalr_jax.data.scenes import SceneView
+from scalr_jax.data.transforms import plane_tables
+from scalr_jax.ops import cell_conv, cells
+from scalr_jax.ops.neighbors import neighbor_max, neighbor_max_reference
+
+GRID = (6, 5)
+CHANNELS = 3
+POINTS, CELLS, HALO = 24, 40, 64  # capacities: one compilation serves every example
+SCENES = 2
+
+
+def packed_plane(positions):
+    """Two scenes' positions i * W + j -> one plane of a shard, padded to the capacities."""
+    scenes = []
+    for position in positions:
+        plane = plane_tables(np.array(position, np.int64), GRID)
+        feats = np.zeros((len(position), 1), np.float32)
+        scenes.append(SceneView("", 0, feats, np.zeros((len(position), 1), np.int32), (plane,), None, None, None))
+    shard = pack_shard(scenes, Capacities(POINTS, SCENES, (CELLS,), (HALO,)), scenes[0], (GRID,))
+    return jax.tree.map(jnp.asarray, shard.planes[0])
+
+
+@jax.jit
+def mixed_cells(points, plane, kernel1, bias, kernel2):
+    table = cells.flatten(points, plane)
+    halo = jax.nn.relu(cell_conv.conv_taps(table, plane.halo_taps, plane.cell_taps, kernel1) + bias)
+    return cells.inflate(cell_conv.conv_taps(halo, plane.cell_taps, plane.halo_taps, kernel2), plane)
+
+
+@jax.jit
+def mixed_dense(points, plane, kernel1, bias, kernel2):
+    grid = cells.flatten_dense(points, plane, grid=GRID, num_scenes=SCENES)
+    grid = jax.nn.relu(cell_conv.conv_dense(grid, kernel1) + bias)
+    return cells.inflate_dense(cell_conv.conv_dense(grid, kernel2), plane)
+
+
+def gradients(function, weights):
+    return jax.jit(
+        jax.grad(lambda points, plane, *rest: jnp.sum(weights * function(points, plane, *rest)), argnums=(0, 2, 3, 4))
+    )
+
+
+WEIGHTS = np.random.default_rng(0).normal(size=(POINTS, CHANNELS)).astype(np.float32)
+GRADIENTS = gradients(mixed_cells, WEIGHTS), gradients(mixed_dense, WEIGHTS)
+AREA = GRID[0] * GRID[1]
+ADVERSARIAL = {
+    "one cell": ([7] * 5, [0]),
+    "corners": ([0, GRID[1] - 1, AREA - GRID[1], AREA - 1], [0, 0, AREA - 1]),
+    "borders": ([*range(GRID[1])], [*range(0, AREA, GRID[1])]),
+    "all cells of half a grid": ([*range(AREA // 2)], [3]),
+    "empty scene": ([], [5, 6, 11]),
+    "both empty": ([], []),
+}
+
+
+def check_agreement(positions, seed):
+    rng = np.random.default_rng(seed)
+    plane = packed_plane(positions)
+    points = rng.normal(size=(POINTS, CHANNELS)).astype(np.float32)
+    rest = [rng.normal(size=shape).astype(np.float32) for shape in ((9, CHANNELS), (CHANNELS,), (9, CHANNELS))]
+    ours, reference = mixed_cells(points, plane, *rest), mixed_dense(points, plane, *rest)
+    np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5)
+    assert np.all(np.asarray(ours)[sum(map(len, positions)) :] == 0)
+    for a, b in zip(*(gradient(points, plane, *rest) for gradient in GRADIENTS), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_cells_equal_dense_on_adversarial_occupancy(name):
+    check_agreement(ADVERSARIAL[name], 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, AREA - 1), max_size=POINTS // 2),
+    st.lists(st.integers(0, AREA - 1), max_size=POINTS // 2),
+    st.integers(0, 1000),
+)
+def test_cells_equal_dense(first, second, seed):
+    check_agreement((first, second), seed)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, AREA - 1), min_size=1, max_size=30))
+def test_tap_tables_are_each_others_transpose(positions):
+    plane = plane_tables(np.array(positions), GRID)
+    m, u = len(plane.position), len(plane.halo_taps)
+    there = {(row, plane.halo_taps[row, t], t) for row in range(u) for t in range(9) if plane.halo_taps[row, t] >= 0}
+    back = {(plane.cell_taps[row, t], row, 8 - t) for row in range(m) for t in range(9) if plane.cell_taps[row, t] >= 0}
+    assert there == back
+
+
+def test_flatten_is_the_mean():
+    plane = packed_plane(([4, 4, 9], [4]))
+    points = np.arange(POINTS * CHANNELS, dtype=np.float32).reshape(POINTS, CHANNELS)
+    table = np.asarray(cells.flatten(points, plane))
+    np.testing.assert_allclose(table[:3], [points[:2].mean(0), points[2], points[3]], rtol=1e-5)
+    assert np.all(table[3:] == 0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000))
+def test_neighbor_max_equals_its_reference(seed):
+    rng = np.random.default_rng(seed)
+    offsets = rng.normal(size=(20, 4, 5)).astype(np.float32)
+    arguments = [rng.normal(size=shape).astype(np.float32) for shape in ((5, 8), (8,), (8, 6))]
+    weights = rng.normal(size=(20, 6)).astype(np.float32)
+    np.testing.assert_allclose(
+        neighbor_max(offsets, *arguments), neighbor_max_reference(offsets, *arguments), rtol=1e-5, atol=1e-5
+    )
+
+    def gradient(function):
+        return jax.grad(lambda *a: jnp.sum(weights * function(offsets, *a)), argnums=(0, 1, 2))(*arguments)
+
+    for a, b in zip(gradient(neighbor_max), gradient(neighbor_max_reference), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_deterministic():
+    plane = packed_plane(([1, 1, 1, 2, 7], [7, 7, 0]))
+    rng = np.random.default_rng(0)
+    arguments = [rng.normal(size=s).astype(np.float32) for s in ((POINTS, CHANNELS), (9, CHANNELS), (CHANNELS,), (9, CHANNELS))]
+    runs = [GRADIENTS[0](arguments[0], plane, *arguments[1:]) for _ in range(3)]
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)

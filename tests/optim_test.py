@@ -1,0 +1,49 @@
+"""Schedules against the published numbers, and the optimiser against its formula."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from scalr_jax import optim
+from scalr_jax.config import get_config
+from scalr_jax.data.scenes import InputError
+
+
+def test_published_schedules(golden):
+    arrays = golden("schedules")
+    t = jnp.asarray(arrays["step"], jnp.float32)
+    warmup, total, final = arrays["args_cosine"]
+    ours = optim.warmup_cosine(t, warmup=warmup, total=total, final=final)
+    np.testing.assert_allclose(ours, arrays["warmup_cosine"], rtol=1e-6, atol=1e-6)
+    warmup, cooldown, timescale, total = arrays["args_rsqrt"].tolist()
+    ours = optim.warmup_rsqrt_cooldown(t, warmup=warmup, cooldown=cooldown, timescale=timescale, total=total)
+    np.testing.assert_allclose(ours, arrays["warmup_rsqrt_cooldown"], rtol=1e-6, atol=1e-6)
+
+
+def test_schedules_stay_at_their_end():
+    assert optim.warmup_cosine(jnp.float32(999), warmup=1, total=10, final=0.1) == pytest.approx(0.1)
+    assert optim.warmup_rsqrt_cooldown(jnp.float32(999), warmup=1, cooldown=8, timescale=2, total=10) == 0
+
+
+def test_the_config_chooses_the_schedule():
+    config = get_config().optimizer
+    cosine = optim.make_schedule(config, 100.0)
+    assert cosine(jnp.float32(2)) == pytest.approx(2e-3)  # the warm-up is 2 % long
+    assert cosine(jnp.float32(100)) == pytest.approx(1e-5)
+    config.schedule = "linear"
+    with pytest.raises(InputError, match=r"optimizer\.schedule"):
+        optim.make_schedule(config, 100.0)
+
+
+def test_adamw_decays_every_parameter():
+    """One step equals AdamW's formula (decoupled weight decay), biases included."""
+    config = get_config().optimizer
+    optimizer = optim.make_optimizer(config)
+    params = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([3.0])}
+    gradients = {"kernel": jnp.array([0.5, 0.1]), "bias": jnp.array([-1.0])}
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    expected = optax.adamw(1.0, weight_decay=config.weight_decay)
+    theirs, _ = expected.update(gradients, expected.init(params), params)
+    for name in params:
+        np.testing.assert_allclose(-updates[name], theirs[name], rtol=1e-6)

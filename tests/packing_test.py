@@ -1,0 +1,87 @@
+"""Packing then unpacking returns the scenes; nothing is dropped; the order is kept."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_scenes import GRIDS, random_scene
+
+from scalr_jax.data.packing import Capacities, derive_capacities, overflow, pack_shard, pack_stream, sizes
+from scalr_jax.data.scenes import InputError
+
+ROOMY = Capacities(400, 5, (400,) * 3, (1200,) * 3)
+
+
+def unpack(batch, capacities):
+    """Scenes back out of one shard: feats, neighbours, positions per plane, labels, pixels, image."""
+    scenes = []
+    for s in range(capacities.scenes):
+        rows = np.flatnonzero(batch.scene == s)
+        if not len(rows):
+            continue
+        positions = [plane.grid_index[plane.cell[rows]] - s * h * w for plane, (h, w) in zip(batch.planes, GRIDS, strict=True)]
+        scenes.append(
+            (batch.feats[rows], batch.neighbors[rows] - rows[0], positions, batch.labels[rows], batch.pixels[rows], batch.images[s])
+        )
+    return scenes
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(6, 70), min_size=0, max_size=5), st.integers(0, 1000))
+def test_unpacking_returns_the_scenes(counts, seed):
+    scenes = [random_scene(seed + i, count) for i, count in enumerate(counts)]
+    batch = pack_shard(scenes, ROOMY, random_scene(0), GRIDS)
+    found = unpack(batch, ROOMY)
+    assert len(found) == len(scenes)
+    for scene, (feats, neighbors, positions, labels, pixels, image) in zip(scenes, found, strict=True):
+        np.testing.assert_array_equal(feats, scene.feats)
+        np.testing.assert_array_equal(neighbors, scene.neighbors)
+        for position, plane in zip(positions, scene.planes, strict=True):
+            np.testing.assert_array_equal(position, plane.position[plane.cell])
+        np.testing.assert_array_equal(labels, scene.labels)
+        np.testing.assert_array_equal(pixels, scene.pixels)
+        np.testing.assert_array_equal(image, scene.image)
+    padding = batch.scene == ROOMY.scenes
+    assert padding.sum() == ROOMY.points - sum(counts)
+    assert (batch.labels[padding] == 255).all()
+    assert all((plane.cell[padding] == ROOMY.cells[k]).all() for k, plane in enumerate(batch.planes))
+    np.testing.assert_array_equal(batch.scene_points[: len(counts)], counts)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(6, 120), min_size=1, max_size=12))
+def test_greedy_packing_keeps_order_and_drops_nothing(counts):
+    capacities = Capacities(150, 3, (150,) * 3, (900,) * 3)
+    scenes = [random_scene(i, count, index=2 * i) for i, count in enumerate(counts)]
+    packs = list(pack_stream(iter(scenes), capacities))
+    assert [scene.index for pack in packs for scene in pack.scenes] == [scene.index for scene in scenes]
+    for pack, following in zip(packs, packs[1:], strict=False):
+        assert pack.next_index == following.scenes[0].index
+        joined = [*pack.scenes, following.scenes[0]]
+        assert len(joined) > 3 or sum(len(scene.feats) for scene in joined) > 150
+    assert packs[-1].next_index == scenes[-1].index + 1
+
+
+def test_an_exact_number_of_scenes():
+    scenes = [random_scene(i, 20, index=i) for i in range(6)]
+    packs = list(pack_stream(iter(scenes), ROOMY, exactly=2))
+    assert [len(pack.scenes) for pack in packs] == [2, 2, 2]
+    assert [pack.next_index for pack in packs] == [2, 4, 6]
+
+
+def test_a_scene_that_does_not_fit_names_the_capacity():
+    scenes = [random_scene(0, 20), random_scene(1, 90)]
+    with pytest.raises(InputError, match=r"scene 1 needs 90 points where data\.points_per_shard is 50"):
+        list(pack_stream(iter(scenes), ROOMY._replace(points=50)))
+    with pytest.raises(InputError, match=r"data\.cells_per_shard is \(3, 3, 3\)"):
+        list(pack_stream(iter(scenes), ROOMY._replace(cells=(3, 3, 3))))
+    with pytest.raises(InputError, match=r"a group of 2 scenes up to scene 1"):
+        list(pack_stream(iter(scenes), ROOMY._replace(points=100), exactly=2))
+
+
+def test_derived_capacities_hold_full_packs_of_such_scenes():
+    scenes = [random_scene(i, 60 + 5 * (i % 4)) for i in range(32)]
+    capacities = derive_capacities(scenes, points=400, scenes=5)
+    packs = list(pack_stream(iter(scenes), capacities))
+    assert all(not overflow(sizes(scene), capacities) for scene in scenes)
+    assert np.mean([len(pack.scenes) for pack in packs[:-1]]) >= 4.5

@@ -1,0 +1,167 @@
+"""Order, packing and exact resume: the same for any number of processes and workers; bad frames among them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from scalr_jax.data.packing import Capacities
+from scalr_jax.data.pipeline import Pipeline, prefetch
+from scalr_jax.data.scenes import BadFrameError, Frame, InputError
+from scalr_jax.data.transforms import SceneSettings
+
+SETTINGS = SceneSettings(
+    task="distill",
+    train=True,
+    field_of_view=((-8.0, -8.0, -2.0), (8.0, 8.0, 2.0)),
+    grids=((16, 16), (16, 4), (16, 4)),
+    num_neighbors=4,
+    image_size=(8, 12),
+)
+CAPACITIES = Capacities(300, 4, (300,) * 3, (900,) * 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clouds:
+    """`number` random frames of 30 to 90 points; those in `bad` cannot be read."""
+
+    number: int = 23
+    bad: tuple[int, ...] = ()
+    intensity: tuple[float, float] = (0.0, 1.0)
+
+    def __len__(self):
+        return self.number
+
+    def frame(self, index, rng):
+        if index in self.bad:
+            raise BadFrameError(f"clouds/{index}: cannot be read")
+        own = np.random.default_rng(index)
+        count = int(own.integers(30, 90))
+        points = own.uniform(-6, 6, (count, 4)) * [1, 1, 0.2, 1]
+        return Frame(
+            name=f"clouds/{index}",
+            points=points,
+            to_ego=np.eye(4),
+            image=own.integers(0, 255, (16, 24, 3), dtype=np.uint8),
+            pixels=own.random((count, 2)) * [16, 24],
+            visible=np.ones(count, bool),
+        )
+
+
+def pipeline(**changes):
+    return Pipeline(**{"dataset": Clouds(), "settings": SETTINGS, "seed": 7, **changes})
+
+
+def contents(steps, number):
+    """Per step and shard: the scenes' names and the sum of their features (so augmentation counts)."""
+    found = []
+    for _ in range(number):
+        step = next(steps)
+        found.append([[(scene.name, float(scene.feats.sum())) for scene in scenes] for scenes in step.scenes])
+    return found
+
+
+def run(positions=None, number=12, **changes):
+    p = pipeline(**changes)
+    return contents(p.steps(CAPACITIES, p.sample(4)[0], positions), number)
+
+
+def test_processes_see_the_streams_of_their_shards():
+    """Four shards on one process, on two, on four: shard by shard the same packs."""
+    together = run(num_shards=4, shards=range(4))
+    for shards in ([0, 1], [2, 3], [1], [3]):
+        apart = run(num_shards=4, shards=shards)
+        assert [[step[i] for i in shards] for step in together] == apart
+
+
+def test_workers_do_not_change_the_order():
+    plain = run(dataset=Clouds(bad=(3,)))
+    assert run(dataset=Clouds(bad=(3,)), num_workers=2) == plain
+    assert run(dataset=Clouds(bad=(3,)), num_workers=3) == plain
+
+
+def test_every_epoch_has_every_frame_once_in_another_order():
+    p = pipeline()
+    names = [p.order()[i].name for i in range(46)]
+    first, second = names[:23], names[23:]
+    assert sorted(first) == sorted(second) == sorted({f"clouds/{i}" for i in range(23)})
+    assert first != second
+
+
+def test_augmentation_differs_between_epochs():
+    p = pipeline()
+    frames = {}
+    for i in range(46):
+        scene = p.order()[i]
+        frames.setdefault(scene.name, []).append(scene.feats)
+    assert all(a.shape != b.shape or not np.array_equal(a, b) for a, b in frames.values())
+
+
+@pytest.mark.parametrize("stop", [1, 5, 9])
+def test_resume_is_exact(stop):
+    """In the middle of an epoch, with a carried-over scene and bad frames, whatever the number of workers."""
+    dataset = Clouds(bad=(5,))
+    whole = run(dataset=dataset, num_shards=2, shards=range(2))
+    p = pipeline(dataset=dataset, num_shards=2, shards=range(2))
+    steps = p.steps(CAPACITIES, p.sample(4)[0])
+    for _ in range(stop):
+        positions = next(steps).positions
+    resumed = run(positions.tolist(), 12 - stop, dataset=dataset, num_shards=2, shards=range(2), num_workers=2)
+    assert resumed == whole[stop:]
+
+
+def test_a_bad_frame_is_dropped_named_and_counted(caplog):
+    p = pipeline(dataset=Clouds(bad=(3,)))
+    steps = p.steps(CAPACITIES, p.sample(4)[0])
+    with caplog.at_level("WARNING", logger="absl"):
+        items = [next(steps) for _ in range(12)]
+    names = [scene.name for item in items for scenes in item.scenes for scene in scenes]
+    assert "clouds/3" not in names
+    assert items[-1].bad_frames == 1
+    assert sum("clouds/3: cannot be read" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_more_than_one_percent_of_bad_frames_stops():
+    with pytest.raises(InputError, match=r"2 of 23 frames are bad, more than 1 %"):
+        run(dataset=Clouds(bad=(3, 8)))
+
+
+def test_nothing_usable_at_the_beginning_is_said():
+    with pytest.raises(InputError, match="cannot be read"):
+        pipeline(dataset=Clouds(4, bad=(0, 1, 2, 3))).sample()
+    with pytest.raises(InputError, match="no frame"):
+        pipeline(dataset=Clouds(0))
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 8])
+def test_evaluation_sees_every_frame_once_and_ends(num_shards):
+    p = pipeline(epochs=1, num_shards=num_shards, shards=range(num_shards))
+    names, empty = [], 0
+    for step in p.steps(CAPACITIES, p.sample(4)[0]):
+        if step.num_scenes == 0:
+            break
+        names += [scene.name for scenes in step.scenes for scene in scenes]
+        empty += sum(not scenes for scenes in step.scenes)
+        assert step.batch.feats.shape[0] == num_shards
+    assert sorted(names) == sorted(f"clouds/{i}" for i in range(23))
+
+
+def test_an_exact_number_of_scenes_a_step():
+    p = pipeline(scenes_per_step=4, num_shards=2, shards=range(2))
+    steps = p.steps(CAPACITIES, p.sample(4)[0])
+    assert [next(steps).num_scenes for _ in range(5)] == [4] * 5
+    with pytest.raises(InputError, match=r"scenes_per_step = 5 does not divide among 2"):
+        pipeline(scenes_per_step=5, num_shards=2, shards=range(2))
+
+
+def test_prefetch_keeps_order_and_passes_errors_on():
+    def items():
+        yield from range(5)
+        raise InputError("over")
+
+    seen = []
+    with pytest.raises(InputError, match="over"):
+        for item in prefetch(items(), 3):
+            seen.append(item)
+    assert seen == [0, 1, 2, 3, 4]
+    assert list(prefetch(iter(range(4)), 2)) == [0, 1, 2, 3]
