@@ -1,6 +1,6 @@
 """The demo, on generated streets, with nothing to download: distil, probe, compare with full supervision.
 
-    python -m scalr_jax.main --config=configs/demo.py --workdir=runs/demo
+python -m scalr_jax.main --config=configs/demo.py --workdir=runs/demo
 """
 
 from scalr_jax import config as defaults

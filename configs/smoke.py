@@ -1,6 +1,6 @@
 """The smallest distillation, on generated streets: 20 steps in well under a minute on 2 cores, start-up included.
 
-    python -m scalr_jax.main --config=configs/smoke.py --workdir=runs/smoke
+python -m scalr_jax.main --config=configs/smoke.py --workdir=runs/smoke
 """
 
 from scalr_jax import config as defaults

@@ -1,11 +1,11 @@
 """The demo: does distillation from images teach a lidar network anything? Measured on streets it has not seen.
 
-    (a) a linear probe on the student with random weights (its batch norms have seen the data)
-    (b) the same probe on the distilled student, frozen
-    (c) the same student trained with full supervision, for as many steps as distillation and probe together,
-        best of several learning rates
+(a) a linear probe on the student with random weights (its batch norms have seen the data)
+(b) the same probe on the distilled student, frozen
+(c) the same student trained with full supervision, for as many steps as distillation and probe together,
+    best of several learning rates
 
-    gap_closed = (b - a) / (c - a)
+gap_closed = (b - a) / (c - a)
 """
 
 from __future__ import annotations

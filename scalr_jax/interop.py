@@ -30,7 +30,7 @@ class Weight(NamedTuple):
 
     ours: str  # path below "params" or "batch_stats"
     theirs: str
-    layout: str  # "same", "linear" ([out, in, 1...] -> [in, out]), "depthwise" ([C, 1, 3, 3] -> [9, C]), "flat" ([C, ...] -> [C])
+    layout: str  # same, linear ([out, in, 1...] -> [in, out]), depthwise ([C, 1, 3, 3] -> [9, C]), flat ([C, 1, 1] -> [C])
     stats: bool = False
 
 

@@ -143,7 +143,7 @@ def load_dinov2(path: str | Path, *, num_heads: int | None = None) -> tuple[vit.
       InputError: not a readable checkpoint, no ViT, heads that the file does not say, or weights that are missing,
         unknown or of another shape: all are listed, with both shapes.
     """
-    weights = _weights(torch_file.read(path), path)
+    weights = _weights(torch_file.read_weights_file(path), path)
     chosen = {target: _choose(alternatives, weights) for target, alternatives in _layout(weights).items()}
     config = _config(weights, chosen, num_heads, path)
     shapes = jax.eval_shape(lambda: vit.init(config, jax.random.key(0), (config.patch_size, config.patch_size)))

@@ -1,7 +1,7 @@
 """The losses. Rows are points; `mask` says which count; masked rows may hold anything and get zero gradient.
 
-    distillation: mean over pairs of || p/|p| - q/|q| ||_2   (ScaLR, equation 1: not squared)
-    segmentation: cross-entropy + Lovasz-softmax over the classes present (Berman et al., CVPR 2018)
+distillation: mean over pairs of || p/|p| - q/|q| ||_2   (ScaLR, equation 1: not squared)
+segmentation: cross-entropy + Lovasz-softmax over the classes present (Berman et al., CVPR 2018)
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def make_schedule(config: Any, total: float) -> Callable[[Array], Array]:
         return lambda t: peak * warmup_cosine(t, warmup=warmup, total=total, final=final)
     if config.schedule == "rsqrt":
         cooldown, timescale = config.cooldown_start_share * total, config.timescale_share * total
-        return lambda t: peak * warmup_rsqrt_cooldown(
-            t, warmup=warmup, cooldown=cooldown, timescale=timescale, total=total
+        return lambda t: (
+            peak * warmup_rsqrt_cooldown(t, warmup=warmup, cooldown=cooldown, timescale=timescale, total=total)
         )
     if config.schedule == "constant":
         return lambda t: peak * jnp.ones_like(t)

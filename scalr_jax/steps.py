@@ -1,8 +1,8 @@
 """The pure steps: arrays in, arrays out. No config, file or writer in here.
 
-    distill:  step(state, teacher, batch) -> (state, metrics)
-    segment:  step(state, batch) -> (state, metrics)
-    predict:  step(variables, batch) -> logits or features [D, P, C]
+distill:  step(state, teacher, batch) -> (state, metrics)
+segment:  step(state, batch) -> (state, metrics)
+predict:  step(variables, batch) -> logits or features [D, P, C]
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ _KINDS = {
 }
 
 
-def read(path: str | Path) -> dict:
+def read_weights_file(path: str | Path) -> dict:
     """The contents of a checkpoint: nested dicts with NumPy arrays (read-only) for tensors, plain Python for the rest.
 
     Args:
@@ -268,7 +268,7 @@ def _scalar(dtype: Any, data: Any) -> bool | int | float:
     return np.frombuffer(data, "<" + code)[0].item()
 
 
-def write(path: str | Path, contents: dict) -> None:
+def write_torch_file(path: str | Path, contents: dict) -> None:
     """Writes a `.pth` that `torch.load(path, weights_only=True)` takes, without PyTorch.
 
     Args:

@@ -105,9 +105,7 @@ def train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
     step = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
     # Resume, or begin.
-    writer = MetricWriter(
-        workdir, num_steps=config.num_steps, active=jax.process_index() == 0, label=task.label
-    )
+    writer = MetricWriter(workdir, num_steps=config.num_steps, active=jax.process_index() == 0, label=task.label)
     checkpoints = Checkpoints(
         workdir / "checkpoints", every=config.checkpoint_every_steps, keep=config.keep_checkpoints
     )
@@ -195,7 +193,9 @@ def _start_from(state: TrainState, initial: dict, shardings: Any) -> TrainState:
     statistics = {**state.batch_stats, **{k: v for k, v in initial["batch_stats"].items() if k != "head"}}
     given, wanted = (jax.tree.map(jnp.shape, tree) for tree in (params, state.params))
     if given != wanted:
-        raise InputError("the checkpoint's backbone has other shapes than config.model; give the model it was made with")
+        raise InputError(
+            "the checkpoint's backbone has other shapes than config.model; give the model it was made with"
+        )
     return jax.device_put(state.replace(params=params, batch_stats=statistics), shardings)
 
 

@@ -129,7 +129,9 @@ def test_neighbor_max_equals_its_reference(seed):
 def test_gradients_are_deterministic():
     plane = packed_plane(([1, 1, 1, 2, 7], [7, 7, 0]))
     rng = np.random.default_rng(0)
-    arguments = [rng.normal(size=s).astype(np.float32) for s in ((POINTS, CHANNELS), (9, CHANNELS), (CHANNELS,), (9, CHANNELS))]
+    arguments = [
+        rng.normal(size=s).astype(np.float32) for s in ((POINTS, CHANNELS), (9, CHANNELS), (CHANNELS,), (9, CHANNELS))
+    ]
     runs = [GRADIENTS[0](arguments[0], plane, *arguments[1:]) for _ in range(3)]
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):

@@ -118,7 +118,7 @@ def highest():
 def test_published_features(golden, tmp_path):
     arrays = golden("teacher_vit")
     weights = {name.removeprefix("param/"): value for name, value in arrays.items() if name.startswith("param/")}
-    torch_file.write(tmp_path / "teacher.pth", weights)
+    torch_file.write_torch_file(tmp_path / "teacher.pth", weights)
     config, params = load_dinov2(tmp_path / "teacher.pth", num_heads=3)
     assert config == vit.ViTConfig(width=48, depth=4, num_heads=3, hidden=192, position_grid=(9, 9))
     images = arrays["image"].transpose(0, 2, 3, 1)
@@ -144,7 +144,7 @@ def test_every_kind_from_every_project(kind, tmp_path):
     """Three files of one model: the same parameters, and the features of a ViT in plain NumPy."""
     num_heads, interpolations = CASES[kind]
     weights = numpy_vit.random_weights(kind)
-    torch_file.write(tmp_path / "meta.pth", weights)
+    torch_file.write_torch_file(tmp_path / "meta.pth", weights)
     safetensors.numpy.save_file(to_timm(weights, kind), tmp_path / "timm.safetensors")
     names = ["meta.pth", "timm.safetensors"]
     if kind != "dino":
@@ -166,7 +166,7 @@ def test_every_kind_from_every_project(kind, tmp_path):
 @pytest.mark.parametrize("interpolation", ["size", "antialias"])
 def test_other_interpolations(interpolation, tmp_path):
     weights = numpy_vit.random_weights("dinov2")
-    torch_file.write(tmp_path / "meta.pth", weights)
+    torch_file.write_torch_file(tmp_path / "meta.pth", weights)
     config, params = load_dinov2(tmp_path / "meta.pth")
     config = dataclasses.replace(config, position_interpolation=interpolation)
     expected, _ = numpy_vit.forward(weights, make_images("dinov2"), num_heads=2, interpolation=interpolation)
@@ -175,10 +175,10 @@ def test_other_interpolations(interpolation, tmp_path):
 
 def test_periods_are_the_files_or_computed(tmp_path):
     weights = numpy_vit.random_weights("dinov3")
-    torch_file.write(tmp_path / "meta.pth", weights)
+    torch_file.write_torch_file(tmp_path / "meta.pth", weights)
     config, _ = load_dinov2(tmp_path / "meta.pth")
     assert config.num_heads == 2
-    np.testing.assert_array_equal(np.float32(config.rotary_periods), weights["rope_embed.periods"])
+    np.testing.assert_array_equal(np.array(config.rotary_periods, np.float32), weights["rope_embed.periods"])
     safetensors.numpy.save_file(to_timm(weights, "dinov3"), tmp_path / "timm.safetensors")
     assert load_dinov2(tmp_path / "timm.safetensors")[0].rotary_periods == ()
 
@@ -186,15 +186,17 @@ def test_periods_are_the_files_or_computed(tmp_path):
 def test_inside_larger_files(tmp_path):
     """A training checkpoint with a prefix, chunks of blocks and heads; half precision."""
     weights = numpy_vit.random_weights("dinov2")
-    torch_file.write(tmp_path / "plain.pth", weights)
+    torch_file.write_torch_file(tmp_path / "plain.pth", weights)
     inside = {f"module.backbone.{name.replace('blocks.', 'blocks.0.')}": value for name, value in weights.items()}
     teacher = {**inside, "module.dino_head.mlp.0.weight": np.zeros((3, 3), np.float32)}
-    torch_file.write(tmp_path / "training.pth", {"teacher": teacher, "epoch": 3})
+    torch_file.write_torch_file(tmp_path / "training.pth", {"teacher": teacher, "epoch": 3})
     config, params = load_dinov2(tmp_path / "plain.pth")
     other, same = load_dinov2(tmp_path / "training.pth")
     assert other == config
     jax.tree.map(np.testing.assert_array_equal, same, params)
-    torch_file.write(tmp_path / "half.pth", {name: value.astype(np.float16) for name, value in weights.items()})
+    torch_file.write_torch_file(
+        tmp_path / "half.pth", {name: value.astype(np.float16) for name, value in weights.items()}
+    )
     _, rounded = load_dinov2(tmp_path / "half.pth")
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float16)), rounded["blocks"], params["blocks"]
@@ -202,7 +204,7 @@ def test_inside_larger_files(tmp_path):
 
 
 def refusal(path, weights, **options):
-    torch_file.write(path, weights)
+    torch_file.write_torch_file(path, weights)
     with pytest.raises(InputError) as error:
         load_dinov2(path, **options)
     text = str(error.value)

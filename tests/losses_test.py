@@ -38,11 +38,11 @@ def test_padding_does_not_touch_the_distillation_loss_or_its_gradient():
 
 def test_best_constant_is_the_best():
     rng = np.random.default_rng(0)
-    q = (rng.normal(size=(300, 5)) + [2, 0, 0, 1, 0]).astype(np.float32)
+    q = (rng.normal(size=(300, 5)) + np.array([2, 0, 0, 1, 0])).astype(np.float32)
     mask = np.arange(300) < 250
     best = losses.best_constant(q, mask, iterations=20)
     np.testing.assert_allclose(losses.best_constant(q, mask), best, rtol=1e-3)
-    for constant in rng.normal(size=(200, 5)) * 0.3 + [2, 0, 0, 1, 0]:
+    for constant in rng.normal(size=(200, 5)) * 0.3 + np.array([2, 0, 0, 1, 0]):
         assert losses.distillation(np.broadcast_to(constant.astype(np.float32), q.shape), q, mask) >= best - 1e-6
 
 

@@ -52,7 +52,7 @@ def random_weights(kind, *, width=128, depth=2, hidden=96, table=5, seed=0):
     weights |= {f"{name}.weight": normal(*shape) for name, shape in sizes.items()}
     weights |= {f"{name}.bias": normal(shape[0]) / 5 for name, shape in sizes.items()}
     for name in [name for name in weights if name.endswith("qkv.bias") and kind.startswith("dinov3")]:
-        weights[name + "_mask"] = np.repeat(np.float32([1, 0, 1]), width)
+        weights[name + "_mask"] = np.repeat(np.array([1, 0, 1], np.float32), width)
         if kind == "dinov3_7b":
             del weights[name], weights[name + "_mask"]
     weights |= {"norm.weight": 1 + normal(width) / 5, "norm.bias": normal(width) / 5}

@@ -1,5 +1,7 @@
 """Packing then unpacking returns the scenes; nothing is dropped; the order is kept."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,9 +21,18 @@ def unpack(batch, capacities):
         rows = np.flatnonzero(batch.scene == s)
         if not len(rows):
             continue
-        positions = [plane.grid_index[plane.cell[rows]] - s * h * w for plane, (h, w) in zip(batch.planes, GRIDS, strict=True)]
+        positions = [
+            plane.grid_index[plane.cell[rows]] - s * h * w for plane, (h, w) in zip(batch.planes, GRIDS, strict=True)
+        ]
         scenes.append(
-            (batch.feats[rows], batch.neighbors[rows] - rows[0], positions, batch.labels[rows], batch.pixels[rows], batch.images[s])
+            (
+                batch.feats[rows],
+                batch.neighbors[rows] - rows[0],
+                positions,
+                batch.labels[rows],
+                batch.pixels[rows],
+                batch.images[s],
+            )
         )
     return scenes
 
@@ -55,7 +66,7 @@ def test_greedy_packing_keeps_order_and_drops_nothing(counts):
     scenes = [random_scene(i, count, index=2 * i) for i, count in enumerate(counts)]
     packs = list(pack_stream(iter(scenes), capacities))
     assert [scene.index for pack in packs for scene in pack.scenes] == [scene.index for scene in scenes]
-    for pack, following in zip(packs, packs[1:], strict=False):
+    for pack, following in itertools.pairwise(packs):
         assert pack.next_index == following.scenes[0].index
         joined = [*pack.scenes, following.scenes[0]]
         assert len(joined) > 3 or sum(len(scene.feats) for scene in joined) > 150

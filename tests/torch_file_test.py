@@ -50,7 +50,7 @@ def assert_same(ours, theirs):
 def message(path):
     """The sentence with which `path` is refused; it begins with the file's name."""
     with pytest.raises(InputError) as error:
-        torch_file.read(path)
+        torch_file.read_weights_file(path)
     text = str(error.value)
     assert text.startswith(str(path))
     assert "\n" not in text
@@ -60,7 +60,7 @@ def message(path):
 def outcome(path):
     """The sentence with which `path` is refused, or its name."""
     try:
-        torch_file.read(path)
+        torch_file.read_weights_file(path)
     except InputError as error:
         return str(error)
     return str(path)
@@ -91,14 +91,14 @@ def tensor_pickle(*, size=6, offset=0, shape=(2, 3), strides=(3, 1), storage="Fl
 
 
 def test_what_is_written_is_read(tmp_path):
-    torch_file.write(tmp_path / "a.pth", CONTENTS)
-    assert_same(torch_file.read(tmp_path / "a.pth"), CONTENTS)
-    torch_file.write(tmp_path / "b.pth", CONTENTS)
+    torch_file.write_torch_file(tmp_path / "a.pth", CONTENTS)
+    assert_same(torch_file.read_weights_file(tmp_path / "a.pth"), CONTENTS)
+    torch_file.write_torch_file(tmp_path / "b.pth", CONTENTS)
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
 
 
 def test_files_written_by_pytorch(golden):
-    contents = torch_file.read(GOLDEN / "student_scalr_ckpt.pth")
+    contents = torch_file.read_weights_file(GOLDEN / "student_scalr_ckpt.pth")
     weights = golden("student_scalr_full")
     assert contents["epoch"] >= 0
     for name, value in contents["model_point"].items():
@@ -108,7 +108,7 @@ def test_files_written_by_pytorch(golden):
 def test_safetensors(tmp_path):
     arrays = {name: value for name, value in CONTENTS["net"].items() if value.ndim}
     safetensors.numpy.save_file(arrays, tmp_path / "a.safetensors")
-    contents = torch_file.read(tmp_path / "a.safetensors")
+    contents = torch_file.read_weights_file(tmp_path / "a.safetensors")
     assert_same({name: contents[name] for name in arrays}, arrays)
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes((tmp_path / "a.safetensors").read_bytes()[:-3])
@@ -124,7 +124,7 @@ def test_leftovers_of_training(tmp_path):
         "ordered": collections.OrderedDict(a=1),
         "counter": collections.Counter({"c": 3}),
     }
-    contents = torch_file.read(write_zip(tmp_path / "a.pth", pickle.dumps(leftovers, protocol=2)))
+    contents = torch_file.read_weights_file(write_zip(tmp_path / "a.pth", pickle.dumps(leftovers, protocol=2)))
     plain = {"rate": 0.25, "step": 3, "arguments": {"lr": 0.1, "name": "run"}, "ordered": {"a": 1}, "counter": {"c": 3}}
     assert_same(contents, plain)
     deque = pickle.dumps({"x": collections.deque([1])}, protocol=2)
@@ -136,7 +136,7 @@ def test_views_of_a_storage(tmp_path):
 
     def read(**view):
         path = write_zip(tmp_path / "a.pth", tensor_pickle(size=12, **view), [data.tobytes()])
-        return torch_file.read(path)["x"]
+        return torch_file.read_weights_file(path)["x"]
 
     np.testing.assert_array_equal(read(shape=(3, 2), strides=(1, 3)), data[:6].reshape(2, 3).T)
     np.testing.assert_array_equal(read(offset=4, shape=(4,), strides=(2,)), data[4:12:2])
@@ -205,8 +205,8 @@ def test_a_pickle_cannot_change_the_reader(tmp_path):
         path = write_zip(tmp_path / "a.pth", pickled)
         assert outcome(path).startswith(str(path))
         assert torch_file._STAND_INS["FloatStorage"].kind == "FloatStorage"
-    torch_file.write(tmp_path / "b.pth", CONTENTS)
-    assert_same(torch_file.read(tmp_path / "b.pth"), CONTENTS)
+    torch_file.write_torch_file(tmp_path / "b.pth", CONTENTS)
+    assert_same(torch_file.read_weights_file(tmp_path / "b.pth"), CONTENTS)
 
 
 def test_not_a_checkpoint(tmp_path):
@@ -238,13 +238,13 @@ def test_bombs(tmp_path):
     shared: list = []
     for _ in range(60):  # 2^60 lists when written out, 60 when not
         shared = [shared, shared]
-    assert torch_file.read(write_zip(tmp_path / "d.pth", pickle.dumps({"x": shared}, protocol=2)))
+    assert torch_file.read_weights_file(write_zip(tmp_path / "d.pth", pickle.dumps({"x": shared}, protocol=2)))
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     path = tmp_path_factory.mktemp("damaged") / "whole.pth"
-    torch_file.write(path, CONTENTS)
+    torch_file.write_torch_file(path, CONTENTS)
     return path
 
 
@@ -266,19 +266,19 @@ def test_damaged_files_are_refused_in_one_sentence(written, data):
 
 def test_dtypes_without_a_storage_are_refused(tmp_path):
     with pytest.raises(ValueError, match="dtype complex64 cannot be written"):
-        torch_file.write(tmp_path / "a.pth", {"x": np.zeros(2, np.complex64)})
+        torch_file.write_torch_file(tmp_path / "a.pth", {"x": np.zeros(2, np.complex64)})
 
 
 @pytest.mark.torch
 def test_pytorch_reads_what_is_written_and_the_other_way(tmp_path):
     torch = pytest.importorskip("torch")
-    torch_file.write(tmp_path / "ours.pth", CONTENTS)
+    torch_file.write_torch_file(tmp_path / "ours.pth", CONTENTS)
     contents = torch.load(tmp_path / "ours.pth", weights_only=True)
     assert contents["rates"] == CONTENTS["rates"]
     for name, array in CONTENTS["net"].items():
         assert contents["net"][name].float().tolist() == array.astype(np.float32).tolist()
     model = torch.nn.Linear(3, 2)
     torch.save({"net": model.state_dict(), "view": torch.arange(12.0).view(3, 4).T[1:]}, tmp_path / "theirs.pth")
-    contents = torch_file.read(tmp_path / "theirs.pth")
+    contents = torch_file.read_weights_file(tmp_path / "theirs.pth")
     np.testing.assert_array_equal(contents["net"]["weight"], model.weight.detach().numpy())
     np.testing.assert_array_equal(contents["view"], np.arange(12.0).reshape(3, 4).T[1:])

@@ -133,7 +133,10 @@ def test_a_distillation_scene_pairs_visible_points_with_their_pixels():
 
 
 def test_the_same_rng_gives_the_same_scene():
-    scenes = [transforms.make_scene(frame(), 0, (0.0, 1.0), settings_of("distill"), np.random.default_rng(5)) for _ in "ab"]
+    def build():
+        return transforms.make_scene(frame(), 0, (0.0, 1.0), settings_of("distill"), np.random.default_rng(5))
+
+    scenes = [build(), build()]
     np.testing.assert_array_equal(scenes[0].feats, scenes[1].feats)
     np.testing.assert_array_equal(scenes[0].neighbors, scenes[1].neighbors)
 

@@ -106,7 +106,7 @@ class Streets:
         for done, index in enumerate(missing, 1):
             seed = split_seed(self.split, index, self.seed)
             scene = street_sensors.render(seed, self.sensor(index), self.image_size)
-            _write(self.path(index), {field: getattr(scene, field) for field in FIELDS})
+            write_arrays(self.path(index), {field: getattr(scene, field) for field in FIELDS})
             now = time.monotonic()
             if progress and (now - said > PROGRESS_SECONDS or done == len(missing)):
                 progress(f"streets: {self.split} {done}/{len(missing)} rendered, {(now - start) / done:.2f} s a scene")
@@ -139,7 +139,7 @@ class Streets:
         )
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes an uncompressed npz so that `path` is either absent or whole."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".npz")
     try:

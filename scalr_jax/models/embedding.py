@@ -1,4 +1,4 @@
-"""Point embedding (WaffleIron, section 3.3): final([linear(norm(f)), max over neighbours of MLP(norm(f_j) - norm(f_i))]).
+"""Point embedding (WaffleIron, section 3.3): final([linear(n_i), max over neighbours j of MLP(n_j - n_i)]), n = norm(f).
 
 With the published order of layers, everything before the ReLU of the neighbourhood branch is affine in the raw
 offsets r = feats[neighbour] - feats[centre]:

@@ -68,7 +68,7 @@ class ViTConfig:
             raise ValueError(f"rotary positions need heads of a multiple of 4 channels, not {self.head_dim}")
 
 
-def features(vit_config: ViTConfig, params: Any, images: Array, *, which: str = "x_pre_norm") -> Array:
+def features(vit_config: ViTConfig, params: Any, images: Array | np.ndarray, *, which: str = "x_pre_norm") -> Array:
     """Tokens of the last block, float32 [B, 1 + registers + th * tw, C]: CLS, registers, patches row by row.
 
     Args:
@@ -138,7 +138,7 @@ class Norm(nn.Module):
         return nn.LayerNorm(self.eps, dtype=jnp.float32, use_fast_variance=False, name="layer")(x)
 
 
-def rotate(x: Array, angles: np.ndarray) -> Array:
+def rotate(x: Array | np.ndarray, angles: np.ndarray) -> Array:
     """Rotary positions (Su et al., "RoFormer"): the last T tokens of x [B, tokens, heads, d] turn by angles [T, d/2].
 
     The pair (x_i, x_{i + d/2}) turns by angle i. CLS and registers come first and keep their place.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -29,7 +30,9 @@ def _corners(pixel: Array, num_tokens: int, num_pixels: int) -> tuple[Array, Arr
     return before, after, (position - before * (num_pixels - 1)).astype(jnp.float32) / (num_pixels - 1)
 
 
-def sample_tokens(tokens: Array, image_index: Array, pixels: Array, image_size: tuple[int, int]) -> Array:
+def sample_tokens(
+    tokens: Array | np.ndarray, image_index: Array | np.ndarray, pixels: Array | np.ndarray, image_size: tuple[int, int]
+) -> Array:
     """Bilinear samples of the token grid at pixels, with aligned corners: [P, C] in the tokens' dtype.
 
     Equals upsampling [B, th, tw, C] to `image_size` (`align_corners=True` in PyTorch) and reading the pixels.
@@ -41,11 +44,11 @@ def sample_tokens(tokens: Array, image_index: Array, pixels: Array, image_size: 
       image_size: (h, w) in pixels.
     """
     batch, rows, columns, channels = tokens.shape
-    valid = image_index < batch
+    valid = jnp.asarray(image_index) < batch
     pixels = jnp.where(valid[:, None], pixels, 0).astype(jnp.int32)
     top, bottom, down = _corners(pixels[:, 0], rows, image_size[0])
     left, right, along = _corners(pixels[:, 1], columns, image_size[1])
-    table = tokens.reshape(batch * rows * columns, channels)
+    table = jnp.asarray(tokens).reshape(batch * rows * columns, channels)
     image = jnp.where(valid, image_index, 0)
     out = jnp.zeros((len(pixels), channels), jnp.float32)
     for row, row_weight in ((top, 1 - down), (bottom, down)):

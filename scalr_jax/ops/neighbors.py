@@ -31,9 +31,7 @@ def _forward(offsets: Array, matrix: Array, bias: Array, kernel: Array) -> tuple
     def visit(carry, inputs):
         best, winner = carry
         k, offset = inputs
-        value = jnp.matmul(
-            _hidden(offset, matrix, bias, kernel.dtype), kernel, preferred_element_type=jnp.float32
-        )
+        value = jnp.matmul(_hidden(offset, matrix, bias, kernel.dtype), kernel, preferred_element_type=jnp.float32)
         better = value > best
         return (jnp.where(better, value, best), jnp.where(better, k, winner)), None
 
