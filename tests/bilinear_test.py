@@ -24,23 +24,19 @@ def upsample(tokens, image_size):
     return out
 
 
-sizes = st.integers(1, 7)
-
-
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    batch=st.integers(1, 3),
-    grid=st.tuples(sizes, sizes),
-    patch=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    num_pairs=st.integers(0, 12),
+    batch=st.sampled_from([1, 3]),
+    grid=st.sampled_from([(1, 1), (4, 1), (2, 3), (7, 5)]),  # few shapes: each is a compilation
+    patch=st.tuples(st.integers(1, 16), st.integers(1, 16)),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_equals_reading_the_upsampled_map(batch, grid, patch, num_pairs, seed):
+def test_equals_reading_the_upsampled_map(batch, grid, patch, seed):
     rng = np.random.default_rng(seed)
     image_size = (grid[0] * patch[0], grid[1] * patch[1])
     tokens = rng.normal(size=(batch, *grid, 3)).astype(np.float32)
-    image = rng.integers(0, batch + 1, num_pairs)  # `batch` is padding
-    pixels = rng.integers(0, image_size, (num_pairs, 2))
+    image = rng.integers(0, batch + 1, 12)  # `batch` is padding
+    pixels = rng.integers(0, image_size, (12, 2))
     full = np.concatenate([upsample(tokens, image_size), np.zeros((1, *image_size, 3))])
     out = sample_tokens(tokens, image, pixels, image_size)
     np.testing.assert_allclose(out, full[image, pixels[:, 0], pixels[:, 1]], atol=1e-5)
