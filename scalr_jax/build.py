@@ -65,7 +65,7 @@ def make_settings(config: Any, *, task: str, train: bool) -> SceneSettings:
         task=task,
         train=train,
         field_of_view=(tuple(low), tuple(high)),
-        grids=tuple(tuple(grid) for grid in model.grids),
+        grids=grids_of(config),
         num_neighbors=model.num_neighbors,
         voxel_size=data.voxel_size,
         max_points=data.max_points,
@@ -73,6 +73,11 @@ def make_settings(config: Any, *, task: str, train: bool) -> SceneSettings:
         antialias=data.antialias,
         augmentation=data.augmentation,
     )
+
+
+def grids_of(config: Any) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of each plane's grid."""
+    return tuple((int(h), int(w)) for h, w in config.model.grids)
 
 
 def compute_dtype(name: str) -> Any:
@@ -101,7 +106,7 @@ def make_student(config: Any, *, head: str, out_features: int, frozen_backbone: 
     return Student(
         channels=model.channels,
         depth=model.depth,
-        grids=tuple(tuple(grid) for grid in model.grids),
+        grids=grids_of(config),
         head=head,
         out_features=out_features,
         head_hidden=model.head_hidden if head == "distill" else 0,

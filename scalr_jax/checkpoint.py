@@ -10,9 +10,12 @@ from typing import Any
 
 import jax
 from absl import logging
-from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint import v1 as _orbax
 
 from scalr_jax.data.scenes import InputError
+
+
+ocp: Any = _orbax  # its annotations are narrower than what it takes
 
 
 class Checkpoints:

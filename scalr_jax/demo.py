@@ -196,9 +196,10 @@ def _features(apply: Any, variables: Any, scene: SceneView, config: Any) -> np.n
     """The student's output [N, C] for one scene alone."""
     from scalr_jax.data.packing import pack_shard
 
-    grids = tuple(tuple(grid) for grid in config.model.grids)
     capacities = derive_capacities([scene], points=config.data.points_per_shard, scenes=1)
-    batch = jax.tree.map(lambda x: jax.numpy.asarray(x)[None], pack_shard([scene], capacities, scene, grids))
+    batch = jax.tree.map(
+        lambda x: jax.numpy.asarray(x)[None], pack_shard([scene], capacities, scene, build.grids_of(config))
+    )
     return np.asarray(apply(variables, batch))[0, : len(scene.feats)]
 
 

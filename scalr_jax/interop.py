@@ -30,7 +30,9 @@ class Weight(NamedTuple):
 
     ours: str  # path below "params" or "batch_stats"
     theirs: str
-    layout: str  # same, linear ([out, in, 1...] -> [in, out]), depthwise ([C, 1, 3, 3] -> [9, C]), flat ([C, 1, 1] -> [C])
+    layout: (
+        str  # same, linear ([out, in, 1...] -> [in, out]), depthwise ([C, 1, 3, 3] -> [9, C]), flat ([C, 1, 1] -> [C])
+    )
     stats: bool = False
 
 
@@ -134,8 +136,8 @@ def _to_theirs(array: np.ndarray, entry: Weight) -> np.ndarray:
     return array.reshape(-1, 1, 1) if entry.layout == "flat" else array
 
 
-def infer_model(weights: Mapping[str, np.ndarray], activation: str | None, name: str) -> ml_collections.ConfigDict:
-    """The model config that names and shapes say; `InputError` when they do not say the activation."""
+def infer_model(weights: Mapping[str, np.ndarray], activation: str | None, name: str) -> Any:
+    """The model config (a ConfigDict) that names and shapes say; `InputError` when they do not say the activation."""
     if "embed.conv1.weight" not in weights:
         raise InputError(f"{name} holds no WaffleIron student (no embed.conv1.weight among its {len(weights)} weights)")
     model = get_config().model
@@ -220,7 +222,7 @@ def make_student(model: Mapping[str, Any], *, grids: Any = None, implementation:
     return Student(
         channels=model["channels"],
         depth=model["depth"],
-        grids=tuple(tuple(int(n) for n in grid) for grid in (model["grids"] if grids is None else grids)),
+        grids=tuple((int(h), int(w)) for h, w in (model["grids"] if grids is None else grids)),
         head=model["head"],
         out_features=model["out_features"],
         head_hidden=model["head_hidden"],
@@ -289,7 +291,7 @@ def _empty_batch(num_features: int, grids: Any) -> Batch:
 
 def published_batch(feat, cell_ind, occupied_cells, neighbors_emb, grids) -> Batch:
     """Published arrays (see `apply_published_layout`) as one packed shard of exactly their valid points."""
-    grids = [tuple(int(n) for n in grid) for grid in grids]
+    grids = [(int(h), int(w)) for h, w in grids]
     scenes = []
     for b in range(len(feat)):
         count = int(occupied_cells[b].sum())

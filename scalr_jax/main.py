@@ -94,7 +94,7 @@ def main(_: list[str]) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
         start_distributed()
-        run(CONFIG.value, Path(WORKDIR.value))
+        run(CONFIG.value, Path(WORKDIR.value or ""))
     except InputError as error:
         fail(one_sentence(error))
     except OSError as error:

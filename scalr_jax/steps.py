@@ -7,6 +7,7 @@ predict:  step(variables, batch) -> logits or features [D, P, C]
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,8 @@ def _update(state: TrainState, batch: Any, optimizer, learning_rate: Array, trai
         "scenes": num_scenes,
         **extra,
     }
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         step=state.step + 1,
         scenes_seen=state.scenes_seen + num_scenes,
         params={k: chosen.get(k, frozen.get(k)) for k in state.params},

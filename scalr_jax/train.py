@@ -7,6 +7,7 @@ scenes; (3) the state's shapes and shardings; (4) the newest readable checkpoint
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -196,7 +197,7 @@ def _start_from(state: TrainState, initial: dict, shardings: Any) -> TrainState:
         raise InputError(
             "the checkpoint's backbone has other shapes than config.model; give the model it was made with"
         )
-    return jax.device_put(state.replace(params=params, batch_stats=statistics), shardings)
+    return jax.device_put(dataclasses.replace(state, params=params, batch_stats=statistics), shardings)
 
 
 def _flat(config: dict, prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Schedules against the published numbers, and the optimiser against its formula."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -42,6 +44,8 @@ def test_adamw_decays_every_parameter():
     optimizer = optim.make_optimizer(config)
     params = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([3.0])}
     gradients = {"kernel": jnp.array([0.5, 0.1]), "bias": jnp.array([-1.0])}
+    updates: Any
+    theirs: Any
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     expected = optax.adamw(1.0, weight_decay=config.weight_decay)
     theirs, _ = expected.update(gradients, expected.init(params), params)

@@ -35,4 +35,6 @@ class Joined:
     def intensity(self, index: int) -> tuple[float, float]:
         """(mean, standard deviation) of the raw intensity of the sensor that made this frame."""
         dataset, local = self._find(index)
-        return dataset.intensity(local) if callable(dataset.intensity) else dataset.intensity
+        if callable(dataset.intensity):
+            return dataset.intensity(local)  # type: ignore[return-value]
+        return dataset.intensity

@@ -124,6 +124,7 @@ def pack_shard(scenes: Sequence[SceneView], capacities: Capacities, template: Sc
     if template.image is not None and template.pixels is not None:
         images = np.zeros((capacities.scenes, *template.image.shape), np.uint8)
         for i, scene in enumerate(scenes):
+            assert scene.image is not None, "a scene without an image among scenes with one"
             images[i] = scene.image
         batch = batch._replace(
             images=images, pixels=_filled([scene.pixels for scene in scenes], capacity, 0, template.pixels)

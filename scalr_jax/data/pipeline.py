@@ -88,8 +88,8 @@ class Pipeline:
                 f"data.scenes_per_step = {self.scenes_per_step} does not divide among {self.num_shards} data shards"
             )
 
-    def order(self) -> grain.MapDataset:
-        """The global order: element i is the scene at position i."""
+    def order(self) -> Any:
+        """The global order, a grain.MapDataset: element i is the scene at position i."""
         records = grain.MapDataset.range(len(self.dataset))
         if self.epochs is None:
             most = (2**31 - 1) // len(self.dataset)
@@ -167,7 +167,7 @@ class Pipeline:
                     )
 
 
-def _stack(shards: Sequence[Batch]) -> Batch:
+def _stack(shards: Sequence[Batch]) -> Any:
     """[...] a shard -> [D_local, ...], through nested tuples and None."""
 
     def stack(*leaves):

@@ -139,7 +139,7 @@ class WaffleIron(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, planes: tuple, scene: Array, num_scenes: int, *, train: bool) -> Array:
-        grids = tuple(tuple(grid) for grid in self.grids)
+        grids = tuple((h, w) for h, w in self.grids)
         layer = {
             "norm": self.norm,
             "activation": self.activation,
@@ -156,7 +156,7 @@ class WaffleIron(nn.Module):
                 group,
                 variable_axes={"params": 0, "batch_stats": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=nn.broadcast,
+                in_axes=nn.broadcast,  # type: ignore[arg-type]
                 length=num_groups,
             )
             x, _ = scanned(grids, name="groups", **settings)(x, planes, scene)
