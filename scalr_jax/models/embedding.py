@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.models.layers import BATCH_NORM_EPS, Linear, torch_uniform, unbiased, update_running
+from scalr_jax.models.layers import BATCH_NORM_EPS, Linear, per_shard, to_rows, torch_uniform, unbiased, update_running
 from scalr_jax.ops.neighbors import neighbor_max
 
 Array = jax.Array
@@ -56,7 +56,7 @@ def _moments(x: Array, mask: Array) -> tuple[Array, Array, Array]:
 
 
 class PointEmbedding(nn.Module):
-    """feats [D, P, F], neighbours [D, P, K], mask [D, P] -> [D, P, C] in `dtype`."""
+    """feats [D, P, F], neighbours [D, P, K], mask [D, P] -> [D * P, C] in `dtype`."""
 
     channels: int
     dtype: Any = jnp.float32
@@ -68,15 +68,13 @@ class PointEmbedding(nn.Module):
         mean, covariance, count = _moments(feats, mask) if train else (None, None, None)
         variance = jnp.diag(covariance) if covariance is not None else None
         scale, shift = _Statistics(num_features, name="norm")(mean, variance, count)
-        points = Linear(self.channels, dtype=self.dtype, name="point")(feats * scale + shift)  # [D, P, C]
+        points = Linear(self.channels, dtype=self.dtype, name="point")(to_rows(feats) * scale + shift)  # [D * P, C]
 
-        offsets = jax.vmap(lambda f, n: f[n] - f[:, None])(feats, neighbors)  # [D, P, K, F]
+        offsets = per_shard(lambda f, n: f[n] - f[:, None], feats, neighbors)  # [D, P, K, F]
         moments = _moments(offsets, mask[..., None]) if train else None
         matrix, bias = self._folded(scale, moments, num_features)
         kernel = self.param("neighbor_out", torch_uniform(self.channels), (self.channels, self.channels))
-        neighborhood = jax.vmap(neighbor_max, in_axes=(0, None, None, None))(
-            offsets, matrix, bias, kernel.astype(self.dtype)
-        )  # [D, P, C]
+        neighborhood = neighbor_max(to_rows(offsets), matrix, bias, kernel.astype(self.dtype))  # [D * P, C]
         return Linear(self.channels, dtype=self.dtype, name="final")(jnp.concatenate([points, neighborhood], -1))
 
     def _folded(self, scale: Array, moments, num_features: int) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Heads on the backbone's point features [D, P, C]: distillation (linear or MLP) and segmentation."""
+"""Heads on the backbone's point features [D * P, C]: distillation (linear or MLP) and segmentation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DistillationHead(nn.Module):
 
 
 class SegmentationHead(nn.Module):
-    """Batch norm and a zero-initialised linear layer (ScaLR, section 4): [D, P, C] -> logits [D, P, classes]."""
+    """Batch norm and a zero-initialised linear layer (ScaLR, section 4): rows [N, C] -> logits [N, classes]."""
 
     num_classes: int
 

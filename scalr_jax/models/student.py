@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from scalr_jax.models.embedding import PointEmbedding
 from scalr_jax.models.heads import DistillationHead, SegmentationHead
-from scalr_jax.models.layers import Linear
+from scalr_jax.models.layers import Linear, to_rows
 from scalr_jax.models.waffleiron import WaffleIron
 
 Array = jax.Array
@@ -39,7 +39,7 @@ class Student(nn.Module):
     def __call__(self, batch: Any, *, train: bool) -> Array:
         """batch: `scenes.Batch`. Returns [D, P, out_features] (or [D, P, C] for head "none"), float32."""
         num_scenes = batch.scene_points.shape[1]
-        mask = batch.scene < num_scenes
+        mask = batch.scene < num_scenes  # [D, P]
         backbone_train = train and not self.frozen_backbone
         embedding = PointEmbedding(self.channels, self.dtype, name="embedding")
         x = embedding(batch.feats, batch.neighbors, mask, train=backbone_train)
@@ -60,7 +60,7 @@ class Student(nn.Module):
         if self.head == "distill":
             x = DistillationHead(self.out_features, self.head_hidden, self.dtype, name="head")(x)
         elif self.head == "segment":
-            x = SegmentationHead(self.out_features, name="head")(x, mask, train=train)
+            x = SegmentationHead(self.out_features, name="head")(x, to_rows(mask), train=train)
         elif self.head == "linear":
             x = Linear(self.out_features, dtype=self.dtype, name="head")(x)
-        return x.astype(jnp.float32)
+        return x.astype(jnp.float32).reshape(*batch.scene.shape, -1)

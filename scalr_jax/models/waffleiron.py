@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.models.layers import Linear, Norm, torch_uniform
+from scalr_jax.models.layers import Linear, Norm, per_shard, to_rows, torch_uniform
 from scalr_jax.ops import cell_conv, cells
 
 Array = jax.Array
@@ -24,7 +24,7 @@ ACTIVATIONS = {"relu": jax.nn.relu, "gelu": lambda x: jax.nn.gelu(x, approximate
 
 
 class SpatialMix(nn.Module):
-    """[D, P, C] -> [D, P, C], what is added to the residual stream (before stochastic depth)."""
+    """x [D * P, C], plane [D, ...], mask [D * P] -> [D * P, C], what is added to the residual stream."""
 
     grid: tuple[int, int]
     norm: str
@@ -36,6 +36,7 @@ class SpatialMix(nn.Module):
     def __call__(self, x: Array, plane: Any, mask: Array, num_scenes: int, *, train: bool) -> Array:
         channels = x.shape[-1]
         x = Norm(self.norm, name="norm")(x, mask, train=train).astype(self.dtype)
+        x = x.reshape(plane.cell.shape[0], -1, channels)  # [D, P, C]
         init = torch_uniform(9)
         kernel1 = self.param("kernel_1", init, (9, channels))
         bias1 = self.param("bias_1", init, (channels,)).astype(self.dtype)
@@ -56,11 +57,11 @@ class SpatialMix(nn.Module):
             grid = (cell_conv.conv_dense(grid, kernel2) + bias2) * scale
             return cells.inflate_dense(grid, plane)
 
-        return jax.vmap(mix_dense if self.implementation == "dense" else mix_cells)(x, plane)
+        return to_rows(per_shard(mix_dense if self.implementation == "dense" else mix_cells, x, plane))
 
 
 class ChannelMix(nn.Module):
-    """[D, P, C] -> [D, P, C], what is added to the residual stream (before stochastic depth)."""
+    """x [D * P, C], mask [D * P] -> [D * P, C], what is added to the residual stream."""
 
     norm: str
     activation: str
@@ -76,16 +77,19 @@ class ChannelMix(nn.Module):
 
 
 def drop_scenes(module: nn.Module, branch: Array, scene: Array, num_scenes: int, rate: float, train: bool) -> Array:
-    """Stochastic depth: drop the whole branch of a scene with probability `rate`, scale the others by 1/(1 - rate)."""
+    """Stochastic depth: drop the whole branch of a scene with probability `rate`, scale the others by 1/(1 - rate).
+
+    branch [D * P, C], scene [D, P].
+    """
     if not train or rate == 0.0:
         return branch
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, (branch.shape[0], num_scenes + 1))
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, (scene.shape[0], num_scenes + 1))
     factor = jnp.take_along_axis(keep, scene, axis=1).astype(branch.dtype) / (1.0 - rate)  # [D, P]
-    return branch * factor[..., None]
+    return branch * factor.reshape(-1, 1)
 
 
 class Layer(nn.Module):
-    """One spatial and one channel mixing on one plane; the residual stream [D, P, C] is float32."""
+    """One spatial and one channel mixing on one plane; the residual stream [D * P, C] is float32."""
 
     grid: tuple[int, int]
     norm: str
@@ -96,7 +100,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, plane: Any, scene: Array, num_scenes: int, train: bool) -> Array:
-        mask = scene < num_scenes
+        mask = to_rows(scene < num_scenes)
         settings = {"norm": self.norm, "activation": self.activation, "dtype": self.dtype}
         spatial = SpatialMix(self.grid, implementation=self.implementation, name="spatial", **settings)
         branch = spatial(x, plane, mask, num_scenes, train=train)
@@ -123,7 +127,7 @@ class Group(nn.Module):
 
 
 class WaffleIron(nn.Module):
-    """x [D, P, C] -> [D, P, C]. `remat`: "none", "layer" or "group" (what is computed again in the backward pass).
+    """x [D * P, C], scene [D, P] -> [D * P, C]. `remat`: "none", "layer" or "group" (what is computed again in the backward pass).
 
     `implementation`: "cells" (occupied cells only), "dense" (the reference), "auto" (cells).
     """
