@@ -63,7 +63,8 @@ def load_teacher(path: str | Path) -> tuple[vit.ViTConfig, dict]:
     with safe_open(str(path), framework="numpy") as file:
         fields = json.loads(file.metadata()["vit_config"])
         flat = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    for name, value in fields.items():
+        fields[name] = tuple(value) if isinstance(value, list) else value
     return vit.ViTConfig(**fields), traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -95,7 +96,7 @@ def train_teacher(config: Any, workdir: Path) -> Path:
     scales = {name: float(getattr(views, name).std()) for name in CONTINUOUS}
 
     # The step.
-    schedule = make_schedule(config.optimizer, config.num_steps)
+    schedule: Any = make_schedule(config.optimizer, config.num_steps)
     adam = config.optimizer
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.teacher_training.max_gradient),
@@ -162,7 +163,7 @@ def loss(state: dict, vit_config: vit.ViTConfig, batch: Views, scales: dict, wei
     unit = normalize(sampled, jnp.ones(len(sampled), bool))
     parts = target_losses(state["heads"], unit, batch, scales)
     parts["mean"], parts["correlation"] = decorrelation(unit)
-    total = sum(weights[name] * value for name, value in parts.items())
+    total = sum((weights[name] * value for name, value in parts.items()), jnp.zeros(()))
     return total, {"loss": total, **parts}
 
 

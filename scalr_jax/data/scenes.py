@@ -28,7 +28,7 @@ class BadFrameError(Exception):
     """One frame that cannot be used (truncated scan, unreadable image, nothing in view). The message names the file."""
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Something the user gave is wrong. `main` prints the message as one sentence and exits with code 2."""
 
 

@@ -154,7 +154,7 @@ def cast(scene: Geometry, origin: jax.Array, direction: jax.Array) -> Hits:
         point=point,
         normal=jnp.where(on_ground, up, _normals(kind, unit, shape.half.T, shape.yaw)),
         unit=unit,
-        half=shape.half.T,
+        half=jnp.asarray(shape.half).T,
         label=jnp.where(on_ground, label, shape.label),
         material=jnp.where(on_ground, label, shape.material),
         instance=jnp.where(on_ground, patch, shape.instance),

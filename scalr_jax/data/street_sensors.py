@@ -7,6 +7,7 @@ below it. A pixel's centre has integer coordinates: column = f * right / depth +
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -135,8 +136,8 @@ def project(xyz: np.ndarray, camera: int, image_size: tuple[int, int]) -> tuple[
     return pixels, inside
 
 
-def photograph(street, camera, image_size, rotation, position, rng, targets) -> tuple[np.ndarray, dict | None]:
-    """The image [h, w, 3] uint8 of one camera and, when `targets`, what each pixel sees (`_targets`)."""
+def photograph(street, camera, image_size, rotation, position, rng) -> tuple[np.ndarray, Callable[[], dict]]:
+    """The image [h, w, 3] uint8 of one camera, and a function that says what each pixel sees (`_targets`)."""
     from scalr_jax.data import street_render
 
     h, w = image_size
@@ -156,9 +157,7 @@ def photograph(street, camera, image_size, rotation, position, rng, targets) -> 
     color = np.asarray(color).reshape(3, SUPERSAMPLE, h, SUPERSAMPLE, w).mean(axis=(1, 3)).transpose(1, 2, 0)
     color = color * rng.uniform(1.05, 1.4) * rng.normal(1.0, 0.02, 3) + rng.normal(0, 0.012, color.shape)
     image = (np.clip(color, 0, 1) * 255).round().astype(np.uint8)
-    if not targets:
-        return image, None
-    return image, _targets(street, hits, base, image_size, axes @ rotation.T, eye)
+    return image, lambda: _targets(street, hits, base, image_size, axes @ rotation.T, eye)
 
 
 def _weather(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -213,7 +212,7 @@ def render(
     camera = drawn if camera is None else camera
     if not 0 <= camera < model.num_cameras:
         raise ValueError(f"camera = {camera}: {sensor} has cameras 0 to {model.num_cameras - 1}")
-    image, seen = photograph(street, camera, image_size, rotation, position, rng, targets)
+    image, see = photograph(street, camera, image_size, rotation, position, rng)
     points, labels = scan(street, model, rotation, position, rng)
     pixels, visible = project(points[:, :3].astype(np.float64), camera, image_size)
-    return Rendered(points, labels, image, pixels.astype(np.float32), visible, camera, seen)
+    return Rendered(points, labels, image, pixels.astype(np.float32), visible, camera, see() if targets else None)

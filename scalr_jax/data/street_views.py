@@ -59,8 +59,8 @@ def _render_street(index: int, image_size: tuple[int, int], num_pixels: int, see
     rotation, position = street_sensors.pose(street, list(SENSORS.values())[index % len(SENSORS)], rng)
     views = []
     for camera in rng.permutation(6)[:CAMERAS_PER_STREET]:
-        image, seen = street_sensors.photograph(street, int(camera), image_size, rotation, position, rng, True)
-        views.append(_pick_pixels(image, seen, num_pixels, rng))
+        image, see = street_sensors.photograph(street, int(camera), image_size, rotation, position, rng)
+        views.append(_pick_pixels(image, see(), num_pixels, rng))
     return Views(*(np.stack(column) for column in zip(*views, strict=True)))
 
 

@@ -20,7 +20,7 @@ from scalr_jax.data.scenes import BadFrameError, Frame, InputError
 from scalr_jax.data.street_layout import CLASSES
 from scalr_jax.data.street_sensors import SENSORS
 
-VERSION = 1  # raise it whenever a rendered byte changes
+VERSION = 2  # raise it whenever a rendered byte changes
 SPLITS = ("train", "validation", "teacher")
 SCENES_PER_STREAM = 100_000  # index < this
 STREAMS_PER_SPLIT = 10_000_000  # seed < this
@@ -144,7 +144,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".npz")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
