@@ -1,0 +1,22 @@
+"""Distils image foundation models into lidar point-cloud backbones, in JAX.
+
+    model = scalr_jax.load("runs/demo/distill")
+    features = model.embed(points)
+
+Attributes are imported on first use: data workers import `scalr_jax.data` and must not start JAX.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scalr_jax.api import Model, load
+
+__all__ = ("Model", "load")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from scalr_jax import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'scalr_jax' has no attribute {name!r}")

@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.data.joined import Joined
+from scalr_jax.data.joined import EveryNth, Joined
 from scalr_jax.data.scenes import InputError
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.models.student import Student
+
+DATASETS = ("streets", "pandaset", "nuscenes", "semantic_kitti")
 
 
 def make_dataset(config: Any, split: str, *, cache: Path) -> Any:
@@ -20,13 +22,30 @@ def make_dataset(config: Any, split: str, *, cache: Path) -> Any:
     `cache`: where generated streets are rendered to when `data.root` is empty.
     """
     data = config.data
-    if data.dataset == "streets":
+    names = data.dataset.split("+")
+    if not 0 < data.label_fraction <= 1 or (data.label_fraction < 1 and config.task not in ("probe", "finetune")):
+        raise InputError(
+            f"data.label_fraction = {data.label_fraction} with task {config.task!r}: it is the share in (0, 1] of the "
+            "training frames whose labels a probe or fine-tuning uses, and 1 elsewhere"
+        )
+    if len(names) > 1 and config.task != "distill":
+        raise InputError(f"data.dataset = {data.dataset!r}: several datasets have several classes; give one of them")
+    roots = [Path(data.root) / name if len(names) > 1 and data.root else data.root for name in names]
+    datasets = [_make_one(config, split, name, root, cache) for name, root in zip(names, roots, strict=True)]
+    dataset = datasets[0] if len(datasets) == 1 else Joined(datasets)
+    if split == "train" and data.label_fraction < 1:
+        return EveryNth(dataset, round(1 / data.label_fraction))
+    return dataset
+
+
+def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path) -> Any:
+    data = config.data
+    if name == "streets":
         from scalr_jax.data.streets import Streets
 
         number = data.num_scenes if split == "train" else data.num_validation_scenes
-        root = Path(data.root) if data.root else cache
         streets = Streets(
-            root,
+            Path(root) if root else cache,
             split=split,
             num_scenes=number,
             sensors=tuple(data.sensors),
@@ -35,26 +54,26 @@ def make_dataset(config: Any, split: str, *, cache: Path) -> Any:
         )
         streets.render_missing()
         return streets
-    if not data.root:
+    if name not in DATASETS:
+        raise InputError(f"data.dataset = {data.dataset!r}: {name!r} is none of {', '.join(DATASETS)}")
+    if not root:
         raise InputError(f"data.root is empty; give the folder that holds {data.dataset}: --config.data.root=DIR")
-    if not Path(data.root).is_dir():
-        raise InputError(f"data.root = {data.root} is not a folder; give the one that holds {data.dataset}")
+    if not Path(root).is_dir():
+        raise InputError(f"{root} is not a folder; data.root = {data.root} must lead to {name}")
     labels = config.task != "distill"
-    if data.dataset == "pandaset":
+    if name == "pandaset":
         from scalr_jax.data.pandaset import PandaSet
 
         subset = {"scenes": tuple(data.scenes) or None, "frames": tuple(data.frames) or None}
-        return Joined([PandaSet(data.root, sensor=s, split=split, labels=labels, **subset) for s in data.sensors])
-    if data.dataset == "semantic_kitti":
+        return Joined([PandaSet(root, sensor=s, split=split, labels=labels, **subset) for s in data.sensors])
+    if name == "semantic_kitti":
         from scalr_jax.data.semantic_kitti import SemanticKITTI
 
-        return SemanticKITTI(data.root, split=split, labels=labels)
-    if data.dataset == "nuscenes":
-        from scalr_jax.data.nuscenes import NuScenes
+        return SemanticKITTI(root, split=split, labels=labels)
+    from scalr_jax.data.nuscenes import NuScenes
 
-        return NuScenes(data.root, split=split, labels=labels)
-    known = "streets, pandaset, nuscenes, semantic_kitti"
-    raise InputError(f"data.dataset = {data.dataset!r} is none of {known}")
+    version = "v1.0-trainval" if (Path(root) / "v1.0-trainval").is_dir() else "v1.0-mini"
+    return NuScenes(root, version=version, split=split, labels=labels)
 
 
 def make_settings(config: Any, *, task: str, train: bool) -> SceneSettings:
@@ -96,6 +115,7 @@ def make_student(config: Any, *, head: str, out_features: int, frozen_backbone: 
         ("name", ("waffleiron",)),
         ("norm", ("layer", "batch")),
         ("activation", ("relu", "gelu")),
+        ("segmentation_head", ("segment", "linear")),
         ("implementation", ("auto", "cells", "dense")),
         ("remat", ("none", "layer", "group")),
     ):
@@ -120,6 +140,12 @@ def make_student(config: Any, *, head: str, out_features: int, frozen_backbone: 
     )
 
 
+def segmentation_head(params: dict) -> str | None:
+    """Which segmentation head the parameters have: "segment" (batch norm and linear), "linear" or none."""
+    head = params.get("head", {})
+    return None if "kernel" not in head else "segment" if "norm" in head else "linear"
+
+
 def make_teacher(config: Any) -> tuple[Any, Any]:
     """(vit_config, params in the compute dtype) of `config.teacher`."""
     teacher = config.teacher
@@ -134,8 +160,8 @@ def make_teacher(config: Any) -> tuple[Any, Any]:
     else:
         raise InputError(
             f"teacher.checkpoint = {teacher.checkpoint!r} is not a file; fetch dinov2_vitl14_pretrain.pth from the "
-            "DINOv2 project's release page and give its path, --config.teacher.checkpoint=PATH, or take the small "
-            "packaged teacher, --config.teacher.checkpoint=demo"
+            "DINOv2 project's release page (docs/weights.md) and give its path, --config.teacher.checkpoint=PATH, or "
+            "take the small packaged teacher, --config.teacher.checkpoint=demo"
         )
     patch = vit_config.patch_size
     if any(size % patch for size in config.data.image_size):

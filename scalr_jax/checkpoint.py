@@ -67,10 +67,19 @@ class Checkpoints:
 
 
 def load_variables(directory: Path) -> dict:
-    """params and batch_stats of the newest checkpoint, as NumPy arrays, without a model."""
+    """params and batch_stats of the newest checkpoint, as NumPy arrays, without a model.
+
+    Read onto one device: where the run had them (perhaps on more devices than there are here) does not matter.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    partly = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
     with ocp.training.Checkpointer(directory.absolute()) as checkpointer:
         if checkpointer.latest is None:
             raise InputError(f"{directory} holds no checkpoint; give the workdir of a finished run")
-        loaded: Any = checkpointer.load(checkpointer.latest.step)
-    state = loaded["state"]
-    return {"params": state["params"], "batch_stats": state["batch_stats"]}
+        step = checkpointer.latest.step
+        there: Any = checkpointer.metadata(step).metadata["state"]
+        wanted = {name: there[name] for name in ("params", "batch_stats")}
+        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted)
+        with ocp.Context(pytree_options=partly):
+            loaded: Any = checkpointer.load(step, {"state": wanted})
+    return jax.device_get(loaded["state"])

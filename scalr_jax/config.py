@@ -23,7 +23,7 @@ def get_config() -> Any:  # a ConfigDict: its attributes have no static types
     config.log_every_steps = 10
     config.checkpoint_every_steps = 500
     config.keep_checkpoints = 2
-    config.checkpoint = ""  # probe, finetune, evaluate: the workdir of the run to start from
+    config.checkpoint = ""  # probe, finetune, evaluate: what to start from, a workdir or a published .pth
     config.data = _data()
     config.model = _model()
     config.teacher = _teacher()
@@ -45,14 +45,15 @@ def get_config() -> Any:  # a ConfigDict: its attributes have no static types
 def _data() -> ConfigDict:
     return ConfigDict(
         {
-            "dataset": "streets",  # streets, pandaset, nuscenes, semantic_kitti
-            "root": "",  # where the raw dataset lies; for streets the cache (default: beside the workdir)
-            "sensors": ("beams32",),
+            "dataset": "streets",  # streets, pandaset, nuscenes, semantic_kitti; several joined by "+", to distil
+            "root": "",  # the raw dataset, or the folder of several, by name; for streets the cache (default: workdir)
+            "sensors": ("beams32",),  # streets, pandaset
             "num_scenes": 64,  # streets: scenes to render
             "num_validation_scenes": 32,
             "scenes": (),  # subset of the dataset's scenes, () for all
             "frames": (),  # subset of the frames, () for all
             "split": "train",
+            "label_fraction": 1.0,  # probe, finetune: 0.01 trains on every 100th frame of the list, 0.1 on every 10th
             "voxel_size": 0.1,  # metres
             "max_points": 20_000,  # the nearest to a random point
             "image_size": (224, 448),
@@ -79,6 +80,7 @@ def _model() -> ConfigDict:
             "norm": "layer",  # layer, batch
             "activation": "relu",  # relu, gelu
             "head_hidden": 0,  # ScaLR+: 2048
+            "segmentation_head": "segment",  # segment (batch norm + linear), linear (WaffleIron's own)
             "drop_path": 0.0,
             "field_of_view": ((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0)),  # metres
             "grids": ((256, 256), (256, 32), (256, 32)),
@@ -106,6 +108,7 @@ def _optimizer() -> ConfigDict:
             "learning_rate": 2e-3,
             "final_learning_rate": 1e-5,
             "weight_decay": 0.03,
+            "layer_decay": 1.0,  # learning rate x layer_decay^(depth + 1 - layer): embedding 0, head depth + 1
             "beta1": 0.9,
             "beta2": 0.999,
             "schedule": "cosine",  # cosine, rsqrt, constant

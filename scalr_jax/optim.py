@@ -1,4 +1,4 @@
-"""AdamW and the two published learning-rate schedules.
+"""AdamW, layer-wise learning-rate decay, and the two published learning-rate schedules.
 
 Schedules are functions of progress, counted in updates of the published batch: scenes seen / `optimizer.batch_size`.
 So a run whose packs hold a varying number of scenes follows the same curve in scenes.
@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from scalr_jax.data.scenes import InputError
+from scalr_jax.data.scenes import PLANE_AXES, InputError
 
 Array = jax.Array
 
@@ -54,9 +55,47 @@ def make_schedule(config: Any, total: float) -> Callable[[Array], Array]:
     raise InputError(f"optimizer.schedule = {config.schedule!r} is none of 'cosine', 'rsqrt', 'constant'")
 
 
-def make_optimizer(config: Any) -> optax.GradientTransformation:
-    """AdamW without its learning rate, which the step multiplies in; decay on all parameters, as published."""
-    return optax.chain(
+def make_optimizer(config: Any, *, depth: int = 0) -> optax.GradientTransformation:
+    """AdamW without its learning rate, which the step multiplies in; decay on all parameters, as published.
+
+    `config` is `config.optimizer`; `depth`, the student's, is what `layer_decay` counts layers with.
+    """
+    adam = (
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=1e-8),
         optax.add_decayed_weights(config.weight_decay),
     )
+    if config.layer_decay == 1.0:
+        return optax.chain(*adam)
+    if not 0 < config.layer_decay < 1 or depth < 1:
+        raise InputError(
+            f"optimizer.layer_decay = {config.layer_decay} is not in (0, 1] for a student of {depth} layers"
+        )
+    return optax.chain(*adam, scale_by_layer(depth, config.layer_decay))
+
+
+def scale_by_layer(depth: int, decay: float) -> optax.GradientTransformation:
+    """Multiplies every update of a student by decay^(depth + 1 - layer), which is its learning rate's share.
+
+    Layers: the embedding 0, layer d of the backbone d + 1, the head depth + 1.
+    """
+
+    def scale(updates: Any, _: Any = None) -> Any:
+        def one(path: tuple, update: Array) -> Array:
+            layers = layer_numbers(tuple(key.key for key in path), depth)
+            factor = decay ** (depth + 1 - np.asarray(layers, np.float64))
+            return update * factor.astype(np.float32).reshape(factor.shape + (1,) * (update.ndim - factor.ndim))
+
+        return jax.tree_util.tree_map_with_path(one, updates)
+
+    return optax.stateless(scale)
+
+
+def layer_numbers(path: tuple[str, ...], depth: int) -> Any:
+    """The layer of the parameter at `path`: a number, or one for each row of a stack of scanned layers."""
+    if path[0] in ("embedding", "head"):
+        return 0 if path[0] == "embedding" else depth + 1
+    if path[0] != "backbone" or path[1] not in ("groups", "rest"):
+        raise ValueError(f"the parameter {'/'.join(path)} belongs to no layer that layer_decay knows")
+    plane, num_groups = int(path[2].removeprefix("plane_")), depth // len(PLANE_AXES)
+    first = len(PLANE_AXES) * np.arange(num_groups) if path[1] == "groups" else len(PLANE_AXES) * num_groups
+    return first + plane + 1

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from scalr_jax import build, metrics
+from scalr_jax import build, interop, metrics
 from scalr_jax.checkpoint import load_variables
 from scalr_jax.data.scenes import InputError
 from scalr_jax.evaluation.segmentation import evaluate as evaluate_segmentation
@@ -48,11 +48,33 @@ def num_classes_of(config: Any, dataset: Any) -> int:
     return config.model.num_classes or len(dataset.class_names)
 
 
-def load_backbone(path: str) -> dict:
-    """params and batch_stats of a workdir's newest checkpoint."""
-    if not path or not (Path(path) / "checkpoints").is_dir():
-        raise InputError(f"config.checkpoint = {path!r} is not a workdir; give that of a finished run")
-    return load_variables(Path(path) / "checkpoints")
+def load_backbone(config: Any) -> dict:
+    """params and batch_stats of `config.checkpoint`: a workdir's newest checkpoint, or a published file.
+
+    Raises `InputError` when it is neither, and with every setting in which it differs from `config.model`.
+    """
+    path = Path(config.checkpoint)
+    if config.checkpoint and path.is_file():
+        there, weights = interop.read_student(path)
+        there.activation = there.activation or config.model.activation  # downstream files do not say theirs
+        _check_model(path, there, config.model)
+        return interop.convert_weights(weights, there, str(path))
+    if config.checkpoint and (path / "checkpoints").is_dir():
+        if (path / "config.json").is_file():
+            _check_model(path, json.loads((path / "config.json").read_text())["model"], config.model)
+        return load_variables(path / "checkpoints")
+    raise InputError(
+        f"config.checkpoint = {config.checkpoint!r} is neither the workdir of a run nor a published student; give one "
+        "with --config.checkpoint=PATH (docs/weights.md says which files there are)"
+    )
+
+
+def _check_model(path: Path, there: Any, here: Any) -> None:
+    """Raises `InputError` that lists the settings in which a checkpoint's model and `config.model` differ."""
+    keys = [key for key in ("channels", "depth", "norm", "activation", "num_neighbors") if key in there]
+    wrong = [f"{key} is {there[key]} there, {here[key]} in config.model" for key in keys if there[key] != here[key]]
+    if wrong:
+        raise InputError(f"{path} holds another student: {'; '.join(wrong)}")
 
 
 def _segment(config: Any, workdir: Path, *, label: str, frozen: bool, initial: dict | None) -> dict:
@@ -77,23 +99,24 @@ def class_results(confusion: Any, names: Any) -> dict[str, dict]:
 
 def probe(config: Any, workdir: Path) -> dict:
     """Batch norm + linear head on the frozen backbone of `config.checkpoint`."""
-    return _segment(config, workdir, label="probe", frozen=True, initial=load_backbone(config.checkpoint))
+    return _segment(config, workdir, label="probe", frozen=True, initial=load_backbone(config))
 
 
 def finetune(config: Any, workdir: Path) -> dict:
     """All parameters, from `config.checkpoint`, or from random weights when it is empty."""
-    initial = load_backbone(config.checkpoint) if config.checkpoint else None
+    initial = load_backbone(config) if config.checkpoint else None
     return _segment(config, workdir, label="finetune", frozen=False, initial=initial)
 
 
 def evaluate(config: Any, workdir: Path) -> dict:
     """mIoU of the probed or fine-tuned run in `config.checkpoint` on `config.data`."""
-    variables = load_backbone(config.checkpoint)
-    if "head" not in variables["params"] or "norm" not in variables["params"]["head"]:
+    variables = load_backbone(config)
+    head = build.segmentation_head(variables["params"])
+    if head is None:
         raise InputError(f"{config.checkpoint} holds no segmentation head; give the workdir of a probe or fine-tuning")
     dataset = build.make_dataset(config, config.data.split, cache=streets_cache(workdir))
     num_classes = variables["params"]["head"]["bias"].shape[0]
-    student = build.make_student(config, head="segment", out_features=num_classes)
+    student = build.make_student(config, head=head, out_features=num_classes)
     confusion = evaluate_segmentation(config, dataset, student, variables, num_classes)
     results = {**metrics.summarize(confusion), **class_results(confusion, dataset.class_names)}
     if jax.process_index() == 0:

@@ -20,6 +20,7 @@ import numpy as np
 
 from scalr_jax import build, optim, sharding, steps
 from scalr_jax.checkpoint import Checkpoints
+from scalr_jax.config import get_config
 from scalr_jax.data.packing import Capacities, derive_capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import InputError, SceneView
@@ -62,7 +63,8 @@ def distillation_task(config: Any) -> Task:
 
 def segmentation_task(config: Any, num_classes: int, *, label: str, initial: dict | None, frozen: bool) -> Task:
     """Probing (`frozen`) or fine-tuning; `initial` holds a backbone's params and batch_stats, or None for random."""
-    student = build.make_student(config, head="segment", out_features=num_classes, frozen_backbone=frozen)
+    head = config.model.segmentation_head
+    student = build.make_student(config, head=head, out_features=num_classes, frozen_backbone=frozen)
     trainable = ("head",) if frozen else None
 
     def make_step(optimizer, schedule):
@@ -92,7 +94,7 @@ def train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
 
     # The step, and where its state lies.
     total = config.optimizer.total_updates or config.num_steps * expected / config.optimizer.batch_size
-    optimizer = optim.make_optimizer(config.optimizer)
+    optimizer = optim.make_optimizer(config.optimizer, depth=config.model.depth)
     step_function = task.make_step(optimizer, optim.make_schedule(config.optimizer, total))
     batch = sharding.put_batch(pipeline.empty_batch(capacities, sample[0]), mesh)
     key = jax.random.key(config.seed)
@@ -209,11 +211,15 @@ def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def _claim_workdir(config: Any, workdir: Path) -> None:
-    """Write config.json, or compare with the one there. Raises `InputError` that lists every difference."""
+    """Write config.json, or compare with the one there. Raises `InputError` that lists every difference.
+
+    A key that the run's config.json does not have is younger than the run, which then had its default.
+    """
     path = workdir / "config.json"
     new = json.loads(config.to_json_best_effort())
     if path.exists():
-        old, now = _flat(json.loads(path.read_text())), _flat(new)
+        now = _flat(new)
+        old = {**_flat(json.loads(get_config().to_json_best_effort())), **_flat(json.loads(path.read_text()))}
         differences = [
             f"{key}: {old.get(key)} there, {now.get(key)} now"
             for key in sorted(old | now)

@@ -51,3 +51,35 @@ def test_adamw_decays_every_parameter():
     theirs, _ = expected.update(gradients, expected.init(params), params)
     for name in params:
         np.testing.assert_allclose(-updates[name], theirs[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [1, 5, 6])
+def test_layer_decay_by_its_formula(depth):
+    """Learning rate x decay^(depth + 1 - layer); layer d of the backbone is d + 1, whatever stack it lies in."""
+    decay = 0.9
+    groups, rest = divmod(depth, 3)
+    layers = {"groups": {f"plane_{k}": {"bias": jnp.ones((groups, 2))} for k in range(3 if groups else 0)}}
+    layers["rest"] = {f"plane_{k}": {"bias": jnp.ones(2)} for k in range(rest)}
+    params = {"embedding": {"kernel": jnp.ones((2, 2))}, "backbone": layers, "head": {"bias": jnp.ones(3)}}
+    scaled: Any = optim.scale_by_layer(depth, decay).update(params, optax.EmptyState())[0]
+    np.testing.assert_allclose(scaled["embedding"]["kernel"], decay ** (depth + 1), rtol=1e-6)
+    np.testing.assert_allclose(scaled["head"]["bias"], 1.0, rtol=1e-6)
+    for d in range(depth):
+        stack = scaled["backbone"]["groups" if d < 3 * groups else "rest"][f"plane_{d % 3}"]["bias"]
+        row = stack[d // 3] if d < 3 * groups else stack
+        np.testing.assert_allclose(row, decay ** (depth + 1 - (d + 1)), rtol=1e-6)
+
+
+def test_layer_decay_in_the_optimizer():
+    """It scales whole updates, weight decay included, and refuses what it cannot mean."""
+    config = get_config().optimizer
+    params = {"embedding": jnp.ones(2), "head": jnp.ones(2)}
+    plain: Any = optim.make_optimizer(config)
+    plain, _ = plain.update(params, plain.init(params), params)
+    config.layer_decay = 0.5
+    decayed: Any = optim.make_optimizer(config, depth=2)
+    decayed, _ = decayed.update(params, decayed.init(params), params)
+    np.testing.assert_allclose(decayed["head"], plain["head"])
+    np.testing.assert_allclose(decayed["embedding"], plain["embedding"] / 8)
+    with pytest.raises(InputError, match="layer_decay"):
+        optim.make_optimizer(config)

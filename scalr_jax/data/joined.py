@@ -1,4 +1,4 @@
-"""Several datasets, one after the other, as one."""
+"""Several datasets, one after the other, as one; and a share of one."""
 
 from __future__ import annotations
 
@@ -38,3 +38,25 @@ class Joined:
         if callable(dataset.intensity):
             return dataset.intensity(local)  # type: ignore[return-value]
         return dataset.intensity
+
+
+class EveryNth:
+    """Frames 0, n, 2n, ... of a dataset: the published way to train with few labels (1 %: every 100th)."""
+
+    def __init__(self, dataset: Any, n: int):
+        self.dataset, self.n = dataset, n
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.n)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.dataset.class_names
+
+    def frame(self, index: int, rng: np.random.Generator) -> Frame:
+        return self.dataset.frame(index * self.n, rng)
+
+    def intensity(self, index: int) -> tuple[float, float]:
+        """(mean, standard deviation) of the raw intensity of the sensor that made this frame."""
+        statistics = self.dataset.intensity
+        return statistics(index * self.n) if callable(statistics) else statistics

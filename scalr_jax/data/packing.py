@@ -25,6 +25,8 @@ class Capacities(NamedTuple):
 
 KEYS = Capacities("data.points_per_shard", "data.scenes_per_shard", "data.cells_per_shard", "data.halo_per_shard")  # type: ignore[arg-type]
 
+SMALLEST = 4096  # points
+
 
 class Pack(NamedTuple):
     """Scenes that fill one shard for one step, and where their stream goes on."""
@@ -72,6 +74,23 @@ def derive_capacities(
     cells = tuple(capacity([len(scene.planes[k].position) for scene in sample]) for k in range(num_planes))
     halo = tuple(capacity([len(scene.planes[k].halo_taps) for scene in sample]) for k in range(num_planes))
     return Capacities(points, scenes, cells, halo)
+
+
+def static_capacities(scene: SceneView, grids: Sequence[tuple[int, int]]) -> Capacities:
+    """Capacities of one scene alone, from a short list, so that scenes of all sizes compile few programs.
+
+    Points are a power of two, from 4,096; tables an eighth, a quarter, a half or all of what so many points can fill.
+    """
+    need = sizes(scene)
+    points = max(SMALLEST, 1 << (need.points - 1).bit_length())
+    areas = [int(h) * int(w) for h, w in grids]
+    for parts in (8, 4, 2, 1):
+        cells = tuple(-(-min(points, area) // parts) for area in areas)
+        halo = tuple(-(-min(9 * points, area) // parts) for area in areas)
+        capacities = Capacities(points, 1, cells, halo)
+        if not overflow(need, capacities):
+            return capacities
+    raise AssertionError("more cells than points or than the grid has")
 
 
 def pack_stream(scenes: Iterator[SceneView], capacities: Capacities, *, exactly: int | None = None) -> Iterator[Pack]:

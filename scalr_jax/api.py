@@ -1,0 +1,244 @@
+"""What `import scalr_jax` offers: a trained or published student as a function of point clouds.
+
+model = scalr_jax.load("runs/pretrain")                       # a workdir: its settings are in it
+model = scalr_jax.load("scalr.pth", sensor="nuscenes")        # a published file: say the sensor
+features, classes = model.embed(points), model.segment(points)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from pykdtree.kdtree import KDTree
+
+from scalr_jax import build, interop, sensors
+from scalr_jax.checkpoint import load_variables
+from scalr_jax.config import get_config
+from scalr_jax.data.packing import pack_shard, static_capacities
+from scalr_jax.data.scenes import IGNORE, BadFrameError, Frame, InputError, SceneView
+from scalr_jax.data.transforms import FEATURES, SceneSettings, make_scene
+
+FARTHEST = 10_000.0  # metres along an axis: points beyond are no echo of a lidar
+
+
+class Model:
+    """A student with its settings. Every method takes points [N, 4]: x, y, z in metres and raw intensity.
+
+    Points stand in the frame of the training data: the lidar's for nuScenes and SemanticKITTI, PandaSet's vehicle
+    frame shifted down by 1.6 m. As in the published evaluation, the first point of each 0.1 m voxel inside the field
+    of view goes through the network, and every input point gets the result of the nearest of those, also outside the
+    field of view. A point whose intensity is not finite is treated like one outside; a point without finite
+    coordinates has no nearest one and gets features 0 and class 255.
+
+    Attributes:
+      config: the model config, what `interop.save_torch_checkpoint` takes, with `intensity` and `voxel_size`.
+      variables: {"params", "batch_stats"}, on the default device.
+    """
+
+    def __init__(self, config: Any, variables: Mapping[str, Any]):
+        self.config: Any = config  # a ConfigDict
+        self.variables = jax.device_put(dict(variables))
+        dtype = build.compute_dtype(config.dtype)
+        student = interop.make_student(config, dtype=dtype, implementation=config.implementation)
+        backbone = student.clone(head="none")
+        self._student = student
+        self._embed = jax.jit(lambda variables, batch: backbone.apply(variables, batch, train=False))
+        self._head = jax.jit(self.apply)
+        self._classes = jax.jit(lambda variables, batch: self.apply(variables, batch).argmax(-1))
+
+    def apply(self, variables: Any, batch: Any) -> Any:
+        """The pure function underneath: variables and a `scenes.Batch` -> the head's output [D, P, C_out] float32."""
+        return self._student.apply(variables, batch, train=False)
+
+    def embed(self, points: Any) -> np.ndarray:
+        """The backbone's features [N, C] float32. Raises ValueError for points that are none."""
+        return self._run(self._embed, points, fill=0.0)
+
+    def distilled(self, points: Any) -> np.ndarray:
+        """Features in the teacher's space [N, C_teacher] float32; ValueError for a segmentation model."""
+        if self.config.head != "distill":
+            raise InputError(f"this model has head {self.config.head!r} and no features in a teacher's space")
+        return self._run(self._head, points, fill=0.0)
+
+    def segment(self, points: Any) -> np.ndarray:
+        """Class ids [N] int32; ValueError for a model that was only distilled."""
+        if self.config.head not in ("segment", "linear"):
+            raise InputError(
+                f"this model has head {self.config.head!r} and no classes; load a probed or fine-tuned one"
+            )
+        return self._run(self._classes, points, fill=IGNORE)
+
+    def _run(self, function: Any, points: Any, *, fill: float) -> np.ndarray:
+        """`function`'s rows of the kept points, spread over all points."""
+        scene, nearest = self._scene(_check_points(points))
+        grids = [tuple(grid) for grid in self.config.grids]
+        shard = pack_shard([scene], static_capacities(scene, grids), scene, grids)
+        batch = jax.tree.map(lambda x: jnp.asarray(x)[None], shard)
+        rows = np.asarray(function(self.variables, batch))[0]
+        out = rows[nearest]
+        out[nearest < 0] = fill
+        return out
+
+    def _scene(self, points: np.ndarray) -> tuple[SceneView, np.ndarray]:
+        """The points that go through the network, and for each input point [N] the nearest of them (-1: none)."""
+        config = self.config
+        located = np.isfinite(points[:, :3]).all(axis=1)
+        usable = located & np.isfinite(points[:, 3]) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1)
+        settings = SceneSettings(
+            task="segment",
+            train=False,
+            field_of_view=config.field_of_view,
+            grids=config.grids,
+            num_neighbors=config.num_neighbors,
+            voxel_size=config.voxel_size,
+            augmentation="none",
+        )
+        frame = Frame("the scan", points[usable], np.eye(4))
+        try:
+            scene = make_scene(frame, 0, config.intensity, settings, np.random.default_rng(0))
+        except BadFrameError as error:
+            raise InputError(f"{error} ({usable.sum()} of {len(points)} points are finite)") from None
+        nearest = np.full(len(points), -1, np.int64)
+        nearest[usable] = scene.upsample  # type: ignore[assignment]
+        others = np.flatnonzero(located & ~usable)
+        if len(others):
+            xyz = np.clip(points[others, :3], -FARTHEST, FARTHEST)
+            nearest[others] = KDTree(np.ascontiguousarray(scene.feats[:, 1:4])).query(xyz, k=1)[1]
+        return scene._replace(labels=None, upsample=None, raw_labels=None), nearest
+
+
+def _check_points(points: Any) -> np.ndarray:
+    points = np.asarray(points)
+    if points.ndim != 2 or points.shape[1] != 4 or points.dtype.kind not in "fiu":
+        raise InputError(
+            f"points have shape {points.shape} and dtype {points.dtype}, and numbers [N, 4] are needed: x, y, z in "
+            "metres and raw intensity"
+        )
+    if len(points) == 0:
+        raise InputError("points have shape (0, 4): the scan is empty")
+    with np.errstate(over="ignore"):
+        return points.astype(np.float32)
+
+
+def load(
+    path: str | Path,
+    *,
+    sensor: str | None = None,
+    intensity: tuple[float, float] | None = None,
+    field_of_view: Any = None,
+    grids: Any = None,
+    activation: str | None = None,
+) -> Model:
+    """A trained or published student.
+
+    Args:
+      path: a workdir of distill, probe or finetune, or a published `.pth` or `.safetensors` (ScaLR, ScaLR+,
+        WaffleIron; distilled or downstream).
+      sensor: whose intensity statistics, and for a published file whose field of view and grids, apply: nuscenes,
+        semantic_kitti, pandar64 or pandargt. Not needed for a workdir of one sensor. For segmentation on PandaSet it
+        means 512 cells over +-128 m (but 384 over +-96 m in a model fine-tuned on PandarGT: give those).
+      intensity: (mean, standard deviation) of the raw intensity, instead of the sensor's.
+      field_of_view: ((x, y, z) min, (x, y, z) max) in metres, instead of the sensor's or the workdir's.
+      grids: ((rows, columns) of the planes xy, xz, yz), likewise. Any grid goes with any weights.
+      activation: "relu" or "gelu", for published downstream files that do not say it.
+
+    Raises:
+      ValueError: one sentence: what is wrong with the file or which of these arguments is needed.
+    """
+    path = Path(path)
+    given = {"intensity": intensity, "field_of_view": field_of_view, "grids": grids}
+    given = {name: value for name, value in given.items() if value is not None}
+    if path.is_dir():
+        config, variables = _load_workdir(path, sensor, given)
+    else:
+        config, variables = _load_published(path, sensor, given, activation)
+    if config["num_features"] != len(FEATURES):
+        raise InputError(f"{path} takes {config['num_features']} features a point, and only {FEATURES} are known")
+    return Model(_checked({**config, **given}), variables)
+
+
+def _load_published(path: Path, sensor: str | None, given: dict, activation: str | None) -> tuple[dict, dict]:
+    config, variables = interop.load_torch_checkpoint(path, activation=activation)
+    settings = {**config.to_dict(), "voxel_size": get_config().data.voxel_size}
+    known = ", ".join(sensors.INTENSITY)
+    if sensor is None:
+        missing = [f"{name}=" for name in ("intensity", "field_of_view", "grids") if name not in given]
+        if missing:
+            raise InputError(f"{path} does not say its sensor; give sensor= (one of {known}), or {', '.join(missing)}")
+        return settings, variables
+    if sensor not in sensors.INTENSITY:
+        raise InputError(f"sensor = {sensor!r} is none of {known}")
+    settings["intensity"] = sensors.INTENSITY[sensor]
+    if "field_of_view" not in given or "grids" not in given:
+        settings["field_of_view"], settings["grids"] = sensors.published_view(sensor, settings)
+    return settings, variables
+
+
+def _load_workdir(path: Path, sensor: str | None, given: dict) -> tuple[dict, dict]:
+    if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
+        inside = sorted(child.parent.name for child in path.glob("*/checkpoints"))
+        hint = f"; its folders {', '.join(inside)} are" if inside else ""
+        raise InputError(f"{path} is not a workdir: it has no config.json and checkpoints/{hint}")
+    try:
+        written = json.loads((path / "config.json").read_text())
+        data, model = ({**get_config()[part].to_dict(), **written[part]} for part in ("data", "model"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / 'config.json'} is not the config of a run ({error!r})") from None
+    variables = load_variables(path / "checkpoints")
+    params = variables["params"]
+    head = build.segmentation_head(params)
+    out = params["head"] if head else params["head"]["out"]
+    settings = {
+        **model,
+        "num_features": params["embedding"]["norm"]["scale"].shape[0],
+        "head": head or "distill",
+        "out_features": out["bias"].shape[0],
+        "voxel_size": data["voxel_size"],
+    }
+    if "intensity" not in given:
+        settings["intensity"] = _trained_intensity(path, data, sensor)
+    return settings, variables
+
+
+def _trained_intensity(path: Path, data: dict, sensor: str | None) -> tuple[float, float]:
+    """The statistics of `sensor`, or of the only one that the run was trained on."""
+    known = {**sensors.INTENSITY, **sensors.STREETS_INTENSITY}
+    trained = sensors.trained_sensors(data)
+    if sensor is None and len(trained) != 1:
+        raise InputError(f"{path} was trained on several sensors ({', '.join(trained)}); give sensor=, one of them")
+    name = sensor or trained[0]
+    if name not in known:
+        raise InputError(f"sensor = {name!r} is none of {', '.join(known)}")
+    return known[name]
+
+
+def _checked(settings: dict) -> ConfigDict:
+    """The model config, intensity, field of view and grids as tuples of numbers; `InputError` when they are none."""
+
+    def numbers(name: str, rows: int, columns: int, kind: type) -> Any:
+        try:
+            array = np.asarray(settings[name], kind).reshape(rows, columns)
+        except (TypeError, ValueError):
+            array = np.full((rows, columns), -1)  # no mean and deviation, corners or grids
+        return tuple(tuple(row) for row in array.tolist())
+
+    (intensity,) = numbers("intensity", 1, 2, float)
+    low, high = numbers("field_of_view", 2, 3, float)
+    grids = numbers("grids", 3, 2, int)
+    wrong = []
+    if not (np.isfinite(intensity).all() and intensity[1] > 0):
+        wrong.append("intensity = (mean, standard deviation)")
+    if not (np.isfinite(low + high).all() and all(a < b for a, b in zip(low, high, strict=True))):
+        wrong.append("field_of_view = ((x, y, z) min, (x, y, z) max) in metres")
+    if min(min(grid) for grid in grids) < 1:
+        wrong.append("grids = ((rows, columns), ...) of the planes xy, xz, yz")
+    if wrong:
+        raise InputError(f"what was given is no {', no '.join(wrong)}")
+    return ConfigDict({**settings, "intensity": intensity, "field_of_view": (low, high), "grids": grids})

@@ -1,0 +1,227 @@
+"""`scalr_jax.load`: settings from where they are, one result for every point, one sentence for what is missing."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import scalr_jax
+from scalr_jax import interop, sensors
+from scalr_jax.checkpoint import Checkpoints
+from scalr_jax.config import get_config
+from scalr_jax.data.scenes import IGNORE
+from scalr_jax.interop_layout import empty_batch
+
+EXPLICIT = {
+    "intensity": (10.0, 5.0),
+    "field_of_view": ((-16.0, -16.0, -4.0), (16.0, 16.0, 4.0)),
+    "grids": ((16, 16), (16, 8), (16, 8)),
+}
+
+
+def tiny_model(head, out_features, **changes):
+    """A model config and random variables."""
+    model = get_config().model
+    model.unlock()
+    model.update(channels=8, depth=3, head=head, out_features=out_features, num_features=5, **changes)
+    student = interop.make_student(model)
+    shapes = jax.eval_shape(
+        lambda batch: student.init(jax.random.key(0), batch, train=False), empty_batch(5, model.grids)
+    )
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda x: rng.uniform(0.1, 0.9, x.shape).astype(np.float32), shapes)
+
+
+def published(path, head="distill", out_features=6, **changes):
+    interop.save_torch_checkpoint(path, *tiny_model(head, out_features, **changes))
+    return path
+
+
+def workdir(path, task, head, out_features, **data):
+    """A run's folder, as training leaves it."""
+    config = get_config()
+    config.task = task
+    config.data.update(data)
+    model, variables = tiny_model(head, out_features)
+    config.model.update({key: model[key] for key in config.model if key in ("channels", "depth")})
+    path.mkdir()
+    (path / "config.json").write_text(config.to_json_best_effort())
+    checkpoints = Checkpoints(path / "checkpoints", every=1, keep=1)
+    checkpoints.save(1, jax.tree.map(jnp.asarray, variables), jnp.zeros(1), force=True)
+    checkpoints.wait()
+    checkpoints.close()
+    return path
+
+
+def random_points(number, half_width=12.0, seed=0):
+    """[number, 4], no two in one voxel, and none near its border: the first point's voxel decides where those are."""
+    rng = np.random.default_rng(seed)
+    side = np.arange(-half_width, half_width, 0.4)
+    xyz = np.stack([rng.choice(side, number), rng.choice(side, number), np.arange(number) % 30 * 0.2 - 3], axis=1)
+    _, first = np.unique(xyz[:, :2], axis=0, return_index=True)
+    xyz = xyz[np.sort(first)]
+    xyz = np.concatenate([np.full((1, 3), [-half_width - 0.35, -half_width - 0.35, -3.35]), xyz])
+    return np.concatenate([xyz, rng.uniform(0, 20, (len(xyz), 1))], axis=1).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    return scalr_jax.load(published(tmp_path_factory.mktemp("api") / "x.pth"), **EXPLICIT)
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    path = published(tmp_path_factory.mktemp("api") / "x.pth", "segment", 7)
+    return scalr_jax.load(path, activation="relu", **EXPLICIT)
+
+
+def test_every_point_gets_a_row(distilled, probed):
+    points = random_points(500)
+    assert distilled.embed(points).shape == (len(points), 8)
+    assert distilled.distilled(points.astype(np.float64)).shape == (len(points), 6)
+    classes = probed.segment(points)
+    assert classes.shape == (len(points),)
+    assert 0 <= classes.min() <= classes.max() < 7
+
+
+def test_the_order_of_points_does_not_matter(distilled):
+    points = random_points(400)
+    order = np.random.default_rng(1).permutation(len(points))
+    np.testing.assert_allclose(distilled.embed(points)[order], distilled.embed(points[order]), rtol=1e-4, atol=1e-4)
+
+
+def test_points_outside_take_the_nearest_kept_point(distilled):
+    """Beyond the field of view, in an occupied voxel, with an intensity that is no number, or absurdly far."""
+    points = random_points(300)
+    expected = distilled.embed(points)
+    others = points[[3, 7, 11, 13]].copy()
+    others[0, :3] += 0.01
+    others[1, 3] = np.nan
+    others[2, 0] = np.nan
+    others[3, 0] = 1e30
+    far = points[:, 0].argmax()
+    outside = points[far].copy()
+    outside[0] += 1000.0
+    out = distilled.embed(np.concatenate([points, others, outside[None]]))
+    np.testing.assert_allclose(out[: len(points)], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(out[len(points)], out[3])
+    np.testing.assert_array_equal(out[len(points) + 1], out[7])
+    assert (out[len(points) + 2] == 0).all()
+    assert np.isfinite(out).all()
+
+
+def test_a_point_without_place_has_no_class(probed):
+    points = random_points(100)
+    points[5, 1] = np.inf
+    classes = probed.segment(points)
+    assert classes[5] == IGNORE
+    assert (np.delete(classes, 5) < 7).all()
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (np.zeros((10, 3)), r"shape \(10, 3\)"),
+        (np.zeros(4), r"shape \(4,\)"),
+        (np.array([["a"] * 4]), "dtype"),
+        (np.zeros((0, 4)), "the scan is empty"),
+        (np.full((30, 4), np.nan), "0 of 30 points are finite"),
+        (random_points(300) + np.array([1000, 0, 0, 0]), "0 points are left in the field of view"),
+        (random_points(300)[:5], "5 points are left in the field of view, and 17 are needed"),
+    ],
+)
+def test_points_that_are_none(distilled, points, message):
+    with pytest.raises(ValueError, match=message):
+        distilled.embed(points)
+
+
+def test_one_compilation_a_size(distilled):
+    distilled.distilled(random_points(200))
+    number = distilled._head._cache_size()
+    for count in (100, 300, 700):
+        distilled.distilled(random_points(count, seed=count))
+    assert distilled._head._cache_size() == number
+
+
+def test_heads_say_what_they_cannot(distilled, probed):
+    with pytest.raises(ValueError, match="no classes; load a probed"):
+        distilled.segment(random_points(50))
+    with pytest.raises(ValueError, match="no features in a teacher's space"):
+        probed.distilled(random_points(50))
+
+
+def test_the_pure_function_is_underneath(distilled):
+    out = jax.eval_shape(distilled.apply, distilled.variables, empty_batch(5, distilled.config.grids))
+    assert out.shape == (1, 2, 6)
+
+
+def test_a_published_file_needs_its_sensor(tmp_path):
+    path = published(tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"give sensor= \(one of nuscenes.*or intensity=, field_of_view=, grids="):
+        scalr_jax.load(path)
+    with pytest.raises(ValueError, match="or grids="):
+        scalr_jax.load(path, **{k: v for k, v in EXPLICIT.items() if k != "grids"})
+    with pytest.raises(ValueError, match="sensor = 'velodyne' is none of nuscenes"):
+        scalr_jax.load(path, sensor="velodyne")
+    with pytest.raises(ValueError, match=r"no grids = .*no|no field_of_view"):
+        scalr_jax.load(path, sensor="nuscenes", field_of_view=((0, 0, 0), (0, 1, 1)))
+    with pytest.raises(ValueError, match="is no intensity"):
+        scalr_jax.load(path, sensor="nuscenes", intensity=3)
+    with pytest.raises(ValueError, match="is not a file"):
+        scalr_jax.load(tmp_path / "nothing.pth", sensor="nuscenes")
+
+
+def test_presets(tmp_path):
+    """Sensor and kind of model decide; what is given explicitly wins."""
+    distilled = published(tmp_path / "distilled.pth")
+    probed = published(tmp_path / "probed.pth", "segment", 7)
+    waffleiron = published(tmp_path / "waffleiron.pth", "linear", 7, norm="batch")
+    config = scalr_jax.load(distilled, sensor="pandar64").config
+    assert (config.intensity, config.grids[0]) == ((18.23640649, 25.86983417), (256, 256))
+    config = scalr_jax.load(probed, sensor="pandargt", activation="gelu").config
+    assert (config.field_of_view[1], config.grids) == ((128.0, 128.0, 8.0), ((512, 512), (512, 32), (512, 32)))
+    config = scalr_jax.load(probed, sensor="pandargt", activation="gelu", grids=((384, 384), *[(384, 32)] * 2)).config
+    assert (config.field_of_view[1][0], config.grids[0]) == (128.0, (384, 384))
+    config = scalr_jax.load(waffleiron, sensor="semantic_kitti").config
+    assert (config.field_of_view[0], config.grids[1]) == ((-50.0, -50.0, -3.0), (250, 12))
+    with pytest.raises(ValueError, match="no WaffleIron was published for pandar64"):
+        scalr_jax.load(waffleiron, sensor="pandar64")
+
+
+def test_a_workdir_has_its_settings(tmp_path):
+    path = workdir(tmp_path / "run", "distill", "distill", 6, dataset="semantic_kitti")
+    model = scalr_jax.load(path)
+    assert model.config.intensity == (0.28613698, 0.14090556)
+    assert model.distilled(random_points(60)).shape[1] == 6
+    probe = workdir(tmp_path / "probe", "probe", "segment", 7, dataset="streets", sensors=("solid",))
+    model = scalr_jax.load(probe, grids=EXPLICIT["grids"])
+    assert model.config.intensity == sensors.STREETS_INTENSITY["solid"]
+    assert model.segment(random_points(60)).shape == (len(random_points(60)),)
+
+
+def test_a_workdir_of_several_sensors_asks_which(tmp_path):
+    data = {"dataset": "nuscenes+pandaset", "sensors": ("pandar64", "pandargt")}
+    path = workdir(tmp_path / "run", "distill", "distill", 6, **data)
+    with pytest.raises(ValueError, match=r"several sensors \(nuscenes, pandar64, pandargt\); give sensor="):
+        scalr_jax.load(path)
+    assert scalr_jax.load(path, sensor="pandargt").config.intensity == sensors.INTENSITY["pandargt"]
+
+
+def test_folders_that_are_no_workdir(tmp_path):
+    with pytest.raises(ValueError, match="is not a workdir"):
+        scalr_jax.load(tmp_path)
+    (tmp_path / "distill" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="its folders distill are"):
+        scalr_jax.load(tmp_path)
+    (tmp_path / "distill" / "config.json").write_text(json.dumps({"data": 3}))
+    with pytest.raises(ValueError, match="is not the config of a run"):
+        scalr_jax.load(tmp_path / "distill")
+
+
+def test_data_workers_do_not_import_jax():
+    code = "import sys, scalr_jax, scalr_jax.data.transforms, scalr_jax.data.joined; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
