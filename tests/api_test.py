@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_student import tiny_model
 
 import scalr_jax
 from scalr_jax import interop, sensors
@@ -21,19 +22,6 @@ EXPLICIT = {
     "field_of_view": ((-16.0, -16.0, -4.0), (16.0, 16.0, 4.0)),
     "grids": ((16, 16), (16, 8), (16, 8)),
 }
-
-
-def tiny_model(head, out_features, **changes):
-    """A model config and random variables."""
-    model = get_config().model
-    model.unlock()
-    model.update(channels=8, depth=3, head=head, out_features=out_features, num_features=5, **changes)
-    student = interop.make_student(model)
-    shapes = jax.eval_shape(
-        lambda batch: student.init(jax.random.key(0), batch, train=False), empty_batch(5, model.grids)
-    )
-    rng = np.random.default_rng(0)
-    return model, jax.tree.map(lambda x: rng.uniform(0.1, 0.9, x.shape).astype(np.float32), shapes)
 
 
 def published(path, head="distill", out_features=6, **changes):

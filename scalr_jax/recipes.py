@@ -1,0 +1,143 @@
+"""The published experiments as configs: what `configs/{pretrain,probe,finetune}` share. Figures are in those files.
+
+Settings are those of the public code of ScaLR, ScaLR+ and WaffleIron. Epochs become steps: epochs x (training frames //
+batch), the last incomplete batch of an epoch left out. Every step holds exactly the published batch
+(`data.scenes_per_step`), whose capacities are set for one device; on D devices divide `data.points_per_shard`,
+`scenes_per_shard`, `cells_per_shard` and `halo_per_shard` by D (D must divide the batch).
+
+Published runs used mixed precision, ScaLR float16 and ScaLR+ bfloat16; here it is bfloat16 on accelerators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scalr_jax.config import get_config
+from scalr_jax.data.scenes import InputError
+from scalr_jax.sensors import PANDARGT_FINETUNING, PANDASET_DOWNSTREAM, WAFFLEIRON, View
+
+# Frames to train on. Those of PandaSet are the pretraining's: labels exist for the same scenes.
+TRAIN_FRAMES = {"nuscenes": 28_130, "semantic_kitti": 19_130, "pandar64": 3_920, "pandargt": 3_920}
+METHODS = ("scalr", "scalr_plus")
+BATCH_SIZE = 8
+MAX_POINTS = 20_000
+# Occupied and halo cells of a scene of 20,000 points, one camera's view or a whole turn: 1.2 times the most seen on
+# frames of the four datasets (2026-11-22); a batch has room for eight such scenes.
+VIEW_CELLS, VIEW_HALO = (3_000, 1_600, 1_600), (7_600, 2_700, 2_700)
+TURN_CELLS, TURN_HALO = (5_200, 2_100, 2_600), (14_600, 4_300, 5_100)
+
+
+def pretraining(method: str, channels: int = 768) -> Any:
+    """Distillation on all four datasets jointly; `channels` 256, 384 or 768."""
+    config = _student(method, channels)
+    config.task = "distill"
+    config.data.update(dataset="nuscenes+semantic_kitti+pandaset", sensors=("pandar64", "pandargt"))
+    _batch(config, BATCH_SIZE, VIEW_CELLS, VIEW_HALO)
+    frames = sum(TRAIN_FRAMES.values())
+    config.optimizer.update(learning_rate=2e-3, weight_decay=0.03)
+    if method == "scalr":
+        _epochs(config, 25, frames)
+        config.data.update(image_size=(224, 448), antialias=False)  # torchvision 0.12
+        config.optimizer.update(schedule="cosine", warmup_share=3_500 / config.num_steps, final_learning_rate=1e-5)
+    else:
+        _epochs(config, 65, frames)
+        config.data.update(image_size=(448, 896), antialias=True)
+        config.model.update(head_hidden=2048, drop_path=0.2)
+        config.optimizer.update(
+            schedule="rsqrt", warmup_share=1 / 65, timescale_share=0.45 / 65, cooldown_start_share=63 / 65
+        )
+    return config
+
+
+def probing(dataset: str, method: str) -> Any:
+    """Batch norm and a linear layer on the frozen backbone of `config.checkpoint`."""
+    config = _student(method)
+    config.task, config.checkpoint = "probe", "CHECKPOINT"
+    _dataset(config, dataset)
+    if dataset.startswith("pandar"):
+        _view(config, PANDASET_DOWNSTREAM)
+    _batch(config, BATCH_SIZE, TURN_CELLS, TURN_HALO)
+    _epochs(config, 50 if dataset.startswith("pandar") else 20, TRAIN_FRAMES[dataset], warmup=2)
+    final = 1e-5 if method == "scalr" else 0.0
+    config.optimizer.update(learning_rate=1e-3, weight_decay=0.003, schedule="cosine", final_learning_rate=final)
+    return config
+
+
+def finetuning(dataset: str, method: str, percent: int = 100) -> Any:
+    """All parameters, from `config.checkpoint`, on `percent` of the labels: 100, 10 or 1."""
+    config = _student(method)
+    config.task, config.checkpoint = "finetune", "CHECKPOINT"  # to be given: from "" it would begin at random weights
+    _dataset(config, dataset)
+    if dataset.startswith("pandar"):
+        _view(config, PANDARGT_FINETUNING if dataset == "pandargt" else PANDASET_DOWNSTREAM)
+    _batch(config, BATCH_SIZE, TURN_CELLS, TURN_HALO)
+    config.data.label_fraction = percent / 100
+    frames = -(-TRAIN_FRAMES[dataset] * percent // 100)
+    short = dataset == "semantic_kitti" and method == "scalr"
+    epochs, warmup = (45, 4) if percent < 100 else (10, 1) if short else (25, 2)
+    _epochs(config, epochs, frames, warmup=warmup)
+    config.model.drop_path = 0.2
+    config.optimizer.update(weight_decay=0.0, schedule="cosine", final_learning_rate=0.0)
+    if method == "scalr":
+        config.optimizer.update(learning_rate=2e-3, layer_decay=0.99 if percent == 100 else 0.95)
+    else:
+        config.optimizer.update(learning_rate=1e-4, layer_decay=0.99)
+    return config
+
+
+def waffleiron(dataset: str, channels: int) -> Any:
+    """The original WaffleIron with full supervision, from random weights; `config.checkpoint` stays empty."""
+    config = get_config()
+    config.task = "finetune"
+    _dataset(config, dataset)
+    _view(config, WAFFLEIRON[dataset])
+    _batch(config, 4, TURN_CELLS, TURN_HALO)
+    _epochs(config, 45, TRAIN_FRAMES[dataset], warmup=4, batch_size=4)
+    config.model.update(channels=channels, norm="batch", activation="relu", drop_path=0.2, segmentation_head="linear")
+    config.optimizer.update(learning_rate=1e-3, weight_decay=0.003, schedule="cosine", final_learning_rate=1e-5)
+    return config
+
+
+def _student(method: str, channels: int = 768) -> Any:
+    """The defaults with the method's student: 48 layers, layer norm, +-64 m, 256 cells."""
+    if method not in METHODS:
+        raise InputError(
+            f"the method {method!r} is none of {', '.join(METHODS)}; give it after the file's name and a colon"
+        )
+    config = get_config()
+    config.model.update(channels=channels, activation="relu" if method == "scalr" else "gelu")
+    return config
+
+
+def _dataset(config: Any, dataset: str) -> None:
+    if dataset.startswith("pandar"):
+        config.data.update(dataset="pandaset", sensors=(dataset,))
+    else:
+        config.data.dataset = dataset
+
+
+def _view(config: Any, view: View) -> None:
+    config.model.update(field_of_view=view.field_of_view, grids=view.grids)
+
+
+def _batch(config: Any, size: int, cells: tuple[int, ...], halo: tuple[int, ...]) -> None:
+    """Exactly `size` scenes a step, with room for as many of the largest."""
+    config.data.update(
+        max_points=MAX_POINTS,
+        scenes_per_step=size,
+        scenes_per_shard=size,
+        points_per_shard=size * MAX_POINTS,
+        cells_per_shard=tuple(size * count for count in cells),
+        halo_per_shard=tuple(size * count for count in halo),
+        num_workers=12,
+    )
+    config.optimizer.batch_size = size
+    config.model.remat = "group"
+
+
+def _epochs(config: Any, epochs: int, frames: int, *, warmup: int = 0, batch_size: int = BATCH_SIZE) -> None:
+    """`num_steps` of so many epochs, and the share of them that warms up."""
+    config.num_steps = epochs * (frames // batch_size)
+    config.optimizer.warmup_share = warmup / epochs
+    config.log_every_steps = 50
+    config.checkpoint_every_steps = max(1, min(2_000, config.num_steps // 10))

@@ -1,0 +1,183 @@
+"""Every config of configs/: it builds its state, and has the published sizes and lengths."""
+
+import importlib.util
+import inspect
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_student import tiny_model
+
+from scalr_jax import build, interop, optim, tasks
+from scalr_jax import config as defaults
+from scalr_jax.data.joined import EveryNth
+from scalr_jax.data.scenes import InputError
+from scalr_jax.interop_layout import empty_batch
+from scalr_jax.train_state import init_state
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+CLASSES = {"nuscenes": 16, "semantic_kitti": 19, "pandaset": 17, "streets": 7}
+TEACHER_WIDTH = 1024  # DINOv2 ViT-L
+RECIPES = sorted(
+    str(path.relative_to(CONFIGS))
+    for folder in ("pretrain", "probe", "finetune")
+    for path in CONFIGS.glob(f"{folder}/*.py")
+)
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location("config_under_test", CONFIGS / name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def variants():
+    for name in RECIPES:
+        methods = (
+            ("scalr", "scalr_plus") if "method" in inspect.signature(load(name).get_config).parameters else (None,)
+        )
+        yield from ((name, method) for method in methods)
+
+
+def get_config(name, method=None):
+    return load(name).get_config(*([method] if method else []))
+
+
+def abstract_state(config):
+    """The train state's shapes; no array is made."""
+    distill = config.task == "distill"
+    student = build.make_student(
+        config,
+        head="distill" if distill else config.model.segmentation_head,
+        out_features=TEACHER_WIDTH if distill else CLASSES[config.data.dataset],
+        frozen_backbone=config.task == "probe",
+    )
+    optimizer = optim.make_optimizer(config.optimizer, depth=config.model.depth)
+    optim.make_schedule(config.optimizer, float(config.num_steps))
+    trainable = ("head",) if config.task == "probe" else None
+    key = jax.random.key(0)
+    return jax.eval_shape(
+        lambda batch: init_state(student, batch, optimizer, trainable, key), empty_batch(5, config.model.grids)
+    )
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(("name", "method"), list(variants()))
+def test_every_config_builds_its_state(name, method):
+    config = get_config(name, method)
+    state = abstract_state(config)
+    assert count(state.params["backbone"]) > 6e6
+    trained = state.params["head"] if config.task == "probe" else state.params
+    assert count(state.opt_state) == 2 * count(trained) + 1  # two moments and Adam's count
+    build.make_settings(config, task="distill" if config.task == "distill" else "segment", train=True)
+    assert config.data.points_per_shard == config.data.scenes_per_shard * config.data.max_points
+
+
+@pytest.mark.parametrize(("channels", "millions"), [(256, 6.84), (384, 15.1), (768, 59.4)])
+def test_published_sizes(channels, millions):
+    config = get_config(f"pretrain/scalr_wi48_{channels}.py")
+    params = abstract_state(config).params
+    assert (count(params) - count(params["head"])) / 1e6 == pytest.approx(millions, rel=0.002)
+
+
+def test_published_lengths():
+    """Epochs as steps, warm-up and layer decay, one of each kind by hand."""
+    config = get_config("pretrain/scalr_wi48_768.py")
+    assert config.num_steps == 25 * 6887
+    assert config.optimizer.warmup_share * config.num_steps == pytest.approx(3_500)
+    config = get_config("pretrain/scalr_plus_wi48_768.py")
+    assert (config.num_steps, config.model.head_hidden, config.model.drop_path) == (65 * 6887, 2048, 0.2)
+    config = get_config("finetune/nuscenes_1p.py", "scalr")
+    assert (config.num_steps, config.optimizer.layer_decay) == (45 * (282 // 8), 0.95)
+    config = get_config("finetune/semantic_kitti_100p.py", "scalr")
+    assert (config.num_steps, config.optimizer.warmup_share) == (10 * 2391, 0.1)
+    config = get_config("finetune/pandargt_100p.py", "scalr_plus")
+    assert (config.model.grids[0], config.optimizer.learning_rate) == ((384, 384), 1e-4)
+    config = get_config("finetune/semantic_kitti_waffleiron.py")
+    assert (config.num_steps, config.optimizer.batch_size) == (45 * (19_130 // 4), 4)
+
+
+def test_docstrings_name_figure_and_command():
+    for name in RECIPES:
+        text = load(name).__doc__
+        assert f"--config=configs/{name}" in text, name
+        assert "%" in text or "no figure" in text, name
+
+
+def test_unknown_method():
+    with pytest.raises(InputError, match="the method 'slidr' is none of scalr, scalr_plus"):
+        get_config("probe/nuscenes.py", "slidr")
+
+
+def small_config(**changes):
+    config = defaults.get_config()
+    config.task = "probe"
+    config.model.update(channels=8, depth=3, **changes)
+    return config
+
+
+def test_a_published_file_to_start_from(tmp_path):
+    """Its weights as they are; every setting in which it is another student is listed."""
+    model, variables = tiny_model("distill", 6)
+    interop.save_torch_checkpoint(tmp_path / "x.pth", model, variables)
+    config = small_config()
+    config.checkpoint = str(tmp_path / "x.pth")
+    loaded = tasks.load_backbone(config)
+    jax.tree.map(np.testing.assert_array_equal, loaded["params"], variables["params"])
+    other = small_config(activation="gelu", norm="batch")
+    other.checkpoint = config.checkpoint
+    with pytest.raises(InputError, match=r"norm is layer there, batch .*activation is relu there, gelu"):
+        tasks.load_backbone(other)
+    for path in ("", "CHECKPOINT", str(tmp_path)):
+        config.checkpoint = path
+        with pytest.raises(InputError, match=r"neither the workdir of a run nor a published student.*docs/weights\.md"):
+            tasks.load_backbone(config)
+
+
+class Numbers:
+    """Frames that are their own index."""
+
+    class_names = ("a",)
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def frame(self, index, rng):
+        return index
+
+    def intensity(self, index):
+        return float(index), 1.0
+
+
+def test_a_share_of_the_labels_is_every_nth_frame():
+    share = EveryNth(Numbers(19_130), 100)
+    assert len(share) == 192
+    assert [share.frame(i, None) for i in (0, 1, 191)] == [0, 100, 19_100]
+    assert share.intensity(2) == (200.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "message"),
+    [
+        ("distill", {"label_fraction": 0.1}, "label_fraction = 0.1 with task 'distill'"),
+        ("probe", {"label_fraction": 0.0}, r"the share in \(0, 1\]"),
+        ("probe", {"dataset": "nuscenes+pandaset"}, "several datasets have several classes"),
+        ("distill", {"dataset": "nuscenes+waymo", "root": "."}, "nuscenes is not a folder|'waymo' is none of"),
+    ],
+)
+def test_data_that_cannot_be_meant(tmp_path, task, data, message):
+    config = defaults.get_config()
+    config.task = task
+    config.data.update(data)
+    with pytest.raises(InputError, match=message):
+        build.make_dataset(config, "train", cache=tmp_path)

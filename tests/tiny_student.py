@@ -1,0 +1,21 @@
+"""A student of three layers, 8 wide, with random weights, as published files and workdirs are loaded."""
+
+import jax
+import numpy as np
+
+from scalr_jax import interop
+from scalr_jax.config import get_config
+from scalr_jax.interop_layout import empty_batch
+
+
+def tiny_model(head, out_features, **changes):
+    """A model config and random variables."""
+    model = get_config().model
+    model.unlock()
+    model.update(channels=8, depth=3, head=head, out_features=out_features, num_features=5, **changes)
+    student = interop.make_student(model)
+    shapes = jax.eval_shape(
+        lambda batch: student.init(jax.random.key(0), batch, train=False), empty_batch(5, model.grids)
+    )
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda x: rng.uniform(0.1, 0.9, x.shape).astype(np.float32), shapes)
