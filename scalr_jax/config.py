@@ -11,6 +11,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from scalr_jax.data.scenes import InputError
+
 ConfigDict = ml_collections.ConfigDict
 
 
@@ -119,3 +121,19 @@ def _optimizer() -> ConfigDict:
             "total_updates": 0,  # 0: num_steps x the expected scenes a step / batch_size
         }
     )
+
+
+def check_keys(config: Any) -> None:
+    """Raises `InputError` that lists every key a config lacks; one built on `get_config()` has them all."""
+    found = flatten(config)
+    missing = [key for key in flatten(get_config()) if key not in found]
+    if missing:
+        raise InputError(f"the config lacks {', '.join(missing)}; begin it with scalr_jax.config.get_config()")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted name, of nested ConfigDicts or dicts."""
+    flat = {}
+    for key, value in config.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {f"{prefix}{key}": value})
+    return flat

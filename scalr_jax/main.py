@@ -20,6 +20,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -34,10 +35,13 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which process this is.")
 
 
 def one_sentence(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    text = str(error)
+    if "Traceback (most recent call last)" in text:  # ml_collections hands on what a config file raised with its trace
+        text = text.strip().splitlines()[-1]
+    return " ".join(text.split())
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Exit with code 2 and one sentence on stderr."""
     print(f"scalr_jax: error: {message}", file=sys.stderr)
     sys.exit(2)
@@ -54,7 +58,11 @@ def parse_flags(arguments: list[str]) -> list[str]:
         fail(one_sentence(error))
     if rest[1:]:
         fail(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
-    if CONFIG.value is None or WORKDIR.value is None:
+    try:
+        missing = CONFIG.value is None or not CONFIG.value.items() or WORKDIR.value is None
+    except OSError as error:  # ml_collections reports a config that does not load when it is first looked at
+        fail(one_sentence(error).removeprefix("Configuration is not available because of an earlier failure to load: "))
+    if missing:
         fail("--config and --workdir are required, as in --config=configs/demo.py --workdir=runs/demo")
     return rest
 
@@ -75,7 +83,9 @@ def start_distributed() -> None:
 def run(config, workdir: Path) -> None:
     """Dispatch on `config.task`."""
     from scalr_jax import tasks
+    from scalr_jax.config import check_keys
 
+    check_keys(config)
     known = {
         "distill": tasks.distill,
         "probe": tasks.probe,

@@ -51,7 +51,7 @@ def _update(state: TrainState, batch: Any, optimizer, learning_rate: Array, trai
     metrics = {
         "loss": loss,
         "learning_rate": learning_rate,
-        "gradient_norm": optax.global_norm(gradients),
+        "gradient_norm": optax.tree.norm(gradients),
         "points": batch.scene_points.sum(),
         "scenes": num_scenes,
         **extra,

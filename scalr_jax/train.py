@@ -20,7 +20,7 @@ import numpy as np
 
 from scalr_jax import build, optim, sharding, steps
 from scalr_jax.checkpoint import Checkpoints
-from scalr_jax.config import get_config
+from scalr_jax.config import flatten, get_config
 from scalr_jax.data.packing import Capacities, derive_capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import InputError, SceneView
@@ -202,14 +202,6 @@ def _start_from(state: TrainState, initial: dict, shardings: Any) -> TrainState:
     return jax.device_put(dataclasses.replace(state, params=params, batch_stats=statistics), shardings)
 
 
-def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        flat.update(_flat(value, name + ".") if isinstance(value, dict) else {name: value})
-    return flat
-
-
 def _claim_workdir(config: Any, workdir: Path) -> None:
     """Write config.json, or compare with the one there. Raises `InputError` that lists every difference.
 
@@ -218,8 +210,8 @@ def _claim_workdir(config: Any, workdir: Path) -> None:
     path = workdir / "config.json"
     new = json.loads(config.to_json_best_effort())
     if path.exists():
-        now = _flat(new)
-        old = {**_flat(json.loads(get_config().to_json_best_effort())), **_flat(json.loads(path.read_text()))}
+        now = flatten(new)
+        old = {**flatten(json.loads(get_config().to_json_best_effort())), **flatten(json.loads(path.read_text()))}
         differences = [
             f"{key}: {old.get(key)} there, {now.get(key)} now"
             for key in sorted(old | now)

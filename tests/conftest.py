@@ -29,3 +29,21 @@ def golden():
 def highest_precision():
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compilation_cache(tmp_path_factory):
+    """A program that several tests run is compiled once a session."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@pytest.fixture(scope="session")
+def street_cache(tmp_path_factory):
+    """Eight training and two validation streets, rendered once a session."""
+    from scalr_jax.data.streets import Streets
+
+    root = tmp_path_factory.mktemp("streets")
+    for split, number in (("train", 8), ("validation", 2)):
+        Streets(root, split=split, num_scenes=number, image_size=(112, 224)).render_missing(progress=None)
+    return root

@@ -55,19 +55,17 @@ def overflow(need: Capacities, capacities: Capacities) -> list[str]:
     return found
 
 
-def derive_capacities(
-    sample: Sequence[SceneView], *, points: int, scenes: int, num_shards_margin: float = 1.25
-) -> Capacities:
+def derive_capacities(sample: Sequence[SceneView], *, points: int, scenes: int, margin: float = 1.25) -> Capacities:
     """Table capacities for packs of `points` points and `scenes` scenes, from a sample of scenes.
 
     A pack holds at most `scenes` scenes and `points` points; its cells are estimated from the sample's cells a point
-    and cells a scene, with a margin, and never below one and a half times the largest scene seen.
+    and cells a scene, with a margin, and never below two and a half times the largest scene seen.
     """
 
     def capacity(counts: list[int]) -> int:
         by_points = points * sum(counts) / sum(len(scene.feats) for scene in sample)
         by_scenes = scenes * sum(counts) / len(counts)
-        need = max(num_shards_margin * min(by_points, by_scenes), 1.5 * max(counts))
+        need = max(margin * min(by_points, by_scenes), 2.5 * max(counts))
         return int(-(-need // 128) * 128)
 
     num_planes = len(sample[0].planes)

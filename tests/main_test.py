@@ -1,0 +1,110 @@
+"""The command line: help, mistakes and bad input. Exit code 2 and one sentence, never a traceback."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scalr_jax import tasks
+from scalr_jax.data.scenes import InputError
+from scalr_jax.data.streets import Streets
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "scalr_jax.main", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def config_of(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def test_help_says_what_the_command_does():
+    result = command("--help")
+    assert result.returncode == 0
+    assert "--workdir" in result.stdout
+    assert "configs/demo.py" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "--config and --workdir are required"),
+        (("--config=configs/smoke.py", "--workdir=x", "--config.data.nun_workers=2"), "num_workers"),
+        (("--config=configs/no_such.py", "--workdir=x"), "no_such.py"),
+        (("--config=configs/smoke.py", "--workdir=x", "--config.num_steps=many"), "num_steps"),
+        (("--config=configs/smoke.py", "--workdir=x", "again"), "unexpected arguments: again"),
+        (
+            ("--config=configs/pandaset_mini.py", "--workdir=x", "--config.data.root=/no/such"),
+            "/no/such is not a folder",
+        ),
+    ],
+)
+def test_mistakes_exit_with_2_and_one_sentence(arguments, words, tmp_path):
+    arguments = [a.replace("--workdir=x", f"--workdir={tmp_path / 'x'}") for a in arguments]
+    result = command(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task": "distil"}, "none of distill, probe"),
+        ({"data.dataset": "kitty"}, "streets, pandaset"),
+        ({"model.activation": "swish"}, "relu, gelu"),
+        ({"model.grids": ((8, 8),)}, "3 planes|three planes"),
+        ({"teacher.checkpoint": "vit.pth"}, "dinov2_vitl14_pretrain.pth"),
+        ({"data.image_size": (100, 225)}, "multiple of the patch"),
+        ({"mesh.fsdp": 3}, r"mesh\.fsdp"),
+        ({"data.points_per_shard": 100}, r"data\.points_per_shard is 100"),
+        ({"data.scenes_per_step": 3}, "does not divide"),
+        ({"task": "probe", "checkpoint": "nowhere"}, "nowhere"),
+    ],
+)
+def test_a_wrong_config_is_one_sentence(changes, words, tmp_path, street_cache):
+    config = config_of("smoke")
+    config.data.root = str(street_cache)
+    config.data.num_scenes = 4
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(InputError, match=words):
+        from scalr_jax.main import run
+
+        run(config, tmp_path / "run")
+
+
+def test_one_truncated_scan_is_skipped_and_many_stop(tmp_path, street_cache):
+    """A cut cache file is named; with two of them more than 1 % of the frames are bad."""
+    root = tmp_path / "streets"
+    root.mkdir()
+    files = sorted(street_cache.glob("train-*-112x224-*.npz"))[:4]
+    for i, file in enumerate(files):
+        content = file.read_bytes()
+        (root / file.name).write_bytes(content if i < 2 else content[: len(content) // 2])
+    dataset = Streets(root, split="train", num_scenes=4, image_size=(112, 224))
+    with pytest.raises(Exception, match=files[2].name):
+        dataset.frame(2, np.random.default_rng(0))
+    config = config_of("smoke")
+    config.data.update(root=str(root), num_scenes=4)
+    with pytest.raises(InputError, match="2 of 4 frames are bad"):
+        tasks.distill(config, tmp_path / "run")
