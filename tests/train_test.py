@@ -79,7 +79,7 @@ def test_resuming_is_bit_identical(whole_run, tmp_path, street_cache):
     config = small_config(street_cache)
     config.num_steps = 6
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     dataset = build.make_dataset(config, "train", cache=tmp_path)
@@ -91,11 +91,11 @@ def test_resuming_is_bit_identical(whole_run, tmp_path, street_cache):
     def stopping(self, step, *args, **kwargs):
         original(self, step, *args, **kwargs)
         if step == 4:
-            raise Stop
+            raise StopError
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module._Log, "add", stopping)
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             train(config, tmp_path, dataset, task)
     assert max(losses(tmp_path)) == 4
     state = distill(small_config(street_cache, **{"data.num_workers": 1}), tmp_path)
