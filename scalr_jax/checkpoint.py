@@ -72,7 +72,6 @@ def load_variables(directory: Path) -> dict:
     Read onto one device: where the run had them (perhaps on more devices than there are here) does not matter.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    partly = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
     with ocp.training.Checkpointer(directory.absolute()) as checkpointer:
         if checkpointer.latest is None:
             raise InputError(f"{directory} holds no checkpoint; give the workdir of a finished run")
@@ -80,6 +79,8 @@ def load_variables(directory: Path) -> dict:
         there: Any = checkpointer.metadata(step).metadata["state"]
         wanted = {name: there[name] for name in ("params", "batch_stats")}
         wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted)
-        with ocp.Context(pytree_options=partly):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True  # the optimiser's state stays on disk
+        with context:
             loaded: Any = checkpointer.load(step, {"state": wanted})
     return jax.device_get(loaded["state"])
