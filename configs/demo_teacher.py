@@ -11,11 +11,11 @@ from scalr_jax import config as defaults
 def get_config():
     config = defaults.get_config()
     config.task = "teacher"
-    config.num_steps = 1200
+    config.num_steps = 1500
     config.log_every_steps = 25
     config.data.update(dataset="streets", image_size=(112, 224), num_scenes=500)
     config.optimizer.update(
-        learning_rate=2e-3, final_learning_rate=1e-5, weight_decay=0.03, beta2=0.99, warmup_share=0.05
+        learning_rate=3e-3, final_learning_rate=1e-5, weight_decay=0.03, beta2=0.99, warmup_share=0.05
     )
     config.optimizer.batch_size = 8
     with config.unlocked():
