@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from scalr_jax.data.joined import EveryNth, Joined
 from scalr_jax.data.scenes import InputError
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.models.student import Student
+from scalr_jax.ops.positions import INTERPOLATIONS
 
 DATASETS = ("streets", "pandaset", "nuscenes", "semantic_kitti")
 
@@ -23,7 +25,8 @@ def make_dataset(config: Any, split: str, *, cache: Path) -> Any:
     """
     data = config.data
     names = data.dataset.split("+")
-    if not 0 < data.label_fraction <= 1 or (data.label_fraction < 1 and config.task not in ("probe", "finetune")):
+    labelled = config.task in ("probe", "finetune", "evaluate")
+    if not 0 < data.label_fraction <= 1 or (data.label_fraction < 1 and not labelled):
         raise InputError(
             f"data.label_fraction = {data.label_fraction} with task {config.task!r}: it is the share in (0, 1] of the "
             "training frames whose labels a probe or fine-tuning uses, and 1 elsewhere"
@@ -163,6 +166,13 @@ def make_teacher(config: Any) -> tuple[Any, Any]:
             "DINOv2 project's release page (docs/weights.md) and give its path, --config.teacher.checkpoint=PATH, or "
             "take the small packaged teacher, --config.teacher.checkpoint=demo"
         )
+    if teacher.position_interpolation != "auto":
+        if teacher.position_interpolation not in INTERPOLATIONS:
+            raise InputError(
+                f"teacher.position_interpolation = {teacher.position_interpolation!r} is none of auto, "
+                f"{', '.join(INTERPOLATIONS)}"
+            )
+        vit_config = dataclasses.replace(vit_config, position_interpolation=teacher.position_interpolation)
     patch = vit_config.patch_size
     if any(size % patch for size in config.data.image_size):
         raise InputError(f"data.image_size = {tuple(config.data.image_size)} is not a multiple of the patch, {patch}")

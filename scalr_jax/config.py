@@ -99,6 +99,7 @@ def _teacher() -> ConfigDict:
         {
             "checkpoint": "",  # path of a DINOv2 file; "demo": the small ViT that comes with the package
             "feature": "x_pre_norm",  # x_pre_norm, x
+            "position_interpolation": "auto",  # dinov2, size, antialias (ops/positions.py); auto: as the file's project
             "num_heads": config_dict.placeholder(int),
         }
     )

@@ -38,10 +38,12 @@ def pretraining(method: str, channels: int = 768) -> Any:
     if method == "scalr":
         _epochs(config, 25, frames)
         config.data.update(image_size=(224, 448), antialias=False)  # torchvision 0.12
+        config.teacher.position_interpolation = "dinov2"
         config.optimizer.update(schedule="cosine", warmup_share=3_500 / config.num_steps, final_learning_rate=1e-5)
     else:
         _epochs(config, 65, frames)
         config.data.update(image_size=(448, 896), antialias=True)
+        config.teacher.position_interpolation = "antialias"  # timm's
         config.model.update(head_hidden=2048, drop_path=0.2)
         config.optimizer.update(
             schedule="rsqrt", warmup_share=1 / 65, timescale_share=0.45 / 65, cooldown_start_share=63 / 65

@@ -181,3 +181,17 @@ def test_data_that_cannot_be_meant(tmp_path, task, data, message):
     config.data.update(data)
     with pytest.raises(InputError, match=message):
         build.make_dataset(config, "train", cache=tmp_path)
+
+
+def test_the_teachers_positions_by_name():
+    config = defaults.get_config()
+    config.teacher.checkpoint = "demo"
+    config.data.image_size = (112, 224)
+    config.teacher.position_interpolation = "dinov2"
+    assert build.make_teacher(config)[0].position_interpolation == "dinov2"
+    config.teacher.position_interpolation = "bicubic"
+    with pytest.raises(InputError, match="'bicubic' is none of auto, dinov2, size, antialias"):
+        build.make_teacher(config)
+    config.teacher.checkpoint = "nothing.pth"
+    with pytest.raises(InputError, match=r"fetch dinov2_vitl14_pretrain\.pth .*docs/weights\.md"):
+        build.make_teacher(config)

@@ -6,7 +6,7 @@
 
 6.84 M parameters without the head. DATASETS holds the folders nuscenes, semantic_kitti and pandaset.
 A narrower student with the settings of the published 768; no figure for it is at hand.
-The teacher comes from timm there; the position table is resampled accordingly.
+The published teacher comes from timm, so positions are resampled as there; Meta's file serves as well.
 """
 
 from scalr_jax import recipes

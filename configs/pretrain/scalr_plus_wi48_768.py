@@ -6,7 +6,7 @@
 
 59.4 M parameters without the head. DATASETS holds the folders nuscenes, semantic_kitti and pandaset.
 Probed, the published model reaches 70.4 % mIoU on nuScenes, 61.0 SemanticKITTI, 43.5 Pandar64, 40.7 PandarGT.
-The teacher comes from timm there; the position table is resampled accordingly.
+The published teacher comes from timm, so positions are resampled as there; Meta's file serves as well.
 """
 
 from scalr_jax import recipes
