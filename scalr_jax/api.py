@@ -191,6 +191,8 @@ def _load_workdir(path: Path, sensor: str | None, given: dict) -> tuple[dict, di
         data, model = ({**get_config()[part].to_dict(), **written[part]} for part in ("data", "model"))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path / 'config.json'} is not the config of a run ({error!r})") from None
+    if written.get("task") not in ("distill", "probe", "finetune"):
+        raise InputError(f"{path} is a run of task {written.get('task')!r}, which leaves no student")
     variables = load_variables(path / "checkpoints")
     params = variables["params"]
     head = build.segmentation_head(params)

@@ -208,6 +208,9 @@ def test_folders_that_are_no_workdir(tmp_path):
     (tmp_path / "distill" / "config.json").write_text(json.dumps({"data": 3}))
     with pytest.raises(ValueError, match="is not the config of a run"):
         scalr_jax.load(tmp_path / "distill")
+    (tmp_path / "distill" / "config.json").write_text(json.dumps({"task": "teacher", "data": {}, "model": {}}))
+    with pytest.raises(ValueError, match="a run of task 'teacher', which leaves no student"):
+        scalr_jax.load(tmp_path / "distill")
 
 
 def test_data_workers_do_not_import_jax():
