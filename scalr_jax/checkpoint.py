@@ -14,7 +14,6 @@ from orbax.checkpoint import v1 as _orbax
 
 from scalr_jax.data.scenes import InputError
 
-
 ocp: Any = _orbax  # its annotations are narrower than what it takes
 
 
