@@ -11,9 +11,9 @@ length 1.40, width 1.51, tallness 1.32, height 1.15, depth 1.85 nats; Huber loss
 
 A linear classifier on unit features at the points' pixels (160 training streets, 32 beams, tokens sampled as in
 distillation), on 60 validation streets: 0.570 mIoU (road 0.89, pavement 0.66, terrain 0.63, building 0.76, fence 0.45,
-vegetation 0.75, trunk 0.36, pole 0.22, person 0.34, car 0.62, van 0.55, bus 0.62). The same classifier on this ViT
-with random weights: 0.230; on the 8 x 8 pixels around the point and its place in the image: 0.344. What is thinner
-than a patch of 8 pixels is what it misses. These labels served to measure and never to train.
+vegetation 0.75, trunk 0.36, pole 0.22, person 0.34, car 0.62, van 0.55, bus 0.62). The same classifier on a ViT of
+this width, 6 blocks deep, with random weights: 0.230; on the 8 x 8 pixels around the point and its place in the image:
+0.344. What is thinner than a patch of 8 pixels is what it misses. These labels served to measure and never to train.
 """
 
 from ml_collections import ConfigDict

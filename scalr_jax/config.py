@@ -33,11 +33,12 @@ def get_config() -> Any:  # a ConfigDict: its attributes have no static types
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     config.demo = ConfigDict(
         {
-            "probe_steps": 100,
-            "probe_learning_rate": 0.01,
-            "supervised_learning_rates": (1e-3, 3e-3, 6e-3),
+            "probe_steps": 120,
+            "probe_learning_rate": 0.02,
+            "supervised_learning_rates": (8e-3, 1.5e-2, 2.5e-2),
             "segment_max_points": 4_000,
-            "segment_scenes_per_shard": 5,
+            "segment_points_per_shard": 8_192,
+            "segment_scenes_per_shard": 4,
         }
     )
     config.lock()

@@ -106,6 +106,7 @@ def _part(config: Any, task: str) -> Any:
     part = copy.deepcopy(config)
     part.task = task
     if task != "distill":
+        part.data.points_per_shard = config.demo.segment_points_per_shard
         part.data.scenes_per_shard = config.demo.segment_scenes_per_shard
         part.data.max_points = config.demo.segment_max_points
         part.data.augmentation = "consistent"

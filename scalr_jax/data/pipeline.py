@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -107,7 +107,11 @@ class Pipeline:
                 flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, also outside an absl program
             options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
             stream = stream.mp_prefetch(options)
-        return iter(stream)
+        iterator = iter(stream)
+        try:
+            yield from iterator
+        finally:  # a stream that is left early must stop its workers and free their shared memory
+            iterator.close()
 
     def sample(self, number: int = SAMPLE_SIZE) -> list[SceneView]:
         """The first good scenes of the order, the same on every process."""
@@ -198,3 +202,5 @@ def prefetch(items: Iterator, size: int = 2) -> Iterator:
             yield item
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        if isinstance(items, Generator):
+            items.close()

@@ -1,4 +1,5 @@
-"""Point embedding (WaffleIron, section 3.3): final([linear(n_i), max over neighbours j of MLP(n_j - n_i)]), n = norm(f).
+"""Point embedding (WaffleIron, section 3.3): final([linear(n_i), max over neighbours j of MLP(n_j - n_i)]),
+n = norm(f).
 
 With the published order of layers, everything before the ReLU of the neighbourhood branch is affine in the raw
 offsets r = feats[neighbour] - feats[centre]:

@@ -127,8 +127,9 @@ class Group(nn.Module):
 
 
 class WaffleIron(nn.Module):
-    """x [D * P, C], scene [D, P] -> [D * P, C]. `remat`: "none", "layer" or "group" (what is computed again in the backward pass).
+    """x [D * P, C], scene [D, P] -> [D * P, C].
 
+    `remat`: "none", "layer" or "group" (what is computed again in the backward pass).
     `implementation`: "cells" (occupied cells only), "dense" (the reference), "auto" (cells).
     """
 
