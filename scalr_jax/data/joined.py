@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from scalr_jax.data.scenes import Frame
+
+
+def intensity_statistics(dataset: Any, index: int) -> tuple[float, float]:
+    """(mean, standard deviation) of the raw intensity at a frame: one pair a dataset, or a function of the frame."""
+    statistics: Any = dataset.intensity
+    return cast(Any, statistics)(index) if callable(statistics) else cast(Any, statistics)
 
 
 class Joined:
@@ -35,9 +41,7 @@ class Joined:
     def intensity(self, index: int) -> tuple[float, float]:
         """(mean, standard deviation) of the raw intensity of the sensor that made this frame."""
         dataset, local = self._find(index)
-        if callable(dataset.intensity):
-            return dataset.intensity(local)  # type: ignore[return-value]
-        return dataset.intensity
+        return intensity_statistics(dataset, local)
 
 
 class EveryNth:
@@ -58,5 +62,4 @@ class EveryNth:
 
     def intensity(self, index: int) -> tuple[float, float]:
         """(mean, standard deviation) of the raw intensity of the sensor that made this frame."""
-        statistics = self.dataset.intensity
-        return statistics(index * self.n) if callable(statistics) else statistics
+        return intensity_statistics(self.dataset, index * self.n)

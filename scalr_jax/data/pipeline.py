@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags, logging
 
 from scalr_jax.data import packing
+from scalr_jax.data.joined import intensity_statistics
 from scalr_jax.data.scenes import BadFrameError, Batch, InputError, SceneView
 from scalr_jax.data.transforms import SceneSettings, make_scene
 
@@ -48,8 +49,7 @@ class BuildScene:
         rng = np.random.default_rng((self.seed, position // len(self.dataset), int(record)))
         try:
             frame = self.dataset.frame(int(record), rng)
-            statistics = self.dataset.intensity
-            statistics = statistics(int(record)) if callable(statistics) else statistics
+            statistics = intensity_statistics(self.dataset, int(record))
             return make_scene(frame, position, statistics, self.settings, rng)
         except BadFrameError as error:
             nothing = np.zeros((0, 0), np.float32)
