@@ -3,7 +3,7 @@
     python -m scalr_jax.main --config=configs/pandaset_mini.py --workdir=runs/pandaset_mini --config.data.root=PANDASET
 
 Both sensors, all scenes and frames that are there; `--config.data.scenes="('002',)"` and
-`--config.data.frames="('45',)"` take a subset. On one scene of 20 frames, 100 steps take about 2 minutes on 2 cores
+`--config.data.frames="(45, 48)"` take a subset. On one scene of 20 frames, 100 steps take about 2 minutes on 2 cores
 (2026-11-22) and end at a loss of 0.77 where the best constant prediction reaches 0.96 (means of the last 25 steps);
 the teacher has only seen generated streets. For a real result give DINOv2 as the teacher:
 `--config.teacher.checkpoint=dinov2_vits14_pretrain.pth --config.data.image_size="(224, 448)"`.

@@ -67,7 +67,7 @@ def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path)
     if name == "pandaset":
         from scalr_jax.data.pandaset import PandaSet
 
-        subset = {"scenes": tuple(data.scenes) or None, "frames": tuple(data.frames) or None}
+        subset = {"scenes": tuple(data.scenes) or None, "frames": _frame_numbers(data.frames)}
         return Joined([PandaSet(root, sensor=s, split=split, labels=labels, **subset) for s in data.sensors])
     if name == "semantic_kitti":
         from scalr_jax.data.semantic_kitti import SemanticKITTI
@@ -77,6 +77,13 @@ def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path)
 
     version = "v1.0-trainval" if (Path(root) / "v1.0-trainval").is_dir() else "v1.0-mini"
     return NuScenes(root, version=version, split=split, labels=labels)
+
+
+def _frame_numbers(frames: Any) -> tuple[int, ...] | None:
+    """`data.frames` as numbers, however they were written; None for all."""
+    if not all(str(frame).isdecimal() for frame in frames):
+        raise InputError(f"data.frames = {tuple(frames)} must be frame numbers, as in --config.data.frames='(45, 48)'")
+    return tuple(int(frame) for frame in frames) or None
 
 
 def make_settings(config: Any, *, task: str, train: bool) -> SceneSettings:

@@ -76,6 +76,7 @@ def test_mistakes_exit_with_2_and_one_sentence(arguments, words, tmp_path):
         ({"teacher.checkpoint": "vit.pth"}, "dinov2_vitl14_pretrain.pth"),
         ({"data.image_size": (100, 225)}, "multiple of the patch"),
         ({"mesh.fsdp": 3}, r"mesh\.fsdp"),
+        ({"data.dataset": "pandaset", "data.frames": ("4x",)}, "must be frame numbers"),
         ({"data.points_per_shard": 100}, r"data\.points_per_shard is 100"),
         ({"data.scenes_per_step": 3}, "does not divide"),
         ({"task": "probe", "checkpoint": "nowhere"}, "nowhere"),

@@ -89,6 +89,9 @@ class PandaSet:
         self._scenes, num_unlabelled = self._find_scenes(scenes)
         wanted = None if frames is None else frozenset(frames)
         found = [entry for scene in self._scenes for entry in self._find_frames(scene)]
+        absent = sorted((wanted or frozenset()) - {entry.number for entry in found})
+        if absent:
+            raise InputError(f"{self.root}: no frame {', '.join(map(str, absent))} in its {len(self._scenes)} scenes.")
         found = [entry for entry in found if wanted is None or entry.number in wanted]
         self._entries = [e for e in found if (e.cameras or not self.cameras) and (e.labels or not labels)]
         self._num_found = len(found)
