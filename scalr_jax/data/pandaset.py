@@ -89,9 +89,6 @@ class PandaSet:
         self._scenes, num_unlabelled = self._find_scenes(scenes)
         wanted = None if frames is None else frozenset(frames)
         found = [entry for scene in self._scenes for entry in self._find_frames(scene)]
-        absent = sorted((wanted or frozenset()) - {entry.number for entry in found})
-        if absent:
-            raise InputError(f"{self.root}: no frame {', '.join(map(str, absent))} in its {len(self._scenes)} scenes.")
         found = [entry for entry in found if wanted is None or entry.number in wanted]
         self._entries = [e for e in found if (e.cameras or not self.cameras) and (e.labels or not labels)]
         self._num_found = len(found)
@@ -103,7 +100,7 @@ class PandaSet:
         if not self._entries:
             raise InputError(
                 f"{self.root}: no frame to use among {len(found)} scans of {len(self._scenes)} scenes "
-                f"(split={split!r}, cameras={self.cameras}, labels={labels}); expected {LAYOUT}."
+                f"(split={split!r}, frames={frames}, cameras={self.cameras}, labels={labels}); expected {LAYOUT}."
             )
 
     def __len__(self) -> int:
