@@ -19,14 +19,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from scalr_jax import build, metrics, tasks
-from scalr_jax.data.packing import derive_capacities
+from scalr_jax import build, tasks
+from scalr_jax.data.packing import derive_capacities, pack_shard
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.scenes import SceneView
 from scalr_jax.evaluation.segmentation import evaluate
 from scalr_jax.logging import write_json
 from scalr_jax.train import choose_capacities, distillation_task, segmentation_task, train
-from scalr_jax.visualize import cosine_similarity, draw_correlation, draw_loss
+from scalr_jax.visualize import cosine_similarity, draw_correlation, draw_loss, read_curve
 
 CALIBRATION_STEPS = 20
 
@@ -50,7 +50,7 @@ def run_demo(config: Any, workdir: Path) -> dict:
             task = segmentation_task(part, num_classes, label=name, initial=initial, frozen=frozen)
             state = train(part, folder, dataset, task)
             confusion = evaluate(part, validation, task.student, tasks.variables_of(state), num_classes)
-            results = {**metrics.summarize(confusion), **tasks.class_results(confusion, dataset.class_names)}
+            results = tasks.segmentation_results(confusion, dataset.class_names)
             write_json(folder / "results.json", results)
             print(f"{name}: mIoU {results['miou']:.3f}", flush=True)
         return json.loads((folder / "results.json").read_text())
@@ -125,9 +125,8 @@ def _random_backbone(config: Any, dataset: Any) -> dict:
     sample = pipeline.sample()
     capacities = choose_capacities(config, sample)
     student = build.make_student(config, head="none", out_features=0)
-    put = jax.tree.map
     variables = jax.jit(lambda batch: student.init(jax.random.key(config.seed), batch, train=False))(
-        put(jax.numpy.asarray, pipeline.empty_batch(capacities, sample[0]))
+        jax.tree.map(jax.numpy.asarray, pipeline.empty_batch(capacities, sample[0]))
     )
 
     @jax.jit
@@ -139,7 +138,7 @@ def _random_backbone(config: Any, dataset: Any) -> dict:
 
     steps = pipeline.steps(capacities, sample[0])
     for _ in range(CALIBRATION_STEPS):
-        variables = observe(variables, put(jax.numpy.asarray, next(steps).batch))
+        variables = observe(variables, jax.tree.map(jax.numpy.asarray, next(steps).batch))
     return jax.device_get(dict(variables))
 
 
@@ -195,8 +194,6 @@ def _query_point(scene: SceneView, frame: Any, car: int) -> int | None:
 
 def _features(apply: Any, variables: Any, scene: SceneView, config: Any) -> np.ndarray:
     """The student's output [N, C] for one scene alone."""
-    from scalr_jax.data.packing import pack_shard
-
     capacities = derive_capacities([scene], points=config.data.points_per_shard, scenes=1)
     batch = jax.tree.map(
         lambda x: jax.numpy.asarray(x)[None], pack_shard([scene], capacities, scene, build.grids_of(config))
@@ -206,8 +203,7 @@ def _features(apply: Any, variables: Any, scene: SceneView, config: Any) -> np.n
 
 def _points_per_second(workdir: Path) -> float:
     """Median of the logged rates of the distillation."""
-    lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return float(np.median([line["train/points_per_s"] for line in lines if "train/points_per_s" in line]))
+    return float(np.median(read_curve(workdir, "train/points_per_s")[1]))
 
 
 def _add_seconds(workdir: Path, seconds: float) -> float:

@@ -85,16 +85,18 @@ def _segment(config: Any, workdir: Path, *, label: str, frozen: bool, initial: d
     task = segmentation_task(config, num_classes, label=label, initial=initial, frozen=frozen)
     state = train(config, workdir, dataset, task)
     confusion = evaluate_segmentation(config, validation, task.student, variables_of(state), num_classes)
-    results = {**metrics.summarize(confusion), **class_results(confusion, dataset.class_names)}
+    results = segmentation_results(confusion, dataset.class_names)
     if jax.process_index() == 0:
         write_json(workdir / "results.json", results)
         print(f"{label}: mIoU {results['miou']:.4f}", flush=True)
     return results
 
 
-def class_results(confusion: Any, names: Any) -> dict[str, dict]:
+def segmentation_results(confusion: Any, names: Any) -> dict:
+    """What results.json says of a confusion matrix: the means, and the IoU of each class by name."""
     iou = metrics.intersection_over_union(confusion)
-    return {"iou": {name: round(float(value), 4) for name, value in zip(names, iou, strict=True)}}
+    by_name = {name: round(float(value), 4) for name, value in zip(names, iou, strict=True)}
+    return {**metrics.summarize(confusion), "iou": by_name}
 
 
 def probe(config: Any, workdir: Path) -> dict:
@@ -118,7 +120,7 @@ def evaluate(config: Any, workdir: Path) -> dict:
     num_classes = variables["params"]["head"]["bias"].shape[0]
     student = build.make_student(config, head=head, out_features=num_classes)
     confusion = evaluate_segmentation(config, dataset, student, variables, num_classes)
-    results = {**metrics.summarize(confusion), **class_results(confusion, dataset.class_names)}
+    results = segmentation_results(confusion, dataset.class_names)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "results.json", results)
