@@ -176,3 +176,16 @@ def test_bad_frames_are_named(changes, words):
     with pytest.raises(BadFrameError, match=words) as error:
         transforms.make_scene(frame(**changes), 0, (0, 1), settings_of("distill"), np.random.default_rng(0))
     assert "test/0" in str(error.value)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 300), st.integers(0, 2**31))
+def test_known_voxels_draw_what_voxelize_draws(num_points, seed):
+    rng = np.random.default_rng(seed)
+    points = rng.uniform(-0.5, 0.5, (num_points, 4))
+    voxels = transforms.find_voxels(points, 0.1)
+    keys = transforms.voxel_keys(points, 0.1)
+    np.testing.assert_array_equal(transforms.draw_voxels(voxels), transforms.voxelize(points, 0.1))
+    drawn = transforms.draw_voxels(voxels, rng)
+    np.testing.assert_array_equal(keys[drawn], np.unique(keys))  # one of each voxel, in order
+    assert voxels.start[-1] == num_points

@@ -47,6 +47,16 @@ class Frame(NamedTuple):
     pixels: np.ndarray | None = None  # [N, 2] float64: row, column in `image`; any value where not visible
     visible: np.ndarray | None = None  # [N] bool: the point projects inside the image by the dataset's rule
     labels: np.ndarray | None = None  # [N] uint8: class, or 255
+    voxels: Voxels | None = None  # found when the frame was prepared; None: not yet
+    image_shape: tuple[int, int] | None = None  # rows, columns that `pixels` count in; None: those of `image`
+
+
+class Voxels(NamedTuple):
+    """The points of each occupied voxel of a scan, voxels in lexicographic order, points in order within each."""
+
+    size: float  # metres
+    order: np.ndarray  # [N] int32: points sorted by voxel
+    start: np.ndarray  # [v + 1] int32: where each voxel's run begins in `order`
 
 
 class SceneView(NamedTuple):

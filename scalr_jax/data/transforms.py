@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from pykdtree.kdtree import KDTree
 
-from scalr_jax.data.scenes import IGNORE, PLANE_AXES, BadFrameError, Frame, ScenePlane, SceneView
+from scalr_jax.data.scenes import IGNORE, PLANE_AXES, BadFrameError, Frame, ScenePlane, SceneView, Voxels
 
 FIELD_OF_VIEW_EPS = 1e-4  # metres
 FEATURES = ("intensity", "x", "y", "z", "radius")
@@ -42,12 +42,39 @@ def voxelize(points: np.ndarray, voxel_size: float, rng: np.random.Generator | N
     points [N, 3+] in metres; voxels are counted from the cloud's minimum corner.
     """
     order = np.arange(len(points)) if rng is None else rng.permutation(len(points))
-    xyz = points[order, :3]
+    _, first = np.unique(voxel_keys(points[order], voxel_size), return_index=True)
+    return order[first]
+
+
+def voxel_keys(points: np.ndarray, voxel_size: float) -> np.ndarray:
+    """The voxel of each point as one number [N] int64 that sorts like the voxel's x, y, z."""
+    xyz = points[:, :3]
     voxels = ((xyz - xyz.min(axis=0, keepdims=True)) / voxel_size).astype(np.int64)
     _, count_y, count_z = voxels.max(axis=0) + 1
-    keys = (voxels[:, 0] * count_y + voxels[:, 1]) * count_z + voxels[:, 2]
-    _, first = np.unique(keys, return_index=True)
-    return order[first]
+    return (voxels[:, 0] * count_y + voxels[:, 1]) * count_z + voxels[:, 2]
+
+
+def find_voxels(points: np.ndarray, voxel_size: float) -> Voxels:
+    """All points of each voxel, so that `draw_voxels` need not sort again. points [N, 3+] in metres."""
+    keys = voxel_keys(points, voxel_size)
+    order = np.argsort(keys, kind="stable")
+    start = np.flatnonzero(np.diff(keys[order], prepend=-1, append=np.iinfo(np.int64).max))
+    return Voxels(voxel_size, order.astype(np.int32), start.astype(np.int32))
+
+
+def draw_voxels(voxels: Voxels, rng: np.random.Generator | None = None) -> np.ndarray:
+    """What `voxelize` returns, from voxels that are known: one point a voxel, a random one, or the first."""
+    start = voxels.start[:-1]
+    if rng is None:
+        return voxels.order[start]
+    return voxels.order[start + (rng.random(len(start)) * np.diff(voxels.start)).astype(np.int32)]
+
+
+def one_a_voxel(frame: Frame, voxel_size: float, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Indices of one point a voxel of a frame, by its prepared voxels where they have this size."""
+    if frame.voxels is not None and frame.voxels.size == voxel_size:
+        return draw_voxels(frame.voxels, rng)
+    return voxelize(frame.points, voxel_size, rng)
 
 
 def limit(points: np.ndarray, max_points: int, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -167,7 +194,7 @@ def make_scene(
 def _distillation_scene(frame: Frame, index: int, intensity, settings: SceneSettings, rng) -> SceneView:
     if frame.image is None or frame.pixels is None or frame.visible is None:
         raise BadFrameError(f"{frame.name}: distillation needs an image, and the frame has none")
-    kept = voxelize(frame.points, settings.voxel_size, rng)
+    kept = one_a_voxel(frame, settings.voxel_size, rng)
     kept = kept[frame.visible[kept]]
     if len(kept) == 0:
         raise BadFrameError(f"{frame.name}: no point of the scan projects into the image; check the calibration")
@@ -178,7 +205,7 @@ def _distillation_scene(frame: Frame, index: int, intensity, settings: SceneSett
     cut = inside(xyz, settings.field_of_view)
     xyz, kept = xyz[cut], kept[cut]
     feats = make_features(xyz, frame.points[kept, 3], intensity)
-    ratio = np.array(settings.image_size) / np.array(frame.image.shape[:2])
+    ratio = np.array(settings.image_size) / np.array(frame.image_shape or frame.image.shape[:2])
     pixels = np.floor(frame.pixels[kept] * ratio).astype(np.int32)
     image = resize_image(frame.image, settings.image_size, antialias=settings.antialias)
     return _finish(frame.name, index, xyz, feats, settings, image=image, pixels=pixels)
@@ -186,7 +213,7 @@ def _distillation_scene(frame: Frame, index: int, intensity, settings: SceneSett
 
 def _segmentation_scene(frame: Frame, index: int, intensity, settings: SceneSettings, rng) -> SceneView:
     labels = frame.labels if frame.labels is not None else np.full(len(frame.points), IGNORE, np.uint8)
-    kept = voxelize(frame.points, settings.voxel_size, rng if settings.train else None)
+    kept = one_a_voxel(frame, settings.voxel_size, rng if settings.train else None)
     if settings.train:
         kept = kept[limit(frame.points[kept], settings.max_points, rng)]
     xyz = to_ego(frame.points[kept], frame.to_ego)
