@@ -178,14 +178,30 @@ def test_bad_frames_are_named(changes, words):
     assert "test/0" in str(error.value)
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(1, 300), st.integers(0, 2**31))
-def test_known_voxels_draw_what_voxelize_draws(num_points, seed):
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 300), st.integers(0, 2**31), st.sampled_from([0.5, 30.0, 1e7, 1e30]))
+def test_voxels_are_those_of_a_plain_search(num_points, seed, far):
     rng = np.random.default_rng(seed)
     points = rng.uniform(-0.5, 0.5, (num_points, 4))
+    points[: num_points // 7] *= far
+    rows = np.floor((points[:, :3] - points[:, :3].min(axis=0)) / 0.1)  # as published: the unique rows
+    _, first, voxel = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    np.testing.assert_array_equal(transforms.voxelize(points, 0.1), first)
     voxels = transforms.find_voxels(points, 0.1)
-    keys = transforms.voxel_keys(points, 0.1)
-    np.testing.assert_array_equal(transforms.draw_voxels(voxels), transforms.voxelize(points, 0.1))
+    np.testing.assert_array_equal(np.diff(voxels.start), np.bincount(voxel.ravel()))
     drawn = transforms.draw_voxels(voxels, rng)
-    np.testing.assert_array_equal(keys[drawn], np.unique(keys))  # one of each voxel, in order
-    assert voxels.start[-1] == num_points
+    np.testing.assert_array_equal(voxel.ravel()[drawn], np.arange(len(first)))  # one of each voxel, in order
+
+
+def test_points_of_a_scene_are_ordered_by_cell_of_the_first_plane():
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(4000, 4)) * [20, 20, 2, 9]
+    for task in ("distill", "segment"):
+        extra = {"image": np.zeros((30, 60, 3), np.uint8), "pixels": np.ones((4000, 2)), "visible": np.ones(4000, bool)}
+        frame = Frame("a frame", points, np.eye(4), **(extra if task == "distill" else {"labels": np.zeros(4000, int)}))
+        chosen = transforms.SceneSettings(task, True, FIELD_OF_VIEW, GRIDS, image_size=(30, 60))
+        scene = transforms.make_scene(frame, 0, (0.0, 1.0), chosen, rng)
+        assert (np.diff(scene.planes[0].cell) >= 0).all()
+        for plane in scene.planes:
+            np.testing.assert_array_equal(plane.order, np.argsort(plane.cell, kind="stable"))
+            assert len(plane.position) == plane.cell.max() + 1

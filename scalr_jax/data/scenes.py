@@ -79,6 +79,7 @@ class ScenePlane(NamedTuple):
     """Cell tables of one scene in one plane, before packing. m occupied cells, u halo cells."""
 
     cell: np.ndarray  # [N] int32: row of the point's cell among the m occupied
+    order: np.ndarray  # [N] int32: points sorted by cell
     position: np.ndarray  # [m] int32: i * W + j of each occupied cell, ascending
     halo_taps: np.ndarray  # [u, 9] int32: rows of the 3x3 neighbours in the occupied table, -1 for none
     cell_taps: np.ndarray  # [m, 9] int32: rows of the 3x3 neighbours in the halo table, -1 for none

@@ -41,29 +41,40 @@ def voxelize(points: np.ndarray, voxel_size: float, rng: np.random.Generator | N
 
     points [N, 3+] in metres; voxels are counted from the cloud's minimum corner.
     """
-    order = np.arange(len(points)) if rng is None else rng.permutation(len(points))
-    _, first = np.unique(voxel_keys(points[order], voxel_size), return_index=True)
-    return order[first]
+    return draw_voxels(find_voxels(points, voxel_size), rng)
 
 
 def voxel_keys(points: np.ndarray, voxel_size: float) -> np.ndarray:
-    """The voxel of each point as one number [N] int64 that sorts like the voxel's x, y, z."""
-    xyz = points[:, :3]
-    voxels = ((xyz - xyz.min(axis=0, keepdims=True)) / voxel_size).astype(np.int64)
-    _, count_y, count_z = voxels.max(axis=0) + 1
-    return (voxels[:, 0] * count_y + voxels[:, 1]) * count_z + voxels[:, 2]
+    """The voxel of each point as one number [N] int64 that sorts like the voxel's x, y, z.
+
+    Column by column: on rows of a [126,000, 4] scan the same takes 15 ms instead of 0.5 (2026-11-22).
+    """
+    keys, num_keys = np.zeros(len(points), np.int64), 1
+    for axis in range(3):
+        column = np.ascontiguousarray(points[:, axis])
+        steps = (column - column.min()) / voxel_size
+        count = int(steps.max()) + 1
+        if num_keys * count * len(points) >= 2**62:  # a point far out: number only the values that occur
+            steps = np.unique(np.floor(steps), return_inverse=True)[1]
+            keys = np.unique(keys, return_inverse=True)[1]
+            count = num_keys = len(points)
+        keys = keys * count + steps.astype(np.int64)
+        num_keys *= count
+    return keys
 
 
 def find_voxels(points: np.ndarray, voxel_size: float) -> Voxels:
-    """All points of each voxel, so that `draw_voxels` need not sort again. points [N, 3+] in metres."""
+    """All points of each voxel. points [N, 3+] in metres."""
     keys = voxel_keys(points, voxel_size)
-    order = np.argsort(keys, kind="stable")
-    start = np.flatnonzero(np.diff(keys[order], prepend=-1, append=np.iinfo(np.int64).max))
-    return Voxels(voxel_size, order.astype(np.int32), start.astype(np.int32))
+    bits = len(points).bit_length()
+    in_order = np.sort((keys << bits) | np.arange(len(points)))  # one sort of numbers, faster than an argsort
+    new_voxel = np.diff(in_order >> bits, prepend=-1) != 0
+    start = np.append(np.flatnonzero(new_voxel), len(points))
+    return Voxels(voxel_size, (in_order & ((1 << bits) - 1)).astype(np.int32), start.astype(np.int32))
 
 
 def draw_voxels(voxels: Voxels, rng: np.random.Generator | None = None) -> np.ndarray:
-    """What `voxelize` returns, from voxels that are known: one point a voxel, a random one, or the first."""
+    """Indices [v] of one point a voxel: a random one, or the first without `rng`."""
     start = voxels.start[:-1]
     if rng is None:
         return voxels.order[start]
@@ -92,6 +103,13 @@ def inside(points: np.ndarray, field_of_view) -> np.ndarray:
     """Mask [N]: strictly inside the field of view, by more than 0.1 mm."""
     low, high = np.asarray(field_of_view, np.float64)
     return ((points[:, :3] > low + FIELD_OF_VIEW_EPS) & (points[:, :3] < high - FIELD_OF_VIEW_EPS)).all(axis=1)
+
+
+def in_view(xyz: np.ndarray, settings: SceneSettings) -> np.ndarray:
+    """Indices [n] of the points inside the field of view, ordered by their cell in the first plane: neighbours in the
+    grid are then near each other in memory."""
+    kept = np.flatnonzero(inside(xyz, settings.field_of_view))
+    return kept[sort_by(cell_position(xyz[kept], PLANE_AXES[0], settings.grids[0], settings.field_of_view))]
 
 
 def rotation(angle: float) -> np.ndarray:
@@ -124,35 +142,54 @@ def find_neighbors(xyz: np.ndarray, num_neighbors: int) -> np.ndarray:
 
 
 def make_plane(xyz: np.ndarray, axes: tuple[int, int], grid: tuple[int, int], field_of_view) -> ScenePlane:
-    """Cell tables of one plane; cell = floor((p - min) / cell size), position = i * W + j. xyz inside the view."""
+    """Cell tables of one plane. xyz [N, 3] inside the view."""
+    return plane_tables(cell_position(xyz, axes, grid, field_of_view), grid)
+
+
+def cell_position(xyz: np.ndarray, axes: tuple[int, int], grid: tuple[int, int], field_of_view) -> np.ndarray:
+    """i * W + j [N] int64 of each point's cell (i, j) = floor((p - min) / cell size). xyz [N, 3] inside the view."""
     low, high = np.asarray(field_of_view, np.float64)[:, list(axes)]
     cell_size = (high - low) / np.array(grid)
-    ij = ((xyz[:, list(axes)] - low) / cell_size).astype(np.int64)
-    return plane_tables(ij[:, 0] * grid[1] + ij[:, 1], grid)
+    i, j = (((xyz[:, axis] - low[k]) / cell_size[k]).astype(np.int64) for k, axis in enumerate(axes))
+    return i * grid[1] + j
 
 
 def plane_tables(point_position: np.ndarray, grid: tuple[int, int]) -> ScenePlane:
-    """The same from each point's position i * W + j [N]."""
-    position, cell = np.unique(point_position, return_inverse=True)
-    return ScenePlane(cell.astype(np.int32), position.astype(np.int32), *_dilate(position, grid))
+    """Cell tables from each point's position i * W + j [N].
 
-
-def _dilate(position: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Tap tables of the halo [u, 9] and of the occupied positions [m, 9] (-1: no such row)."""
-    padded = (grid[0] + 2, grid[1] + 2)  # a border, so that taps never wrap around
+    Rows are looked up in the grid with a border of one cell, so that no tap wraps around, and nothing is sorted.
+    """
+    padded = (grid[0] + 2, grid[1] + 2)
     offsets = np.array([i * padded[1] + j for i in (-1, 0, 1) for j in (-1, 0, 1)])
-    occupied = (position // grid[1] + 1) * padded[1] + position % grid[1] + 1
-    in_grid = np.zeros(padded, bool)
-    in_grid[1:-1, 1:-1] = True
-    reached = np.zeros(padded, bool)
-    reached.ravel()[(occupied[:, None] + offsets).ravel()] = True
-    halo = np.flatnonzero(reached & in_grid)
+    point = point_position + 2 * (point_position // grid[1]) + padded[1] + 1  # the same cell in the padded grid
+    occupied = _marked(point, padded)  # [m]
     row = np.full(padded[0] * padded[1], -1, np.int32)
     row[occupied] = np.arange(len(occupied), dtype=np.int32)
+    cell = row[point]
+    reached = np.zeros(padded, bool)
+    for offset in offsets:
+        reached.ravel()[occupied + offset] = True
+    reached[0] = reached[-1] = reached[:, 0] = reached[:, -1] = False
+    halo = np.flatnonzero(reached)  # [u]
     halo_taps = row[halo[:, None] + offsets]
     row[occupied] = -1
     row[halo] = np.arange(len(halo), dtype=np.int32)
-    return halo_taps, row[occupied[:, None] + offsets]
+    i, j = np.divmod(occupied, padded[1])
+    position = (i - 1) * grid[1] + j - 1
+    return ScenePlane(cell, sort_by(cell), position.astype(np.int32), halo_taps, row[occupied[:, None] + offsets])
+
+
+def sort_by(keys: np.ndarray) -> np.ndarray:
+    """Stable argsort [N] int32 of integers in [0, 2^31): one sort of numbers, several times faster than an argsort."""
+    in_order = np.sort((keys.astype(np.int64) << 32) | np.arange(len(keys)))
+    return in_order.astype(np.uint32).view(np.int32)
+
+
+def _marked(positions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The different `positions` in a grid, ascending."""
+    marked = np.zeros(grid[0] * grid[1], bool)
+    marked[positions] = True
+    return np.flatnonzero(marked)
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.ndarray:
@@ -202,7 +239,7 @@ def _distillation_scene(frame: Frame, index: int, intensity, settings: SceneSett
     xyz = to_ego(frame.points[kept], frame.to_ego)
     if settings.augmentation != "none":
         xyz = augment(xyz, rng)
-    cut = inside(xyz, settings.field_of_view)
+    cut = in_view(xyz, settings)
     xyz, kept = xyz[cut], kept[cut]
     feats = make_features(xyz, frame.points[kept, 3], intensity)
     ratio = np.array(settings.image_size) / np.array(frame.image_shape or frame.image.shape[:2])
@@ -223,7 +260,7 @@ def _segmentation_scene(frame: Frame, index: int, intensity, settings: SceneSett
     elif settings.train and settings.augmentation == "consistent":
         xyz = augment(xyz, rng)
         feats = make_features(xyz, frame.points[kept, 3], intensity)
-    cut = inside(xyz, settings.field_of_view)
+    cut = in_view(xyz, settings)
     xyz, kept, feats = xyz[cut], kept[cut], feats[cut]
     scene = _finish(frame.name, index, xyz, feats, settings, labels=labels[kept])
     if settings.train:
