@@ -9,22 +9,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.data.joined import EveryNth, Joined
+from scalr_jax.data.joined import Joined, every_nth, listed
 from scalr_jax.data.scenes import InputError
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.models.student import Student
 from scalr_jax.ops.positions import INTERPOLATIONS
 
-DATASETS = ("streets", "pandaset", "nuscenes", "semantic_kitti")
+DATASETS = ("streets", "pandaset", "pandar64", "pandargt", "nuscenes", "semantic_kitti")
+MERGED = ("nuscenes", "semantic_kitti", "pandar64", "pandargt")  # the published pretraining's
 
 
 def make_dataset(config: Any, split: str, *, cache: Path) -> Any:
     """The dataset of `config.data` for `split`: has `__len__`, `frame(index, rng)`, `intensity`, `class_names`.
 
-    `cache`: where generated streets are rendered to when `data.root` is empty.
+    `cache`: where generated streets are rendered to when `data.root` is empty. Raises `InputError`.
     """
     data = config.data
-    names = data.dataset.split("+")
+    names = MERGED if data.dataset == "merged" else data.dataset.split("+")
     labelled = config.task in ("probe", "finetune", "evaluate")
     if not 0 < data.label_fraction <= 1 or (data.label_fraction < 1 and not labelled):
         raise InputError(
@@ -33,12 +34,21 @@ def make_dataset(config: Any, split: str, *, cache: Path) -> Any:
         )
     if len(names) > 1 and config.task != "distill":
         raise InputError(f"data.dataset = {data.dataset!r}: several datasets have several classes; give one of them")
-    roots = [Path(data.root) / name if len(names) > 1 and data.root else data.root for name in names]
+    if data.frame_list and data.label_fraction < 1:
+        raise InputError("data.frame_list and data.label_fraction both choose training frames; give one of them")
+    roots = [_root(data.root, name) if len(names) > 1 else data.root for name in names]
     datasets = [_make_one(config, split, name, root, cache) for name, root in zip(names, roots, strict=True)]
-    dataset = datasets[0] if len(datasets) == 1 else Joined(datasets)
+    dataset = datasets[0] if len(datasets) == 1 and not data.weights else Joined(datasets, data.weights or None)
     if split == "train" and data.label_fraction < 1:
-        return EveryNth(dataset, round(1 / data.label_fraction))
+        return every_nth(dataset, round(1 / data.label_fraction))
+    if split == "train" and data.frame_list:
+        return listed(dataset, Path(data.frame_list))
     return dataset
+
+
+def _root(root: str, name: str) -> str | Path:
+    """The folder of one of several datasets; PandaSet's two lidars share theirs."""
+    return Path(root) / ("pandaset" if name in ("pandar64", "pandargt") else name) if root else ""
 
 
 def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path) -> Any:
@@ -64,11 +74,12 @@ def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path)
     if not Path(root).is_dir():
         raise InputError(f"{root} is not a folder; data.root = {data.root} must lead to {name}")
     labels = config.task != "distill"
-    if name == "pandaset":
+    if name in ("pandaset", "pandar64", "pandargt"):
         from scalr_jax.data.pandaset import PandaSet
 
         subset = {"scenes": tuple(data.scenes) or None, "frames": _frame_numbers(data.frames)}
-        return Joined([PandaSet(root, sensor=s, split=split, labels=labels, **subset) for s in data.sensors])
+        sensors = data.sensors if name == "pandaset" else (name,)
+        return Joined([PandaSet(root, sensor=s, split=split, labels=labels, **subset) for s in sensors])
     if name == "semantic_kitti":
         from scalr_jax.data.semantic_kitti import SemanticKITTI
 

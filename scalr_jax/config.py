@@ -48,7 +48,10 @@ def get_config() -> Any:  # a ConfigDict: its attributes have no static types
 def _data() -> ConfigDict:
     return ConfigDict(
         {
-            "dataset": "streets",  # streets, pandaset, nuscenes, semantic_kitti; several joined by "+", to distil
+            # streets, pandaset (with `sensors`; or pandar64, pandargt), nuscenes, semantic_kitti; to distil also
+            # several, joined by "+", or "merged", the published four
+            "dataset": "streets",
+            "weights": (),  # of several: the proportions of their scenes; (): an epoch has every frame once
             "root": "",  # the raw dataset, or the folder of several, by name; for streets the cache (default: workdir)
             "sensors": ("beams32",),  # streets, pandaset
             "num_scenes": 64,  # streets: scenes to render
@@ -56,11 +59,13 @@ def _data() -> ConfigDict:
             "scenes": (),  # subset of the dataset's scenes, () for all
             "frames": (),  # subset of the frames, () for all
             "split": "train",
+            "frame_list": "",  # a text file that names the training frames to use, one a line
             "label_fraction": 1.0,  # probe, finetune: 0.01 trains on every 100th frame of the list, 0.1 on every 10th
             "voxel_size": 0.1,  # metres
             "max_points": 20_000,  # the nearest to a random point
             "image_size": (224, 448),
             "antialias": True,  # False: torchvision 0.12's resize, as ScaLR pinned
+            "scaled_decode": False,  # prepared records: decode JPEG files at 1/2, 1/4 or 1/8 where that is large enough
             "augmentation": "published",  # published, consistent, none
             "points_per_shard": 65_536,
             "scenes_per_shard": 12,

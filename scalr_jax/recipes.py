@@ -31,7 +31,7 @@ def pretraining(method: str, channels: int = 768) -> Any:
     """Distillation on all four datasets jointly; `channels` 256, 384 or 768."""
     config = _student(method, channels)
     config.task = "distill"
-    config.data.update(dataset="nuscenes+semantic_kitti+pandaset", sensors=("pandar64", "pandargt"))
+    config.data.dataset = "merged"
     _batch(config, BATCH_SIZE, VIEW_CELLS, VIEW_HALO)
     frames = sum(TRAIN_FRAMES.values())
     config.optimizer.update(learning_rate=2e-3, weight_decay=0.03)

@@ -22,6 +22,14 @@ def streets_cache(workdir: Path) -> Path:
     return workdir / "streets"
 
 
+def _dataset(config: Any, workdir: Path, split: str) -> Any:
+    """The dataset of a split; prints the table of what was found."""
+    dataset = build.make_dataset(config, split, cache=streets_cache(workdir))
+    if jax.process_index() == 0 and hasattr(dataset, "describe"):
+        print(dataset.describe(), flush=True)
+    return dataset
+
+
 def last_metrics(workdir: Path) -> dict:
     """The last line of metrics.jsonl that belongs to a step."""
     lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -34,7 +42,7 @@ def variables_of(state: TrainState) -> dict:
 
 def distill(config: Any, workdir: Path) -> TrainState:
     """Distil the teacher into the student; results.json holds the last logged metrics."""
-    dataset = build.make_dataset(config, config.data.split, cache=streets_cache(workdir))
+    dataset = _dataset(config, workdir, config.data.split)
     state = train(config, workdir, dataset, distillation_task(config))
     if jax.process_index() == 0:
         write_json(workdir / "results.json", last_metrics(workdir))
@@ -79,8 +87,8 @@ def _check_model(path: Path, there: Any, here: Any) -> None:
 
 def _segment(config: Any, workdir: Path, *, label: str, frozen: bool, initial: dict | None) -> dict:
     """Train a segmentation head (and the backbone unless `frozen`), evaluate, write results.json."""
-    dataset = build.make_dataset(config, "train", cache=streets_cache(workdir))
-    validation = build.make_dataset(config, "validation", cache=streets_cache(workdir))
+    dataset = _dataset(config, workdir, "train")
+    validation = _dataset(config, workdir, "validation")
     num_classes = num_classes_of(config, dataset)
     task = segmentation_task(config, num_classes, label=label, initial=initial, frozen=frozen)
     state = train(config, workdir, dataset, task)
@@ -116,7 +124,7 @@ def evaluate(config: Any, workdir: Path) -> dict:
     head = build.segmentation_head(variables["params"])
     if head is None:
         raise InputError(f"{config.checkpoint} holds no segmentation head; give the workdir of a probe or fine-tuning")
-    dataset = build.make_dataset(config, config.data.split, cache=streets_cache(workdir))
+    dataset = _dataset(config, workdir, config.data.split)
     num_classes = variables["params"]["head"]["bias"].shape[0]
     student = build.make_student(config, head=head, out_features=num_classes)
     confusion = evaluate_segmentation(config, dataset, student, variables, num_classes)

@@ -11,7 +11,7 @@ from tiny_student import tiny_model
 
 from scalr_jax import build, interop, optim, tasks
 from scalr_jax import config as defaults
-from scalr_jax.data.joined import EveryNth
+from scalr_jax.data.joined import every_nth
 from scalr_jax.data.scenes import InputError
 from scalr_jax.interop_layout import empty_batch
 from scalr_jax.train_state import init_state
@@ -160,7 +160,7 @@ class Numbers:
 
 
 def test_a_share_of_the_labels_is_every_nth_frame():
-    share = EveryNth(Numbers(19_130), 100)
+    share = every_nth(Numbers(19_130), 100)
     assert len(share) == 192
     assert [share.frame(i, None) for i in (0, 1, 191)] == [0, 100, 19_100]
     assert share.intensity(2) == (200.0, 1.0)

@@ -1,10 +1,12 @@
 """Order, packing and exact resume: the same for any number of processes and workers; bad frames among them."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
 
+from scalr_jax.data.joined import Joined
 from scalr_jax.data.packing import Capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import BadFrameError, Frame, InputError
@@ -108,6 +110,55 @@ def test_resume_is_exact(stop):
         positions = next(steps).positions
     resumed = run(positions.tolist(), 12 - stop, dataset=dataset, num_shards=2, shards=range(2), num_workers=2)
     assert resumed == whole[stop:]
+
+
+def mixture(**weights):
+    return Joined([Named(n, prefix=prefix) for n, prefix in ((10, "a"), (40, "b"), (5, "c"))], **weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Named(Clouds):
+    """Clouds with a name of their own."""
+
+    prefix: str = ""
+
+    def frame(self, index, rng):
+        return super().frame(index, rng)._replace(name=f"{self.prefix}/{index}")
+
+
+def test_a_weighted_mixture_draws_in_proportion_and_each_frame_as_often_as_the_others():
+    p = pipeline(dataset=mixture(weights=(2, 1, 1)))
+    order = p.order()
+    names = [order[i].name for i in range(4 * 55)]
+    assert {k: sum(name[0] == k for name in names) for k in "abc"} == {"a": 4 * 28, "b": 4 * 13, "c": 4 * 14}
+    assert all(abs(sum(name[0] == "a" for name in names[s::4]) - 28) < 14 for s in range(4)), "no shard lacks a dataset"
+    counts = Counter(names)
+    for prefix, frames in (("a", 10), ("b", 40), ("c", 5)):
+        own = [counts[f"{prefix}/{i}"] for i in range(frames)]
+        assert max(own) - min(own) <= 1, "a dataset begins again only when all its frames were drawn"
+    first = {}
+    for i, name in enumerate(names):
+        first.setdefault(name, []).append(order[i].feats)
+    assert all(len(f) < 2 or f[0].shape != f[1].shape or (f[0] != f[1]).any() for f in first.values())
+
+
+@pytest.mark.parametrize("weights", [None, (2, 1, 1)])
+def test_a_mixture_is_the_same_for_any_processes_workers_and_resumption(weights):
+    dataset = mixture(weights=weights)
+    together = run(dataset=dataset, num_shards=2, shards=range(2))
+    assert [[step[1]] for step in together] == run(dataset=dataset, num_shards=2, shards=[1], num_workers=2)
+    p = pipeline(dataset=dataset, num_shards=2, shards=range(2))
+    steps = p.steps(CAPACITIES, p.sample(4)[0])
+    positions = [next(steps).positions for _ in range(5)][-1]
+    assert run(positions.tolist(), 7, dataset=dataset, num_shards=2, shards=range(2)) == together[5:]
+
+
+def test_weights_that_cannot_be_meant():
+    for weights, message in (((1, 2), "2 weights for 3"), ((1, 0, 1), "positive"), ((1, np.inf, 1), "positive")):
+        with pytest.raises(InputError, match=message):
+            mixture(weights=weights)
+    with pytest.raises(InputError, match="no scene in an epoch"):
+        pipeline(dataset=mixture(weights=(1, 1, 1e-6))).sample()
 
 
 def test_a_bad_frame_is_dropped_named_and_counted(caplog):

@@ -105,7 +105,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
                     f"{path}: the image is {file.width} x {file.height} pixels, its calibration is for "
                     f"{size[0]} x {size[1]}; use the dataset's original images."
                 )
-            return np.asarray(file.convert("RGB"))
+            return np.asarray(file if file.mode == "RGB" else file.convert("RGB"))
     except FileNotFoundError as error:
         raise BadFrameError(f"{path}: no such image; copy it, or leave this camera out.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -97,6 +97,10 @@ class NuScenes:
         """What errors and logs call a frame: "nuscenes/<scene>/<the scan's time in microseconds>"."""
         return f"nuscenes/{self._entries[index].scene}/{self._entries[index].timestamp}"
 
+    def scan_file(self, index: int) -> str:
+        """The scan's path below `root`, as published lists name keyframes."""
+        return self._entries[index].scan.file
+
     def describe(self) -> str:
         """A short table of what was found."""
         rows = [

@@ -45,15 +45,45 @@ class BuildScene:
     settings: SceneSettings
     seed: int
 
-    def __call__(self, position: int, record: int) -> SceneView:
-        rng = np.random.default_rng((self.seed, position // len(self.dataset), int(record)))
+    def __call__(self, position: int, drawn: tuple[int, int]) -> SceneView:
+        epoch, record = drawn
+        rng = np.random.default_rng((self.seed, epoch, record))
         try:
-            frame = self.dataset.frame(int(record), rng)
-            statistics = intensity_statistics(self.dataset, int(record))
+            frame = self.dataset.frame(record, rng)
+            statistics = intensity_statistics(self.dataset, record)
             return make_scene(frame, position, statistics, self.settings, rng)
         except BadFrameError as error:
             nothing = np.zeros((0, 0), np.float32)
             return SceneView(str(record), position, nothing, nothing, (), None, None, None, str(error))
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Position in the endless order, slot of its epoch -> (epoch, record). Without `sources` the slot is the record.
+
+    With them, slots belong to the datasets in turn, `counts[k]` to dataset k, and the n-th slot that a dataset ever
+    gets draws the n-th of its own endless shuffled order. So the shuffle of the slots mixes the datasets at random, and
+    no period of a mixture meets the number of shards.
+    """
+
+    counts: tuple[int, ...]
+    sources: tuple[Any, ...] = ()
+
+    def __call__(self, position: int, slot: int) -> tuple[int, int]:
+        epoch = position // sum(self.counts)
+        if not self.sources:
+            return epoch, int(slot)
+        k = int(np.searchsorted(np.cumsum(self.counts), slot, side="right"))
+        number = epoch * self.counts[k] + int(slot) - sum(self.counts[:k])
+        source = self.sources[k]
+        return number // source.frames, int(source.order[number])
+
+
+class _Source(NamedTuple):
+    """One dataset of a weighted mixture."""
+
+    frames: int
+    order: Any  # grain.MapDataset of its records, shuffled, endless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +120,28 @@ class Pipeline:
 
     def order(self) -> Any:
         """The global order, a grain.MapDataset: element i is the scene at position i."""
-        records = grain.MapDataset.range(len(self.dataset))
+        draw = self._draw()
+        slots = grain.MapDataset.range(sum(draw.counts))
         if self.epochs is None:
-            most = (2**31 - 1) // len(self.dataset)
-            records = records.shuffle(seed=self.seed % 2**32).repeat(most)
+            slots = _endless(slots, self.seed)
+        records = slots.map_with_index(draw)
         return records.map_with_index(BuildScene(self.dataset, self.settings, self.seed))
+
+    def _draw(self) -> Draw:
+        weights = getattr(self.dataset, "weights", None)
+        if weights is None or self.epochs is not None:
+            return Draw((len(self.dataset),))
+        ends = np.rint(np.cumsum(weights) / sum(weights) * len(self.dataset)).astype(int)
+        if (np.diff(ends, prepend=0) < 1).any():
+            raise InputError(
+                f"the weights {weights} give a dataset no scene in an epoch of {len(self.dataset)}; raise it"
+            )
+        sources, first = [], 0
+        for k, part in enumerate(self.dataset.datasets):
+            records = grain.MapDataset.range(first, first + len(part))
+            sources.append(_Source(len(part), _endless(records, self.seed + 1 + k)))
+            first += len(part)
+        return Draw(tuple(int(count) for count in np.diff(ends, prepend=0)), tuple(sources))
 
     def stream(self, shard: int, first: int) -> Iterator[SceneView]:
         """Scenes of one shard from position `first` on, bad ones included."""
@@ -183,6 +230,11 @@ def _stack(shards: Sequence[Batch]) -> Any:
         return np.stack(leaves)
 
     return stack(*shards)
+
+
+def _endless(records: Any, seed: int) -> Any:
+    """Epoch after epoch, each in another order."""
+    return records.shuffle(seed=seed % 2**32).repeat((2**31 - 1) // len(records))
 
 
 def prefetch(items: Iterator, size: int = 2) -> Iterator:

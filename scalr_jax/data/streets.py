@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from scalr_jax.data.files import format_table
 from scalr_jax.data.scenes import BadFrameError, Frame, InputError
 from scalr_jax.data.street_layout import CLASSES
 from scalr_jax.data.street_sensors import SENSORS
@@ -81,6 +82,18 @@ class Streets:
     def __len__(self) -> int:
         return self.num_scenes
 
+    def name(self, index: int) -> str:
+        """What errors and logs call a scene: "streets/train/0"."""
+        return f"streets/{self.split}/{index}"
+
+    def describe(self) -> str:
+        """A short table of what there is."""
+        h, w = self.image_size
+        rows = [("scenes", len(self)), ("sensors", ", ".join(self.sensors)), ("images", f"{h} x {w}")]
+        return format_table(
+            f"Generated streets, split {self.split}: {self.root}", [*rows, ("labelled frames", len(self))]
+        )
+
     def sensor(self, index: int) -> str:
         """Name of the sensor of scene `index`."""
         return self.sensors[index % len(self.sensors)]
@@ -129,7 +142,7 @@ class Streets:
         except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
             raise BadFrameError(f"{path} cannot be read ({error}); delete it to have it rendered again") from error
         return Frame(
-            name=f"streets/{self.split}/{index}",
+            name=self.name(index),
             points=arrays["points"],
             to_ego=np.eye(4),
             image=arrays["image"],
