@@ -100,6 +100,17 @@ def test_tap_tables_are_each_others_transpose(positions):
     assert there == back
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, AREA - 1), min_size=1, max_size=30))
+def test_the_halo_is_the_dilation(positions):
+    plane = plane_tables(np.array(positions), GRID)
+    near = np.zeros(GRID, bool)
+    for i, j in zip(*np.divmod(np.array(positions), GRID[1]), strict=True):
+        near[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2] = True
+    np.testing.assert_array_equal(plane.halo_position, np.flatnonzero(near))
+    np.testing.assert_array_equal(plane.position, np.unique(positions))
+
+
 def test_flatten_is_the_mean():
     plane = packed_plane(([4, 4, 9], [4]))
     points = np.arange(POINTS * CHANNELS, dtype=np.float32).reshape(POINTS, CHANNELS)

@@ -169,6 +169,7 @@ def _pack_plane(parts: Sequence[ScenePlane], counts: np.ndarray, capacities: Cap
     grid_index = np.full(num_cells, capacities.scenes * area, np.int32)
     order = np.arange(num_points, dtype=np.int32)
     count_in = np.zeros(num_cells, np.int64)
+    halo_index = np.full(num_halo, capacities.scenes * area, np.int32)
     halo_taps = np.full((num_halo, 9), num_cells, np.int32)
     cell_taps = np.full((num_cells, 9), num_halo, np.int32)
     point, row, halo = 0, 0, 0
@@ -178,9 +179,10 @@ def _pack_plane(parts: Sequence[ScenePlane], counts: np.ndarray, capacities: Cap
         order[point : point + count] = part.order + point
         count_in[row : row + m] = np.bincount(part.cell, minlength=m)
         grid_index[row : row + m] = part.position + i * area
+        halo_index[halo : halo + u] = part.halo_position + i * area
         halo_taps[halo : halo + u] = np.where(part.halo_taps < 0, num_cells, part.halo_taps + row)
         cell_taps[row : row + m] = np.where(part.cell_taps < 0, num_halo, part.cell_taps + halo)
         point, row, halo = point + count, row + m, halo + u
     start = np.concatenate([[0], np.cumsum(count_in)]).astype(np.int32)
     inverse = np.where(count_in > 0, 1.0 / (count_in + 1e-6), 0.0).astype(np.float32)  # + 1e-6 as published
-    return Plane(cell, grid_index, order, start, inverse, halo_taps, cell_taps)
+    return Plane(cell, grid_index, order, start, inverse, halo_index, halo_taps, cell_taps)

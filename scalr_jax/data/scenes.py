@@ -81,6 +81,7 @@ class ScenePlane(NamedTuple):
     cell: np.ndarray  # [N] int32: row of the point's cell among the m occupied
     order: np.ndarray  # [N] int32: points sorted by cell
     position: np.ndarray  # [m] int32: i * W + j of each occupied cell, ascending
+    halo_position: np.ndarray  # [u] int32: i * W + j of each halo cell, ascending
     halo_taps: np.ndarray  # [u, 9] int32: rows of the 3x3 neighbours in the occupied table, -1 for none
     cell_taps: np.ndarray  # [m, 9] int32: rows of the 3x3 neighbours in the halo table, -1 for none
 
@@ -93,6 +94,7 @@ class Plane(NamedTuple):
     order: np.ndarray  # [D, P] int32: points sorted by cell
     start: np.ndarray  # [D, M + 1] int32: where each cell's run begins in `order`
     inverse_count: np.ndarray  # [D, M] float32: 1 / points in the cell, 0 for unused rows
+    halo_index: np.ndarray  # [D, H] int32: as grid_index, of the halo cells
     halo_taps: np.ndarray  # [D, H, 9] int32
     cell_taps: np.ndarray  # [D, M, 9] int32
 
