@@ -15,7 +15,7 @@ from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.models.student import Student
 from scalr_jax.ops.positions import INTERPOLATIONS
 
-DATASETS = ("streets", "pandaset", "pandar64", "pandargt", "nuscenes", "semantic_kitti")
+DATASETS = ("streets", "pandaset", "pandar64", "pandargt", "nuscenes", "semantic_kitti", "folder")
 MERGED = ("nuscenes", "semantic_kitti", "pandar64", "pandargt")  # the published pretraining's
 
 
@@ -84,6 +84,13 @@ def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path)
         from scalr_jax.data.semantic_kitti import SemanticKITTI
 
         return SemanticKITTI(root, split=split, labels=labels)
+    if name == "folder":
+        from scalr_jax.data.folder import Folder
+
+        folder = Folder(root, split=split, scenes=tuple(data.scenes) or None, labels=labels)
+        if not labels:
+            folder.check_distillable()
+        return folder
     from scalr_jax.data.nuscenes import NuScenes
 
     version = "v1.0-trainval" if (Path(root) / "v1.0-trainval").is_dir() else "v1.0-mini"
