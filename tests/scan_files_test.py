@@ -159,7 +159,7 @@ PLY = [
     ("ascii", replace(b"vertex 50", b"vertex -1"), "unreadable .ply"),
     ("ascii", replace(b"property float x", b"property float u"), "no field x among u, y, ring"),
     ("ascii", replace(b"property float x", b"property half x"), "unreadable .ply"),
-    ("ascii", replace(b"element vertex", b"element point"), 'no element "vertex"'),
+    ("ascii", replace(b"element vertex", b"element point"), 'without the element "vertex"'),
     ("ascii", lambda c: c.split(b"end_header")[0].replace(b" 50", b" 0") + b"end_header\n", "no points"),
     ("ascii", lambda c: b"", "unreadable .ply"),
     ("ascii", lambda c: b"\x00\xff" * 999, "unreadable .ply"),

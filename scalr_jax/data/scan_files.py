@@ -78,13 +78,19 @@ def _read_bin(path: Path, columns: int) -> Scan:
     return _assemble(path, dict(zip(("x", "y", "z", "intensity"), rows.T, strict=False)))
 
 
-def _read_npy(path: Path) -> Mapping[str, np.ndarray]:
+def load_array(path: Path) -> np.ndarray:
+    """A .npy file's array, mapped. Raises BadFrameError."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that lies allocates nothing
     except (OSError, ValueError, EOFError, SyntaxError, TypeError, MemoryError, tokenize.TokenError) as error:
         raise BadFrameError(f"{path}: unreadable .npy file ({_brief(error)}); {AGAIN}.") from error
     if not isinstance(array, np.ndarray):
-        raise BadFrameError(f"{path}: an archive of several arrays; save the scan alone, with numpy.save.")
+        raise BadFrameError(f"{path}: an archive of several arrays; save one array, with numpy.save.")
+    return array
+
+
+def _read_npy(path: Path) -> Mapping[str, np.ndarray]:
+    array = load_array(path)
     if array.dtype.names:
         return {name: array[name] for name in _choose(path, list(array.dtype.names))}
     turned = array.ndim == 2 and array.shape[0] in COLUMNS and array.shape[1] not in COLUMNS
