@@ -81,24 +81,26 @@ def _turning_radius(distortion: tuple[float, ...]) -> float:
 
 
 def other_readings(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """The usual mistakes: what was meant, as the end of a question -> the matrix [4, 4] that it would be."""
+    """The usual mistakes: what the given matrix [4, 4] may be -> what was then meant."""
     return {
-        "is it the inverse, camera to lidar?": np.linalg.inv(matrix),
-        "are its camera axes x forward, y left, z up? They must be x right, y down, z forward": BODY_TO_CAMERA @ matrix,
-        "is it the inverse, from camera axes x forward, y left, z up?": BODY_TO_CAMERA @ np.linalg.inv(matrix),
+        "it looks like the inverse, camera to lidar": np.linalg.inv(matrix),
+        "its camera axes look like x forward, y left, z up, and must be x right, y down, z forward": BODY_TO_CAMERA
+        @ matrix,
+        "it looks like the inverse, from camera axes x forward, y left, z up": BODY_TO_CAMERA @ np.linalg.inv(matrix),
     }
 
 
 def explain_nothing_visible(points: np.ndarray, camera: Camera, min_depth: float) -> str:
     """Half a sentence for a camera that sees none of points [N, 3+]: which other reading would see many."""
     counts = {
-        question: int(project(points, camera._replace(lidar_to_camera=matrix), min_depth)[1].sum())
-        for question, matrix in other_readings(camera.lidar_to_camera).items()
+        reading: int(project(points, camera._replace(lidar_to_camera=matrix), min_depth)[1].sum())
+        for reading, matrix in other_readings(camera.lidar_to_camera).items()
     }
-    question, count = max(counts.items(), key=lambda item: item[1])
-    if count < max(10, 0.005 * len(points)):
+    most = max(counts.values())
+    if most < max(10, 0.005 * len(points)):
         return "check lidar_to_camera (lidar's frame to camera's, metres) and the intrinsics"
-    return f"read another way, lidar_to_camera would show {count} points: {question}"
+    reading, count = next(item for item in counts.items() if item[1] > 0.8 * most)  # the simplest of several
+    return f"read another way, lidar_to_camera would show {count} points: {reading}"
 
 
 def check_upright(camera: Camera, to_student: np.ndarray) -> str | None:
@@ -112,9 +114,9 @@ def check_upright(camera: Camera, to_student: np.ndarray) -> str | None:
         int(shown[axis] > 0)
     ]
     text = f"camera {camera.name}: by lidar_to_camera the lidar's up points {direction} in its image"
-    for question, matrix in other_readings(camera.lidar_to_camera).items():
+    for reading, matrix in other_readings(camera.lidar_to_camera).items():
         if -(matrix[:3, :3] @ up)[1] > UPRIGHT:
-            return f"{text}; {question}"
+            return f"{text}; {reading}"
     return f"{text}; check its rotation, unless the camera really is mounted like that"
 
 
