@@ -6,6 +6,7 @@ counted by the pipeline, it does not end a run.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from scalr_jax.data.scenes import IGNORE, BadFrameError, InputError
 
 MAX_BAD_FRACTION = 0.03  # of a scan's points that may be NaN or infinite; they are dropped, more is a bad frame
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad files
 LABEL_MAPS = Path(__file__).parent / "label_maps"
 RANDOM = "random"  # `frame(camera=RANDOM)`: one of the frame's cameras, drawn with `rng`
 
@@ -108,8 +110,29 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
             return np.asarray(file if file.mode == "RGB" else file.convert("RGB"))
     except FileNotFoundError as error:
         raise BadFrameError(f"{path}: no such image; copy it, or leave this camera out.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise BadFrameError(f"{path}: unreadable image ({error}); copy the file again.") from error
+
+
+def decode_image(content: bytes, name: str, *, at_least: tuple[int, int] | None = None) -> np.ndarray:
+    """An image file's bytes -> [h, w, 3] uint8.
+
+    Args:
+      content: in any format that Pillow reads.
+      name: what an error calls it.
+      at_least: (rows, columns). A JPEG file may then be decoded at 1/2, 1/4 or 1/8 of its size (averaged over blocks,
+        several times faster) as long as no side gets shorter than that. None: whole.
+
+    Raises:
+      BadFrameError: unreadable or cut short.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as file:
+            if at_least is not None:
+                file.draft("RGB", (at_least[1], at_least[0]))
+            return np.asarray(file if file.mode == "RGB" else file.convert("RGB"))
+    except UNREADABLE as error:
+        raise BadFrameError(f"{name}: unreadable image ({error}); prepare the dataset again.") from error
 
 
 def finite_points(points: np.ndarray, path: Path) -> np.ndarray:

@@ -106,6 +106,18 @@ class Folder:
         """The scan as it is stored. Raises BadFrameError."""
         return read_scan(self._entries[index].scan, columns=self.settings.columns)
 
+    def cameras_of(self, index: int) -> tuple[str, ...]:
+        """The cameras of a frame that `frame` draws from."""
+        return self._drawn(self._entries[index])
+
+    def image_path(self, index: int, camera: str) -> Path:
+        """The image file of one of a frame's cameras."""
+        return self._entries[index].images[camera]
+
+    def view(self, scan: Frame, index: int, camera: str) -> Frame:
+        """`frame(index, camera=camera)` from the frame's scan, `frame(index, camera=None)`. Raises BadFrameError."""
+        return self._pair(scan, self._entries[index], camera)
+
     def describe(self) -> str:
         """A short table of what was found, what is missing and what looks wrong."""
         found, mean, std = self._found, *self.intensity

@@ -136,6 +136,18 @@ class NuScenes:
         frame = Frame(name=self.name(index), points=points, to_ego=np.eye(4), labels=labels)
         return frame if camera is None else self._pair(frame, entry, camera)
 
+    def cameras_of(self, index: int) -> tuple[str, ...]:
+        """The cameras of a frame that `frame` draws from."""
+        return self._drawn(self._entries[index])
+
+    def image_path(self, index: int, camera: str) -> Path:
+        """The image file of one of a frame's cameras."""
+        return self.root / self._entries[index].images[camera].file
+
+    def view(self, scan: Frame, index: int, camera: str) -> Frame:
+        """`frame(index, camera=camera)` from the frame's scan, `frame(index, camera=None)`. Raises BadFrameError."""
+        return self._pair(scan, self._entries[index], camera)
+
     def _drawn(self, entry: _Entry) -> tuple[str, ...]:
         """The cameras that `frame` draws from."""
         return tuple(camera for camera in self.cameras if camera in entry.images)

@@ -144,6 +144,18 @@ class PandaSet:
         frame = Frame(name=name, points=points, to_ego=self._to_ego(entry), labels=labels)
         return frame if camera is None else self._pair(frame, entry, camera)
 
+    def cameras_of(self, index: int) -> tuple[str, ...]:
+        """The cameras of a frame that `frame` draws from."""
+        return self._entries[index].cameras
+
+    def image_path(self, index: int, camera: str) -> Path:
+        """The image file of one of a frame's cameras."""
+        return self._image_path(self._entries[index], camera)
+
+    def view(self, scan: Frame, index: int, camera: str) -> Frame:
+        """`frame(index, camera=camera)` from the frame's scan, `frame(index, camera=None)`. Raises BadFrameError."""
+        return self._pair(scan, self._entries[index], camera)
+
     def _find_scenes(self, wanted: Sequence[str] | None) -> tuple[list[str], int]:
         """The scenes of the split, and how many were left out for having no labels."""
         files.check_folder(self.root, LAYOUT)
@@ -213,9 +225,12 @@ class PandaSet:
         to_ego[2, 3] -= GROUND_SHIFT
         return to_ego
 
+    def _image_path(self, entry: _Entry, camera: str) -> Path:
+        return self.root / entry.scene / "camera" / camera / f"{entry.scan.split('.')[0]}.jpg"
+
     def _pair(self, frame: Frame, entry: _Entry, camera: str) -> Frame:
         folder = self.root / entry.scene / "camera" / camera
-        image = files.read_image(folder / f"{entry.scan.split('.')[0]}.jpg", IMAGE_SIZE)
+        image = files.read_image(self._image_path(entry, camera), IMAGE_SIZE)
         lens = files.read_json(folder / "intrinsics.json")
         try:
             focal, centre = (np.array([lens[a], lens[b]], np.float64) for a, b in (("fx", "fy"), ("cx", "cy")))

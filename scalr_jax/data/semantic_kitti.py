@@ -136,6 +136,18 @@ class SemanticKITTI:
         frame = Frame(name=self.name(index), points=points, to_ego=np.eye(4), labels=labels)
         return frame if camera is None else self._pair(frame, entry, camera)
 
+    def cameras_of(self, index: int) -> tuple[str, ...]:
+        """The cameras of a frame that `frame` draws from."""
+        return self.cameras if self._entries[index].has_image else ()
+
+    def image_path(self, index: int, camera: str) -> Path:
+        """The image file of one of a frame's cameras."""
+        return self._image_path(self._entries[index], camera)
+
+    def view(self, scan: Frame, index: int, camera: str) -> Frame:
+        """`frame(index, camera=camera)` from the frame's scan, `frame(index, camera=None)`. Raises BadFrameError."""
+        return self._pair(scan, self._entries[index], camera)
+
     def _find_scans(self, sequence: str) -> list[_Entry]:
         folder = self._base / sequence
         images, labels = files.listing(folder / "image_2"), files.listing(folder / "labels")
@@ -148,11 +160,14 @@ class SemanticKITTI:
         raw = files.read_array(path, np.dtype("<u4")) & 0xFFFF  # the upper half numbers the instance
         return files.map_labels(raw, self._label_map.class_of_id, num_points, path)
 
+    def _image_path(self, entry: _Entry, camera: str) -> Path:
+        return self._base / entry.sequence / camera / f"{entry.number}.png"
+
     def _pair(self, frame: Frame, entry: _Entry, camera: str) -> Frame:
         if entry.sequence not in self._calibrations:
             self._calibrations[entry.sequence] = self._read_calibration(entry.sequence)
         calibration = self._calibrations[entry.sequence]
-        path = self._base / entry.sequence / camera / f"{entry.number}.png"
+        path = self._image_path(entry, camera)
         image = files.read_image(path)
         height, width = image.shape[:2]
         _check_size(calibration, (width, height), path)

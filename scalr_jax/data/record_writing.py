@@ -1,0 +1,209 @@
+"""Writes record shards: several processes, each whole shards; what is finished survives any kill.
+
+A shard is written beside its place, read back, summed and renamed; then `parts/<shard>.json` says what is in it. So a
+shard counts when its part is there, and a run that goes on writes the others. `records.json`, from all parts, is last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+from scalr_jax.data import builders
+from scalr_jax.data.record_source import Source
+from scalr_jax.data.scenes import BadFrameError, InputError
+
+WRITER_OPTIONS = "group_size:1,uncompressed"  # images do not compress, and Zstd triples the time of reading
+PARTS = "parts"
+PARTIAL = ".partial"
+
+
+class Shard(NamedTuple):
+    """Frames `first` to `last` - 1 of a split's source."""
+
+    split: str
+    number: int
+    num_shards: int
+    first: int
+    last: int
+
+    @property
+    def file(self) -> str:
+        return builders.shard_name(self.split, self.number, self.num_shards)
+
+
+class WriteError(Exception):
+    """The disk would not take what was written."""
+
+
+def plan_shards(split: str, num_frames: int, frames_per_shard: int) -> list[Shard]:
+    """Shards of nearly equal numbers of frames."""
+    num_shards = -(-num_frames // frames_per_shard)
+    ends = [num_frames * k // num_shards for k in range(num_shards + 1)]
+    return [Shard(split, k, num_shards, ends[k], ends[k + 1]) for k in range(num_shards)]
+
+
+def write_atomically(path: Path, content: Any) -> None:
+    """Writes JSON so that `path` is either absent, as it was, or whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    with partial.open("w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_shard(
+    folder: Path, source: Source, shard: Shard, said: Callable[[int], None] = lambda frames: None
+) -> dict[str, Any]:
+    """Writes one shard and its part; `said` gets the number of frames done since it was last called.
+
+    Returns:
+      The part: file, bytes, sha256, number of records; per frame its name, scan_file, whether the whole scan is stored
+      ("scans") and which cameras; sentences about bad frames ("bad") and images that were left out ("problems").
+
+    Raises:
+      WriteError: the disk is full, or will not take the file for another reason.
+    """
+    final = folder / shard.file
+    partial = folder / f".{shard.file}.{os.getpid()}{PARTIAL}"
+    try:
+        part = _write_records(partial, source, shard, said)
+        part |= {"file": shard.file, "bytes": partial.stat().st_size, "sha256": checksum(partial)}
+        partial.replace(final)
+        write_atomically(folder / PARTS / f"{shard.file}.json", part)
+    except OSError as error:
+        raise WriteError(f"{error.strerror or error} ({final})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return part
+
+
+def _write_records(path: Path, source: Source, shard: Shard, said: Callable[[int], None]) -> dict[str, Any]:
+    serialize = builders.make_serializer()
+    part: dict[str, Any] = {key: [] for key in ("names", "scan_files", "scans", "cameras", "bad", "problems")}
+    records, known = 0, {camera: k for k, camera in enumerate(source.cameras)}
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(path), WRITER_OPTIONS)
+        with contextlib.closing(writer):
+            for index in range(shard.first, shard.last):
+                try:
+                    frame = source.prepare(index)
+                except BadFrameError as error:
+                    part["bad"].append(str(error))
+                    said(1)
+                    continue
+                for example in frame.examples:
+                    writer.write(serialize(example))
+                records += len(frame.examples)
+                part["names"].append(frame.name)
+                part["scan_files"].append(source.scan_file(index) or "")
+                part["scans"].append(frame.has_scan)
+                part["cameras"].append([known[camera] for camera in frame.cameras])
+                part["problems"] += frame.problems
+                said(1)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        reader = array_record_module.ArrayRecordReader(str(path), options="readahead_buffer_size:0")
+        with contextlib.closing(reader):
+            if reader.num_records() != records:
+                raise WriteError(f"{reader.num_records()} of {records} records were written ({path})")
+    except RuntimeError as error:  # array_record's only kind
+        raise WriteError(f"{' '.join(str(error).split())[:300]}") from error
+    return part | {"records": records}
+
+
+def write_shards(
+    folder: Path, sources: Mapping[str, Source], shards: Sequence[Shard], num_processes: int
+) -> Iterator[int | dict[str, Any]]:
+    """Writes `shards` in this process, or in several; yields numbers of frames done, and parts as they are finished.
+
+    Raises:
+      WriteError: as `write_shard`.
+      InputError: a process was killed.
+    """
+    if num_processes == 1 or len(shards) == 1:
+        for shard in shards:
+            done: list[int] = []
+            part = write_shard(folder, sources[shard.split], shard, done.append)
+            yield sum(done)
+            yield part
+        return
+    spawn = multiprocessing.get_context("spawn")
+    todo = list(reversed(shards))
+    workers: dict[Connection, Any] = {}
+    try:
+        for _ in range(min(num_processes, len(shards))):
+            ours, theirs = spawn.Pipe()
+            worker = spawn.Process(target=_work, args=(theirs, folder, dict(sources)), daemon=True)
+            worker.start()
+            theirs.close()
+            workers[ours] = worker
+            ours.send(todo.pop())
+        yield from _collect(workers, todo)
+    finally:
+        for connection, worker in workers.items():
+            connection.close()
+            worker.terminate()
+            worker.join()
+
+
+def _collect(workers: dict[Connection, Any], todo: list[Shard]) -> Iterator[int | dict[str, Any]]:
+    """Hands out `todo` (last first) to workers, each of which has one shard already, until all are written."""
+    busy = set(workers)
+    while busy:
+        for ready in wait(list(busy)):
+            assert isinstance(ready, Connection)
+            try:
+                message = ready.recv()
+            except (EOFError, ConnectionResetError):
+                code = workers[ready].exitcode
+                raise InputError(
+                    f"a process of prepare ended (exit code {code}; -9 is out of memory or a kill); the same command "
+                    "goes on, with fewer --num_processes it needs less memory"
+                ) from None
+            if isinstance(message, Exception):
+                raise message
+            yield message
+            if isinstance(message, dict):
+                if todo:
+                    ready.send(todo.pop())
+                else:
+                    busy.remove(ready)
+
+
+def _work(connection: Connection, folder: Path, sources: Mapping[str, Source]) -> None:
+    """A worker: writes the shards that it is told to until nobody is there to tell it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
+    parent = os.getppid()
+
+    def said(frames: int) -> None:
+        if os.getppid() != parent:  # killed: nobody waits for this shard, and another run may have begun
+            raise EOFError
+        connection.send(frames)
+
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            shard = connection.recv()
+            try:
+                part = write_shard(folder, sources[shard.split], shard, said)
+            except (WriteError, InputError) as error:
+                connection.send(error)
+            else:
+                connection.send(part)
