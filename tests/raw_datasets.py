@@ -181,3 +181,38 @@ def write_nuscenes(root: Path, *, scenes: tuple[str, ...] = ("scene-0061", "scen
         write_image(root / f"samples/CAM_FRONT/{scene}.jpg", (800, 450))
     for name, table in tables.items():
         write_json(root / "v1.0-mini" / f"{name}.json", table)
+
+
+FOLDER_CAMERA: dict = {  # looks along x of the lidar, from 0.5 m ahead of it and 0.2 m above
+    "size": [400, 200],
+    "intrinsics": [[210.0, 0.0, 201.0], [0.0, 205.0, 99.0], [0.0, 0.0, 1.0]],
+    "lidar_to_camera": [[0.0, -1, 0, 0], [0, 0, -1, 0.2], [1, 0, 0, -0.5], [0, 0, 0, 1]],
+}
+
+
+def write_folder(root: Path, scenes: tuple[str, ...] = ("a", "b"), *, num_scans: int = 2, **settings: object) -> None:
+    """Scans of 4 columns, images of the camera "front", labels 0 and 1 in turn; `settings` go into dataset.json."""
+    write_json(root / "dataset.json", {"cameras": {"front": FOLDER_CAMERA}, **settings})
+    for s, scene in enumerate(scenes):
+        for number in range(num_scans):
+            points, stem = points_ahead(200, seed=10 * s + number), f"{number:03d}"
+            for path, content in (
+                (root / scene / "scans" / f"{stem}.bin", points.tobytes()),
+                (root / scene / "labels" / f"{stem}.label", np.resize([0, 1], 200).astype("<u4").tobytes()),
+            ):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            write_image(root / scene / "front" / f"{stem}.png", (400, 200), 40 * number + 20)
+
+
+def rewrite_settings(root: Path, **changes: object) -> None:
+    """Changes keys of dataset.json; None removes one."""
+    path = root / "dataset.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def change_camera(root: Path, **changes: object) -> None:
+    """Changes keys of the camera "front"; None removes one."""
+    camera = FOLDER_CAMERA | changes
+    rewrite_settings(root, cameras={"front": {key: value for key, value in camera.items() if value is not None}})

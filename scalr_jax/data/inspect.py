@@ -71,7 +71,8 @@ def inspect_dataset(dataset: Any, output: Path, *, num_frames: int = 50, seed: i
     if hasattr(dataset, "describe"):
         print(dataset.describe())
     print(format_report(report))
-    print(f"pictures and inspect.json are in {output}: edges of near things must lie on the edges in the images")
+    hint = ": edges of near things must lie on the edges in the images" if report["voxels_in_one_image"] else ""
+    print(f"pictures and inspect.json are in {output}{hint}")
     return report
 
 
