@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from scalr_jax.data.joined import Joined, every_nth, listed
+from scalr_jax.data.records import Records, is_begun
 from scalr_jax.data.scenes import InputError
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.models.student import Student
@@ -53,6 +54,8 @@ def _root(root: str, name: str) -> str | Path:
 
 def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path) -> Any:
     data = config.data
+    if root and is_begun(root):
+        return _records(config, split, name, Path(root))
     if name == "streets":
         from scalr_jax.data.streets import Streets
 
@@ -75,10 +78,12 @@ def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path)
         raise InputError(f"{root} is not a folder; data.root = {data.root} must lead to {name}")
     labels = config.task != "distill"
     if name in ("pandaset", "pandar64", "pandargt"):
-        from scalr_jax.data.pandaset import PandaSet
+        from scalr_jax.data.pandaset import SENSORS, PandaSet
 
         subset = {"scenes": tuple(data.scenes) or None, "frames": _frame_numbers(data.frames)}
         sensors = data.sensors if name == "pandaset" else (name,)
+        if any(is_begun(Path(root) / sensor) for sensor in SENSORS):
+            return Joined([_records(config, split, sensor, Path(root) / sensor, **subset) for sensor in sensors])
         return Joined([PandaSet(root, sensor=s, split=split, labels=labels, **subset) for s in sensors])
     if name == "semantic_kitti":
         from scalr_jax.data.semantic_kitti import SemanticKITTI
@@ -95,6 +100,29 @@ def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path)
 
     version = "v1.0-trainval" if (Path(root) / "v1.0-trainval").is_dir() else "v1.0-mini"
     return NuScenes(root, version=version, split=split, labels=labels)
+
+
+def _records(config: Any, split: str, name: str, folder: Path, **subset: Any) -> Records:
+    """Prepared records of dataset (or PandaSet's lidar) `name`. Raises `InputError` when they hold something else."""
+    data = config.data
+    dataset = Records(
+        folder,
+        split=split,
+        labels=config.task != "distill",
+        image_size=tuple(data.image_size),
+        scaled_decode=data.scaled_decode,
+        **subset,
+    )
+    found = dataset.metadata
+    if name not in (found["dataset"], found["sensor"]):
+        raise InputError(
+            f"{folder} holds records of {found['dataset']} {found['sensor']}, not of {name}; correct data.root"
+        )
+    if found["image_size"] and not data.antialias:
+        raise InputError(
+            f"{folder}: images were resized with antialiasing, and data.antialias = False; prepare originals"
+        )
+    return dataset
 
 
 def _frame_numbers(frames: Any) -> tuple[int, ...] | None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from scalr_jax.data.scenes import IGNORE, BadFrameError, InputError
+from scalr_jax.data.scenes import IGNORE, BadFrameError, InputError, NothingVisibleError
 
 MAX_BAD_FRACTION = 0.03  # of a scan's points that may be NaN or infinite; they are dropped, more is a bad frame
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad files
@@ -152,9 +152,11 @@ def finite_points(points: np.ndarray, path: Path) -> np.ndarray:
 
 
 def need_visible(visible: np.ndarray, name: str, calibration: Path) -> None:
-    """Raises BadFrameError when no point of a frame is visible ([N] bool)."""
+    """Raises NothingVisibleError when no point of a frame is visible ([N] bool)."""
     if not visible.any():
-        raise BadFrameError(f"{name}: none of {len(visible)} points projects into the image; check {calibration}.")
+        raise NothingVisibleError(
+            f"{name}: none of {len(visible)} points projects into the image; check {calibration}."
+        )
 
 
 def rotation(quaternion: Sequence[float] | np.ndarray) -> np.ndarray:

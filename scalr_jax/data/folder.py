@@ -21,7 +21,7 @@ import numpy as np
 from scalr_jax.data import calibration, files, folder_settings
 from scalr_jax.data.calibration import Camera
 from scalr_jax.data.scan_files import SUFFIXES, Scan, load_array, read_scan
-from scalr_jax.data.scenes import BadFrameError, Frame, InputError
+from scalr_jax.data.scenes import BadFrameError, Frame, InputError, NothingVisibleError
 
 IMAGES = (".jpg", ".jpeg", ".png")
 LABELS = (".label", ".npy", ".bin")
@@ -178,7 +178,7 @@ class Folder:
         pixels, visible = calibration.project(frame.points, camera, self.settings.min_depth)
         if not visible.any():
             reason = calibration.explain_nothing_visible(frame.points, camera, self.settings.min_depth)
-            raise BadFrameError(
+            raise NothingVisibleError(
                 f"{frame.name}/{name}: none of {len(visible)} points projects into the image; {reason}."
             )
         return frame._replace(name=f"{frame.name}/{name}", image=image, pixels=pixels, visible=visible)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from scalr_jax.data import files, transforms
 from scalr_jax.data.builders import to_bytes
-from scalr_jax.data.scenes import BadFrameError, Frame, Voxels
+from scalr_jax.data.scenes import BadFrameError, Frame, NothingVisibleError, Voxels
 
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}  # 4:4:4
 FORMATS = ("original", "jpeg", "raw")
@@ -106,14 +106,26 @@ class Source:
             try:
                 view = self.reader.view(scan, plain, camera)
                 content = self._image(view, self.reader.image_path(plain, camera))
+            except NothingVisibleError:
+                continue
             except BadFrameError as error:
                 prepared.problems.append(str(error))
                 continue
             prepared.examples.append(view_example(view, voxels, camera, content))
             prepared.cameras.append(camera)
         if not prepared.examples:
-            raise BadFrameError(f"{name}: no image can be used; {'; '.join(prepared.problems)}")
+            raise BadFrameError(
+                f"{name}: no camera sees anything, or no image can be read {' '.join(prepared.problems)}"
+            )
         return prepared
+
+    def look(self, index: int) -> tuple[str, list[np.ndarray]]:
+        """The dtype of a frame's raw points, and one of its images [h, w, 3] uint8, or none. Raises BadFrameError."""
+        plain, labelled = int(self._plain[index]), int(self._labelled[index])
+        if plain < 0:
+            return self.labelled.frame(labelled, camera=None).points.dtype.name, []
+        frame = self.reader.frame(plain, np.random.default_rng(index))
+        return frame.points.dtype.name, [frame.image]
 
     def _prepare_single(self, name: str, frame: Frame, with_scan: bool) -> Prepared:
         """Of a reader without image files (generated streets): one image a frame, and labels where there are any."""

@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,8 +47,8 @@ class WriteError(Exception):
 
 
 def plan_shards(split: str, num_frames: int, frames_per_shard: int) -> list[Shard]:
-    """Shards of nearly equal numbers of frames."""
-    num_shards = -(-num_frames // frames_per_shard)
+    """Shards of nearly equal numbers of frames; of small splits several nevertheless, so that processes share them."""
+    num_shards = max(-(-num_frames // frames_per_shard), min(num_frames // 4, 8), 1)
     ends = [num_frames * k // num_shards for k in range(num_shards + 1)]
     return [Shard(split, k, num_shards, ends[k], ends[k + 1]) for k in range(num_shards)]
 
@@ -70,7 +70,7 @@ def checksum(path: Path) -> str:
 
 
 def write_shard(
-    folder: Path, source: Source, shard: Shard, said: Callable[[int], None] = lambda frames: None
+    folder: Path, source: Source, shard: Shard, said: Callable[[int], Any] = lambda frames: None
 ) -> dict[str, Any]:
     """Writes one shard and its part; `said` gets the number of frames done since it was last called.
 
@@ -95,7 +95,7 @@ def write_shard(
     return part
 
 
-def _write_records(path: Path, source: Source, shard: Shard, said: Callable[[int], None]) -> dict[str, Any]:
+def _write_records(path: Path, source: Source, shard: Shard, said: Callable[[int], Any]) -> dict[str, Any]:
     serialize = builders.make_serializer()
     part: dict[str, Any] = {key: [] for key in ("names", "scan_files", "scans", "cameras", "bad", "problems")}
     records, known = 0, {camera: k for k, camera in enumerate(source.cameras)}
@@ -130,20 +130,19 @@ def _write_records(path: Path, source: Source, shard: Shard, said: Callable[[int
 
 
 def write_shards(
-    folder: Path, sources: Mapping[str, Source], shards: Sequence[Shard], num_processes: int
-) -> Iterator[int | dict[str, Any]]:
-    """Writes `shards` in this process, or in several; yields numbers of frames done, and parts as they are finished.
+    folder: Path, sources: Mapping[str, Source], shards: Sequence[Shard], num_processes: int, said: Callable[[int], Any]
+) -> Generator[dict[str, Any]]:
+    """Writes `shards` in this process, or in several; yields parts as they are finished.
+
+    `said` gets the number of frames done since it was last called.
 
     Raises:
       WriteError: as `write_shard`.
       InputError: a process was killed.
     """
-    if num_processes == 1 or len(shards) == 1:
+    if num_processes == 1 or len(shards) < 2:
         for shard in shards:
-            done: list[int] = []
-            part = write_shard(folder, sources[shard.split], shard, done.append)
-            yield sum(done)
-            yield part
+            yield write_shard(folder, sources[shard.split], shard, said)
         return
     spawn = multiprocessing.get_context("spawn")
     todo = list(reversed(shards))
@@ -156,7 +155,7 @@ def write_shards(
             theirs.close()
             workers[ours] = worker
             ours.send(todo.pop())
-        yield from _collect(workers, todo)
+        yield from _collect(workers, todo, said)
     finally:
         for connection, worker in workers.items():
             connection.close()
@@ -164,7 +163,9 @@ def write_shards(
             worker.join()
 
 
-def _collect(workers: dict[Connection, Any], todo: list[Shard]) -> Iterator[int | dict[str, Any]]:
+def _collect(
+    workers: dict[Connection, Any], todo: list[Shard], said: Callable[[int], Any]
+) -> Generator[dict[str, Any]]:
     """Hands out `todo` (last first) to workers, each of which has one shard already, until all are written."""
     busy = set(workers)
     while busy:
@@ -173,19 +174,21 @@ def _collect(workers: dict[Connection, Any], todo: list[Shard]) -> Iterator[int 
             try:
                 message = ready.recv()
             except (EOFError, ConnectionResetError):
-                code = workers[ready].exitcode
+                workers[ready].join()
                 raise InputError(
-                    f"a process of prepare ended (exit code {code}; -9 is out of memory or a kill); the same command "
-                    "goes on, with fewer --num_processes it needs less memory"
+                    f"a process of prepare ended (exit code {workers[ready].exitcode}; -9 is a kill, perhaps for want "
+                    "of memory); the same command goes on, and needs less memory with fewer --num_processes"
                 ) from None
             if isinstance(message, Exception):
                 raise message
+            if isinstance(message, int):
+                said(message)
+                continue
             yield message
-            if isinstance(message, dict):
-                if todo:
-                    ready.send(todo.pop())
-                else:
-                    busy.remove(ready)
+            if todo:
+                ready.send(todo.pop())
+            else:
+                busy.remove(ready)
 
 
 def _work(connection: Connection, folder: Path, sources: Mapping[str, Source]) -> None:

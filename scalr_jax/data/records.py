@@ -24,6 +24,7 @@ from scalr_jax.data import files
 from scalr_jax.data.scenes import BadFrameError, Frame, InputError, Voxels
 
 MANIFEST = "records.json"  # written last: a folder that has it is complete
+SETTINGS = "prepare.json"  # there until then
 FORMAT = 1  # of the manifest and the records
 MAX_OPEN = 128  # files a process keeps open
 READER_OPTIONS = "readahead_buffer_size:0"  # random access
@@ -35,12 +36,17 @@ def is_prepared(root: str | Path) -> bool:
     return (Path(root) / MANIFEST).is_file()
 
 
+def is_begun(root: str | Path) -> bool:
+    """Whether a folder holds records, finished or not: then it is no raw dataset."""
+    return is_prepared(root) or (Path(root) / SETTINGS).is_file()
+
+
 def read_manifest(root: str | Path) -> dict[str, Any]:
     """The manifest of a prepared folder. Raises InputError when it is missing, damaged or of another format."""
     path = Path(root) / MANIFEST
     if not path.is_file():
         raise InputError(
-            f"{root}: no {MANIFEST}, so nothing is prepared there, or not to the end; run the prepare command again"
+            f"{root}: not prepared to the end (no {MANIFEST}); run the prepare command, it goes on where it stopped"
         )
     try:
         manifest = json.loads(path.read_text())

@@ -28,6 +28,10 @@ class BadFrameError(Exception):
     """One frame that cannot be used (truncated scan, unreadable image, nothing in view). The message names the file."""
 
 
+class NothingVisibleError(BadFrameError):
+    """No point of the scan projects into the image: a camera that looks elsewhere, or a wrong calibration."""
+
+
 class InputError(ValueError):
     """Something the user gave is wrong. `main` prints the message as one sentence and exits with code 2."""
 
