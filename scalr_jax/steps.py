@@ -67,14 +67,11 @@ def _update(state: TrainState, batch: Any, optimizer, learning_rate: Array, trai
     return state, metrics
 
 
-def make_distill_step(
-    student: Any, vit_config: Any, optimizer, schedule: Callable, *, seed: int, batch_size: int, which: str
-) -> Callable:
-    """`schedule` maps scenes seen / `batch_size` to the learning rate; `which` names the teacher's feature."""
+def make_student_step(student: Any, optimizer, schedule: Callable, *, seed: int, batch_size: int) -> Callable:
+    """What follows the teacher: step(state, target, batch), target [D, P, C_teacher]. `schedule` as below."""
 
-    def step(state: TrainState, teacher: Any, batch: Any) -> tuple[TrainState, dict]:
+    def step(state: TrainState, target: Array, batch: Any) -> tuple[TrainState, dict]:
         mask = batch.scene < batch.scene_points.shape[1]  # [D, P]
-        target = teacher_features(vit_config, teacher, batch, which=which)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def loss_of(params):
@@ -87,6 +84,18 @@ def make_distill_step(
         learning_rate = schedule(state.scenes_seen / batch_size)
         state, metrics = _update(state, batch, optimizer, learning_rate, tuple(state.params), loss_of)
         return state, {**metrics, "loss_constant": losses.best_constant(target, mask)}
+
+    return step
+
+
+def make_distill_step(
+    student: Any, vit_config: Any, optimizer, schedule: Callable, *, seed: int, batch_size: int, which: str
+) -> Callable:
+    """`schedule` maps scenes seen / `batch_size` to the learning rate; `which` names the teacher's feature."""
+    student_step = make_student_step(student, optimizer, schedule, seed=seed, batch_size=batch_size)
+
+    def step(state: TrainState, teacher: Any, batch: Any) -> tuple[TrainState, dict]:
+        return student_step(state, teacher_features(vit_config, teacher, batch, which=which), batch)
 
     return step
 

@@ -1,0 +1,130 @@
+"""FLOPs of the student and the teacher, counted by hand, and the peak of known chips.
+
+Counted are matrix products of valid rows, 2 rows inner outer each, forward and (for the student) both products of
+the backward pass. Not counted: norms, activations, the convolutions over cells, anything computed twice. So
+flops / time / peak is the model's utilisation (Chowdhery et al., "PaLM", appendix B), not the hardware's.
+
+    point        F -> C                       per point
+    neighbours   F -> C and C -> C            per point and neighbour; offsets are data, so the first has one gradient
+    final        2 C -> C                     per point
+    layers       C -> C twice                 per point and layer
+    head         C -> out, or C -> hidden -> out
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from scalr_jax.models.vit import ViTConfig, num_tokens
+
+# Dense bfloat16 FLOP/s by `device_kind`; the first pattern that matches counts. From the makers' data sheets.
+PEAKS: tuple[tuple[str, float], ...] = (
+    (r"H100.*PCIe", 756e12),
+    (r"H100 NVL|H200 NVL", 835e12),
+    (r"H100|H200|GH200", 989e12),
+    (r"B200", 2250e12),
+    (r"A100|A800", 312e12),
+    (r"L40S", 362e12),
+    (r"TPU v6", 918e12),
+    (r"TPU v5 ?(lite|e)", 197e12),
+    (r"TPU v5", 459e12),
+    (r"TPU v4", 275e12),
+    (r"TPU v3", 61.5e12),  # a core
+)
+
+
+class Product(NamedTuple):
+    """Rows [n, inner] @ [inner, outer], some number of times a point in each direction."""
+
+    inner: int
+    outer: int
+    forward: int
+    backward: int
+    again: int = 0  # forward products that the backward pass computes again
+
+
+class Sizes(NamedTuple):
+    """What the student's FLOPs depend on."""
+
+    channels: int
+    depth: int
+    out_features: int
+    head_hidden: int = 0
+    num_neighbors: int = 16
+    num_features: int = 5
+
+
+def embedding_products(sizes: Sizes) -> list[Product]:
+    c, k, f = sizes.channels, sizes.num_neighbors, sizes.num_features
+    return [Product(f, c, 1, 2), Product(f, c, k, k, k), Product(c, c, k, 2 * k), Product(2 * c, c, 1, 2)]
+
+
+def layer_products(sizes: Sizes) -> list[Product]:
+    return [Product(sizes.channels, sizes.channels, 2, 4)]
+
+
+def head_products(sizes: Sizes) -> list[Product]:
+    widths = [sizes.channels, *([sizes.head_hidden] if sizes.head_hidden else []), sizes.out_features]
+    return [Product(a, b, 1, 2) for a, b in itertools.pairwise(widths)]
+
+
+def student_products(sizes: Sizes) -> list[Product]:
+    """Of one point in a training step."""
+    return embedding_products(sizes) + layer_products(sizes) * sizes.depth + head_products(sizes)
+
+
+def flops(products: list[Product], num_points: int, *, backward: bool, again: bool = False) -> int:
+    """Of `num_points` rows; `again` adds what is computed twice."""
+    times = [p.forward + backward * p.backward + again * p.again for p in products]
+    return num_points * sum(2 * p.inner * p.outer * n for p, n in zip(products, times, strict=True))
+
+
+def teacher_flops(config: ViTConfig, num_images: int, image_size: tuple[int, int]) -> int:
+    """Forward pass of a ViT: patches, and a block's four products and two of attention."""
+    tokens = num_tokens(config, image_size)
+    patches = tokens - 1 - config.num_registers
+    c = config.width
+    mlp = (3 if config.ffn == "swiglu" else 2) * c * config.hidden
+    block = 2 * tokens * (4 * c * c + mlp) + 4 * tokens * tokens * c
+    return num_images * (2 * patches * config.patch_size**2 * 3 * c + config.depth * block)
+
+
+def peak(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a chip; None where it is not known."""
+    return next((value for pattern, value in PEAKS if re.search(pattern, device_kind)), None)
+
+
+def utilisation(num_flops: float, seconds: float, device_kind: str) -> float | None:
+    """MFU: the share of the chip's peak that the model's own FLOPs take; None on CPU and unknown chips."""
+    best = peak(device_kind)
+    return None if best is None else num_flops / seconds / best
+
+
+def traced_flops(function: Any, *arguments: Any) -> int:
+    """FLOPs of all matrix products of a function as JAX traces it, loops times their length."""
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+            continue
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(_count(inner) for inner in _inner(equation.params))
+    return total
+
+
+def _inner(params: dict) -> list[Any]:
+    """The jaxprs inside an equation."""
+    values = [value for value in params.values() for value in (value if isinstance(value, tuple) else (value,))]
+    closed = [getattr(value, "jaxpr", value) for value in values]
+    return [value for value in closed if hasattr(value, "eqns")]
