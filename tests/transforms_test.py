@@ -127,7 +127,7 @@ def test_a_distillation_scene_pairs_visible_points_with_their_pixels():
     xyz = source.points[:, :3].astype(np.float32)
     rows = [int(np.flatnonzero((xyz == point).all(1))[0]) for point in scene.feats[:, 1:4]]
     assert source.visible[rows].all()
-    np.testing.assert_array_equal(scene.pixels, np.floor(source.pixels[rows] / 2))
+    np.testing.assert_array_equal(scene.pixels, np.floor(np.floor(source.pixels[rows]) / 2))
     np.testing.assert_allclose(scene.feats[:, 4], np.linalg.norm(xyz[rows], axis=1), rtol=1e-6)
     assert scene.image.shape == (20, 30, 3)
 

@@ -128,7 +128,7 @@ def pack_shard(scenes: Sequence[SceneView], capacities: Capacities, template: Sc
         feats=_filled([scene.feats for scene in scenes], capacity, 0.0, template.feats),
         scene=np.full(capacity, capacities.scenes, np.int32),
         scene_points=np.zeros(capacities.scenes, np.int32),
-        neighbors=np.repeat(np.arange(capacity, dtype=np.int32)[:, None], template.neighbors.shape[1], axis=1),
+        neighbors=np.empty((capacity, template.neighbors.shape[1]), np.int32),
         planes=tuple(
             _pack_plane([scene.planes[k] for scene in scenes], counts, capacities, k, grids[k])
             for k in range(len(grids))
@@ -137,7 +137,8 @@ def pack_shard(scenes: Sequence[SceneView], capacities: Capacities, template: Sc
     batch.scene[:total] = np.repeat(np.arange(len(scenes), dtype=np.int32), counts)
     batch.scene_points[: len(scenes)] = counts
     for scene, start in zip(scenes, starts, strict=False):
-        batch.neighbors[start : start + len(scene.feats)] = scene.neighbors + start
+        np.add(scene.neighbors, start, out=batch.neighbors[start : start + len(scene.feats)])
+    batch.neighbors[total:] = np.arange(total, capacity, dtype=np.int32)[:, None]  # padding is its own neighbour
     if template.image is not None and template.pixels is not None:
         images = np.zeros((capacities.scenes, *template.image.shape), np.uint8)
         for i, scene in enumerate(scenes):
@@ -154,11 +155,12 @@ def pack_shard(scenes: Sequence[SceneView], capacities: Capacities, template: Sc
 
 def _filled(parts: Sequence, capacity: int, fill, like: np.ndarray) -> np.ndarray:
     """Concatenation of `parts`, filled up to `capacity` rows."""
-    out = np.full((capacity, *like.shape[1:]), fill, like.dtype)
+    out = np.empty((capacity, *like.shape[1:]), like.dtype)
     start = 0
     for part in parts:
         out[start : start + len(part)] = part
         start += len(part)
+    out[start:] = fill
     return out
 
 

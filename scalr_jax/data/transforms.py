@@ -102,7 +102,11 @@ def limit(points: np.ndarray, max_points: int, rng: np.random.Generator | None =
 def inside(points: np.ndarray, field_of_view) -> np.ndarray:
     """Mask [N]: strictly inside the field of view, by more than 0.1 mm."""
     low, high = np.asarray(field_of_view, np.float64)
-    return ((points[:, :3] > low + FIELD_OF_VIEW_EPS) & (points[:, :3] < high - FIELD_OF_VIEW_EPS)).all(axis=1)
+    good = np.ones(len(points), bool)
+    for axis in range(3):
+        column = points[:, axis]
+        good &= (column > low[axis] + FIELD_OF_VIEW_EPS) & (column < high[axis] - FIELD_OF_VIEW_EPS)
+    return good
 
 
 def in_view(xyz: np.ndarray, settings: SceneSettings) -> np.ndarray:
@@ -135,10 +139,16 @@ def make_features(xyz: np.ndarray, intensity: np.ndarray, statistics: tuple[floa
 
 def find_neighbors(xyz: np.ndarray, num_neighbors: int) -> np.ndarray:
     """[N, K] int32: the nearest other points, nearest first. Points that coincide may stand in any order."""
-    _, found = KDTree(np.ascontiguousarray(xyz)).query(np.ascontiguousarray(xyz), k=num_neighbors + 1)
-    own = found == np.arange(len(xyz), dtype=found.dtype)[:, None]
-    own[~own.any(axis=1), -1] = True  # so many coincide that the point itself was not returned
-    return found[~own].reshape(len(xyz), num_neighbors).astype(np.int32)
+    xyz = np.ascontiguousarray(xyz)
+    _, found = KDTree(xyz).query(xyz, k=num_neighbors + 1, sqr_dists=True)
+    own = np.arange(len(xyz), dtype=found.dtype)
+    others = found[:, 1:].astype(np.int32)
+    moved = np.flatnonzero(found[:, 0] != own)  # another point at the same place came first
+    if len(moved):
+        mine = found[moved] == own[moved, None]
+        mine[~mine.any(axis=1), -1] = True  # so many coincide that the point itself was not returned
+        others[moved] = found[moved][~mine].reshape(len(moved), num_neighbors)
+    return others
 
 
 def make_plane(xyz: np.ndarray, axes: tuple[int, int], grid: tuple[int, int], field_of_view) -> ScenePlane:
@@ -248,7 +258,7 @@ def _distillation_scene(frame: Frame, index: int, intensity, settings: SceneSett
     xyz, kept = xyz[cut], kept[cut]
     feats = make_features(xyz, frame.points[kept, 3], intensity)
     ratio = np.array(settings.image_size) / np.array(frame.image_shape or frame.image.shape[:2])
-    pixels = np.floor(frame.pixels[kept] * ratio).astype(np.int32)
+    pixels = np.floor(np.floor(frame.pixels[kept]) * ratio).astype(np.int32)  # the published readers floor first
     image = resize_image(frame.image, settings.image_size, antialias=settings.antialias)
     return _finish(frame.name, index, xyz, feats, settings, image=image, pixels=pixels)
 
