@@ -10,7 +10,6 @@ real pipeline with its workers instead and prints the resident memory of each pr
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -304,9 +303,3 @@ def _resident() -> dict[str, float]:
         for name, pid in processes.items()
         if Path(f"/proc/{pid}/statm").exists()
     }
-
-
-if __name__ == "__main__":
-    import sys
-
-    print(json.dumps(main(sys.argv[1:])))
