@@ -223,7 +223,7 @@ def plain_scene(
     xyz, kept = xyz[inside].astype(np.float32), kept[inside]
     intensity = (frame.points[kept, 3:] - statistics[0]) / statistics[1]
     feats = np.concatenate([intensity, xyz, np.linalg.norm(xyz, axis=1, keepdims=True)], axis=1).astype(np.float32)
-    _, neighbors = KDTree(xyz).query(xyz, k=settings.num_neighbors + 1)
+    neighbors = np.asarray(KDTree(xyz).query(xyz, k=settings.num_neighbors + 1)[1])
     cells = []
     for axes, (rows, columns) in zip(PLANE_AXES, settings.grids, strict=True):
         a, b = axes
@@ -234,7 +234,7 @@ def plain_scene(
     ratio = np.array([height, width]) / np.array(frame.image.shape[:2])
     pixels = np.floor(np.floor(frame.pixels[kept]) * ratio).astype(np.int64)
     image = (frame.image / 255.0).astype(np.float32).transpose(2, 0, 1)  # as published: floats before the resize
-    resized = [Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR) for channel in image]
+    resized = [np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BILINEAR)) for c in image]
     return feats, neighbors[:, 1:], np.stack(cells), np.stack(resized), pixels
 
 
