@@ -83,7 +83,7 @@ def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path)
         subset = {"scenes": tuple(data.scenes) or None, "frames": _frame_numbers(data.frames)}
         sensors = data.sensors if name == "pandaset" else (name,)
         if any(is_begun(Path(root) / sensor) for sensor in SENSORS):
-            return Joined([_records(config, split, sensor, Path(root) / sensor, **subset) for sensor in sensors])
+            return Joined([_records(config, split, sensor, Path(root) / sensor) for sensor in sensors])
         return Joined([PandaSet(root, sensor=s, split=split, labels=labels, **subset) for s in sensors])
     if name == "semantic_kitti":
         from scalr_jax.data.semantic_kitti import SemanticKITTI
@@ -102,7 +102,7 @@ def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path)
     return NuScenes(root, version=version, split=split, labels=labels)
 
 
-def _records(config: Any, split: str, name: str, folder: Path, **subset: Any) -> Records:
+def _records(config: Any, split: str, name: str, folder: Path) -> Records:
     """Prepared records of dataset (or PandaSet's lidar) `name`. Raises `InputError` when they hold something else."""
     data = config.data
     dataset = Records(
@@ -111,7 +111,8 @@ def _records(config: Any, split: str, name: str, folder: Path, **subset: Any) ->
         labels=config.task != "distill",
         image_size=tuple(data.image_size),
         scaled_decode=data.scaled_decode,
-        **subset,
+        scenes=tuple(data.scenes) or None,
+        frames=_frame_numbers(data.frames),
     )
     found = dataset.metadata
     if name not in (found["dataset"], found["sensor"]):

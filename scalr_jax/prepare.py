@@ -69,6 +69,7 @@ def parse_flags(arguments: list[str]) -> None:
     if any(argument in ("--help", "-h", "-help") for argument in arguments[1:]):
         print(__doc__)
         sys.exit(0)
+    FLAGS.unparse_flags()  # of an earlier call in this process
     try:
         rest = FLAGS(arguments)
     except (flags.Error, ValueError) as error:

@@ -84,13 +84,17 @@ def features() -> Any:
 
 
 def make_serializer() -> Callable[[dict[str, bytes]], bytes]:
-    """example -> tf.train.Example, as TFDS writes it; features that are not given are empty."""
+    """example -> tf.train.Example, as TFDS writes it; features that are not given are empty.
+
+    Unlike TFDS's own call the order of the features is always the same, so that two runs write the same bytes.
+    """
     described = features()
     serializer = example_serializer.ExampleSerializer(described.get_serialized_info())
     empty = dict.fromkeys(FEATURES, b"")
 
     def serialize(example: dict[str, bytes]) -> bytes:
-        return serializer.serialize_example(described.encode_example(empty | example))
+        encoded = described.encode_example(empty | example)
+        return serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
 
     return serialize
 

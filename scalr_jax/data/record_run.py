@@ -136,8 +136,9 @@ def estimate(sources: Mapping[str, Source]) -> Estimate:
             try:
                 frame = source.prepare(int(index))
                 sizes.append(sum(len(serialize(example)) for example in frame.examples) + 200)
-                dtype, found = source.look(int(index))
-                images += found
+                dtype = frame.dtype
+                if source.images.format == "jpeg":
+                    images += source.an_image(int(index))
             except BadFrameError as bad:
                 error = str(bad)
     if not sizes:

@@ -45,6 +45,7 @@ class Prepared(NamedTuple):
     has_scan: bool  # the first example is the whole scan
     cameras: list[str]  # of the other examples, in order
     problems: list[str]  # images that were left out, and why
+    dtype: str  # of the raw points
 
 
 class Source:
@@ -99,7 +100,7 @@ class Source:
         if len(scan.points) == 0:
             raise BadFrameError(f"{name}: the scan has no points")
         voxels = transforms.find_voxels(scan.points, self.voxel_size)
-        prepared = Prepared(name, [], labelled >= 0, [], [])
+        prepared = Prepared(name, [], labelled >= 0, [], [], scan.points.dtype.name)
         if labelled >= 0:
             prepared.examples.append(scan_example(scan, voxels))
         for camera in self.reader.cameras_of(plain) if plain >= 0 else ():
@@ -119,13 +120,13 @@ class Source:
             )
         return prepared
 
-    def look(self, index: int) -> tuple[str, list[np.ndarray]]:
-        """The dtype of a frame's raw points, and one of its images [h, w, 3] uint8, or none. Raises BadFrameError."""
-        plain, labelled = int(self._plain[index]), int(self._labelled[index])
-        if plain < 0:
-            return self.labelled.frame(labelled, camera=None).points.dtype.name, []
-        frame = self.reader.frame(plain, np.random.default_rng(index))
-        return frame.points.dtype.name, [frame.image]
+    def an_image(self, index: int) -> list[np.ndarray]:
+        """One of a frame's images [h, w, 3] uint8 as the raw reader gives it; none where there is none."""
+        plain = int(self._plain[index])
+        try:
+            return [] if plain < 0 else [self.reader.frame(plain, np.random.default_rng(index)).image]
+        except BadFrameError:
+            return []
 
     def _prepare_single(self, name: str, frame: Frame, with_scan: bool) -> Prepared:
         """Of a reader without image files (generated streets): one image a frame, and labels where there are any."""
@@ -133,9 +134,8 @@ class Source:
             raise BadFrameError(f"{name}: no image, or no points")
         voxels = transforms.find_voxels(frame.points, self.voxel_size)
         examples = [scan_example(frame, voxels)] if with_scan else []
-        return Prepared(
-            name, [*examples, view_example(frame, voxels, "camera", self._image(frame))], with_scan, ["camera"], []
-        )
+        examples.append(view_example(frame, voxels, "camera", self._image(frame)))
+        return Prepared(name, examples, with_scan, ["camera"], [], frame.points.dtype.name)
 
     def _image(self, view: Frame, path: Path | None = None) -> tuple[bytes, tuple[int, int]]:
         """What is stored of a view's image, and its rows and columns."""

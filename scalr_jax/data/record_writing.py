@@ -161,6 +161,8 @@ def write_shards(
             connection.close()
             worker.terminate()
             worker.join()
+            for partial in folder.glob(f".*.{worker.pid}{PARTIAL}"):
+                partial.unlink()
 
 
 def _collect(
@@ -175,9 +177,12 @@ def _collect(
                 message = ready.recv()
             except (EOFError, ConnectionResetError):
                 workers[ready].join()
+                code = workers[ready].exitcode
+                if code >= 0:
+                    raise RuntimeError("a worker of prepare failed; what it said is above") from None
                 raise InputError(
-                    f"a process of prepare ended (exit code {workers[ready].exitcode}; -9 is a kill, perhaps for want "
-                    "of memory); the same command goes on, and needs less memory with fewer --num_processes"
+                    f"a process of prepare was ended by signal {-code} (9 is a kill, perhaps for want of memory); the "
+                    "same command goes on, and needs less memory with fewer --num_processes"
                 ) from None
             if isinstance(message, Exception):
                 raise message

@@ -69,7 +69,7 @@ class Records:
         must have this size.
       scaled_decode: decode JPEG files at 1/2, 1/4 or 1/8 as long as they stay larger than `image_size`.
       scenes: names of scenes to use, the second part of a frame's name; None for all.
-      frames: numbers of frames to use, the third part; None for all.
+      frames: numbers of frames to use, its last part; None for all.
 
     Raises:
       InputError: not (completely) prepared, a file is missing or cut, or the records do not hold what is asked for.
@@ -102,7 +102,6 @@ class Records:
             raise InputError(f"{self.root}: no split {split!r} is prepared; there are {', '.join(splits)}")
         chosen = list(splits.values()) if split == "all" else [splits[split]]
         shards = [shard for part in chosen for shard in part["shards"]]
-        self._described = [part["described"] for part in chosen]
         self._files = np.array([shard["file"] for shard in shards], np.str_)
         self._num_records = np.array([shard["records"] for shard in shards], np.int32)
         self._check_files([shard["bytes"] for shard in shards])
@@ -270,7 +269,8 @@ class Records:
 def _wanted(name: str, scenes: Sequence[str] | None, frames: Sequence[int] | None) -> bool:
     """Whether a name "dataset/scene/frame" is among the scenes and the numbers of frames (None: all)."""
     parts = name.split("/")
-    return (scenes is None or parts[1] in scenes) and (frames is None or int(parts[2]) in frames)
+    number = int(parts[-1]) if parts[-1].isdecimal() else -1
+    return (scenes is None or parts[1] in scenes) and (frames is None or number in frames)
 
 
 def _check_image_size(root: Path, prepared: Sequence[int] | None, wanted: Sequence[int] | None) -> None:
