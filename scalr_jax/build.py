@@ -173,7 +173,7 @@ def make_student(config: Any, *, head: str, out_features: int, frozen_backbone: 
         ("norm", ("layer", "batch")),
         ("activation", ("relu", "gelu")),
         ("segmentation_head", ("segment", "linear")),
-        ("implementation", ("auto", "cells", "dense")),
+        ("implementation", ("auto", "cells", "windows", "dense")),
         ("remat", ("none", "layer", "group")),
     ):
         if model[key] not in known:

@@ -68,7 +68,7 @@ def _data() -> ConfigDict:
             "scaled_decode": False,  # prepared records: decode JPEG files at 1/2, 1/4 or 1/8 where that is large enough
             "augmentation": "published",  # published, consistent, none
             "points_per_shard": 65_536,
-            "scenes_per_shard": 12,
+            "scenes_per_shard": 10,
             "scenes_per_step": 0,  # 0: as many as fit; 8: the published batch, exactly
             "cells_per_shard": (),  # (): derived from the first scenes
             "halo_per_shard": (),
@@ -92,7 +92,7 @@ def _model() -> ConfigDict:
             "drop_path": 0.0,
             "field_of_view": ((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0)),  # metres
             "grids": ((256, 256), (256, 32), (256, 32)),
-            "implementation": "auto",  # auto, cells, dense
+            "implementation": "auto",  # auto, cells, windows, dense
             "remat": "none",  # none, layer, group
             "dtype": "auto",  # auto: bfloat16 on accelerators, float32 on CPU
             "num_classes": config_dict.placeholder(int),  # default: the dataset's

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from scalr_jax.models.layers import Linear, Norm, per_shard, to_rows, torch_uniform
-from scalr_jax.ops import cell_conv, cells
+from scalr_jax.ops import cell_conv, cells, windows
 
 Array = jax.Array
 
@@ -24,7 +24,10 @@ ACTIVATIONS = {"relu": jax.nn.relu, "gelu": lambda x: jax.nn.gelu(x, approximate
 
 
 class SpatialMix(nn.Module):
-    """x [D * P, C], plane [D, ...], mask [D * P] -> [D * P, C], what is added to the residual stream."""
+    """x [D * P, C], plane [D, ...], mask [D * P] -> [D * P, C], what is added to the residual stream.
+
+    `implementation`: "dense", "cells", or "windows" with a plane of `windows.make_windows`.
+    """
 
     grid: tuple[int, int]
     norm: str
@@ -57,6 +60,11 @@ class SpatialMix(nn.Module):
             grid = (cell_conv.conv_dense(grid, kernel2) + bias2) * scale
             return cells.inflate_dense(grid, plane)
 
+        if self.implementation == "windows":
+            table = windows.flatten(x, plane)  # [D, M, C]
+            halo = activation(windows.conv_up(table, plane, kernel1) + bias1)  # [D, H, C]
+            table = (windows.conv_down(halo, plane, kernel2) + bias2) * scale
+            return to_rows(windows.inflate(table, plane))
         return to_rows(per_shard(mix_dense if self.implementation == "dense" else mix_cells, x, plane))
 
 
@@ -130,7 +138,8 @@ class WaffleIron(nn.Module):
     """x [D * P, C], scene [D, P] -> [D * P, C].
 
     `remat`: "none", "layer" or "group" (what is computed again in the backward pass).
-    `implementation`: "cells" (occupied cells only), "dense" (the reference), "auto" (cells).
+    `implementation`: "cells" (occupied cells only), "windows" (the same as matrix products, for a TPU), "dense" (the
+    reference), "auto" (windows where the batch lies on a TPU, else cells).
     """
 
     depth: int
@@ -145,11 +154,16 @@ class WaffleIron(nn.Module):
     @nn.compact
     def __call__(self, x: Array, planes: tuple, scene: Array, num_scenes: int, *, train: bool) -> Array:
         grids = tuple((h, w) for h, w in self.grids)
+        implementation = self.implementation
+        if implementation == "auto":
+            implementation = "windows" if windows.platform_of(planes[0].cell) == "tpu" else "cells"
+        if implementation == "windows":
+            planes = tuple(windows.make_windows(plane, grid) for plane, grid in zip(planes, grids, strict=True))
         layer = {
             "norm": self.norm,
             "activation": self.activation,
             "drop_path": self.drop_path,
-            "implementation": self.implementation,
+            "implementation": implementation,
             "dtype": self.dtype,
         }
         settings = {"layer": layer, "remat": self.remat, "num_scenes": num_scenes, "train": train}
