@@ -10,6 +10,7 @@ Published runs used mixed precision, ScaLR float16 and ScaLR+ bfloat16; here it 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from scalr_jax.config import get_config
@@ -24,6 +25,9 @@ MAX_POINTS = 20_000
 # Occupied and halo cells of a scene of 20,000 points, one camera's view or a whole turn: 1.2 times the most seen on
 # frames of the four datasets (2026-11-22); a batch has room for eight such scenes.
 VIEW_CELLS, VIEW_HALO = (3_000, 1_600, 1_600), (7_600, 2_700, 2_700)
+# A pack of the four datasets in the published proportions: points filled to 89 %, images to 75 % (docs/data.md).
+PACK_POINTS, PACK_SCENES, PACK_MEAN = 65_536, 10, 7.5  # a device; the last is the mean number of scenes
+PACK_CELLS, PACK_HALO = (13_312, 6_656, 6_656), (33_792, 14_336, 14_336)
 TURN_CELLS, TURN_HALO = (5_200, 2_100, 2_600), (14_600, 4_300, 5_100)
 
 
@@ -48,6 +52,21 @@ def pretraining(method: str, channels: int = 768) -> Any:
         config.optimizer.update(
             schedule="rsqrt", warmup_share=1 / 65, timescale_share=0.45 / 65, cooldown_start_share=63 / 65
         )
+    return config
+
+
+def packed(config: Any, num_shards: int) -> Any:
+    """The same pretraining with as many scenes a step as fit: the schedule, which counts scenes, stays the same."""
+    scenes = config.num_steps * BATCH_SIZE
+    config.optimizer.total_updates = config.num_steps
+    config.num_steps = math.ceil(scenes / (PACK_MEAN * num_shards))
+    config.data.update(
+        scenes_per_step=0,
+        points_per_shard=PACK_POINTS,
+        scenes_per_shard=PACK_SCENES,
+        cells_per_shard=PACK_CELLS,
+        halo_per_shard=PACK_HALO,
+    )
     return config
 
 

@@ -77,7 +77,8 @@ def test_every_config_builds_its_state(name, method):
     trained = state.params["head"] if config.task == "probe" else state.params
     assert count(state.opt_state) == 2 * count(trained) + 1  # two moments and Adam's count
     build.make_settings(config, task="distill" if config.task == "distill" else "segment", train=True)
-    assert config.data.points_per_shard == config.data.scenes_per_shard * config.data.max_points
+    if config.data.scenes_per_step:
+        assert config.data.points_per_shard == config.data.scenes_per_shard * config.data.max_points
 
 
 @pytest.mark.parametrize(("channels", "millions"), [(256, 6.84), (384, 15.1), (768, 59.4)])
@@ -102,6 +103,14 @@ def test_published_lengths():
     assert (config.model.grids[0], config.optimizer.learning_rate) == ((384, 384), 1e-4)
     config = get_config("finetune/semantic_kitti_waffleiron.py")
     assert (config.num_steps, config.optimizer.batch_size) == (45 * (19_130 // 4), 4)
+
+
+def test_packed_steps_see_as_many_scenes_as_the_published():
+    published, config = (get_config(f"pretrain/{name}_wi48_768.py") for name in ("scalr", "scalr_packed"))
+    assert config.num_steps * 7.5 == pytest.approx(published.num_steps * 8, rel=1e-4)
+    assert config.optimizer.total_updates == published.num_steps
+    four = load("pretrain/scalr_packed_wi48_768.py").get_config("4")
+    assert four.num_steps * 30 == pytest.approx(published.num_steps * 8, rel=1e-4)
 
 
 def test_docstrings_name_figure_and_command():
