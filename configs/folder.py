@@ -6,8 +6,8 @@
 docs/data.md, "Your own lidar", says how the folder is laid out; the first command draws the points over the images and
 prints the field of view, grids and point limits that fit the sensor: put them below. The packaged teacher and small
 student let the second command run on a CPU (100 steps take about 2 minutes on 2 cores); no figure is published for
-data of one's own. For a real result give DINOv2 as the teacher, `--config.teacher.checkpoint=dinov2_vits14_pretrain.pth`,
-and the sizes of configs/pretrain/.
+data of one's own. For a real result give DINOv2 as the teacher, `--config.teacher.checkpoint=PATH` with
+dinov2_vits14_pretrain.pth, and the sizes of configs/pretrain/.
 """
 
 from scalr_jax import config as defaults

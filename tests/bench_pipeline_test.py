@@ -37,7 +37,8 @@ def test_the_plain_steps_make_the_same_scene():
         np.testing.assert_array_equal(cells[k][match[0]], plane.position[plane.cell][match[1]])
     rank = np.argsort(match[0]), np.argsort(match[1])  # of a row in the common order
     np.testing.assert_array_equal(rank[0][neighbors[match[0]]], rank[1][fast.neighbors[match[1]]])
-    np.testing.assert_allclose(resized.transpose(1, 2, 0) * 255, raw.given(fast.image), atol=1.01)  # ours rounds twice, to uint8
+    ours = raw.given(fast.image)  # rounded to uint8 twice
+    np.testing.assert_allclose(resized.transpose(1, 2, 0) * 255, ours, atol=1.01)
 
 
 def test_the_plain_batch_is_padded_to_the_longest():
