@@ -29,6 +29,7 @@ Exit codes: 0 done; 2 bad arguments or input, no space, or interrupted (one sent
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,7 @@ def run(arguments: list[str]) -> None:
 
 def main(arguments: list[str]) -> None:
     """`run`, with exit code 2 and one sentence for what is not a defect."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of the workers: their number is --num_processes
     try:
         run(arguments)
     except InputError as error:

@@ -131,7 +131,7 @@ def test_a_view_holds_the_voxels_that_its_camera_sees_and_no_others():
     visible = points[:, 0] > 0.55
     frame = Frame("a", points, np.eye(4), np.zeros((8, 8, 3), np.uint8), points[:, :2].astype(float), visible)
     voxels = transforms.find_voxels(points, 0.1)
-    example = record_source.view_example(frame, voxels, "c", (b"", (8, 8)))
+    example = record_source.view_example(frame, points, voxels, "c", (b"", (8, 8)))
     keys = transforms.voxel_keys(points, 0.1)
     wanted = sorted(np.flatnonzero(np.isin(keys, keys[visible])), key=lambda i: (keys[i], i))
     np.testing.assert_array_equal(np.frombuffer(example["points"], "f4").reshape(-1, 4), points[wanted])

@@ -99,10 +99,10 @@ class Source:
         scan = self.labelled.frame(labelled, camera=None) if labelled >= 0 else self.reader.frame(plain, camera=None)
         if len(scan.points) == 0:
             raise BadFrameError(f"{name}: the scan has no points")
-        voxels = transforms.find_voxels(scan.points, self.voxel_size)
+        voxels, points = transforms.find_voxels(scan.points, self.voxel_size), student_points(scan)
         prepared = Prepared(name, [], labelled >= 0, [], [], scan.points.dtype.name)
         if labelled >= 0:
-            prepared.examples.append(scan_example(scan, voxels))
+            prepared.examples.append(scan_example(scan, points, voxels))
         for camera in self.reader.cameras_of(plain) if plain >= 0 else ():
             try:
                 view = self.reader.view(scan, plain, camera)
@@ -112,7 +112,7 @@ class Source:
             except BadFrameError as error:
                 prepared.problems.append(str(error))
                 continue
-            prepared.examples.append(view_example(view, voxels, camera, content))
+            prepared.examples.append(view_example(view, points, voxels, camera, content))
             prepared.cameras.append(camera)
         if not prepared.examples:
             raise BadFrameError(
@@ -132,9 +132,9 @@ class Source:
         """Of a reader without image files (generated streets): one image a frame, and labels where there are any."""
         if frame.image is None or len(frame.points) == 0:
             raise BadFrameError(f"{name}: no image, or no points")
-        voxels = transforms.find_voxels(frame.points, self.voxel_size)
-        examples = [scan_example(frame, voxels)] if with_scan else []
-        examples.append(view_example(frame, voxels, "camera", self._image(frame)))
+        voxels, points = transforms.find_voxels(frame.points, self.voxel_size), student_points(frame)
+        examples = [scan_example(frame, points, voxels)] if with_scan else []
+        examples.append(view_example(frame, points, voxels, "camera", self._image(frame)))
         return Prepared(name, examples, with_scan, ["camera"], [], frame.points.dtype.name)
 
     def _image(self, view: Frame, path: Path | None = None) -> tuple[bytes, tuple[int, int]]:
@@ -166,19 +166,24 @@ def student_points(frame: Frame) -> np.ndarray:
     return np.concatenate([xyz, frame.points[:, 3:4].astype(np.float32)], axis=1)
 
 
-def scan_example(scan: Frame, voxels: Voxels) -> dict[str, bytes]:
-    """A whole scan: every point, in its order."""
+def scan_example(scan: Frame, points: np.ndarray, voxels: Voxels) -> dict[str, bytes]:
+    """A whole scan: every point, in its order. points [N, 4]: `student_points(scan)`."""
     return {
         "name": scan.name.encode(),
-        "points": to_bytes(student_points(scan), "f4"),
+        "points": to_bytes(points, "f4"),
         "voxel_order": to_bytes(voxels.order, "i4"),
         "voxel_start": to_bytes(voxels.start, "i4"),
         "labels": b"" if scan.labels is None else to_bytes(scan.labels, "u1"),
     }
 
 
-def view_example(view: Frame, voxels: Voxels, camera: str, image: tuple[bytes, tuple[int, int]]) -> dict[str, bytes]:
-    """The points of the voxels that a camera sees, voxel by voxel, with their pixels and the image."""
+def view_example(
+    view: Frame, points: np.ndarray, voxels: Voxels, camera: str, image: tuple[bytes, tuple[int, int]]
+) -> dict[str, bytes]:
+    """The points of the voxels that a camera sees, voxel by voxel, with their pixels and the image.
+
+    points [N, 4]: `student_points` of the scan. image: what is stored, and its rows and columns.
+    """
     assert view.visible is not None
     assert view.pixels is not None
     assert view.image is not None
@@ -189,7 +194,7 @@ def view_example(view: Frame, voxels: Voxels, camera: str, image: tuple[bytes, t
     return {
         "name": view.name.encode(),
         "camera": camera.encode(),
-        "points": to_bytes(student_points(view)[kept], "f4"),
+        "points": to_bytes(points[kept], "f4"),
         "voxel_start": to_bytes(np.append(0, np.cumsum(lengths[seen])), "i4"),
         "visible": to_bytes(view.visible[kept], "u1"),
         "pixels": to_bytes(view.pixels[kept], "f8"),
