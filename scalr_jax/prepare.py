@@ -28,6 +28,7 @@ Exit codes: 0 done; 2 bad arguments or input, no space, or interrupted (one sent
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import sys
@@ -47,6 +48,7 @@ from scalr_jax.main import fail, one_sentence
 
 DATASETS = ("nuscenes", "semantic_kitti", "pandaset", "pandar64", "pandargt", "folder", "streets")
 VOXEL_SIZE = 0.1  # metres, as published; with another data.voxel_size a loader finds the voxels itself
+AGAIN = "free space on the disk and run the same command again: finished files are kept"
 SENSORS = {"pandaset": "pandar64", "pandar64": "pandar64", "pandargt": "pandargt", "streets": "beams32"}
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
@@ -263,8 +265,10 @@ def main(arguments: list[str]) -> None:
     except InputError as error:
         fail(one_sentence(error))
     except WriteError as error:
-        fail(f"{one_sentence(error)}; free space on the disk and run the same command again: finished files are kept")
+        fail(f"{one_sentence(error)}; {AGAIN}")
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fail(f"{one_sentence(error)}; {AGAIN}")
         if error.filename is None and error.errno is None:
             raise
         fail(one_sentence(error))

@@ -1,5 +1,6 @@
 """What becomes of frames that are bad, incomplete or of another kind when a dataset is prepared."""
 
+import itertools
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import raw_datasets as raw
 from prepared_datasets import make
 
 from scalr_jax import prepare
+from scalr_jax.data.record_writing import plan_shards
 from scalr_jax.data.records import Records
 from scalr_jax.data.scenes import InputError
 from scalr_jax.data.streets import Streets
@@ -91,3 +93,12 @@ def test_streets_can_be_prepared(tmp_path, street_cache):
     np.testing.assert_array_equal(views.frame(1).image, plain.frame(1).image)
     np.testing.assert_array_equal(scans.frame(1).labels, plain.frame(1).labels)
     assert views.intensity == plain.intensity(0)
+
+
+def test_small_splits_have_several_files_and_large_ones_as_many_frames_in_each():
+    assert [shard.last - shard.first for shard in plan_shards("train", 20, 128)] == [4] * 5
+    assert [shard.last - shard.first for shard in plan_shards("train", 3, 128)] == [3]
+    large = plan_shards("train", 28_130, 128)
+    assert len(large) == 220
+    assert {shard.last - shard.first for shard in large} == {127, 128}
+    assert all(a.last == b.first for a, b in itertools.pairwise(large))

@@ -1,6 +1,6 @@
 """The command that prepares: kills, several processes, full disks, refusals, bad frames."""
 
-import itertools
+import errno
 import json
 import os
 import resource
@@ -184,13 +184,31 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(kitti):
     assert_one_sentence(err, "File too large")
     assert_one_sentence(err, "free space on the disk and run the same command again")
     folder = kitti / "out" / "semantic_kitti"
-    assert not contents(folder)
-    assert not list(folder.glob(".*partial"))
+    assert not folder.exists(), "nothing was finished, so nothing is left"
     code, _, err = command(kitti, "--num_processes=1", preexec_fn=lambda: limit_files(250_000))
     assert code == 2
     assert_one_sentence(err, "File too large")
     assert command(kitti)[0] == 0
     assert len(Records(folder)) == NUM_SCANS
+
+
+def test_a_disk_that_fills_later_keeps_what_is_finished(kitti, monkeypatch):
+    written = []
+    atomically = record_writing.write_atomically
+
+    def full_after_two(path, content):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        atomically(path, content)
+
+    monkeypatch.setattr(record_writing, "write_atomically", full_after_two)
+    with pytest.raises(WriteError, match=r"No space left on device .*array_record-00002"):
+        make("semantic_kitti", kitti, kitti / "out")
+    monkeypatch.undo()
+    stamps = [path.stat().st_mtime_ns for path in written]
+    assert stamps == [path.stat().st_mtime_ns for path in sorted((kitti / "out/semantic_kitti/parts").iterdir())]
+    assert len(Records(make("semantic_kitti", kitti, kitti / "out"))) == NUM_SCANS
 
 
 def limit_files(size):
@@ -202,7 +220,7 @@ def test_it_begins_only_where_there_is_space(kitti, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
     with pytest.raises(InputError, match=r"not enough space: .* MB are needed, 0\.0 MB are free at .*--image_size"):
         make("semantic_kitti", kitti, kitti / "out")
-    assert not contents(kitti / "out" / "semantic_kitti")
+    assert not (kitti / "out" / "semantic_kitti").exists(), "so other settings may be tried there"
 
 
 def test_the_estimate_is_near(kitti):
@@ -313,15 +331,6 @@ def test_verify_names_damaged_files_and_only_these_are_written_again(kitti):
     assert contents(folder) == whole
     assert kept.stat().st_mtime_ns == stamp
     prepare.run(["prepare", f"--output={kitti / 'out' / 'semantic_kitti'}", "--verify"])
-
-
-def test_small_splits_have_several_files_and_large_ones_as_many_frames_in_each():
-    assert [shard.last - shard.first for shard in plan_shards("train", 20, 128)] == [4] * 5
-    assert [shard.last - shard.first for shard in plan_shards("train", 3, 128)] == [3]
-    large = plan_shards("train", 28_130, 128)
-    assert len(large) == 220
-    assert {shard.last - shard.first for shard in large} == {127, 128}
-    assert all(a.last == b.first for a, b in itertools.pairwise(large))
 
 
 def test_write_errors_reach_the_caller_from_both_ways_of_writing(kitti):

@@ -86,9 +86,24 @@ def claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, dic
         if not (folder / SETTINGS).exists():
             write_atomically(folder / SETTINGS, settings)
         (folder / PARTS).mkdir(exist_ok=True)
-        for partial in folder.glob(f".*{PARTIAL}"):  # of a run that was killed
+        for partial in (*folder.glob(f".*{PARTIAL}"), *folder.glob(f"{PARTS}/.*{PARTIAL}")):  # of a run that was killed
             partial.unlink()
-        yield finished
+        try:
+            yield finished
+        except BaseException:
+            _leave(folder)
+            raise
+
+
+def _leave(folder: Path) -> None:
+    """Of a run that failed before it finished a shard nothing stays, so that other settings may be tried."""
+    if records.is_prepared(folder) or any((folder / PARTS).iterdir()):
+        return
+    (folder / PARTS).rmdir()
+    for name in (SETTINGS, LOCK):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is in it
+        folder.rmdir()
 
 
 def _finished(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -56,11 +56,14 @@ def plan_shards(split: str, num_frames: int, frames_per_shard: int) -> list[Shar
 def write_atomically(path: Path, content: Any) -> None:
     """Writes JSON so that `path` is either absent, as it was, or whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    with partial.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def checksum(path: Path) -> str:
