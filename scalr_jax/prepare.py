@@ -163,7 +163,11 @@ def open_source(split: str, images: Images) -> Source:
         if labelled is None:
             raise
         reader = None  # labels only
-    return Source(reader, labelled, VOXEL_SIZE, images)
+    source = Source(reader, labelled, VOXEL_SIZE, images)
+    if not len(source):
+        getattr(reader, "check_distillable", lambda: None)()  # says what a folder of one's own lacks
+        raise InputError(f"{FLAGS.root}: no frame has an image, and without --labels nothing else is stored")
+    return source
 
 
 def output_folder() -> Path:

@@ -84,6 +84,18 @@ def test_frames_with_labels_only_and_with_images_only(tmp_path):
             )
 
 
+def test_a_folder_without_images_can_be_prepared_for_its_labels_only(tmp_path):
+    raw.write_folder(tmp_path / "folder", classes=["car", "road"], cameras={})
+    for path in sorted((tmp_path / "folder" / "a" / "labels").iterdir())[:1]:
+        path.unlink()
+    with pytest.raises(InputError, match="distillation needs images and their calibration"):
+        make("folder", tmp_path, tmp_path / "out", "--split=train")
+    folder = make("folder", tmp_path, tmp_path / "out", "--labels", "--split=train")
+    assert len(Records(folder, labels=True)) == 3
+    with pytest.raises(InputError, match="no frame to use"):
+        Records(folder)
+
+
 def test_streets_can_be_prepared(tmp_path, street_cache):
     folder = tmp_path / "out"
     line = ["--dataset=streets", f"--root={street_cache}", f"--output={folder}", "--num_scenes=2", "--labels"]

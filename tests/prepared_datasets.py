@@ -10,6 +10,7 @@ import raw_datasets as raw
 from scalr_jax import prepare
 from scalr_jax.config import get_config
 from scalr_jax.data import transforms
+from scalr_jax.data.folder import Folder
 from scalr_jax.data.nuscenes import NuScenes
 from scalr_jax.data.pandaset import PandaSet
 from scalr_jax.data.semantic_kitti import SemanticKITTI
@@ -45,6 +46,7 @@ def write_raw(root):
     raw.write_semantic_kitti(root / "semantic_kitti", num_scans=5)
     raw.write_semantic_kitti(root / "semantic_kitti", "08")
     raw.write_nuscenes(root / "nuscenes")
+    raw.write_folder(root / "folder", classes=["car", "road"], validation=["b"], sensor_height=2.0)
 
 
 def make(dataset, root, output, *more):
@@ -53,7 +55,7 @@ def make(dataset, root, output, *more):
     return output / dataset / ("pandar64" if dataset == "pandaset" else "")
 
 
-READERS = {"pandaset": PandaSet, "semantic_kitti": SemanticKITTI, "nuscenes": NuScenes}
+READERS = {"pandaset": PandaSet, "semantic_kitti": SemanticKITTI, "nuscenes": NuScenes, "folder": Folder}
 
 
 def assert_equal(one, other, path=""):

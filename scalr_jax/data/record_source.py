@@ -60,7 +60,7 @@ class Source:
 
     def __init__(self, reader: Any, labelled: Any, voxel_size: float, images: Images) -> None:
         self.reader, self.labelled, self.voxel_size, self.images = reader, labelled, voxel_size, images
-        names = {} if reader is None else {reader.name(i): i for i in range(len(reader))}
+        names = {} if reader is None else {reader.name(i): i for i in range(len(reader)) if _has_image(reader, i)}
         in_labelled = {} if labelled is None else {labelled.name(i): i for i in range(len(labelled))}
         order = [*names, *(name for name in in_labelled if name not in names)]
         self._plain = np.array([names.get(name, -1) for name in order], np.int32)
@@ -149,6 +149,10 @@ class Source:
             except OSError as error:
                 raise BadFrameError(f"{path}: cannot be read ({error.strerror}).") from error
         return encode_image(image, self.images.format), (image.shape[0], image.shape[1])
+
+
+def _has_image(reader: Any, index: int) -> bool:
+    return not isinstance(reader, ManyViews) or bool(reader.cameras_of(index))
 
 
 def encode_image(image: np.ndarray, image_format: str) -> bytes:
