@@ -186,7 +186,7 @@ def compile_times(arguments: argparse.Namespace) -> dict[str, Any]:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), scenes.batch._replace(images=None, pixels=None, labels=None)
     )
     target = jax.ShapeDtypeStruct((*batch.scene.shape, arguments.out_features), jnp.float32)
-    cached = jax.config.read("jax_enable_compilation_cache")
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     seconds: dict[int, list[float]] = {depth: [] for depth in depths}
     try:
