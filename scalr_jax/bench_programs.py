@@ -181,5 +181,8 @@ def _read_by(implementation: str, plane: Any, grid: tuple[int, int]) -> Any:
 
 
 def _without_norm(call: Callable, arguments: tuple, keywords: dict, context: nn.module.InterceptorContext) -> Any:
-    """Norms return what they are given."""
-    return arguments[0] if isinstance(context.module, Norm) else call(*arguments, **keywords)
+    """Norms leave their rows as they are: mean 0, deviation 1, scale 1, bias 0."""
+    if not isinstance(context.module, Norm):
+        return call(*arguments, **keywords)
+    zeros, ones = jnp.zeros(arguments[0].shape[-1]), jnp.ones(arguments[0].shape[-1])
+    return (zeros, ones), ones, zeros

@@ -177,17 +177,17 @@ def test_remat_changes_nothing(remat):
 
 def test_stochastic_depth_is_per_scene_and_keeps_the_mean():
     """Each scene's branch is dropped whole, and survivors are scaled by 1 / (1 - rate)."""
-    from scalr_jax.models.waffleiron import drop_scenes
+    from scalr_jax.models.waffleiron import keep_scenes
 
     class Drop(nn.Module):
         @nn.compact
-        def __call__(self, branch, scene):
-            return drop_scenes(self, branch, scene, 64, 0.25, True)
+        def __call__(self, scene):
+            return keep_scenes(self, scene, 64, 0.25, True)
 
     scene = jnp.repeat(jnp.arange(64), 5)[None]
-    out = Drop().apply({}, jnp.ones((1, 320, 3)), scene, rngs={"dropout": jax.random.key(0)})
-    per_scene = np.asarray(out).reshape(64, 15)
-    np.testing.assert_array_equal(per_scene, np.repeat(per_scene[:, :1], 15, axis=1))
+    out = Drop().apply({}, scene, rngs={"dropout": jax.random.key(0)})
+    per_scene = np.asarray(out).reshape(64, 5)
+    np.testing.assert_array_equal(per_scene, np.repeat(per_scene[:, :1], 5, axis=1))
     values, counts = np.unique(per_scene[:, 0], return_counts=True)
     np.testing.assert_allclose(values, [0, 4 / 3], rtol=1e-6)
     assert 4 <= counts[0] <= 30  # 16 of 64 expected; these are five standard deviations

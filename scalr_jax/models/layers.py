@@ -44,21 +44,28 @@ def torch_uniform(fan_in: int):
     return init
 
 
-class Linear(nn.Module):
-    """[..., C_in] -> [..., features] in `dtype`; parameters `kernel` [C_in, features] and `bias` in float32."""
+class LinearWeights(nn.Module):
+    """The parameters of a linear layer: `kernel` [fan_in, features] and `bias` [features] (or None), float32."""
 
     features: int
     use_bias: bool = True
-    dtype: Any = jnp.float32
 
     @nn.compact
+    def __call__(self, fan_in: int) -> tuple[Array, Array | None]:
+        init = torch_uniform(fan_in)
+        kernel = self.param("kernel", init, (fan_in, self.features))
+        return kernel, self.param("bias", init, (self.features,)) if self.use_bias else None
+
+
+class Linear(LinearWeights):
+    """[..., C_in] -> [..., features] in `dtype`."""
+
+    dtype: Any = jnp.float32
+
     def __call__(self, x: Array) -> Array:
-        init = torch_uniform(x.shape[-1])
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        kernel, bias = super().__call__(x.shape[-1])
         y = x.astype(self.dtype) @ kernel.astype(self.dtype)
-        if self.use_bias:
-            y += self.param("bias", init, (self.features,)).astype(self.dtype)
-        return y
+        return y if bias is None else y + bias.astype(self.dtype)
 
 
 def unbiased(variance: Array, count: Array) -> Array:
@@ -72,21 +79,19 @@ def update_running(module: nn.Module, mean: Any, variance: Any, batch_mean: Arra
         variance.value = (1 - MOMENTUM) * variance.value + MOMENTUM * batch_variance
 
 
-class BatchNorm(nn.Module):
-    """Batch norm of the last axis over the rows where `mask` is true, all shards together; computed in float32.
-
-    `train=False` uses the running statistics. Padded rows come out as finite numbers that nobody may read.
-    """
+class BatchStatistics(nn.Module):
+    """What a batch norm of rows is made of: the mean [C] and inverse deviation [C] over the rows where `mask` is true,
+    all shards together (the running ones unless `train`), and its parameters scale [C] and bias [C]. Float32."""
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> tuple[tuple[Array, Array], Array, Array]:
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_variance = self.variable("batch_stats", "variance", jnp.ones, (channels,))
-        x = jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
         if train:
+            x = jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
             axes = tuple(range(x.ndim - 1))
             count = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
             mean = x.sum(axes) / count
@@ -94,22 +99,49 @@ class BatchNorm(nn.Module):
             update_running(self, running_mean, running_variance, mean, unbiased(variance, count))
         else:
             mean, variance = running_mean.value, running_variance.value
-        return (x - mean) * (jax.lax.rsqrt(variance + BATCH_NORM_EPS) * scale) + bias
+        return (mean, jax.lax.rsqrt(variance + BATCH_NORM_EPS)), scale, bias
+
+
+class BatchNorm(BatchStatistics):
+    """Batch norm of the last axis. Padded rows come out as finite numbers that nobody may read."""
+
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        statistics, scale, bias = super().__call__(x, mask, train=train)
+        return normalize(x, mask, statistics) * scale + bias
 
 
 class Norm(nn.Module):
-    """The norm at the start of each mixing block: "layer" (ScaLR) or "batch" (WaffleIron). Float32 inside."""
+    """The norm at the start of each mixing block, "layer" (ScaLR) or "batch" (WaffleIron), for `normalize`:
+    statistics (None for a layer norm, whose are each row's own), scale [C] and bias [C]."""
 
     kind: str
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> tuple[tuple[Array, Array] | None, Array, Array]:
         if self.kind == "batch":
-            return BatchNorm(name="batch")(x, mask, train=train)
-        # A padded row must not reach the norm: its gradient would be NaN where the row is constant.
-        x = jnp.where(mask[..., None], x.astype(jnp.float32), jax.lax.stop_gradient(_not_constant(x.shape[-1])))
-        return nn.LayerNorm(epsilon=LAYER_NORM_EPS, use_fast_variance=False, name="layer")(x)
+            return BatchStatistics(name="batch")(x, mask, train=train)
+        scale, bias = _Affine(name="layer")(x.shape[-1])
+        return None, scale, bias
 
 
-def _not_constant(channels: int) -> Array:
-    return jnp.linspace(-1.0, 1.0, channels)
+class _Affine(nn.Module):
+    """scale [C], ones at first, and bias [C], zeros."""
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[Array, Array]:
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        return scale, self.param("bias", nn.initializers.zeros, (channels,))
+
+
+def normalize(x: Array, mask: Array, statistics: tuple[Array, Array] | None) -> Array:
+    """Rows minus mean, over deviation, in float32; what follows applies scale and bias. x [N, C], mask [N].
+
+    With `statistics` (mean and inverse deviation of each channel) a batch norm, else a layer norm of each row. A padded
+    row is replaced before the norm, not only after it: else its gradient may be NaN.
+    """
+    x = jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
+    if statistics is not None:
+        mean, inverse_deviation = statistics
+        return (x - mean) * inverse_deviation
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + LAYER_NORM_EPS)

@@ -9,18 +9,30 @@ depth; when the number of planes does not divide the depth, the remaining planes
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from scalr_jax.models.layers import Linear, Norm, per_shard, to_rows, torch_uniform
+from scalr_jax.models.layers import LinearWeights, Norm, normalize, per_shard, to_rows, torch_uniform
 from scalr_jax.ops import cell_conv, cells, windows
 
 Array = jax.Array
 
+ROW_BLOCK = 2048  # rows of a block on CPU: 2 MB each of 256 channels
+
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+
+
+def save_only(*names: str) -> Callable:
+    """For the backward pass keep a function's inputs and the values of these names, and compute the rest again: norms
+    and activations are cheap where every [P, C] kept costs memory, and on CPU the time to touch it."""
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    return functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)  # type: ignore[arg-type]
 
 
 class SpatialMix(nn.Module):
@@ -38,8 +50,7 @@ class SpatialMix(nn.Module):
     @nn.compact
     def __call__(self, x: Array, plane: Any, mask: Array, num_scenes: int, *, train: bool) -> Array:
         channels = x.shape[-1]
-        x = Norm(self.norm, name="norm")(x, mask, train=train).astype(self.dtype)
-        x = x.reshape(plane.cell.shape[0], -1, channels)  # [D, P, C]
+        statistics, norm_scale, norm_bias = Norm(self.norm, name="norm")(x, mask, train=train)
         init = torch_uniform(9)
         kernel1 = self.param("kernel_1", init, (9, channels))
         bias1 = self.param("bias_1", init, (channels,)).astype(self.dtype)
@@ -49,51 +60,91 @@ class SpatialMix(nn.Module):
         activation = ACTIVATIONS[self.activation]
 
         def mix_cells(points: Array, plane: Any) -> Array:
-            table = cells.flatten(points, plane)  # [M, C]
-            halo = cell_conv.conv_taps(table, plane.halo_taps, plane.cell_taps, kernel1)  # [H, C]
+            # The mean of a cell's points goes before the norm's scale and bias: on cells these cost nothing.
+            filled = cells.filled(plane)[:, None]  # [M, 1]
+            table = checkpoint_name(cells.flatten(points, plane), "cells")  # [M, C]
+            table = (table * norm_scale + norm_bias * filled).astype(self.dtype)
+            halo = checkpoint_name(cell_conv.conv_taps(table, plane.halo_taps, plane.cell_taps, kernel1), "halo")
             table = cell_conv.conv_taps(activation(halo + bias1), plane.cell_taps, plane.halo_taps, kernel2)
             return cells.inflate((table + bias2) * scale, plane)
 
         def mix_dense(points: Array, plane: Any) -> Array:
+            points = (points * norm_scale + norm_bias).astype(self.dtype)
             grid = cells.flatten_dense(points, plane, grid=self.grid, num_scenes=num_scenes)  # [S, H, W, C]
             grid = activation(cell_conv.conv_dense(grid, kernel1) + bias1)
             grid = (cell_conv.conv_dense(grid, kernel2) + bias2) * scale
             return cells.inflate_dense(grid, plane)
 
-        if self.implementation == "windows":
-            table = windows.flatten(x, plane)  # [D, M, C]
-            halo = activation(windows.conv_up(table, plane, kernel1) + bias1)  # [D, H, C]
-            table = (windows.conv_down(halo, plane, kernel2) + bias2) * scale
-            return to_rows(windows.inflate(table, plane))
-        return to_rows(per_shard(mix_dense if self.implementation == "dense" else mix_cells, x, plane))
+        def mix_windows(points: Array, plane: Any) -> Array:  # all with their axis D
+            filled = cells.filled(plane)[..., None]
+            table = checkpoint_name(windows.flatten(points, plane), "cells")
+            table = (table * norm_scale + norm_bias * filled).astype(self.dtype)
+            halo = checkpoint_name(windows.conv_up(table, plane, kernel1), "halo")
+            table = windows.conv_down(activation(halo + bias1), plane, kernel2)
+            return windows.inflate((table + bias2) * scale, plane)
+
+        @save_only("cells", "halo")
+        def mix(x: Array) -> Array:
+            points = normalize(x, mask, statistics).astype(self.dtype).reshape(plane.cell.shape[0], -1, channels)
+            if self.implementation == "windows":
+                return to_rows(mix_windows(points, plane))
+            return to_rows(per_shard(mix_dense if self.implementation == "dense" else mix_cells, points, plane))
+
+        return mix(x)
 
 
 class ChannelMix(nn.Module):
-    """x [D * P, C], mask [D * P] -> [D * P, C], what is added to the residual stream."""
+    """x [D * P, C], mask [D * P], keep [D * P] (or None: all ones) -> x + keep * branch, [D * P, C] float32.
+
+    The norm's scale and bias go into the first matrix and the layer scale into the second, so that neither their
+    products nor what their gradients would need are ever [P, C].
+    """
 
     norm: str
     activation: str
     dtype: Any
+    block: int  # rows worked on at a time
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+    def __call__(self, x: Array, mask: Array, keep: Array | None, *, train: bool) -> Array:
         channels = x.shape[-1]
-        x = Norm(self.norm, name="norm")(x, mask, train=train)
-        x = ACTIVATIONS[self.activation](Linear(channels, dtype=self.dtype, name="linear_1")(x))
-        x = Linear(channels, dtype=self.dtype, name="linear_2")(x)
-        return x * self.param("scale", torch_uniform(1), (channels,)).astype(self.dtype)
+        statistics, norm_scale, norm_bias = Norm(self.norm, name="norm")(x, mask, train=train)
+        kernel1, bias1 = LinearWeights(channels, name="linear_1")(channels)
+        kernel2, bias2 = LinearWeights(channels, name="linear_2")(channels)
+        scale = self.param("scale", torch_uniform(1), (channels,))
+        bias1 = (bias1 + jnp.matmul(norm_bias, kernel1, precision="highest")).astype(self.dtype)
+        kernel1 = (norm_scale[:, None] * kernel1).astype(self.dtype)
+        kernel2, bias2 = (kernel2 * scale).astype(self.dtype), (bias2 * scale).astype(self.dtype)
+        activation = ACTIVATIONS[self.activation]
+
+        @save_only("hidden")
+        def mix(rows: tuple) -> Array:
+            x, mask, keep = rows
+            points = normalize(x, mask, statistics).astype(self.dtype)
+            hidden = checkpoint_name(points @ kernel1 + bias1, "hidden")
+            branch = (activation(hidden) @ kernel2 + bias2).astype(x.dtype)
+            return x + (branch if keep is None else branch * keep[:, None])
+
+        return map_blocks(mix, (x, mask, keep), self.block)
 
 
-def drop_scenes(module: nn.Module, branch: Array, scene: Array, num_scenes: int, rate: float, train: bool) -> Array:
-    """Stochastic depth: drop the whole branch of a scene with probability `rate`, scale the others by 1/(1 - rate).
+def map_blocks(function: Callable, rows: Any, block: int) -> Array:
+    """`function` of [N, ...] arrays, so many rows at a time where `block` divides N: what it makes stays in the cache."""
+    num_rows = jax.tree.leaves(rows)[0].shape[0]
+    if not block or num_rows % block or num_rows == block:
+        return function(rows)
+    blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), rows)
+    _, out = jax.lax.scan(lambda _, rows: (None, function(rows)), None, blocks)
+    return out.reshape(num_rows, *out.shape[2:])
 
-    branch [D * P, C], scene [D, P].
-    """
+
+def keep_scenes(module: nn.Module, scene: Array, num_scenes: int, rate: float, train: bool) -> Array | None:
+    """Stochastic depth: a factor for each point's branch [D * P], 0 for a whole scene with probability `rate`, else
+    1 / (1 - rate). None where nothing is dropped. scene [D, P]."""
     if not train or rate == 0.0:
-        return branch
+        return None
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, (scene.shape[0], num_scenes + 1))
-    factor = jnp.take_along_axis(keep, scene, axis=1).astype(branch.dtype) / (1.0 - rate)  # [D, P]
-    return branch * factor.reshape(-1, 1)
+    return to_rows(jnp.take_along_axis(keep, scene, axis=1).astype(jnp.float32) / (1.0 - rate))
 
 
 class Layer(nn.Module):
@@ -111,10 +162,13 @@ class Layer(nn.Module):
         mask = to_rows(scene < num_scenes)
         settings = {"norm": self.norm, "activation": self.activation, "dtype": self.dtype}
         spatial = SpatialMix(self.grid, implementation=self.implementation, name="spatial", **settings)
-        branch = spatial(x, plane, mask, num_scenes, train=train)
-        x += drop_scenes(self, branch, scene, num_scenes, self.drop_path, train).astype(x.dtype)
-        branch = ChannelMix(name="channel", **settings)(x, mask, train=train)
-        return x + drop_scenes(self, branch, scene, num_scenes, self.drop_path, train).astype(x.dtype)
+        branch = spatial(x, plane, mask, num_scenes, train=train).astype(x.dtype)
+        keep = keep_scenes(self, scene, num_scenes, self.drop_path, train)
+        x += branch if keep is None else branch * keep[:, None]
+        keep = keep_scenes(self, scene, num_scenes, self.drop_path, train)
+        # In blocks on one CPU only: a loop over rows that lie on several devices would move them.
+        block = ROW_BLOCK if scene.shape[0] == 1 and jax.default_backend() == "cpu" else 0
+        return ChannelMix(name="channel", block=block, **settings)(x, mask, keep, train=train)
 
 
 class Group(nn.Module):

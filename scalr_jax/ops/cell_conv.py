@@ -49,11 +49,25 @@ def _conv_taps_forward(table: Array, taps: Array, transposed_taps: Array, kernel
 def _conv_taps_backward(residuals, gradient: Array):
     table, taps, transposed_taps, kernel = residuals
     table_gradient = _gather_taps(gradient, transposed_taps, kernel[::-1])
-    wide = gradient.astype(jnp.float32)
-    kernel_gradient = jnp.stack(
-        [jnp.sum(wide * take_rows(table, taps[:, t]).astype(jnp.float32), axis=0) for t in range(9)]
-    )
+    if taps.shape[0] > transposed_taps.shape[0]:  # the same sum over the smaller of the two tables
+        kernel_gradient = _sum_taps(table, gradient, transposed_taps)[::-1]
+    else:
+        kernel_gradient = _sum_taps(gradient, table, taps)
     return table_gradient.astype(table.dtype), None, None, kernel_gradient.astype(kernel.dtype)
+
+
+def _sum_taps(rows: Array, table: Array, taps: Array) -> Array:
+    """Sum over q of rows[q] * table[taps[q, t]], in float32: [Q, C], [R, C], [Q, 9] -> [9, C].
+
+    A loop on CPU, where XLA fuses nine of these sums into something four times slower (40 against 9 ms for [7000, 256],
+    2 cores, 2026-11-22).
+    """
+
+    def visit(_, rows_of_tap: Array):
+        products = rows.astype(jnp.float32) * take_rows(table, rows_of_tap).astype(jnp.float32)
+        return None, products.sum(axis=0)
+
+    return jax.lax.scan(visit, None, taps.T, unroll=1 if jax.default_backend() == "cpu" else 9)[1]
 
 
 conv_taps.defvjp(_conv_taps_forward, _conv_taps_backward)

@@ -33,6 +33,11 @@ def sum_runs(points: Array, plane: Any) -> Array:
     return jax.ops.segment_sum(in_order, cell, num_cells, indices_are_sorted=True)  # padding (cell M) falls off
 
 
+def filled(plane: Any) -> Array:
+    """What `flatten` makes of ones: n / (n + 1e-6) for a cell of n points, 0 for an unused row. [M] float32."""
+    return jnp.where(plane.inverse_count > 0, 1.0 - 1e-6 * plane.inverse_count, 0.0)
+
+
 @jax.custom_vjp
 def flatten(points: Array, plane: Any) -> Array:
     """Mean of the points of each occupied cell. [P, C] -> [M, C], same dtype; unused rows are zero."""
