@@ -12,7 +12,7 @@ import time
 
 import pytest
 import raw_datasets as raw
-from prepared_datasets import make
+from prepared_datasets import assert_one_sentence, make
 
 from scalr_jax import prepare
 from scalr_jax.data import record_run, record_source, record_writing
@@ -45,12 +45,6 @@ def command(root, *more, **options):
 def contents(folder):
     """Bytes of the shards, by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("lidar_frames-*"))}
-
-
-def assert_one_sentence(said, match):
-    (line,) = [line for line in said.replace("\r", "\n").splitlines() if line.startswith("scalr_jax: error: ")]
-    assert match in line
-    assert "Traceback" not in said
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -123,11 +117,30 @@ def test_workers_end_with_the_process_that_started_them(kitti):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    while time.monotonic() < deadline:
-        if not members(process.pid):
-            return
-        time.sleep(0.1)
-    pytest.fail(f"processes {members(process.pid)} are left")
+    assert_all_end(process.pid)
+
+
+def assert_all_end(group):
+    """Multiprocessing's own tracker ends a moment after the others."""
+    deadline = time.monotonic() + 30
+    while members(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not members(group)
+
+
+def test_an_interrupt_is_one_sentence(kitti):
+    line = [sys.executable, "-m", "scalr_jax.prepare", *" ".join(arguments(kitti)).split(), "--num_processes=2"]
+    process = subprocess.Popen(
+        line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True
+    )
+    deadline = time.monotonic() + 60
+    while len(members(process.pid)) < 4 and time.monotonic() < deadline:  # two workers, multiprocessing's tracker
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert_one_sentence(err, "interrupted; the same command goes on where it stopped")
+    assert_all_end(process.pid)
 
 
 def members(group):
@@ -277,41 +290,6 @@ def test_two_runs_do_not_write_into_one_folder(kitti):
         record_run.claimed(folder, {"a": 1}),
     ):
         pass
-
-
-@pytest.mark.parametrize(
-    ("given", "match"),
-    [
-        (["--output=x"], "--dataset, --root and --output are required"),
-        (["--dataset=kitti", "--root=x", "--output=y"], "dataset"),
-        (["--dataset=nuscenes", "--root=/nowhere", "--output=y"], "/nowhere/v1.0-mini: no such folder"),
-        (["--dataset=nuscenes", "--root=x", "--output=y", "--image_size=224"], "must be rows,columns, as in 224,448"),
-        (["--dataset=nuscenes", "--root=x", "--output=y", "--image_size=a,b"], "must be rows,columns"),
-        (
-            ["--dataset=nuscenes", "--root=x", "--output=y", "--image_size=1,2", "--image_format=original"],
-            "leave out --image_size",
-        ),
-        (["--dataset=nuscenes", "--root=x", "--output=y", "--num_processes=0"], "num_processes"),
-        (["--dataset=nuscenes", "--root=x", "--output=y", "--wrong=1"], "wrong"),
-        (["nuscenes", "--root=x", "--output=y", "--dataset=folder"], "unexpected arguments: nuscenes"),
-        (["--output=/nowhere", "--verify"], "/nowhere: not prepared"),
-    ],
-)
-def test_wrong_arguments_are_one_sentence_and_exit_code_2(given, match, capsys):
-    with pytest.raises(SystemExit) as ended:
-        prepare.main(["prepare", *given])
-    assert ended.value.code == 2
-    assert_one_sentence(capsys.readouterr().err, match)
-
-
-def test_help_shows_examples(capsys):
-    with pytest.raises(SystemExit) as ended:
-        prepare.main(["prepare", "--help"])
-    assert ended.value.code == 0
-    out = capsys.readouterr().out
-    assert "python -m scalr_jax.prepare --dataset=nuscenes" in out
-    for name in prepare.FLAGS:
-        assert f"--{name}" in out or name in ("help", "helpshort", "helpfull", "helpxml", "?", "flagfile", "undefok")
 
 
 def test_verify_names_damaged_files_and_only_these_are_written_again(kitti):

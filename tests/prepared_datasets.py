@@ -79,3 +79,10 @@ def make_config(root, **data):
     with config.data.unlocked():
         config.data.update({"root": str(root), "image_size": (56, 112), **data})
     return config
+
+
+def assert_one_sentence(said, match):
+    """What a command said on stderr has one line of error, with `match` in it, and no traceback."""
+    (line,) = [line for line in said.replace("\r", "\n").splitlines() if line.startswith("scalr_jax: error: ")]
+    assert match in line
+    assert "Traceback" not in said

@@ -12,7 +12,9 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,13 +153,14 @@ def write_shards(
     todo = list(reversed(shards))
     workers: dict[Connection, Any] = {}
     try:
-        for _ in range(min(num_processes, len(shards))):
-            ours, theirs = spawn.Pipe()
-            worker = spawn.Process(target=_work, args=(theirs, folder, dict(sources)), daemon=True)
-            worker.start()
-            theirs.close()
-            workers[ours] = worker
-            ours.send(todo.pop())
+        with _holding_interrupts():  # until all are known here, to be stopped
+            for _ in range(min(num_processes, len(shards))):
+                ours, theirs = spawn.Pipe()
+                worker = spawn.Process(target=_work, args=(theirs, folder, dict(sources)), daemon=True)
+                worker.start()
+                theirs.close()
+                workers[ours] = worker
+                _send(ours, worker, todo.pop())
         yield from _collect(workers, todo, said)
     finally:
         for connection, worker in workers.items():
@@ -166,6 +169,27 @@ def write_shards(
             worker.join()
             for partial in folder.glob(f".*.{worker.pid}{PARTIAL}"):
                 partial.unlink()
+
+
+@contextlib.contextmanager
+def _holding_interrupts() -> Generator[None]:
+    """Processes that are started here never see Ctrl-C, also while they import; this one sees it afterwards.
+
+    Blocking the signal is what they inherit; the handler is there because another thread (tqdm's) may receive it.
+    """
+    held: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number)) if in_main else None
+    resource_tracker.ensure_running()  # multiprocessing's; starting it later would unblock the signal
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 def _collect(
@@ -178,15 +202,8 @@ def _collect(
             assert isinstance(ready, Connection)
             try:
                 message = ready.recv()
-            except (EOFError, ConnectionResetError):
-                workers[ready].join()
-                code = workers[ready].exitcode
-                if code >= 0:
-                    raise RuntimeError("a worker of prepare failed; what it said is above") from None
-                raise InputError(
-                    f"a process of prepare was ended by signal {-code} (9 is a kill, perhaps for want of memory); the "
-                    "same command goes on, and needs less memory with fewer --num_processes"
-                ) from None
+            except (EOFError, ConnectionError):
+                raise _ended(workers[ready]) from None
             if isinstance(message, Exception):
                 raise message
             if isinstance(message, int):
@@ -194,14 +211,31 @@ def _collect(
                 continue
             yield message
             if todo:
-                ready.send(todo.pop())
+                _send(ready, workers[ready], todo.pop())
             else:
                 busy.remove(ready)
 
 
+def _send(connection: Connection, worker: Any, shard: Shard) -> None:
+    try:
+        connection.send(shard)
+    except ConnectionError:
+        raise _ended(worker) from None
+
+
+def _ended(worker: Any) -> Exception:
+    """What to raise of a worker that is gone."""
+    worker.join()
+    if worker.exitcode >= 0:
+        return RuntimeError("a worker of prepare failed; what it said is above")
+    return InputError(
+        f"a process of prepare was ended by signal {-worker.exitcode} (9 is a kill, perhaps for want of memory); the "
+        "same command goes on, and needs less memory with fewer --num_processes"
+    )
+
+
 def _work(connection: Connection, folder: Path, sources: Mapping[str, Source]) -> None:
     """A worker: writes the shards that it is told to until nobody is there to tell it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
     parent = os.getppid()
 
     def said(frames: int) -> None:
