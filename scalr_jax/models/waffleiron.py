@@ -167,7 +167,7 @@ class Layer(nn.Module):
         x += branch if keep is None else branch * keep[:, None]
         keep = keep_scenes(self, scene, num_scenes, self.drop_path, train)
         # In blocks on one CPU only: a loop over rows that lie on several devices would move them.
-        block = ROW_BLOCK if scene.shape[0] == 1 and jax.default_backend() == "cpu" else 0
+        block = ROW_BLOCK if scene.shape[0] == 1 and windows.platform_of(scene) == "cpu" else 0
         return ChannelMix(name="channel", block=block, **settings)(x, mask, keep, train=train)
 
 
