@@ -25,6 +25,8 @@ Array = jax.Array
 
 ROW_BLOCK = 2048  # rows of a block on CPU: 2 MB each of 256 channels
 
+UNROLLED = 4  # groups, at most, that are not looped over on CPU
+
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
 
 
@@ -129,9 +131,13 @@ class ChannelMix(nn.Module):
 
 
 def map_blocks(function: Callable, rows: Any, block: int) -> Array:
-    """`function` of [N, ...] arrays, so many rows at a time where `block` divides N: what it makes stays in the cache."""
+    """`function` of [N, ...] arrays, at most `block` rows at a time (0: all): what it makes stays in the cache.
+
+    Blocks are equal, so as large as a divisor of N; where that is less than an eighth of `block`, all rows at once.
+    """
     num_rows = jax.tree.leaves(rows)[0].shape[0]
-    if not block or num_rows % block or num_rows == block:
+    block = next((size for size in range(min(block, num_rows), 0, -1) if num_rows % size == 0), 0)
+    if block < ROW_BLOCK // 8 or block == num_rows:
         return function(rows)
     blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), rows)
     _, out = jax.lax.scan(lambda _, rows: (None, function(rows)), None, blocks)
@@ -231,6 +237,9 @@ class WaffleIron(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,  # type: ignore[arg-type]
                 length=num_groups,
+                # A shallow student on CPU without the loop, which stacks and copies what each layer keeps: 1.6 against
+                # 2.5 s a layer of a step (62,592 points x 256, 2 busy cores, 2026-11-22) for a 1.5 times longer compile.
+                unroll=num_groups if num_groups <= UNROLLED and windows.platform_of(scene) == "cpu" else 1,
             )
             x, _ = scanned(grids, name="groups", **settings)(x, planes, scene)
         if num_rest:
