@@ -127,6 +127,8 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[st
         depth: bench_programs.training_step(dataclasses.replace(student, depth=depth), batch)[0]
         for depth in (first, first + PLANES)
     }
+    spatial, spatial_bytes = bench_programs.spatial_alone(student, batch)
+    dense = spatial.pop("spatial_dense")
     turns = [
         {
             "step": step,
@@ -134,11 +136,12 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[st
             "forward": bench_programs.forward_pass(student, batch),
             "matmul_step": bench_programs.step_products(sizes, num_rows, student.dtype),
         },
-        {**bench_programs.layers_alone(student, batch), **bench_programs.layer_products(student, num_rows)},
+        {**bench_programs.layers_alone(student, batch), **bench_programs.layer_products(student, num_rows), **spatial},
+        {"spatial_dense": dense},
     ]
-    spatial, spatial_bytes = bench_programs.spatial_alone(student, batch)
-    # Three rotations: what is compared is in one, and the dense grid's gigabytes disturb nothing else.
-    raw = {name: value for programs in (*turns, spatial) for name, value in interleave(programs, runs=runs).items()}
+    # What is compared is in one rotation. The dense grid comes alone and last: beside it on CPU, whose gigabytes go to
+    # the system each time, spatial mixing on cells took 0.18 to 0.70 s (2026-11-22).
+    raw = {name: value for programs in turns for name, value in interleave(programs, runs=runs).items()}
     times = {
         "forward_s": raw["forward"],
         "step_s": raw["step"],
