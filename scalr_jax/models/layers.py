@@ -45,16 +45,14 @@ def torch_uniform(fan_in: int):
 
 
 class LinearWeights(nn.Module):
-    """The parameters of a linear layer: `kernel` [fan_in, features] and `bias` [features] (or None), float32."""
+    """The parameters of a linear layer: `kernel` [fan_in, features] and `bias` [features], float32."""
 
     features: int
-    use_bias: bool = True
 
     @nn.compact
-    def __call__(self, fan_in: int) -> tuple[Array, Array | None]:
+    def __call__(self, fan_in: int) -> tuple[Array, Array]:
         init = torch_uniform(fan_in)
-        kernel = self.param("kernel", init, (fan_in, self.features))
-        return kernel, self.param("bias", init, (self.features,)) if self.use_bias else None
+        return self.param("kernel", init, (fan_in, self.features)), self.param("bias", init, (self.features,))
 
 
 class Linear(LinearWeights):
@@ -64,8 +62,7 @@ class Linear(LinearWeights):
 
     def __call__(self, x: Array) -> Array:
         kernel, bias = super().__call__(x.shape[-1])
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
-        return y if bias is None else y + bias.astype(self.dtype)
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
 
 
 def unbiased(variance: Array, count: Array) -> Array:

@@ -237,8 +237,8 @@ class WaffleIron(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,  # type: ignore[arg-type]
                 length=num_groups,
-                # A shallow student on CPU without the loop, which stacks and copies what each layer keeps: 1.6 against
-                # 2.5 s a layer of a step (62,592 points x 256, 2 busy cores, 2026-11-22) for a 1.5 times longer compile.
+                # A shallow student on CPU has no loop, which would stack and copy what each layer keeps: 1.6 s a layer
+                # of a step instead of 2.5 (62,592 points x 256, 2 busy cores, 2026-11-22), compiled 1.5 times as long.
                 unroll=num_groups if num_groups <= UNROLLED and windows.platform_of(scene) == "cpu" else 1,
             )
             x, _ = scanned(grids, name="groups", **settings)(x, planes, scene)
