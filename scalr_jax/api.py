@@ -216,6 +216,11 @@ def _trained_intensity(path: Path, data: dict, sensor: str | None) -> tuple[floa
     if sensor is None and len(trained) != 1:
         raise InputError(f"{path} was trained on several sensors ({', '.join(trained)}); give sensor=, one of them")
     name = sensor or trained[0]
+    if name == "folder":
+        raise InputError(
+            f"{path} was trained on a folder of one's own scans; give intensity=(mean, standard deviation), as in the "
+            "folder's dataset.json or as the training printed it"
+        )
     if name not in known:
         raise InputError(f"sensor = {name!r} is none of {', '.join(known)}")
     return known[name]

@@ -15,9 +15,9 @@ from scalr_jax.data.scenes import InputError
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.models.student import Student
 from scalr_jax.ops.positions import INTERPOLATIONS
+from scalr_jax.sensors import MERGED
 
 DATASETS = ("streets", "pandaset", "pandar64", "pandargt", "nuscenes", "semantic_kitti", "folder")
-MERGED = ("nuscenes", "semantic_kitti", "pandar64", "pandargt")  # the published pretraining's
 
 
 def make_dataset(config: Any, split: str, *, cache: Path) -> Any:

@@ -58,10 +58,13 @@ def published_view(sensor: str, model: Mapping[str, Any]) -> View:
     return PRETRAINING
 
 
+MERGED = ("nuscenes", "semantic_kitti", "pandar64", "pandargt")  # what `data.dataset = "merged"` joins
+
+
 def trained_sensors(data: Mapping[str, Any]) -> list[str]:
     """The sensors that `config.data` names, in order."""
     found = []
-    for name in data["dataset"].split("+"):
+    for name in MERGED if data["dataset"] == "merged" else data["dataset"].split("+"):
         table = {"streets": STREETS, "pandaset": PANDASET}.get(name)
         found += [name] if table is None else [sensor for sensor in data["sensors"] if sensor in table]
     return found

@@ -199,6 +199,16 @@ def test_a_workdir_of_several_sensors_asks_which(tmp_path):
     assert scalr_jax.load(path, sensor="pandargt").config.intensity == sensors.INTENSITY["pandargt"]
 
 
+def test_a_workdir_of_the_published_mixture_or_of_own_scans_asks_for_what_it_needs(tmp_path):
+    path = workdir(tmp_path / "merged", "distill", "distill", 6, dataset="merged")
+    with pytest.raises(ValueError, match=r"several sensors \(nuscenes, semantic_kitti, pandar64, pandargt\)"):
+        scalr_jax.load(path)
+    path = workdir(tmp_path / "own", "distill", "distill", 6, dataset="folder")
+    with pytest.raises(ValueError, match=r"own scans; give intensity="):
+        scalr_jax.load(path)
+    assert scalr_jax.load(path, intensity=(1.0, 2.0)).config.intensity == (1.0, 2.0)
+
+
 def test_folders_that_are_no_workdir(tmp_path):
     with pytest.raises(ValueError, match="is not a workdir"):
         scalr_jax.load(tmp_path)
