@@ -139,24 +139,25 @@ def spatial_alone(student: Student, batch: Any) -> tuple[dict[str, Callable[[], 
             SpatialMix(student.grids[k], student.norm, student.activation, implementation, student.dtype)
             for k in planes
         ]
+        tables = [_read_by(implementation, batch.planes[k], student.grids[k]) for k in planes]
 
-        def mix_all(all_params: list, x: Any, batch: Any) -> Any:
+        def mix_all(all_params: list, x: Any, tables: list) -> Any:
             with nn.intercept_methods(_without_norm):
-                for k, mix, params in zip(planes, mixes, all_params, strict=True):
-                    x = mix.apply({"params": params}, x, batch.planes[k], mask, num_scenes, train=False)
+                for table, mix, params in zip(tables, mixes, all_params, strict=True):
+                    x = mix.apply({"params": params}, x, table, mask, num_scenes, train=False)
             return x
 
-        def both(all_params: list, x: Any, gradient: Any, batch: Any) -> Any:
-            out, pull_back = jax.vjp(lambda params, x: mix_all(params, x, batch), all_params, x)
+        def both(all_params: list, x: Any, gradient: Any, tables: list) -> Any:
+            out, pull_back = jax.vjp(lambda params, x: mix_all(params, x, tables), all_params, x)
             return out, pull_back(gradient)
 
         with nn.intercept_methods(_without_norm):
             all_params = [
-                mix.init(jax.random.key(k), x, batch.planes[k], mask, num_scenes, train=False)["params"]
-                for k, mix in zip(planes, mixes, strict=True)
+                mix.init(jax.random.key(k), x, table, mask, num_scenes, train=False)["params"]
+                for k, mix, table in zip(planes, mixes, tables, strict=True)
             ]
-        compiled = jax.jit(both).lower(all_params, x, gradient, batch).compile()
-        return (lambda: compiled(all_params, x, gradient, batch)), working_bytes(compiled)
+        compiled = jax.jit(both).lower(all_params, x, gradient, tables).compile()
+        return (lambda: compiled(all_params, x, gradient, tables)), working_bytes(compiled)
 
     implementation = student.implementation
     if implementation == "auto":  # as `WaffleIron` decides
