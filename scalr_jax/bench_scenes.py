@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scalr_jax.bench_timing import positive, two_sizes
-from scalr_jax.data.packing import Capacities, add, pack_shard, sizes
+from scalr_jax.data.packing import Capacities, add, pack_shard, sizes, stack_shards
 from scalr_jax.data.scenes import Batch, Frame, InputError, Plane, SceneView
 
 # One period of the mixture; half of it are eight scenes.
@@ -118,17 +118,7 @@ def pack(views: list[SceneView], grids: Any, *, points_a_scene: int | None) -> B
 
     points = up(need.points) if points_a_scene is None else points_a_scene * len(views)
     capacities = Capacities(points, len(views), tuple(map(up, need.cells)), tuple(map(up, need.halo)))
-    return _stack(pack_shard(views, capacities, views[0], grids))
-
-
-def _stack(tree: Any) -> Any:
-    """Adds the axis D = 1 to every array of a tuple of arrays and tuples."""
-    if isinstance(tree, np.ndarray):
-        return tree[None]
-    if tree is None:
-        return None
-    parts = [_stack(part) for part in tree]
-    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return stack_shards([pack_shard(views, capacities, views[0], grids)])
 
 
 def _real_frame(root: Path) -> Any:

@@ -153,6 +153,20 @@ def pack_shard(scenes: Sequence[SceneView], capacities: Capacities, template: Sc
     return batch
 
 
+def stack_shards(shards: Sequence[Batch]) -> Any:
+    """[...] a shard -> [D_local, ...], through nested tuples and None."""
+
+    def stack(*leaves):
+        if leaves[0] is None:
+            return None
+        if isinstance(leaves[0], tuple):
+            parts = [stack(*inner) for inner in zip(*leaves, strict=True)]
+            return type(leaves[0])(*parts) if hasattr(leaves[0], "_fields") else tuple(parts)
+        return np.stack(leaves)
+
+    return stack(*shards)
+
+
 def _filled(parts: Sequence, capacity: int, fill, like: np.ndarray) -> np.ndarray:
     """Concatenation of `parts`, filled up to `capacity` rows."""
     out = np.empty((capacity, *like.shape[1:]), like.dtype)

@@ -20,10 +20,9 @@ from absl import flags, logging
 
 from scalr_jax.data import packing
 from scalr_jax.data.joined import intensity_statistics
-from scalr_jax.data.scenes import BadFrameError, Batch, InputError, SceneView
+from scalr_jax.data.scenes import BadFrameError, Batch, InputError, SceneView, too_many_bad
 from scalr_jax.data.transforms import SceneSettings, make_scene
 
-MAX_BAD_SHARE = 0.01
 SAMPLE_SIZE = 32  # scenes looked at to derive capacities
 
 
@@ -177,7 +176,9 @@ class Pipeline:
 
     def empty_batch(self, capacities: packing.Capacities, template: SceneView) -> Batch:
         """Arrays of the right shapes and dtypes, all padding."""
-        return _stack([packing.pack_shard((), capacities, template, self.settings.grids) for _ in self.shards])
+        return packing.stack_shards(
+            [packing.pack_shard((), capacities, template, self.settings.grids) for _ in self.shards]
+        )
 
     def steps(
         self, capacities: packing.Capacities, template: SceneView, positions: Sequence[int] | None = None
@@ -198,7 +199,7 @@ class Pipeline:
             positions = [self._next(shard, pack) for shard, pack in zip(self.shards, packs, strict=True)]
             arrays = [packing.pack_shard(p.scenes, capacities, template, self.settings.grids) for p in packs]
             scenes = tuple(pack.scenes for pack in packs)
-            yield Step(_stack(arrays), np.array(positions), sum(map(len, scenes)), len(bad), scenes)
+            yield Step(packing.stack_shards(arrays), np.array(positions), sum(map(len, scenes)), len(bad), scenes)
 
     def _next(self, shard: int, pack: packing.Pack) -> int:
         """The first position of the shard that is not before the pack's end."""
@@ -212,24 +213,10 @@ class Pipeline:
             elif scene.name not in bad:
                 bad[scene.name] = scene.error
                 logging.warning("skipped a bad frame: %s", scene.error)
-                if len(bad) > max(1, MAX_BAD_SHARE * len(self.dataset)):
+                if too_many_bad(len(bad), len(self.dataset)):
                     raise InputError(
                         f"{len(bad)} of {len(self.dataset)} frames are bad, more than 1 %; the last one: {scene.error}"
                     )
-
-
-def _stack(shards: Sequence[Batch]) -> Any:
-    """[...] a shard -> [D_local, ...], through nested tuples and None."""
-
-    def stack(*leaves):
-        if leaves[0] is None:
-            return None
-        if isinstance(leaves[0], tuple):
-            parts = [stack(*inner) for inner in zip(*leaves, strict=True)]
-            return type(leaves[0])(*parts) if hasattr(leaves[0], "_fields") else tuple(parts)
-        return np.stack(leaves)
-
-    return stack(*shards)
 
 
 def _endless(records: Any, seed: int) -> Any:

@@ -26,7 +26,7 @@ from scalr_jax.data import builders, record_source, records
 from scalr_jax.data.record_source import Source
 from scalr_jax.data.record_writing import PARTIAL, PARTS, Shard, checksum, write_atomically, write_shards
 from scalr_jax.data.records import SETTINGS
-from scalr_jax.data.scenes import BadFrameError, InputError
+from scalr_jax.data.scenes import BadFrameError, InputError, too_many_bad
 
 LOCK = "prepare.lock"
 SPARE = 1.02  # of the estimated size: the frames that were looked at may be smaller than the others
@@ -191,8 +191,6 @@ def write_missing(
       InputError: more than 1 % of all frames (and more than one) are bad, or a process was killed.
       WriteError: the disk is full.
     """
-    from scalr_jax.data.pipeline import MAX_BAD_SHARE
-
     parts = dict(finished)
     num_frames = sum(len(source) for source in sources.values())
     missing = [shard for shard in shards if shard.file not in parts]
@@ -200,7 +198,7 @@ def write_missing(
         for part in written:
             parts[part["file"]] = part
             bad = [text for part in parts.values() for text in (*part["bad"], *part["problems"])]
-            if len(bad) > max(1, MAX_BAD_SHARE * num_frames):
+            if too_many_bad(len(bad), num_frames):
                 raise InputError(
                     f"{len(bad)} of {num_frames} frames are bad, more than 1 %: {bad[0]}; {bad[-1]}; repair them and "
                     "run the same command again, finished files are kept"
