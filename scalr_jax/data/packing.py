@@ -7,7 +7,7 @@ is dropped and the order is that of the stream. All in NumPy, in the main proces
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 

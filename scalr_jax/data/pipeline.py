@@ -176,9 +176,8 @@ class Pipeline:
 
     def empty_batch(self, capacities: packing.Capacities, template: SceneView) -> Batch:
         """Arrays of the right shapes and dtypes, all padding."""
-        return packing.stack_shards(
-            [packing.pack_shard((), capacities, template, self.settings.grids) for _ in self.shards]
-        )
+        empty = packing.pack_shard((), capacities, template, self.settings.grids)
+        return packing.stack_shards([empty] * len(self.shards))
 
     def steps(
         self, capacities: packing.Capacities, template: SceneView, positions: Sequence[int] | None = None
