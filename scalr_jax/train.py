@@ -43,8 +43,9 @@ class Task(NamedTuple):
     initial: dict | None = None  # parameters and batch statistics to start from, by top-level name
 
 
-def distillation_task(config: Any) -> Task:
-    vit_config, teacher = build.make_teacher(config)
+def distillation_task(config: Any, teacher: tuple[Any, Any] | None = None) -> Task:
+    """`teacher`: (vit_config, parameters or their shapes) in place of what `config.teacher` names."""
+    vit_config, params = teacher or build.make_teacher(config)
     student = build.make_student(config, head="distill", out_features=vit_config.width)
 
     def make_step(optimizer, schedule):
@@ -58,7 +59,7 @@ def distillation_task(config: Any) -> Task:
             which=config.teacher.feature,
         )
 
-    return Task("distill", "distill", student, None, make_step, teacher)
+    return Task("distill", "distill", student, None, make_step, params)
 
 
 def segmentation_task(config: Any, num_classes: int, *, label: str, initial: dict | None, frozen: bool) -> Task:
@@ -93,40 +94,27 @@ def train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
     expected = expected_scenes(sample, capacities, config.data.scenes_per_step, mesh.size)
 
     # The step, and where its state lies.
-    total = config.optimizer.total_updates or config.num_steps * expected / config.optimizer.batch_size
-    optimizer = optim.make_optimizer(config.optimizer, depth=config.model.depth)
-    step_function = task.make_step(optimizer, optim.make_schedule(config.optimizer, total))
     batch = sharding.put_batch(pipeline.empty_batch(capacities, sample[0]), mesh)
-    key = jax.random.key(config.seed)
-
-    def fresh(batch):
-        return init_state(task.student, batch, optimizer, task.trainable, key)
-
-    shapes = jax.eval_shape(fresh, batch)
-    shardings = sharding.parameter_shardings(shapes, mesh)
+    program = make_program(config, task, batch, mesh, expected)
     teacher = jax.device_put(task.teacher, sharding.parameter_shardings(task.teacher, mesh))
-    step = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
     # Resume, or begin.
     writer = MetricWriter(workdir, num_steps=config.num_steps, active=jax.process_index() == 0, label=task.label)
     checkpoints = Checkpoints(
         workdir / "checkpoints", every=config.checkpoint_every_steps, keep=config.keep_checkpoints
     )
-    abstract = jax.tree.map(
-        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, shardings
-    )
     positions = np.array(pipeline.shards, np.int32)
     global_positions = sharding.put_batch(positions, mesh)
-    restored = checkpoints.restore(abstract, _abstract(global_positions))
+    restored = checkpoints.restore(program.state, _abstract(global_positions))
     if restored is not None:
         state, global_positions = restored
         positions = _local_rows(global_positions)
         writer.resume(int(state.step))
         print(f"{task.label} resumed at step {int(state.step)} of {config.num_steps}", flush=True)
     else:
-        state = jax.jit(fresh, out_shardings=shardings)(batch)
+        state = jax.jit(program.fresh, out_shardings=program.shardings)(batch)
         if task.initial is not None:
-            state = _start_from(state, task.initial, shardings)
+            state = _start_from(state, task.initial, program.shardings)
     del batch
 
     # The loop. Its order matters: read, step, save what the step finished, log.
@@ -137,7 +125,7 @@ def train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
         item = next(source)
         batch = sharding.put_batch(item.batch, mesh)
         with jax.transfer_guard("disallow"):
-            state, metrics = step(state, teacher, batch)
+            state, metrics = program.step(state, teacher, batch)
         global_positions = sharding.put_batch(item.positions.astype(np.int32), mesh)
         checkpoints.save(number, state, global_positions, force=number == config.num_steps)
         log.add(number, metrics, item.bad_frames, last=number == config.num_steps)
@@ -146,6 +134,34 @@ def train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
     checkpoints.close()
     writer.close()
     return state
+
+
+class Program(NamedTuple):
+    """What is compiled, and where its state lies: all that `compile.py` needs, made without a device or an array."""
+
+    fresh: Callable  # batch -> TrainState
+    state: TrainState  # abstract, with shardings
+    shardings: Any
+    step: Any  # jitted: (state, teacher, batch) -> (state, metrics); the state is donated
+
+
+def make_program(config: Any, task: Task, batch: Any, mesh: Any, expected: float) -> Program:
+    """The jitted step for batches like `batch` (arrays or shapes, with shardings) of `expected` scenes."""
+    total = config.optimizer.total_updates or config.num_steps * expected / config.optimizer.batch_size
+    optimizer = optim.make_optimizer(config.optimizer, depth=config.model.depth)
+    step = task.make_step(optimizer, optim.make_schedule(config.optimizer, total))
+    key = jax.random.key(config.seed)
+
+    def fresh(batch):
+        return init_state(task.student, batch, optimizer, task.trainable, key)
+
+    shapes = jax.eval_shape(fresh, batch)
+    shardings = sharding.parameter_shardings(shapes, mesh)
+    state = jax.tree.map(
+        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, shardings
+    )
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    return Program(fresh, state, shardings, step)
 
 
 def choose_capacities(config: Any, sample: list[SceneView]) -> Capacities:
