@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,15 +24,35 @@ RULES: tuple[tuple[str, int], ...] = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
-    """`data` -1: all devices / fsdp. Raises `InputError` when the mesh does not divide the devices."""
+    """`data` -1: all devices / fsdp. Raises `InputError` when the mesh does not divide the devices.
+
+    On several slices "data" goes over the slices, the slowest links, and "fsdp" stays within one.
+    """
     devices = jax.devices() if devices is None else devices
-    wanted = (len(devices) // fsdp if data == -1 else data, fsdp)
+    wanted = (len(devices) // max(fsdp, 1) if data == -1 else data, fsdp)
     if wanted[0] * wanted[1] != len(devices):
         raise InputError(
             f"mesh.data = {data} x mesh.fsdp = {fsdp} needs {wanted[0] * wanted[1]} devices, and there are "
             f"{len(devices)}; use mesh.data = -1 and a mesh.fsdp that divides {len(devices)}"
         )
-    return jax.make_mesh(wanted, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    slices = _slices(devices)
+    if wanted[0] % len(slices):
+        raise InputError(
+            f"mesh.fsdp = {fsdp} does not divide the {len(devices) // len(slices)} devices of a slice; parameters are "
+            "split within one"
+        )
+    # Splitting physical axes lets an fsdp of 4 lie in a torus of 8 x 8 x 16, which has no axis of 4.
+    shape = (wanted[0] // len(slices), fsdp)
+    grids = [create_device_mesh(shape, part, allow_split_physical_axes=True) for part in slices]
+    return Mesh(np.concatenate(grids), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def _slices(devices: Any) -> list[list[Any]]:
+    """The devices of each TPU slice (pod slices joined by a data-centre network), in order; all others are one."""
+    if devices[0].platform != "tpu":
+        return [list(devices)]
+    numbers = [getattr(device, "slice_index", None) or 0 for device in devices]
+    return [[d for d, n in zip(devices, numbers, strict=True) if n == number] for number in sorted(set(numbers))]
 
 
 def path_name(path: Any) -> str:
