@@ -16,16 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from pykdtree.kdtree import KDTree
 
 from scalr_jax import build, interop, sensors
 from scalr_jax.checkpoint import load_variables
 from scalr_jax.config import get_config
 from scalr_jax.data.packing import pack_shard, static_capacities
-from scalr_jax.data.scenes import IGNORE, BadFrameError, Frame, InputError, SceneView
-from scalr_jax.data.transforms import FEATURES, SceneSettings, make_scene
-
-FARTHEST = 10_000.0  # metres along an axis: points beyond are no echo of a lidar
+from scalr_jax.data.scenes import IGNORE, InputError
+from scalr_jax.data.transforms import FEATURES
+from scalr_jax.data.whole_scan import check_points, whole_scan
 
 
 class Model:
@@ -77,7 +75,7 @@ class Model:
 
     def _run(self, function: Any, points: Any, *, fill: float) -> np.ndarray:
         """`function`'s rows of the kept points, spread over all points."""
-        scene, nearest = self._scene(_check_points(points))
+        scene, nearest = whole_scan(check_points(points), self.config)
         grids = [tuple(grid) for grid in self.config.grids]
         shard = pack_shard([scene], static_capacities(scene, grids), scene, grids)
         batch = jax.tree.map(lambda x: jnp.asarray(x)[None], shard)
@@ -85,46 +83,6 @@ class Model:
         out = rows[nearest]
         out[nearest < 0] = fill
         return out
-
-    def _scene(self, points: np.ndarray) -> tuple[SceneView, np.ndarray]:
-        """The points that go through the network, and for each input point [N] the nearest of them (-1: none)."""
-        config = self.config
-        located = np.isfinite(points[:, :3]).all(axis=1)
-        usable = located & np.isfinite(points[:, 3]) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1)
-        settings = SceneSettings(
-            task="segment",
-            train=False,
-            field_of_view=config.field_of_view,
-            grids=config.grids,
-            num_neighbors=config.num_neighbors,
-            voxel_size=config.voxel_size,
-            augmentation="none",
-        )
-        frame = Frame("the scan", points[usable], np.eye(4))
-        try:
-            scene = make_scene(frame, 0, config.intensity, settings, np.random.default_rng(0))
-        except BadFrameError as error:
-            raise InputError(f"{error} ({usable.sum()} of {len(points)} points are finite)") from None
-        nearest = np.full(len(points), -1, np.int64)
-        nearest[usable] = scene.upsample  # type: ignore[assignment]
-        others = np.flatnonzero(located & ~usable)
-        if len(others):
-            xyz = np.clip(points[others, :3], -FARTHEST, FARTHEST)
-            nearest[others] = KDTree(np.ascontiguousarray(scene.feats[:, 1:4])).query(xyz, k=1)[1]
-        return scene._replace(labels=None, upsample=None, raw_labels=None), nearest
-
-
-def _check_points(points: Any) -> np.ndarray:
-    points = np.asarray(points)
-    if points.ndim != 2 or points.shape[1] != 4 or points.dtype.kind not in "fiu":
-        raise InputError(
-            f"points have shape {points.shape} and dtype {points.dtype}, and numbers [N, 4] are needed: x, y, z in "
-            "metres and raw intensity"
-        )
-    if len(points) == 0:
-        raise InputError("points have shape (0, 4): the scan is empty")
-    with np.errstate(over="ignore"):
-        return points.astype(np.float32)
 
 
 def load(

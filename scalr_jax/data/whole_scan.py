@@ -1,0 +1,69 @@
+"""One whole scan, as prediction sees it: what goes through the network, and whose result each point gets.
+
+NumPy alone, so that an exported model is served without JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from pykdtree.kdtree import KDTree
+
+from scalr_jax.data.scenes import BadFrameError, Frame, InputError, SceneView
+from scalr_jax.data.transforms import SceneSettings, make_scene
+
+FARTHEST = 10_000.0  # metres along an axis: points beyond are no echo of a lidar
+
+
+def check_points(points: Any) -> np.ndarray:
+    """The points as [N, 4] float32: x, y, z in metres and raw intensity. Raises InputError when they are none."""
+    points = np.asarray(points)
+    if points.ndim != 2 or points.shape[1] != 4 or points.dtype.kind not in "fiu":
+        raise InputError(
+            f"points have shape {points.shape} and dtype {points.dtype}, and numbers [N, 4] are needed: x, y, z in "
+            "metres and raw intensity"
+        )
+    if len(points) == 0:
+        raise InputError("points have shape (0, 4): the scan is empty")
+    with np.errstate(over="ignore"):
+        return points.astype(np.float32)
+
+
+def whole_scan(points: np.ndarray, settings: Mapping[str, Any]) -> tuple[SceneView, np.ndarray]:
+    """The points that go through the network, and for each input point [N] the nearest of them (-1: none).
+
+    As in the published evaluation that is the first point of each voxel inside the field of view. A point whose
+    intensity is not finite is treated like one outside; one without finite coordinates has no nearest one.
+
+    Args:
+      points: [N, 4] float32, of `check_points`.
+      settings: `intensity`, `voxel_size`, `field_of_view`, `grids` and `num_neighbors`, as in `Model.config`.
+
+    Raises:
+      InputError: too few points are left.
+    """
+    located = np.isfinite(points[:, :3]).all(axis=1)
+    usable = located & np.isfinite(points[:, 3]) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1)
+    scene_settings = SceneSettings(
+        task="segment",
+        train=False,
+        field_of_view=settings["field_of_view"],
+        grids=settings["grids"],
+        num_neighbors=settings["num_neighbors"],
+        voxel_size=settings["voxel_size"],
+        augmentation="none",
+    )
+    frame = Frame("the scan", points[usable], np.eye(4))
+    try:
+        scene = make_scene(frame, 0, settings["intensity"], scene_settings, np.random.default_rng(0))
+    except BadFrameError as error:
+        raise InputError(f"{error} ({usable.sum()} of {len(points)} points are finite)") from None
+    nearest = np.full(len(points), -1, np.int64)
+    nearest[usable] = scene.upsample  # type: ignore[assignment]
+    others = np.flatnonzero(located & ~usable)
+    if len(others):
+        xyz = np.clip(points[others, :3], -FARTHEST, FARTHEST)
+        nearest[others] = KDTree(np.ascontiguousarray(scene.feats[:, 1:4])).query(xyz, k=1)[1]
+    return scene._replace(labels=None, upsample=None, raw_labels=None), nearest
