@@ -133,9 +133,12 @@ class ChannelMix(nn.Module):
 def map_blocks(function: Callable, rows: Any, block: int) -> Array:
     """`function` of [N, ...] arrays, at most `block` rows at a time (0: all): what it makes stays in the cache.
 
-    Blocks are equal, so as large as a divisor of N; where that is less than an eighth of `block`, all rows at once.
+    Blocks are equal, so as large as a divisor of N; where that is less than an eighth of `block`, or N is a symbol (in
+    an exported program), all rows at once.
     """
     num_rows = jax.tree.leaves(rows)[0].shape[0]
+    if not isinstance(num_rows, int):
+        return function(rows)
     block = next((size for size in range(min(block, num_rows), 0, -1) if num_rows % size == 0), 0)
     if block < ROW_BLOCK // 8 or block == num_rows:
         return function(rows)
