@@ -75,12 +75,18 @@ def derive_capacities(sample: Sequence[SceneView], *, points: int, scenes: int, 
 
 
 def static_capacities(scene: SceneView, grids: Sequence[tuple[int, int]]) -> Capacities:
-    """Capacities of one scene alone, from a short list, so that scenes of all sizes compile few programs.
+    """Capacities of one scene alone, from a short list, so that scenes of all sizes compile few programs."""
+    return round_up(sizes(scene), grids)
 
-    Points are a power of two, from 4,096; tables an eighth, a quarter, a half or all of what so many points can fill.
+
+def round_up(need: Capacities, grids: Sequence[tuple[int, int]]) -> Capacities:
+    """The least capacities of the list that hold one scene that needs `need`.
+
+    Points are 8 to 15 times a power of two, from 4,096: at most an eighth is padding. Tables are an eighth, a quarter,
+    a half or all of what so many points can fill.
     """
-    need = sizes(scene)
-    points = max(SMALLEST, 1 << (need.points - 1).bit_length())
+    step = 1 << (max(need.points, SMALLEST) - 1).bit_length() - 4
+    points = max(SMALLEST, -(-need.points // step) * step)
     areas = [int(h) * int(w) for h, w in grids]
     for parts in (8, 4, 2, 1):
         cells = tuple(-(-min(points, area) // parts) for area in areas)
