@@ -83,3 +83,17 @@ def load_variables(directory: Path) -> dict:
         with context:
             loaded: Any = checkpointer.load(step, {"state": wanted})
     return jax.device_get(loaded["state"])
+
+
+def save_weights(directory: Path, variables: Any) -> None:
+    """Writes {"params", "batch_stats"} alone, as a checkpoint that `orbax.checkpoint.v1.load(directory)` reads."""
+    ocp.save(directory.absolute(), variables)
+
+
+def load_weights(directory: Path) -> dict:
+    """What `save_weights` wrote, as NumPy arrays. Raises InputError when it cannot be read."""
+    try:
+        return jax.device_get(ocp.load(directory.absolute()))
+    except Exception as error:  # Orbax raises many kinds for missing and cut files
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise InputError(f"{directory} cannot be read ({reason}); copy it again") from None
