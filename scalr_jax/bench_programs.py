@@ -46,7 +46,8 @@ def training_step(student: Student, batch: Any) -> tuple[Callable[[], Any], int 
     init, step = student_step(student)
     state = jax.jit(init)(batch)
     target = jax.random.normal(jax.random.key(1), (*batch.scene.shape, student.out_features))
-    compiled = jax.jit(step, donate_argnums=0).lower(state, target, batch).compile()
+    options = steps.compiler_options(jax.default_backend())
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, target, batch).compile()
 
     def run() -> Any:
         nonlocal state
@@ -93,7 +94,8 @@ def layers_alone(student: Student, batch: Any) -> dict[str, Callable[[], Any]]:
         out, pull_back = jax.vjp(lambda params, x: apply(params, x, batch, True), params, x)
         return out, pull_back(gradient)
 
-    forward, step = jax.jit(apply, static_argnums=3), jax.jit(both)
+    forward = jax.jit(apply, static_argnums=3)
+    step = jax.jit(both, compiler_options=steps.compiler_options(jax.default_backend()))
     params, gradient = variables["params"], _rows(student, batch, jnp.float32, seed=1)
     return {
         "layers_forward": lambda: forward(params, x, batch, False),

@@ -111,7 +111,8 @@ def distillation_step(
     schedule = optim.make_schedule(settings, 1.0)
     step = steps.make_distill_step(student, vit_config, optimizer, schedule, seed=0, batch_size=8, which=FEATURE)
     state = jax.jit(lambda batch: init_state(student, batch, optimizer, None, jax.random.key(0)))(batch)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, teacher, batch).compile()
+    options = steps.compiler_options(jax.default_backend())
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, teacher, batch).compile()
 
     def run() -> Any:
         nonlocal state

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scalr_jax import bench_programs, bench_scenes
+from scalr_jax import bench_programs, bench_scenes, steps
 from scalr_jax.bench_flops import Sizes, flops, student_products, utilisation
 from scalr_jax.bench_programs import PLANES
 from scalr_jax.bench_timing import (
@@ -202,6 +202,7 @@ def compile_times(arguments: argparse.Namespace) -> dict[str, Any]:
     cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     seconds: dict[int, list[float]] = {depth: [] for depth in depths}
+    options = steps.compiler_options(jax.default_backend())
     try:
         for _ in range(arguments.runs + 1):  # the first turn warms up
             for depth in depths:
@@ -209,7 +210,7 @@ def compile_times(arguments: argparse.Namespace) -> dict[str, Any]:
                 start = time.perf_counter()
                 init, step = bench_programs.student_step(student)
                 state = jax.eval_shape(init, batch)
-                jax.jit(step, donate_argnums=0).lower(state, target, batch).compile()
+                jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, target, batch).compile()
                 seconds[depth].append(time.perf_counter() - start)
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)

@@ -160,7 +160,12 @@ def make_program(config: Any, task: Task, batch: Any, mesh: Any, expected: float
     state = jax.tree.map(
         lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, shardings
     )
-    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    step = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        compiler_options=steps.compiler_options(mesh.devices.flat[0].platform),
+    )
     return Program(fresh, state, shardings, step)
 
 
