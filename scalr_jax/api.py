@@ -20,10 +20,18 @@ from ml_collections import ConfigDict
 from scalr_jax import build, interop, sensors
 from scalr_jax.checkpoint import load_variables
 from scalr_jax.config import get_config
+from scalr_jax.data.files import read_label_map
 from scalr_jax.data.packing import pack_shard, static_capacities
+from scalr_jax.data.pandaset import SENSORS as PANDASET
+from scalr_jax.data.scan_checks import check_scan
 from scalr_jax.data.scenes import IGNORE, InputError
+from scalr_jax.data.street_layout import CLASSES as STREET_CLASSES
 from scalr_jax.data.transforms import FEATURES
 from scalr_jax.data.whole_scan import check_points, whole_scan
+from scalr_jax.export_folder import is_export, read_export
+
+SEGMENTATION_HEADS = ("segment", "linear")
+LABEL_MAPS = ("nuscenes", "semantic_kitti", "pandaset")
 
 
 class Model:
@@ -36,13 +44,17 @@ class Model:
     coordinates has no nearest one and gets features 0 and class 255.
 
     Attributes:
-      config: the model config, what `interop.save_torch_checkpoint` takes, with `intensity` and `voxel_size`.
+      config: the model config, what `interop.save_torch_checkpoint` takes, with `intensity`, `voxel_size` and, where
+        they are known, `class_names`.
       variables: {"params", "batch_stats"}, on the default device.
+      class_names: of a segmentation model, "class 0", ... where they are not known; else ().
     """
 
     def __init__(self, config: Any, variables: Mapping[str, Any]):
         self.config: Any = config  # a ConfigDict
         self.variables = jax.device_put(dict(variables))
+        unnamed = [f"class {k}" for k in range(config.out_features)] if config.head in SEGMENTATION_HEADS else []
+        self.class_names = tuple(config.get("class_names") or unnamed)
         dtype = build.compute_dtype(config.dtype)
         student = interop.make_student(config, dtype=dtype, implementation=config.implementation)
         backbone = student.clone(head="none")
@@ -67,11 +79,15 @@ class Model:
 
     def segment(self, points: Any) -> np.ndarray:
         """Class ids [N] int32; ValueError for a model that was only distilled."""
-        if self.config.head not in ("segment", "linear"):
+        if self.config.head not in SEGMENTATION_HEADS:
             raise InputError(
                 f"this model has head {self.config.head!r} and no classes; load a probed or fine-tuned one"
             )
         return self._run(self._classes, points, fill=IGNORE)
+
+    def check(self, points: Any) -> dict[str, str]:
+        """What of the points does not fit the training data, one sentence by kind; see `scan_checks.check_scan`."""
+        return check_scan(check_points(points), self.config)
 
     def _run(self, function: Any, points: Any, *, fill: float) -> np.ndarray:
         """`function`'s rows of the kept points, spread over all points."""
@@ -97,8 +113,8 @@ def load(
     """A trained or published student.
 
     Args:
-      path: a workdir of distill, probe or finetune, or a published `.pth` or `.safetensors` (ScaLR, ScaLR+,
-        WaffleIron; distilled or downstream).
+      path: a workdir of distill, probe or finetune, a folder of `scalr_jax.export` (torch, safetensors or orbax), or a
+        published `.pth` or `.safetensors` (ScaLR, ScaLR+, WaffleIron; distilled or downstream).
       sensor: whose intensity statistics, and for a published file whose field of view and grids, apply: nuscenes,
         semantic_kitti, pandar64 or pandargt. Not needed for a workdir of one sensor. For segmentation on PandaSet it
         means 512 cells over +-128 m (but 384 over +-96 m in a model fine-tuned on PandarGT: give those).
@@ -113,7 +129,11 @@ def load(
     path = Path(path)
     given = {"intensity": intensity, "field_of_view": field_of_view, "grids": grids}
     given = {name: value for name, value in given.items() if value is not None}
-    if path.is_dir():
+    if is_export(path):
+        config, variables = read_export(path)
+        if sensor is not None:
+            config["intensity"] = _sensor_intensity(sensor)
+    elif path.is_dir():
         config, variables = _load_workdir(path, sensor, given)
     else:
         config, variables = _load_published(path, sensor, given, activation)
@@ -134,6 +154,7 @@ def _load_published(path: Path, sensor: str | None, given: dict, activation: str
     if sensor not in sensors.INTENSITY:
         raise InputError(f"sensor = {sensor!r} is none of {known}")
     settings["intensity"] = sensors.INTENSITY[sensor]
+    settings["class_names"] = _class_names(sensor, settings, [])
     if "field_of_view" not in given or "grids" not in given:
         settings["field_of_view"], settings["grids"] = sensors.published_view(sensor, settings)
     return settings, variables
@@ -162,14 +183,32 @@ def _load_workdir(path: Path, sensor: str | None, given: dict) -> tuple[dict, di
         "out_features": out["bias"].shape[0],
         "voxel_size": data["voxel_size"],
     }
+    settings["class_names"] = _class_names(data["dataset"], settings, _evaluated_classes(path))
     if "intensity" not in given:
         settings["intensity"] = _trained_intensity(path, data, sensor)
     return settings, variables
 
 
+def _class_names(dataset: str, settings: Mapping[str, Any], found: list[str]) -> tuple[str, ...]:
+    """The names of a segmentation model's classes: those of its dataset, or those found; () when none are as many."""
+    if settings["head"] not in SEGMENTATION_HEADS:
+        return ()
+    name = "pandaset" if dataset in PANDASET else dataset
+    names = {"streets": STREET_CLASSES, **{known: read_label_map(known).class_names for known in LABEL_MAPS}}
+    fitting = (tuple(given) for given in (names.get(name, ()), found) if len(given) == settings["out_features"])
+    return next(fitting, ())
+
+
+def _evaluated_classes(path: Path) -> list[str]:
+    """The classes whose IoU a run's results.json has, in order; none without one."""
+    try:
+        return [str(name) for name in json.loads((path / "results.json").read_text())["iou"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def _trained_intensity(path: Path, data: dict, sensor: str | None) -> tuple[float, float]:
     """The statistics of `sensor`, or of the only one that the run was trained on."""
-    known = {**sensors.INTENSITY, **sensors.STREETS_INTENSITY}
     trained = sensors.trained_sensors(data)
     if sensor is None and len(trained) != 1:
         raise InputError(f"{path} was trained on several sensors ({', '.join(trained)}); give sensor=, one of them")
@@ -179,6 +218,11 @@ def _trained_intensity(path: Path, data: dict, sensor: str | None) -> tuple[floa
             f"{path} was trained on a folder of one's own scans; give intensity=(mean, standard deviation), as in the "
             "folder's dataset.json or as the training printed it"
         )
+    return _sensor_intensity(name)
+
+
+def _sensor_intensity(name: str) -> tuple[float, float]:
+    known = {**sensors.INTENSITY, **sensors.STREETS_INTENSITY}
     if name not in known:
         raise InputError(f"sensor = {name!r} is none of {', '.join(known)}")
     return known[name]

@@ -24,6 +24,7 @@ from scalr_jax.torch_file import read_weights_file, write_torch_file
 
 __all__ = (
     "apply_published_layout",
+    "check_shapes",
     "convert_weights",
     "infer_model",
     "load_dinov2",
@@ -120,6 +121,19 @@ def _shapes(model: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get(kind, {})):
             flat[kind]["/".join(str(key.key) for key in path)] = leaf.shape
     return flat
+
+
+def check_shapes(model: Mapping[str, Any], variables: Mapping[str, Any], name: str) -> None:
+    """Raises InputError that lists what of {"params", "batch_stats"} a student of `model` lacks or has otherwise."""
+    problems = []
+    for kind, wanted in _shapes(model).items():
+        leaves = jax.tree_util.tree_leaves_with_path(variables.get(kind, {}))
+        found = {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in leaves}
+        for path in sorted({*wanted, *found}):
+            if found.get(path) != wanted.get(path):
+                problems.append(f"{kind}/{path} has {found.get(path, 'no value')}, needs {wanted.get(path, 'none')}")
+    if problems:
+        raise InputError(f"{name} does not fit its settings, nothing was loaded: {'; '.join(problems)}")
 
 
 def published_weights(content: Mapping[str, Any], name: str) -> tuple[dict[str, np.ndarray], str]:

@@ -1,0 +1,154 @@
+"""Exported folders: written whole or not at all, and read back.
+
+config.json   "settings" (what `scalr_jax.load` and `export_inputs` need), "training", "results", "check", "licence"
+README.md     the same for people: the model card
+model.*       the weights or the program, by format (`FILES`)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from scalr_jax import interop
+from scalr_jax.checkpoint import load_weights, save_weights
+from scalr_jax.data.scenes import InputError
+from scalr_jax.torch_file import read_weights_file
+
+VERSION = 1  # of the folder's layout
+FILES = {
+    "torch": "model.pth",
+    "safetensors": "model.safetensors",
+    "stablehlo": "model.stablehlo",
+    "onnx": "model.onnx",
+    "orbax": "checkpoint",
+}
+READABLE = ("torch", "safetensors", "orbax")  # by `scalr_jax.load`; the others are programs
+
+
+@contextlib.contextmanager
+def new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `output`, which becomes `output` when the block ends well, and else is removed.
+
+    Raises:
+      InputError: `output` exists (with `overwrite`: and is no export), or cannot be written.
+    """
+    if output.exists() or output.is_symlink():
+        if not overwrite:
+            raise InputError(f"{output} exists; give another --output, or --overwrite to replace it")
+        if not is_export(output):
+            raise InputError(f"{output} exists and is no exported folder; --overwrite replaces only those")
+    partial = output.parent / f".{output.name}.partial"  # what a kill left behind is removed by the next export
+    made = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        partial.mkdir()
+        yield partial
+        if overwrite and output.exists():
+            old = output.parent / f".{output.name}.old"
+            _remove(old)
+            output.rename(old)
+            partial.rename(output)
+            _remove(old)
+        else:
+            partial.rename(output)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            _remove(partial)
+            for folder in made:
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(
+                f"{output} cannot be written ({error.strerror or error}); free space or give another --output, nothing "
+                "was left there"
+            ) from error
+        raise
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether `folder` is one that `scalr_jax.export` wrote."""
+    try:
+        content = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "export" in content
+
+
+def write_weights(folder: Path, form: str, settings: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
+    """Writes the weights in one of the `READABLE` formats. The first two have PyTorch's names and layouts."""
+    path = folder / FILES[form]
+    if form == "torch":
+        interop.save_torch_checkpoint(path, settings, variables)
+    elif form == "safetensors":
+        path.write_bytes(safetensors.numpy.save(interop.published_state_dict(settings, variables)))
+    else:
+        save_weights(path, variables)
+
+
+def read_export(folder: Path) -> tuple[dict, dict]:
+    """(settings, variables) of an exported folder of a `READABLE` format.
+
+    Raises:
+      InputError: a program, a version this package does not know, or files that are damaged or do not fit each other.
+    """
+    try:
+        content = json.loads((folder / "config.json").read_text())
+        version, settings = content["export"], dict(content["settings"])
+        form, head = settings["format"], settings["head"]
+        _check_settings(settings)
+        if version != VERSION:
+            raise InputError(
+                f"{folder} is an export of layout {version}, and this version of scalr_jax reads {VERSION}"
+            )
+        if form in FILES and form not in READABLE:
+            raise InputError(
+                f"{folder} is a program ({form}), which {folder / 'README.md'} says how to run; scalr_jax.load reads "
+                f"exports of format {', '.join(READABLE)}"
+            )
+        path = folder / FILES[form]
+        if form == "orbax":
+            variables = load_weights(path)
+            interop.check_shapes(settings, variables, str(path))
+        else:
+            weights, _ = interop.published_weights(read_weights_file(path), str(path))
+            container = "model_point" if head == "distill" else "net"
+            found = interop.infer_model(weights, settings["activation"], str(path), container=container)
+            variables = interop.convert_weights(weights, found, str(path))
+            settings |= {name: found[name] for name in ("channels", "depth", "norm", "head", "head_hidden")}
+            settings |= {name: found[name] for name in ("num_features", "out_features")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):  # which is a ValueError
+            raise
+        raise InputError(f"{folder / 'config.json'} is not that of an exported model ({error!r})") from None
+    return settings, variables
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises KeyError or ValueError for what `Model` would stumble over later."""
+    for key in ("intensity", "field_of_view", "grids", "drop_path", "dtype", "implementation"):
+        settings[key]
+    voxel_size, neighbors = settings["voxel_size"], settings["num_neighbors"]
+    if not (isinstance(voxel_size, int | float) and 0 < voxel_size < float("inf")):
+        raise ValueError(f"voxel_size is {voxel_size!r}")
+    if not (isinstance(neighbors, int) and neighbors > 0):
+        raise ValueError(f"num_neighbors is {neighbors!r}")
+
+
+def save_example(path: Path, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+    """Inputs of a program and what the model makes of them ("output/NAME"), as a plain .npz."""
+    arrays: Any = {**inputs, **{f"output/{name}": rows for name, rows in outputs.items()}}
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)

@@ -1,0 +1,118 @@
+"""The student as a StableHLO program that runs with JAX and NumPy alone, on CPU, CUDA and TPU.
+
+    program = jax.export.deserialize(bytearray(Path("EXPORT/model.stablehlo").read_bytes()))
+    weights = dict(np.load("EXPORT/weights.npz"))
+    outputs = jax.jit(program.call)(weights, inputs)         # inputs of export_inputs.pad_inputs
+
+Outputs are `features` [N, C] and, unless the model has no head, `distilled` or `logits`, float32, padded rows included.
+The counts of points, cells and halo cells are symbols: any size runs, and each is compiled once. Weights are an
+argument, because as constants they would be folded at each compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from scalr_jax import interop
+from scalr_jax.data.scenes import Batch, Plane
+from scalr_jax.export_inputs import HEADS, PLANES
+from scalr_jax.models.waffleiron import WaffleIron
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def flat_weights(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Variables by path, "params/head/out/kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(dict(variables))
+    return {"/".join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _nested(weights: Mapping[str, Any]) -> dict:
+    """The inverse of `flat_weights`."""
+    variables: dict = {}
+    for path, leaf in weights.items():
+        *folders, name = path.split("/")
+        node = variables
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = leaf
+    return variables
+
+
+def make_program(model: Mapping[str, Any]) -> Any:
+    """The pure function (weights, inputs) -> outputs by name; all are flat dicts of arrays."""
+    student = interop.make_student(model, implementation="cells")
+
+    def program(weights: dict, inputs: dict) -> dict:
+        rows, state = student.apply(  # type: ignore[misc]
+            _nested(weights),
+            _batch(inputs),
+            train=False,
+            capture_intermediates=lambda module, _: isinstance(module, WaffleIron),
+        )
+        outputs = {"features": state["intermediates"]["backbone"]["__call__"][0]}
+        if student.head != "none":
+            outputs[HEADS[student.head]] = rows[0]
+        return outputs
+
+    return program
+
+
+def _batch(inputs: Mapping[str, Any]) -> Batch:
+    """One shard of one scene, D = S = 1, of padded inputs. Tables that only the other forms read are left out."""
+    valid = inputs["cell_xy"] >= 0
+    scene: Any = jnp.where(valid, 0, 1)
+    planes, left_out = [], np.zeros(0, np.int32)
+    for p in PLANES:
+        num_cells, num_halo = (inputs[f"{taps}_taps_{p}"].shape[0] for taps in ("cell", "halo"))
+        planes.append(
+            Plane(
+                cell=_none_to(num_cells, inputs[f"cell_{p}"]),
+                grid_index=left_out,
+                order=inputs[f"order_{p}"],
+                start=left_out,
+                inverse_count=inputs[f"inverse_count_{p}"],
+                halo_index=left_out,
+                halo_taps=_none_to(num_cells, inputs[f"halo_taps_{p}"]),
+                cell_taps=_none_to(num_halo, inputs[f"cell_taps_{p}"]),
+            )
+        )
+    batch = Batch(
+        feats=inputs["feats"],
+        scene=scene,
+        scene_points=valid.sum(dtype=jnp.int32)[None],
+        neighbors=inputs["neighbors"],
+        planes=tuple(planes),
+    )
+    return jax.tree.map(lambda x: x[None], batch)
+
+
+def _none_to(row: Any, rows: Any) -> Any:
+    """-1 becomes `row`, the zero row of a table."""
+    return jnp.where(rows < 0, row, rows)
+
+
+def export_program(model: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> bytes:
+    """The program, lowered for all platforms and serialised."""
+    sizes = jax.export.symbolic_shape(", ".join(["N", *(f"{n}_{p}" for p in PLANES for n in ("M", "H"))]))
+    shapes: dict[str, tuple[tuple, Any]] = {
+        "feats": ((sizes[0], model["num_features"]), jnp.float32),
+        "neighbors": ((sizes[0], model["num_neighbors"]), jnp.int32),
+    }
+    for k, p in enumerate(PLANES):
+        num_cells, num_halo = sizes[1 + 2 * k : 3 + 2 * k]
+        shapes[f"cell_{p}"] = ((sizes[0],), jnp.int32)
+        shapes[f"inverse_count_{p}"] = ((num_cells,), jnp.float32)
+        shapes[f"halo_taps_{p}"] = ((num_halo, 9), jnp.int32)
+        shapes[f"cell_taps_{p}"] = ((num_cells, 9), jnp.int32)
+        shapes[f"order_{p}"] = ((sizes[0],), jnp.int32)
+    inputs = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
+    exported = jax.export.export(jax.jit(make_program(model)), platforms=PLATFORMS)(abstract, inputs)
+    return bytes(exported.serialize())
