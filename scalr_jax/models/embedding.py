@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from scalr_jax.models.layers import BATCH_NORM_EPS, Linear, per_shard, to_rows, torch_uniform, unbiased, update_running
 from scalr_jax.ops.neighbors import neighbor_max
+from scalr_jax.sharding import whole
 
 Array = jax.Array
 
@@ -75,8 +76,11 @@ class PointEmbedding(nn.Module):
         moments = _moments(offsets, mask[..., None]) if train else None
         matrix, bias = self._folded(scale, moments, num_features)
         kernel = self.param("neighbor_out", torch_uniform(self.channels), (self.channels, self.channels))
-        neighborhood = neighbor_max(to_rows(offsets), matrix, bias, kernel.astype(self.dtype))  # [D * P, C]
-        return Linear(self.channels, dtype=self.dtype, name="final")(jnp.concatenate([points, neighborhood], -1))
+        # By shards, so that the loop over neighbours adds up each shard's gradients and the devices meet once after it.
+        weights = (whole(matrix), bias, whole(kernel))
+        neighborhood = per_shard(lambda o: neighbor_max(o, *weights, self.dtype), offsets)  # [D, P, C]
+        points = jnp.concatenate([points, to_rows(neighborhood)], axis=-1)
+        return Linear(self.channels, dtype=self.dtype, name="final")(points)
 
     def _folded(self, scale: Array, moments, num_features: int) -> tuple[Array, Array]:
         """Input scale, norm 0, 1x1 and norm 1 as one matrix [F, C] and one bias [C] on raw offsets."""

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from scalr_jax.sharding import whole
+
 Array = jax.Array
 
 
@@ -44,6 +46,29 @@ def torch_uniform(fan_in: int):
     return init
 
 
+@jax.custom_vjp
+def linear(x: Array, kernel: Array, bias: Array) -> Array:
+    """x @ kernel + bias in the dtype of x. x [N, C_in]; kernel [C_in, C_out] and bias [C_out] float32.
+
+    The gradients of kernel and bias are summed in float32, over the rows here and then over the devices. JAX's own
+    would leave the product in the dtype of x, and XLA would add up a thousand devices' gradients in bfloat16.
+    """
+    return x @ whole(kernel.astype(x.dtype)) + bias.astype(x.dtype)
+
+
+def _linear_forward(x: Array, kernel: Array, bias: Array):
+    return linear(x, kernel, bias), (x, kernel)
+
+
+def _linear_backward(residuals: tuple, gradient: Array):
+    x, kernel = residuals
+    kernel_gradient = jax.lax.dot_general(x, gradient, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return gradient @ whole(kernel.astype(x.dtype)).T, kernel_gradient, gradient.sum(0, dtype=jnp.float32)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
 class LinearWeights(nn.Module):
     """The parameters of a linear layer: `kernel` [fan_in, features] and `bias` [features], float32."""
 
@@ -56,13 +81,13 @@ class LinearWeights(nn.Module):
 
 
 class Linear(LinearWeights):
-    """[..., C_in] -> [..., features] in `dtype`."""
+    """[N, C_in] -> [N, features] in `dtype`."""
 
     dtype: Any = jnp.float32
 
     def __call__(self, x: Array) -> Array:
         kernel, bias = super().__call__(x.shape[-1])
-        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        return linear(x.astype(self.dtype), kernel, bias)
 
 
 def unbiased(variance: Array, count: Array) -> Array:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scalr_jax.ops.positions import INTERPOLATIONS, resample_matrix, rotary_angles, rotary_periods
+from scalr_jax.sharding import whole
 
 Array = jax.Array
 
@@ -125,7 +126,7 @@ class Dense(nn.Module):
         kernel = self.param("kernel", nn.initializers.truncated_normal(0.02), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         dtype = self.dtype or kernel.dtype
-        return x.astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)
+        return x.astype(dtype) @ whole(kernel.astype(dtype)) + bias.astype(dtype)
 
 
 class Norm(nn.Module):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from scalr_jax.models.layers import LinearWeights, Norm, normalize, per_shard, to_rows, torch_uniform
+from scalr_jax.models.layers import LinearWeights, Norm, linear, normalize, per_shard, to_rows, torch_uniform
 from scalr_jax.ops import cell_conv, cells, windows
 
 Array = jax.Array
@@ -114,17 +114,17 @@ class ChannelMix(nn.Module):
         kernel1, bias1 = LinearWeights(channels, name="linear_1")(channels)
         kernel2, bias2 = LinearWeights(channels, name="linear_2")(channels)
         scale = self.param("scale", torch_uniform(1), (channels,))
-        bias1 = (bias1 + jnp.matmul(norm_bias, kernel1, precision="highest")).astype(self.dtype)
-        kernel1 = (norm_scale[:, None] * kernel1).astype(self.dtype)
-        kernel2, bias2 = (kernel2 * scale).astype(self.dtype), (bias2 * scale).astype(self.dtype)
+        bias1 += jnp.matmul(norm_bias, kernel1, precision="highest")
+        kernel1 = norm_scale[:, None] * kernel1
+        kernel2, bias2 = kernel2 * scale, bias2 * scale
         activation = ACTIVATIONS[self.activation]
 
         @save_only("hidden")
         def mix(rows: tuple) -> Array:
             x, mask, keep = rows
             points = normalize(x, mask, statistics).astype(self.dtype)
-            hidden = checkpoint_name(points @ kernel1 + bias1, "hidden")
-            branch = (activation(hidden) @ kernel2 + bias2).astype(x.dtype)
+            hidden = checkpoint_name(linear(points, kernel1, bias1), "hidden")
+            branch = linear(activation(hidden), kernel2, bias2).astype(x.dtype)
             return x + (branch if keep is None else branch * keep[:, None])
 
         return map_blocks(mix, (x, mask, keep), self.block)

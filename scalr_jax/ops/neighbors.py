@@ -8,6 +8,9 @@ the forward pass, and the backward pass computes the hidden layer again.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -24,14 +27,15 @@ def _hidden(offset: Array, matrix: Array, bias: Array, dtype) -> Array:
     return jax.nn.relu(offset @ matrix + bias).astype(dtype)  # [P, C]
 
 
-def _forward(offsets: Array, matrix: Array, bias: Array, kernel: Array) -> tuple[Array, Array]:
+def _forward(offsets: Array, matrix: Array, bias: Array, kernel: Array, dtype: Any) -> tuple[Array, Array]:
     """Maximum [P, C] and which neighbour attains it [P, C] uint8 (the first one, where several do)."""
     num_points, num_neighbors, _ = offsets.shape
+    kernel = kernel.astype(dtype)
 
     def visit(carry, inputs):
         best, winner = carry
         k, offset = inputs
-        value = jnp.matmul(_hidden(offset, matrix, bias, kernel.dtype), kernel, preferred_element_type=jnp.float32)
+        value = jnp.matmul(_hidden(offset, matrix, bias, dtype), kernel, preferred_element_type=jnp.float32)
         better = value > best
         return (jnp.where(better, value, best), jnp.where(better, k, winner)), None
 
@@ -41,31 +45,32 @@ def _forward(offsets: Array, matrix: Array, bias: Array, kernel: Array) -> tuple
     )
     steps = (jnp.arange(num_neighbors, dtype=jnp.uint8), offsets.swapaxes(0, 1))
     (best, winner), _ = jax.lax.scan(visit, start, steps)
-    return best.astype(kernel.dtype), winner
+    return best.astype(dtype), winner
 
 
-@jax.custom_vjp
-def neighbor_max(offsets: Array, matrix: Array, bias: Array, kernel: Array) -> Array:
-    """Max over neighbours of `relu(offsets @ matrix + bias) @ kernel`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def neighbor_max(offsets: Array, matrix: Array, bias: Array, kernel: Array, dtype: Any = jnp.float32) -> Array:
+    """Max over neighbours of `relu(offsets @ matrix + bias) @ kernel`, [P, C_out] in `dtype`, the products' own.
 
-    offsets [P, K, F] float32 (data: no gradient flows to them), matrix [F, C] and bias [C] float32,
-    kernel [C, C_out] in the compute dtype. Returns [P, C_out] in the kernel's dtype.
+    offsets [P, K, F] (data: no gradient flows to them), matrix [F, C], bias [C] and kernel [C, C_out], all float32,
+    as are the gradients.
     """
-    return _forward(offsets, matrix, bias, kernel)[0]
+    return _forward(offsets, matrix, bias, kernel, dtype)[0]
 
 
-def _neighbor_max_forward(offsets: Array, matrix: Array, bias: Array, kernel: Array):
-    best, winner = _forward(offsets, matrix, bias, kernel)
+def _neighbor_max_forward(offsets: Array, matrix: Array, bias: Array, kernel: Array, dtype: Any):
+    best, winner = _forward(offsets, matrix, bias, kernel, dtype)
     return best, (offsets, matrix, bias, kernel, winner)
 
 
-def _neighbor_max_backward(residuals, gradient: Array):
+def _neighbor_max_backward(dtype: Any, residuals, gradient: Array):
     offsets, matrix, bias, kernel, winner = residuals
+    kernel = kernel.astype(dtype)
 
     def visit(carry, inputs):
         matrix_gradient, bias_gradient, kernel_gradient = carry
         k, offset = inputs
-        hidden = _hidden(offset, matrix, bias, kernel.dtype)
+        hidden = _hidden(offset, matrix, bias, dtype)
         chosen = jnp.where(winner == k, gradient, jnp.zeros_like(gradient))  # [P, C_out]
         kernel_gradient += jnp.matmul(hidden.T, chosen, preferred_element_type=jnp.float32)
         hidden_gradient = jnp.matmul(chosen, kernel.T, preferred_element_type=jnp.float32)
@@ -77,7 +82,7 @@ def _neighbor_max_backward(residuals, gradient: Array):
     start = (jnp.zeros_like(matrix), jnp.zeros_like(bias), jnp.zeros(kernel.shape, jnp.float32))
     steps = (jnp.arange(offsets.shape[1], dtype=jnp.uint8), offsets.swapaxes(0, 1))
     (matrix_gradient, bias_gradient, kernel_gradient), _ = jax.lax.scan(visit, start, steps)
-    return None, matrix_gradient, bias_gradient, kernel_gradient.astype(kernel.dtype)
+    return None, matrix_gradient, bias_gradient, kernel_gradient
 
 
 neighbor_max.defvjp(_neighbor_max_forward, _neighbor_max_backward)
