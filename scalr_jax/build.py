@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from scalr_jax import distributed
 from scalr_jax.data.joined import Joined, every_nth, listed
 from scalr_jax.data.records import Records, is_begun
 from scalr_jax.data.scenes import InputError
@@ -68,6 +69,9 @@ def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path)
             image_size=tuple(data.image_size),
             seed=config.seed,
         )
+        if jax.process_count() > 1:
+            streets.render_missing(part=(jax.process_index(), jax.process_count()))
+            distributed.barrier(f"streets {split}")
         streets.render_missing()
         return streets
     if name not in DATASETS:

@@ -18,14 +18,18 @@ ocp: Any = _orbax  # its annotations are narrower than what it takes
 
 
 class Checkpoints:
-    """Asynchronous checkpoints under `directory`, every `every` steps, the last `keep` kept."""
+    """Asynchronous checkpoints under `directory`, every `every` steps; kept are the last `keep` and, unless it is 0,
+    one every `keep_every` steps."""
 
-    def __init__(self, directory: Path, *, every: int, keep: int):
+    def __init__(self, directory: Path, *, every: int, keep: int, keep_every: int = 0):
         training = ocp.training
+        kept = [training.preservation_policies.LatestN(keep)]
+        if keep_every:
+            kept.append(training.preservation_policies.EveryNSteps(keep_every))
         self._checkpointer = training.Checkpointer(
             directory.absolute(),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(every),
-            preservation_policy=training.preservation_policies.LatestN(keep),
+            preservation_policy=training.preservation_policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
 

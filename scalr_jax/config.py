@@ -24,7 +24,11 @@ def get_config() -> Any:  # a ConfigDict: its attributes have no static types
     config.num_steps = 1000
     config.log_every_steps = 10
     config.checkpoint_every_steps = 500
-    config.keep_checkpoints = 2
+    config.keep_checkpoints = 2  # the newest
+    config.keep_every_steps = 0  # and besides every so many steps; 0: none
+    config.deterministic = (
+        False  # GPU: only operations whose result is the same every time (slower); elsewhere always so
+    )
     config.checkpoint = ""  # probe, finetune, evaluate: what to start from, a workdir or a published .pth
     config.data = _data()
     config.model = _model()

@@ -12,19 +12,21 @@ Flags:
     --coordinator_address  host:port of process 0, for several processes without a detected cluster
     --num_processes        how many there are
     --process_id           which one this is, from 0
+    --connect_seconds      how long processes wait for one another at the start (default 120)
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from scalr_jax.command_line import fail, one_sentence
 from scalr_jax.data.scenes import InputError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a config file.")
@@ -32,19 +34,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go.")
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which process this is.")
-
-
-def one_sentence(error: BaseException) -> str:
-    text = str(error)
-    if "Traceback (most recent call last)" in text:  # ml_collections hands on what a config file raised with its trace
-        text = text.strip().splitlines()[-1]
-    return " ".join(text.split())
-
-
-def fail(message: str) -> NoReturn:
-    """Exit with code 2 and one sentence on stderr."""
-    print(f"scalr_jax: error: {message}", file=sys.stderr)
-    sys.exit(2)
+CONNECT_SECONDS = flags.DEFINE_integer("connect_seconds", 120, "How long processes wait for one another at the start.")
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
@@ -67,17 +57,9 @@ def parse_flags(arguments: list[str]) -> list[str]:
     return rest
 
 
-def start_distributed() -> None:
-    """`jax.distributed.initialize` when flags or a cluster ask for it; one process needs none."""
-    import jax
-
-    if COORDINATOR.value is not None:
-        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    elif any(name in os.environ for name in ("TPU_WORKER_HOSTNAMES", "SLURM_JOB_NUM_NODES", "MEGASCALE_NUM_SLICES")):
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
-            logging.warning("no cluster was detected, running alone: %s", one_sentence(error))
+def set_deterministic() -> None:
+    """XLA reads its flags when the first device is used."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
 
 
 def run(config, workdir: Path) -> None:
@@ -102,17 +84,29 @@ def run(config, workdir: Path) -> None:
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    if CONFIG.value.get("deterministic"):
+        set_deterministic()
+    import jax
+
+    from scalr_jax import distributed
+
     try:
-        start_distributed()
+        distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CONNECT_SECONDS.value)
         run(CONFIG.value, Path(WORKDIR.value or ""))
-    except InputError as error:
-        fail(one_sentence(error))
-    except OSError as error:
-        if error.filename is None and error.errno is None:
+    except distributed.Preempted as stop:
+        print(stop, flush=True)
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno is None:
             raise
+        distributed.end_if_not_alone(2, one_sentence(error))
         fail(one_sentence(error))
     except KeyboardInterrupt:
         fail("interrupted; the same command resumes from the last checkpoint")
+    except Exception as error:
+        traceback.print_exc()
+        peer = isinstance(error, jax.errors.JaxRuntimeError)  # a collective that failed
+        distributed.end_if_not_alone(1, distributed.LOST if peer else "a defect, see above; the other processes stop")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -38,13 +38,13 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
+from scalr_jax.command_line import fail, one_sentence
 from scalr_jax.data import record_run, record_source
 from scalr_jax.data.joined import intensity_statistics
 from scalr_jax.data.record_source import Images, Source
 from scalr_jax.data.record_writing import WriteError, plan_shards
 from scalr_jax.data.records import is_prepared
 from scalr_jax.data.scenes import InputError
-from scalr_jax.main import fail, one_sentence
 
 DATASETS = ("nuscenes", "semantic_kitti", "pandaset", "pandar64", "pandargt", "folder", "streets")
 VOXEL_SIZE = 0.1  # metres, as published; with another data.voxel_size a loader finds the voxels itself

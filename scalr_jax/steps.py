@@ -3,6 +3,7 @@
 distill:  step(state, teacher, batch) -> (state, metrics)
 segment:  step(state, batch) -> (state, metrics)
 predict:  step(variables, batch) -> logits or features [D, P, C]
+classify: step(variables, batch) -> (classes [D, P], number of scenes)
 """
 
 from __future__ import annotations
@@ -132,6 +133,16 @@ def make_segment_step(
         return _update(state, batch, optimizer, learning_rate, names, loss_of)
 
     return step
+
+
+def make_classify_step(student: Any) -> Callable:
+    """variables, batch -> each point's class [D, P] int32, and the number of scenes over all shards."""
+
+    def classify(variables: Any, batch: Any) -> tuple[Array, Array]:
+        logits = student.apply(variables, batch, train=False)
+        return logits.argmax(-1).astype(jnp.int32), jnp.sum(batch.scene_points > 0, dtype=jnp.int32)
+
+    return classify
 
 
 def make_predict_step(student: Any) -> Callable:

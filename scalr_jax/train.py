@@ -8,7 +8,6 @@ scenes; (3) the state's shapes and shardings; (4) the newest readable checkpoint
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scalr_jax import build, optim, sharding, steps
+from scalr_jax import build, distributed, optim, sharding, steps
+from scalr_jax import workdir as workdir_of_run
 from scalr_jax.checkpoint import Checkpoints
-from scalr_jax.config import flatten, get_config
 from scalr_jax.data.packing import Capacities, derive_capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import InputError, SceneView
-from scalr_jax.logging import MetricWriter, write_json
+from scalr_jax.logging import MetricWriter
 from scalr_jax.train_state import TrainState, init_state
-
-# Keys that may differ between a run and its resumption: they change neither the data order nor the parameters.
-FREE_KEYS = ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.num_workers", "data.prefetch")
 
 
 class Task(NamedTuple):
@@ -84,8 +80,11 @@ def segmentation_task(config: Any, num_classes: int, *, label: str, initial: dic
 
 def train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
     """Train to `config.num_steps`, resuming when `workdir` holds a run of the same config. Returns the last state."""
-    _claim_workdir(config, workdir)
+    with workdir_of_run.claim(config, workdir):
+        return _train(config, workdir, dataset, task)
 
+
+def _train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
     # Devices, data and the static sizes of a pack.
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     pipeline = _make_pipeline(config, dataset, task, mesh)
@@ -101,14 +100,17 @@ def train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
     # Resume, or begin.
     writer = MetricWriter(workdir, num_steps=config.num_steps, active=jax.process_index() == 0, label=task.label)
     checkpoints = Checkpoints(
-        workdir / "checkpoints", every=config.checkpoint_every_steps, keep=config.keep_checkpoints
+        workdir / "checkpoints",
+        every=config.checkpoint_every_steps,
+        keep=config.keep_checkpoints,
+        keep_every=config.keep_every_steps,
     )
     positions = np.array(pipeline.shards, np.int32)
     global_positions = sharding.put_batch(positions, mesh)
     restored = checkpoints.restore(program.state, _abstract(global_positions))
     if restored is not None:
         state, global_positions = restored
-        positions = _local_rows(global_positions)
+        positions = sharding.local_rows(global_positions)
         writer.resume(int(state.step))
         print(f"{task.label} resumed at step {int(state.step)} of {config.num_steps}", flush=True)
     else:
@@ -118,21 +120,30 @@ def train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
     del batch
 
     # The loop. Its order matters: read, step, save what the step finished, log.
-    first = int(state.step)
+    number, stopped = int(state.step), False
     source = prefetch(iter(pipeline.steps(capacities, sample[0], positions.tolist())), config.data.prefetch)
     log = _Log(writer, capacities, mesh.size, config.log_every_steps)
-    for number in range(first + 1, config.num_steps + 1):
-        item = next(source)
-        batch = sharding.put_batch(item.batch, mesh)
-        with jax.transfer_guard("disallow"):
-            state, metrics = program.step(state, teacher, batch)
-        global_positions = sharding.put_batch(item.positions.astype(np.int32), mesh)
-        checkpoints.save(number, state, global_positions, force=number == config.num_steps)
-        log.add(number, metrics, item.bad_frames, last=number == config.num_steps)
-    source.close()  # type: ignore[attr-defined]
-    checkpoints.wait()
-    checkpoints.close()
-    writer.close()
+    with distributed.Preemption() as preemption:
+        while number < config.num_steps and not stopped:
+            item = next(source)
+            batch = sharding.put_batch(item.batch, mesh)
+            with jax.transfer_guard("disallow"):
+                state, metrics = program.step(state, teacher, batch)
+            number += 1
+            stopped = preemption.reached(number)
+            global_positions = sharding.put_batch(item.positions.astype(np.int32), mesh)
+            last = number == config.num_steps or stopped
+            checkpoints.save(number, state, global_positions, force=last)
+            # Where a resumed run begins, so does its next line.
+            log.add(number, metrics, item.bad_frames, now=last or number % config.checkpoint_every_steps == 0)
+        source.close()  # type: ignore[attr-defined]
+        checkpoints.wait()
+        checkpoints.close()
+        writer.close()
+    if number < config.num_steps:
+        raise distributed.Preempted(
+            f"{task.label} stopped as asked after step {number} of {config.num_steps}; the same command resumes"
+        )
     return state
 
 
@@ -205,12 +216,6 @@ def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
-def _local_rows(array: jax.Array) -> np.ndarray:
-    """This process's rows of an array sharded along its first axis, in order."""
-    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return np.concatenate([np.asarray(shard.data) for shard in shards])
-
-
 def _start_from(state: TrainState, initial: dict, shardings: Any) -> TrainState:
     """Replace the top-level parameters and statistics that `initial` has (embedding and backbone)."""
     params = {**state.params, **{k: v for k, v in initial["params"].items() if k != "head"}}
@@ -223,30 +228,6 @@ def _start_from(state: TrainState, initial: dict, shardings: Any) -> TrainState:
     return jax.device_put(dataclasses.replace(state, params=params, batch_stats=statistics), shardings)
 
 
-def _claim_workdir(config: Any, workdir: Path) -> None:
-    """Write config.json, or compare with the one there. Raises `InputError` that lists every difference.
-
-    A key that the run's config.json does not have is younger than the run, which then had its default.
-    """
-    path = workdir / "config.json"
-    new = json.loads(config.to_json_best_effort())
-    if path.exists():
-        now = flatten(new)
-        old = {**flatten(json.loads(get_config().to_json_best_effort())), **flatten(json.loads(path.read_text()))}
-        differences = [
-            f"{key}: {old.get(key)} there, {now.get(key)} now"
-            for key in sorted(old | now)
-            if old.get(key) != now.get(key) and key not in FREE_KEYS
-        ]
-        if differences:
-            raise InputError(
-                f"{workdir} holds a run with another config ({'; '.join(differences)}); use another --workdir"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        write_json(path, new)
-
-
 class _Log:
     """Gathers metrics on the device and writes their means every few steps."""
 
@@ -257,9 +238,9 @@ class _Log:
         self._pending: list[dict] = []
         self._since = time.monotonic()
 
-    def add(self, step: int, metrics: dict, bad_frames: int, *, last: bool) -> None:
+    def add(self, step: int, metrics: dict, bad_frames: int, *, now: bool) -> None:
         self._pending.append(metrics)
-        if step % self._every and not last:
+        if step % self._every and not now:
             return
         rows = jax.device_get(self._pending)
         mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}

@@ -9,6 +9,10 @@ and counted here. What a checkpoint needs is one number a stream: the first scen
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -152,7 +156,7 @@ class Pipeline:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, also outside an absl program
             options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-            stream = stream.mp_prefetch(options)
+            stream = stream.mp_prefetch(options, worker_init_fn=_tie_to_parent)
         iterator = iter(stream)
         try:
             yield from iterator
@@ -216,6 +220,22 @@ class Pipeline:
                     raise InputError(
                         f"{len(bad)} of {len(self.dataset)} frames are bad, more than 1 %; the last one: {scene.error}"
                     )
+
+
+def _tie_to_parent(worker: int, num_workers: int) -> None:
+    """In a worker: leave the answer to signals to the parent (a cluster sends SIGTERM to all, and the parent still
+    wants scenes until it has saved), and end when it is gone: Grain's workers outlive a parent that was killed."""
+    del worker, num_workers
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _endless(records: Any, seed: int) -> Any:

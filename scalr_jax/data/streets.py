@@ -107,9 +107,12 @@ class Streets:
         h, w = self.image_size
         return self.root / f"{self.split}-{self.sensor(index)}-{h}x{w}-seed{self.seed}-v{VERSION}-{index:05d}.npz"
 
-    def render_missing(self, progress: Callable[[str], None] | None = print) -> int:
-        """Renders the scenes that the cache lacks and returns their number; `progress` gets a line now and then."""
-        missing = [index for index in range(self.num_scenes) if not self.path(index).exists()]
+    def render_missing(self, progress: Callable[[str], None] | None = print, part: tuple[int, int] = (0, 1)) -> int:
+        """Renders the scenes that the cache lacks and returns their number; `progress` gets a line now and then.
+
+        `part` (k, n): only every n-th scene from the k-th on, one process's share.
+        """
+        missing = [index for index in range(part[0], self.num_scenes, part[1]) if not self.path(index).exists()]
         if not missing:
             return 0
         from scalr_jax.data import street_sensors

@@ -1,0 +1,31 @@
+"""How every command ends when something given to it is wrong: exit code 2 and one sentence on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+
+def one_sentence(error: BaseException) -> str:
+    text = str(error)
+    if "Traceback (most recent call last)" in text:  # ml_collections hands on what a config file raised with its trace
+        text = text.strip().splitlines()[-1]
+    return " ".join(text.split())
+
+
+def say(message: str) -> None:
+    print(f"scalr_jax: error: {message}", file=sys.stderr, flush=True)
+
+
+def fail(message: str) -> NoReturn:
+    """Exit with code 2 and one sentence on stderr."""
+    say(message)
+    sys.exit(2)
+
+
+def end(code: int, message: str) -> NoReturn:
+    """`fail` beside other processes: out at once, for an orderly exit would wait for peers that may never come."""
+    say(message)
+    sys.stdout.flush()
+    os._exit(code)
