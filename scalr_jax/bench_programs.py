@@ -24,6 +24,7 @@ from scalr_jax.train_state import init_state
 
 PLANES = len(PLANE_AXES)
 OPTIMIZER = SimpleNamespace(
+    name="adamw",
     learning_rate=2e-3,
     schedule="constant",
     warmup_share=0.0,

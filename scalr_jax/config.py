@@ -118,6 +118,7 @@ def _teacher() -> ConfigDict:
 def _optimizer() -> ConfigDict:
     return ConfigDict(
         {
+            "name": "adamw",  # adamw; lamb: for batches many times the published one
             "learning_rate": 2e-3,
             "final_learning_rate": 1e-5,
             "weight_decay": 0.03,

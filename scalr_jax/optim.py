@@ -1,4 +1,4 @@
-"""AdamW, layer-wise learning-rate decay, and the two published learning-rate schedules.
+"""AdamW, LAMB for large batches, layer-wise learning-rate decay, and the two published learning-rate schedules.
 
 Schedules are functions of progress, counted in updates of the published batch: scenes seen / `optimizer.batch_size`.
 So a run whose packs hold a varying number of scenes follows the same curve in scenes.
@@ -56,14 +56,18 @@ def make_schedule(config: Any, total: float) -> Callable[[Array], Array]:
 
 
 def make_optimizer(config: Any, *, depth: int = 0) -> optax.GradientTransformation:
-    """AdamW without its learning rate, which the step multiplies in; decay on all parameters, as published.
+    """AdamW or LAMB without the learning rate, which the step multiplies in; decay on all parameters, as published.
 
     `config` is `config.optimizer`; `depth`, the student's, is what `layer_decay` counts layers with.
     """
-    adam = (
+    adam = [
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=1e-8),
         optax.add_decayed_weights(config.weight_decay),
-    )
+    ]
+    if config.name not in ("adamw", "lamb"):
+        raise InputError(f"optimizer.name = {config.name!r} is none of 'adamw', 'lamb'")
+    if config.name == "lamb":
+        adam.append(scale_by_weights())
     if config.layer_decay == 1.0:
         return optax.chain(*adam)
     if not 0 < config.layer_decay < 1 or depth < 1:
@@ -71,6 +75,28 @@ def make_optimizer(config: Any, *, depth: int = 0) -> optax.GradientTransformati
             f"optimizer.layer_decay = {config.layer_decay} is not in (0, 1] for a student of {depth} layers"
         )
     return optax.chain(*adam, scale_by_layer(depth, config.layer_decay))
+
+
+def scale_by_weights() -> optax.GradientTransformation:
+    """LAMB (You et al., 2020, algorithm 2): the update of each matrix gets the norm of the matrix itself.
+
+    Of each layer's matrix, where scanned layers are stacked. Vectors (biases, scales) keep Adam's update, and so does a
+    matrix while it or its update is zero.
+    """
+
+    def scale(updates: Any, params: Any) -> Any:
+        def one(path: tuple, update: Array, param: Array) -> Array:
+            stacked = any(key.key == "groups" for key in path)
+            if param.ndim - stacked < 2:
+                return update
+            axes = tuple(range(int(stacked), param.ndim))
+            weight, step = (jnp.sqrt(jnp.square(x).sum(axes, keepdims=True)) for x in (param, update))
+            alive = (weight > 0) & (step > 0)
+            return update * jnp.where(alive, weight / jnp.where(alive, step, 1.0), 1.0)
+
+        return jax.tree_util.tree_map_with_path(one, updates, params)
+
+    return optax.stateless(scale)
 
 
 def scale_by_layer(depth: int, decay: float) -> optax.GradientTransformation:

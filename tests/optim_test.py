@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from scalr_jax import optim
+from scalr_jax import optim, recipes
 from scalr_jax.config import get_config
 from scalr_jax.data.scenes import InputError
 
@@ -51,6 +51,54 @@ def test_adamw_decays_every_parameter():
     theirs, _ = expected.update(gradients, expected.init(params), params)
     for name in params:
         np.testing.assert_allclose(-updates[name], theirs[name], rtol=1e-6)
+
+
+def test_lamb_by_its_formula():
+    """A matrix as Optax's LAMB has it, each layer of a stack by itself, and vectors as AdamW."""
+    config = get_config().optimizer
+    config.name = "lamb"
+    rng = np.random.default_rng(0)
+    stack, kernel, bias, zero = (
+        rng.normal(size=(2, 4, 3)),
+        rng.normal(size=(4, 3)),
+        rng.normal(size=3),
+        np.zeros((2, 2)),
+    )
+    params: Any = {"groups": {"kernel": stack}, "head": {"kernel": kernel, "bias": bias, "zero": zero}}
+    params = {k: {name: jnp.asarray(x, jnp.float32) for name, x in v.items()} for k, v in params.items()}
+    gradients = {
+        k: {name: jnp.asarray(rng.normal(size=x.shape), jnp.float32) for name, x in v.items()}
+        for k, v in params.items()
+    }
+    ours: Any = optim.make_optimizer(config)
+    ours, _ = ours.update(gradients, ours.init(params), params)
+    apart = {"a": params["groups"]["kernel"][0], "b": params["groups"]["kernel"][1], "c": params["head"]["kernel"]}
+    apart_gradients = {
+        "a": gradients["groups"]["kernel"][0],
+        "b": gradients["groups"]["kernel"][1],
+        "c": gradients["head"]["kernel"],
+    }
+    lamb: Any = optax.lamb(1.0, eps=1e-8, weight_decay=config.weight_decay)
+    lamb, _ = lamb.update(apart_gradients, lamb.init(apart), apart)
+    for mine, theirs in zip((*ours["groups"]["kernel"], ours["head"]["kernel"]), lamb.values(), strict=True):
+        np.testing.assert_allclose(-mine, theirs, rtol=1e-5, atol=1e-6)
+    adamw: Any = optax.adamw(1.0, weight_decay=config.weight_decay)
+    adamw, _ = adamw.update(gradients, adamw.init(params), params)
+    for name in ("bias", "zero"):
+        np.testing.assert_allclose(-ours["head"][name], adamw["head"][name], rtol=1e-5, atol=1e-6)
+    config.name = "sgd"
+    with pytest.raises(InputError, match=r"optimizer\.name = 'sgd'"):
+        optim.make_optimizer(config)
+
+
+def test_a_large_batch_sees_the_same_scenes_on_the_same_schedule():
+    base, large = recipes.pretraining("scalr"), recipes.large_batch(recipes.pretraining("scalr"), 16)
+    assert large.num_steps * large.data.scenes_per_step == pytest.approx(base.num_steps * 8, rel=1e-3)
+    assert large.optimizer.total_updates == base.num_steps  # the schedule counts scenes in units of 8
+    assert large.optimizer.learning_rate == pytest.approx(4 * base.optimizer.learning_rate)
+    assert large.optimizer.warmup_share == pytest.approx(4 * base.optimizer.warmup_share)
+    with pytest.raises(InputError, match="cannot be 0 times"):
+        recipes.large_batch(base, 0)
 
 
 @pytest.mark.parametrize("depth", [1, 5, 6])

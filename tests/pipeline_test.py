@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +81,41 @@ def test_workers_do_not_change_the_order():
     plain = run(dataset=Clouds(bad=(3,)))
     assert run(dataset=Clouds(bad=(3,)), num_workers=2) == plain
     assert run(dataset=Clouds(bad=(3,)), num_workers=3) == plain
+
+
+@dataclasses.dataclass(frozen=True)
+class Files(Clouds):
+    """Clouds that lie in files of 1,000 bytes; what is read, by whichever process, is noted in `log`."""
+
+    number: int = 24
+    root: str = ""
+
+    def frame(self, index, rng):
+        data = (Path(self.root) / f"{index}.bin").read_bytes()
+        with (Path(self.root) / "log").open("a") as log:
+            log.write(f"{index} {len(data)}\n")
+        return super().frame(index, rng)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_each_of_n_processes_reads_an_nth_of_the_bytes(number, tmp_path):
+    """Four shards, two workers a process, one epoch: by count, and together every file once."""
+    dataset, log = Files(root=str(tmp_path)), tmp_path / "log"
+    for index in range(24):
+        (tmp_path / f"{index}.bin").write_bytes(bytes(1_000))
+    template, read = pipeline().sample(1)[0], []
+    for process in range(number):
+        shards = range(process * 4 // number, (process + 1) * 4 // number)
+        steps = pipeline(dataset=dataset, num_shards=4, shards=shards, num_workers=2, epochs=1).steps(
+            CAPACITIES, template
+        )
+        while next(steps).num_scenes:
+            pass
+        lines = [line.split() for line in log.read_text().splitlines()]
+        log.unlink()
+        assert sum(int(size) for _, size in lines) == 24_000 // number
+        read += [int(index) for index, _ in lines]
+    assert sorted(read) == list(range(24))
 
 
 def test_every_epoch_has_every_frame_once_in_another_order():
