@@ -23,10 +23,12 @@ from scalr_jax import build, tasks
 from scalr_jax.data.packing import derive_capacities, pack_shard
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.scenes import SceneView
+from scalr_jax.evaluation.correlation import cosine_similarity
 from scalr_jax.evaluation.segmentation import evaluate
 from scalr_jax.logging import write_json
 from scalr_jax.train import choose_capacities, distillation_task, segmentation_task, train
-from scalr_jax.visualize import cosine_similarity, draw_correlation, draw_loss, read_curve
+from scalr_jax.visualize import draw_loss, read_curve
+from scalr_jax.visualize_pictures import Panel, draw_with_image
 
 CALIBRATION_STEPS = 20
 
@@ -159,18 +161,13 @@ def draw_correlations(config: Any, dataset: Any, variables: Any, folder: Path, *
         if query is None:
             continue
         features = _features(apply, variables, scene, part)
-        similarity = cosine_similarity(features, query)
-        drawn.append(
-            draw_correlation(
-                folder / f"correlation_{len(drawn)}.png",
-                scene.feats[:, 1:4],
-                similarity,
-                query,
-                scene.image,
-                scene.pixels,
-                "distilled student, unseen street: similarity to one point on a car",
-            )
-        )
+        panel = Panel("top view", cosine_similarity(features, query), label="cosine similarity to the star")
+        title = "distilled student, unseen street: similarity to one point on a car"
+        xyz, everywhere = scene.feats[:, 1:4], np.ones(len(scene.feats), bool)
+        assert scene.image is not None and scene.pixels is not None, "a distillation scene has an image"  # noqa: PT018
+        drawn.append(folder / f"correlation_{len(drawn)}.png")
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_with_image(drawn[-1], xyz, title, panel, scene.image, scene.pixels, everywhere, query=query)
         if len(drawn) == number:
             break
     return drawn

@@ -1,0 +1,383 @@
+"""Correlation and colours obey their laws; pictures and the viewer are there, open without a network and switch."""
+
+import base64
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_student import tiny_model
+
+import scalr_jax
+from scalr_jax import interop, visualize, visualize_pictures, visualize_viewer
+from scalr_jax.data import scan_inputs
+from scalr_jax.data.scenes import IGNORE
+from scalr_jax.data.street_layout import CLASSES
+from scalr_jax.data.streets import Streets
+from scalr_jax.evaluation import correlation
+
+pytest.importorskip("plotly")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+# ------------------------------------------------------------------------------------------------------- computations
+
+
+def random_features(number=400, channels=12, seed=0):
+    return np.random.default_rng(seed).normal(size=(number, channels)).astype(np.float32)
+
+
+def test_similarity_is_the_cosine():
+    features = random_features()
+    features[5] = 0
+    found = correlation.cosine_similarity(features, 3)
+    for k in (0, 3, 77):
+        expected = features[k] @ features[3] / np.linalg.norm(features[k]) / np.linalg.norm(features[3])
+        assert found[k] == pytest.approx(expected, abs=1e-6)
+    assert found[5] == 0
+    np.testing.assert_allclose(correlation.cosine_similarity(7.5 * features, 3), found, atol=1e-6)
+
+
+def test_colors_are_those_of_the_principal_axes():
+    """Points that lie along three known directions get one colour channel each, whatever rotates the features."""
+    rng = np.random.default_rng(0)
+    base = np.zeros(20)
+    base[0] = 1.0
+    along = rng.uniform(-1, 1, (2000, 3)) * [0.3, 0.2, 0.1]
+    features = base + np.column_stack([np.zeros(2000), along, np.zeros((2000, 16))])
+    rotation = np.linalg.qr(rng.normal(size=(20, 20)))[0]
+    for turned in (features, features @ rotation, 3.0 * features):
+        colors = correlation.color_by_axes(turned, correlation.fit_color_axes(turned)).astype(float)
+        for k in range(3):
+            assert abs(np.corrcoef(colors[:, k], along[:, k])[0, 1]) > 0.98
+        assert colors.min() == correlation.DARKEST
+        assert colors.max() == 255
+
+
+def test_colors_of_little():
+    few = random_features(50, 2)
+    few[3] = 0
+    colors = correlation.color_by_axes(few, correlation.fit_color_axes(few))
+    assert colors.shape == (50, 3)
+    assert (colors[3] == correlation.NO_COLOR).all()
+    nothing = np.zeros((4, 6), np.float32)
+    assert (correlation.color_by_axes(nothing, correlation.fit_color_axes(nothing)) == correlation.NO_COLOR).all()
+
+
+def test_query_points():
+    """One a cluster, or one a class, allowed and near; the same every time."""
+    rng = np.random.default_rng(0)
+    group = rng.integers(0, 3, 3000)
+    features = (np.eye(8)[group] * 5 + rng.normal(size=(3000, 8)) * 0.3).astype(np.float32)
+    xyz = rng.uniform(-60, 60, (3000, 3))
+    near = np.linalg.norm(xyz, axis=1) < correlation.QUERY_DISTANCE
+    allowed = np.arange(3000) % 2 == 0
+    found = correlation.choose_queries(features, xyz, 3, allowed=allowed)
+    assert sorted(group[found]) == [0, 1, 2]
+    assert (allowed & near)[found].all()
+    assert found == correlation.choose_queries(features, xyz, 3, allowed=allowed)
+    labels = np.where(group == 2, IGNORE, group)
+    found = correlation.choose_queries(features, xyz, 5, labels=labels, allowed=allowed)
+    assert sorted(labels[found]) == [0, 1]
+    assert correlation.choose_queries(features * 0, xyz, 3, allowed=allowed) == []
+    assert correlation.choose_queries(features, xyz, 3, allowed=np.zeros(3000, bool)) == []
+
+
+@pytest.mark.parametrize(("channels", "within"), [(3, 0.03), (24, 0.02), (200, 0.25)])
+def test_bytes_keep_similarities(channels, within):
+    """Exactly but for rounding up to 24 dimensions; of 200 with most of their variance in few, nearly."""
+    features = random_features(500, channels) / (1 + np.arange(channels)) ** 0.7
+    codes = visualize_viewer.quantize(features)
+    assert codes.dtype == np.int8
+    assert codes.shape == (500, min(channels, 24))
+    for query in (0, 9):
+        expected = correlation.cosine_similarity(features, query)
+        assert np.abs(correlation.cosine_similarity(codes.astype(float), query) - expected).max() < within
+
+
+def test_colors_of_classes():
+    names = ("car", "other-vehicle", "bicyclist", "traffic_cone", "something new")
+    labels = np.array([0, 1, 1, 4, IGNORE])
+    colors = visualize_pictures.color_labels(labels, names)
+    assert tuple(colors[4]) == visualize_pictures.IGNORED
+    assert (colors[1] == colors[2]).all()
+    assert len({visualize_pictures.class_color(name) for name in names}) == 5
+    assert visualize_pictures.class_color("oth. vehicle") == visualize_pictures.class_color("other-vehicle")
+    texts = [text for text, _ in visualize_pictures.class_legend(labels, names)]
+    assert texts == ["other-vehicle  40.0 %", "car  20.0 %", "something new  20.0 %", "no class  20.0 %"]
+
+
+@pytest.mark.parametrize("dataset", ["nuscenes", "semantic_kitti", "pandaset", "streets"])
+def test_classes_of_a_dataset_differ_in_color(dataset):
+    from scalr_jax.data.files import read_label_map
+
+    names = CLASSES if dataset == "streets" else read_label_map(dataset).class_names
+    colors = [visualize_pictures.class_color(name) for name in names]
+    assert len(set(colors)) == len(names), sorted(zip(colors, names, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.fixture(scope="module")
+def streets(street_cache):
+    return Streets(street_cache, split="validation", num_scenes=2, image_size=(112, 224))
+
+
+def load(folder, head, out_features):
+    path = folder / f"{head}.pth"
+    interop.save_torch_checkpoint(path, *tiny_model(head, out_features))
+    view = ((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0))
+    grids = ((32, 32), (32, 8), (32, 8))
+    return path, scalr_jax.load(path, intensity=(16.7, 17.0), field_of_view=view, grids=grids, activation="relu")
+
+
+@pytest.fixture(scope="module")
+def drawn(streets, tmp_path_factory):
+    """Everything for a labelled frame with an image and a model with the same classes."""
+    folder = tmp_path_factory.mktemp("drawn")
+    _, model = load(folder, "segment", len(CLASSES))
+    model.class_names = CLASSES
+    files = visualize.visualize(
+        model, streets.frame(0), folder / "out", label_names=CLASSES, num_queries=2, max_points=4000
+    )
+    return folder / "out", [path.name for path in files]
+
+
+def test_all_pictures_are_drawn(drawn):
+    folder, names = drawn
+    assert names == ["pca.png", "correlation_0.png", "correlation_1.png", "prediction.png", "viewer.html"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    for name in names[:-1]:
+        with Image.open(folder / name) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        assert min(pixels.shape[:2]) > 400, name
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 500, name
+
+
+def test_a_scan_without_image_and_with_points_that_are_no_numbers(streets, tmp_path):
+    points = streets.frame(1).points.copy()
+    points[::7, 0] = np.nan
+    points[1, 3] = np.inf
+    np.save(tmp_path / "scan.npy", points)
+    _, model = load(tmp_path, "distill", 6)
+    frame = scan_inputs.read_frame(tmp_path / "scan.npy")
+    files = visualize.visualize(model, frame, tmp_path / "out", query=(10.0, 0.0, -1.7))
+    assert [path.name for path in files] == ["pca.png", "correlation_0.png", "viewer.html"]
+    shown = read_viewer(files[-1])["data"][0]
+    assert len(decode(shown["x"])) == np.isfinite(points).all(axis=1).sum()
+
+
+def test_pixels_lie_where_the_calibration_says(streets, tmp_path):
+    """The photograph of a generated street, given as a file with its calibration, pairs points as the street does."""
+    from scalr_jax.data import street_sensors
+
+    frame = next(f for f in map(streets.frame, range(2)) if f.image is not None)
+    size, camera = frame.image.shape[:2], 0
+    while not np.array_equal(street_sensors.project(frame.points[:, :3], camera, size)[1], frame.visible):
+        camera += 1
+    axes, position = street_sensors.camera_pose(camera)
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = axes, -axes @ position
+    focal = street_sensors.focal_length(size)
+    entry: dict = {"fx": focal, "fy": focal, "cx": (size[1] - 1) / 2, "cy": (size[0] - 1) / 2, "size": [size[1], size[0]]}
+    entry["lidar_to_camera"] = matrix.tolist()
+    (tmp_path / "cameras.json").write_text(json.dumps({"front": entry}))
+    Image.fromarray(frame.image).save(tmp_path / "front.png")
+    np.save(tmp_path / "scan.npy", frame.points)
+    scan = scan_inputs.read_frame(tmp_path / "scan.npy")
+    paired = scan_inputs.pair_image(scan, tmp_path / "front.png", tmp_path / "cameras.json")
+    np.testing.assert_array_equal(paired.visible, frame.visible)
+    np.testing.assert_allclose(paired.pixels[frame.visible], frame.pixels[frame.visible], atol=1e-2)
+    np.testing.assert_array_equal(paired.image, frame.image)
+
+
+# ------------------------------------------------------------------------------------------------------------- viewer
+
+
+def read_viewer(path):
+    """The figure that a page gives to plotly: {"data": [...], "layout": {...}}."""
+    text = path.read_text()
+    start = re.search(r'Plotly\.newPlot\(\s*"[^"]+",\s*', text).end()
+    data, end = json.JSONDecoder().raw_decode(text, start)
+    layout, _ = json.JSONDecoder().raw_decode(text, re.compile(r",\s*").match(text, end).end())
+    return {"data": data, "layout": layout}
+
+
+def decode(array):
+    return np.frombuffer(base64.b64decode(array["bdata"]), array["dtype"])
+
+
+class _References(html.parser.HTMLParser):
+    """What a page names that lies outside of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.scripts = [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.scripts += tag == "script"
+        self.found += [value for name, value in attrs if name in ("src", "href", "data", "srcset")]
+
+
+def test_the_viewer_needs_no_other_file(drawn):
+    page = _References()
+    page.feed((drawn[0] / "viewer.html").read_text())
+    assert page.found == []
+    assert page.scripts >= 2
+    assert (drawn[0] / "viewer.html").stat().st_size < 10e6
+
+
+def test_the_viewer_shows_the_scan(drawn, streets):
+    """Thinned points of the scan, once for each way to color them, and one set a class."""
+    figure = read_viewer(drawn[0] / "viewer.html")
+    labels = [button["label"] for button in figure["layout"]["updatemenus"][0]["buttons"]]
+    assert labels == ["features (PCA)", "intensity", "height", "similarity", "prediction", "label"]
+    frame = streets.frame(0)
+    first = figure["data"][0]
+    xyz = np.column_stack([decode(first[axis]) for axis in "xyz"])
+    assert len(xyz) == len(first["marker"]["color"]) == 4000
+    rows = {tuple(point): label for point, label in zip(frame.points[:, :3], frame.labels, strict=True)}
+    wanted = [rows[tuple(point)] for point in xyz]  # every point is one of the scan
+    buttons = figure["layout"]["updatemenus"][0]["buttons"]
+    shown = [t for t, on in zip(figure["data"], buttons[5]["args"][0]["visible"], strict=True) if on]
+    found = np.full(4000, IGNORE)
+    for trace in shown:
+        found[decode(trace["customdata"])] = CLASSES.index(trace["name"])
+    np.testing.assert_array_equal(found, wanted)
+    assert figure["layout"]["scene"]["aspectmode"] == "data"
+    assert [figure["layout"]["scene"][f"{axis}axis"]["title"]["text"] for axis in "xyz"] == ["x (m)", "y (m)", "z (m)"]
+
+
+# Presses every button, then clicks a point, and leaves what happened in the page.
+PROBE = """<script>
+const failures = [];
+window.addEventListener('error', event => failures.push(String(event.message)));
+window.addEventListener('unhandledrejection', event => failures.push(String(event.reason)));
+console.error = (...words) => failures.push(words.join(' '));
+const wait = milliseconds => new Promise(done => setTimeout(done, milliseconds));
+const shown = figure => [figure._fullLayout.updatemenus[0].active,
+                         figure._fullData.filter(trace => trace.visible === true).map(trace => trace.index)];
+window.addEventListener('load', async () => {
+  await wait(1500);
+  const figure = document.querySelector('.js-plotly-plot'), seen = [];
+  for (const button of document.querySelectorAll('.updatemenu-button')) {
+    button.dispatchEvent(new MouseEvent('click', {bubbles: true}));
+    await wait(300);
+    seen.push([button.textContent, ...shown(figure)]);
+  }
+  const data = figure.data[0], point = {curveNumber: 0, pointNumber: @QUERY@};
+  for (const axis of ['x', 'y', 'z']) point[axis] = data[axis][@QUERY@];
+  figure.emit('plotly_click', {points: [point]});
+  await wait(1000);
+  const report = document.createElement('pre');
+  report.id = 'report';
+  report.textContent = JSON.stringify({seen, failures, clicked: shown(figure),
+    asked: performance.getEntriesByType('resource').map(entry => entry.name),
+    similarity: Array.from(figure._fullData[3].marker.color), canvases: document.querySelectorAll('canvas').length});
+  document.body.appendChild(report);
+});
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH (Debian's package chromium)")
+def test_the_viewer_in_a_browser(drawn, tmp_path):
+    """It draws without a network and without an error; buttons and clicks change what is shown."""
+    page, query = tmp_path / "viewer.html", 777
+    text = (drawn[0] / "viewer.html").read_text()
+    page.write_text(text.replace("<head>", "<head>" + PROBE.replace("@QUERY@", str(query)), 1))
+    quiet = ("background-networking", "component-update", "sync", "quic", "gpu", "extensions")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    command += ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--proxy-server=127.0.0.1:9"]  # where nobody listens: there is no network
+    command += ["--virtual-time-budget=20000", "--dump-dom", f"file://{page}"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
+    found = re.search(r'<pre id="report">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr[-2000:]
+    report = json.loads(found.group(1))
+    assert report["failures"] == []
+    assert [name for name in report["asked"] if not name.startswith(("data:", "blob:"))] == []
+    assert report["canvases"] >= 1
+    figure = read_viewer(drawn[0] / "viewer.html")
+    for k, button in enumerate(figure["layout"]["updatemenus"][0]["buttons"]):
+        visible = [i for i, on in enumerate(button["args"][0]["visible"]) if on]
+        assert report["seen"][k] == [button["label"], k, visible]
+    assert report["clicked"] == report["seen"][3][1:]
+    codes = re.search(r"atob\('([^']+)'\)", text).group(1)
+    codes = np.frombuffer(base64.b64decode(codes), np.int8).reshape(4000, -1)
+    expected = correlation.cosine_similarity(codes.astype(np.float64), query)
+    np.testing.assert_allclose(report["similarity"], expected, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+
+def sentence_of(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        visualize.main(["visualize", *map(str, arguments)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("scalr_jax: error: ")]
+    assert ended.value.code == 2
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_the_command_draws_a_street(street_cache, tmp_path, capsys):
+    path, _ = load(tmp_path, "distill", 6)
+    visualize.main(
+        [
+            *("visualize", f"--model={path}", "--sensor=nuscenes", "--cache=none", f"--output={tmp_path}/out"),
+            *(
+                "--dataset=streets",
+                f"--root={tmp_path}/streets",
+                "--num_queries=1",
+                "--max_points=500",
+                "--what=features",
+            ),
+        ]
+    )
+    assert capsys.readouterr().out.splitlines()[-1].endswith("pca.png, correlation_0.png, viewer.html")
+    assert (tmp_path / "streets").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output="], "--model and --output are required"),
+        (["--model=none.pth"], "none.pth is not a file"),
+        ([], "is not the workdir of a run, which would say its dataset"),
+        (["--input=none.npy"], "none.npy: unreadable .npy file|none.npy: no such file|cannot be read"),
+        (["--input=folder"], "folder is a folder; give one scan of it"),
+        (["--input=scan.npy", "--dataset=nuscenes"], "--input and --dataset both say"),
+        (["--input=scan.npy", "--image=a.jpg"], "--image, --calibration and --input belong together"),
+        (["--input=scan.npy", "--image=a.jpg", "--calibration=c.json"], "c.json: cannot be read"),
+        (["--input=scan.npy", "--query=1,2"], "--query=1,2 must be 3 numbers"),
+        (["--input=scan.npy", "--output=scan.npy/x"], "is no folder, or a read-only one"),
+        (["--dataset=nuscenes"], "--root is required"),
+        (["--dataset=kitti", "--root=folder"], "dataset='kitti' is not one of"),
+        (["--dataset=pandaset", "--root=folder"], "no scene with a folder lidar"),
+        (["--dataset=streets", "--index=-1"], "frames are numbered from 0"),
+        (["--num_queries=0"], "--num_queries=0: 0 is not an integer in the range"),
+    ],
+)
+def test_one_sentence_for_what_is_wrong(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    np.save("scan.npy", random_features(50, 4))
+    path, _ = load(tmp_path, "distill", 6)
+    text = sentence_of(capsys, f"--model={path}", "--sensor=nuscenes", "--cache=none", "--output=out", *flags)
+    assert re.search(message, text), text
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit) as ended:
+        visualize.main(["visualize", "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.count("python -m scalr_jax.visualize --model=") == 4
+    for name in visualize.FLAGS:
+        if name not in ("?", "help", "helpfull", "helpshort", "helpxml", "only_check_args", "flagfile", "undefok"):
+            assert f"--{name} " in text, name
