@@ -5,6 +5,8 @@ The teacher is never in one. A checkpoint that cannot be read is named, and the 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ class Checkpoints:
     one every `keep_every` steps."""
 
     def __init__(self, directory: Path, *, every: int, keep: int, keep_every: int = 0):
+        logging.get_absl_logger().addFilter(_is_news)
         training = ocp.training
         kept = [training.preservation_policies.LatestN(keep)]
         if keep_every:
@@ -37,15 +40,23 @@ class Checkpoints:
         """Starts a save when the policy (or `force`) says so; returns before it is written."""
         if self._checkpointer.latest is not None and self._checkpointer.latest.step == step:
             return
-        self._checkpointer.save_async(step, {"state": state, "positions": positions}, force=force)
+        with self._named_errors():
+            self._checkpointer.save_async(step, {"state": state, "positions": positions}, force=force)
 
     def restore(self, abstract_state: Any, abstract_positions: Any) -> tuple[Any, jax.Array] | None:
-        """The newest readable (state, positions) with the shardings of the abstract ones; None when there is none."""
+        """The newest readable (state, positions) with the shardings of the abstract ones; None when there is none.
+
+        Raises:
+            InputError: none of those that are there can be read, or they are of a run with more or fewer data shards.
+        """
         wanted = {"state": abstract_state, "positions": abstract_positions}
         errors = []
         for found in sorted(self._checkpointer.checkpoints, key=lambda c: -c.step):
             try:
+                self._check_shards(found.step, abstract_positions.shape[0])
                 loaded = self._checkpointer.load(found.step, wanted)
+            except InputError:
+                raise
             except Exception as error:  # Orbax raises many kinds for missing and cut files
                 errors.append(f"step {found.step} ({str(error).splitlines()[0][:200]})")
                 logging.warning("checkpoint %s cannot be read, trying the one before", errors[-1])
@@ -61,12 +72,47 @@ class Checkpoints:
             )
         return None
 
+    def _check_shards(self, step: int, now: int) -> None:
+        there = self._checkpointer.metadata(step).metadata["positions"].shape[0]
+        if there != now:
+            raise InputError(
+                f"{self._checkpointer.directory} is of a run with {there} data shards (devices), and here are {now}: "
+                "the order of the scenes depends on their number; resume on as many, or give another --workdir"
+            )
+
     def wait(self) -> None:
         """Until what was started is on disk."""
-        self._checkpointer.wait()
+        with self._named_errors():
+            self._checkpointer.wait()
 
     def close(self) -> None:
-        self._checkpointer.close()
+        with self._named_errors():
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """What the system refuses to write; Orbax reports it when it is next called, and TensorStore as ValueError."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and "os_error_code" not in str(error):
+                raise
+            steps = [found.step for found in self._checkpointer.checkpoints]
+            before = f"from step {max(steps)}" if steps else "from the beginning"
+            raise InputError(
+                f"a checkpoint could not be written in {self._checkpointer.directory} ({_reason(error)}); free space "
+                f"or permit writing there, and the same command resumes {before}"
+            ) from error
+
+
+def _is_news(record: Any) -> bool:
+    """Not so: the traces that Orbax logs from its threads, of an error that it raises as well."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _reason(error: Exception) -> str:
+    """The system's words at the end of TensorStore's."""
+    return str(error).splitlines()[0].split("[os_error_code")[0].strip().rsplit(": ", 1)[-1]
 
 
 def load_variables(directory: Path) -> dict:

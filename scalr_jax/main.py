@@ -17,6 +17,7 @@ Flags:
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -98,8 +99,11 @@ def main(_: list[str]) -> None:
     except (InputError, OSError) as error:
         if isinstance(error, OSError) and error.filename is None and error.errno is None:
             raise
-        distributed.end_if_not_alone(2, one_sentence(error))
-        fail(one_sentence(error))
+        sentence = one_sentence(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            sentence += f"; free space for {WORKDIR.value}, and the same command resumes from the last checkpoint"
+        distributed.end_if_not_alone(2, sentence)
+        fail(sentence)
     except KeyboardInterrupt:
         fail("interrupted; the same command resumes from the last checkpoint")
     except Exception as error:

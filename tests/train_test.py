@@ -188,3 +188,20 @@ def test_no_gather_or_scatter_crosses_a_device(street_cache, tmp_path):
     for shape in re.findall(r"= (?:\()?f32\[([\d,]*)\][^=]*? all-reduce\(", text):
         sizes = [int(n) for n in shape.split(",") if n]
         assert num_points not in sizes, shape
+
+
+def test_resuming_on_another_number_of_devices_is_refused(whole_run, street_cache):
+    """Scenes belong to shards by their number modulo D, so another D would be another run."""
+    from scalr_jax.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(whole_run[0] / "checkpoints", every=3, keep=2)
+    positions = jax.ShapeDtypeStruct((4,), np.int32)
+    with pytest.raises(InputError, match=r"of a run with 8 data shards \(devices\), and here are 4"):
+        checkpoints.restore({}, positions)
+    checkpoints.close()
+
+
+def test_the_last_checkpoints_and_one_every_so_many_steps_are_kept(tmp_path, street_cache):
+    config = small_config(street_cache, num_steps=5, checkpoint_every_steps=1, keep_checkpoints=1, keep_every_steps=3)
+    distill(config, tmp_path)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 5]
