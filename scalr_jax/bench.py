@@ -9,6 +9,7 @@ NAME:
     teacher       the teacher's forward pass
     pipeline      scenes a second a core, beside the published steps written plainly
     formulations  the forms of spatial mixing, one beside the other
+    predict       one whole scan from file to features, by stage, beside onnxruntime
 
 Exit codes: 0 done; 2 bad arguments or input (one sentence on stderr); 1 a defect.
 """
@@ -22,7 +23,7 @@ from typing import NoReturn
 
 from scalr_jax.data.scenes import BadFrameError, InputError
 
-NAMES = ("student", "step", "teacher", "pipeline", "formulations")
+NAMES = ("student", "step", "teacher", "pipeline", "formulations", "predict")
 
 
 def fail(message: str) -> NoReturn:

@@ -1,44 +1,108 @@
-"""Export a student: weights in the published layout, or a program that runs without this package.
+"""Export a student: weights in the published layout, or a program that runs without this package's model code.
 
     python -m scalr_jax.export --model=runs/pretrain --format=onnx --output=exports/pretrain_onnx
     python -m scalr_jax.export --model=runs/probe --format=stablehlo --fold --output=exports/probe_stablehlo
     python -m scalr_jax.export --model=WI_768.pth --sensor=nuscenes --format=safetensors --output=exports/WI_768
 
---output is a folder: the weights or the program, config.json (all settings) and README.md (the model card, with the
+The output is a folder: the weights or the program, config.json (all settings) and README.md (the model card, with the
 lines of code that run it). It is written beside its place, loaded again, compared with the original on a scan, and only
 then moved; a difference above 1e-4 (of the largest value, or of 1) is refused. docs/export.md says more.
+
+Flags:
+{model}
+    --format         torch (the published layout), safetensors (its names), orbax (parameters alone): read by
+                     scalr_jax.load; stablehlo (for JAX on CPU, CUDA and TPU), onnx (for onnxruntime): programs
+    --output         the folder to write
+    --fold           fold batch norms and merge layer scales where that is exact; outputs are equal
+    --overwrite      replace an exported folder of that name
+    --licence        of the weights, for the model card, as in --licence="CC BY 4.0"
+
+Exit codes: 0 done; 2 bad arguments or input, no space, or interrupted (one sentence on stderr); 1 a defect.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 
-from scalr_jax import api, export_card, interop
+from scalr_jax import api, export_card, interop, model_flags
+from scalr_jax.command_line import fail, one_sentence
 from scalr_jax.data.packing import pack_shard, static_capacities
 from scalr_jax.data.scenes import InputError, SceneView
 from scalr_jax.data.whole_scan import whole_scan
-from scalr_jax.export_folder import FILES, READABLE, new_folder, save_example, write_weights
+from scalr_jax.export_folder import FILES, READABLE, check_output, new_folder, save_example, write_weights
 from scalr_jax.export_inputs import HEADS, pad_inputs, scene_inputs
 from scalr_jax.fold import fold
-from scalr_jax.command_line import fail, one_sentence
+from scalr_jax.models.waffleiron import WaffleIron
 
 LARGEST_DIFFERENCE = 1e-4
 CHECK_POINTS = 1_500
 
 Outputs = dict[str, np.ndarray]  # by name: "features", "distilled", "logits"
 
+FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
+model_flags.define(FLAGS)
+flags.DEFINE_enum("format", None, tuple(FILES), "What to write.", flag_values=FLAGS)
+flags.DEFINE_string("output", None, "The folder to write.", flag_values=FLAGS)
+flags.DEFINE_boolean("fold", False, "Fold batch norms and merge layer scales.", flag_values=FLAGS)
+flags.DEFINE_boolean("overwrite", False, "Replace an exported folder.", flag_values=FLAGS)
+flags.DEFINE_string("licence", "", "Of the weights.", flag_values=FLAGS)
 
-def main(argv: list[str] | None = None) -> None:
-    """The command; exit code 2 and one sentence for what is not a defect."""
+
+def parse_flags(arguments: list[str]) -> None:
+    """Fills `FLAGS`; --help and mistakes as users expect them."""
+    if any(argument in ("--help", "-h", "-help") for argument in arguments[1:]):
+        print((__doc__ or "").replace("{model}", model_flags.HELP))
+        sys.exit(0)
+    FLAGS.unparse_flags()  # of an earlier call in this process
     try:
-        run(_parse(sys.argv[1:] if argv is None else argv))
+        rest = FLAGS(arguments)
+    except (flags.Error, ValueError) as error:
+        raise InputError(one_sentence(error)) from error
+    if rest[1:]:
+        raise InputError(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
+    if not (FLAGS.model and FLAGS.format and FLAGS.output):
+        raise InputError(
+            "--model, --format and --output are required, as in --model=runs/pretrain --format=onnx --output=exports/a"
+        )
+
+
+def run(arguments: list[str]) -> None:
+    """The command. Raises InputError and what the operating system raises."""
+    parse_flags(arguments)
+    output, suffix = Path(FLAGS.output), Path(FILES[FLAGS.format]).suffix
+    if suffix and output.suffix == suffix:
+        raise InputError(f"--output={output} is the folder that will hold {FILES[FLAGS.format]}; leave out {suffix}")
+    check_output(output, overwrite=FLAGS.overwrite)
+    if FLAGS.format == "onnx":
+        _need_onnx()
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        difference = export_model(
+            model_flags.load_model(FLAGS),
+            FLAGS.format,
+            output,
+            folded=FLAGS.fold,
+            overwrite=FLAGS.overwrite,
+            licence=FLAGS.licence,
+            source=Path(FLAGS.model),
+        )
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    print(f"largest difference to the original: {difference:.2g} of the largest value (or of 1)")
+    print(f"{output}: {size / 1e6:.1f} MB; its README.md says how to use it")
+
+
+def main(arguments: list[str]) -> None:
+    """`run`, with exit code 2 and one sentence for what is not a defect."""
+    try:
+        run(arguments)
     except InputError as error:
         fail(one_sentence(error))
     except OSError as error:
@@ -47,37 +111,6 @@ def main(argv: list[str] | None = None) -> None:
         fail(one_sentence(error))
     except KeyboardInterrupt:
         fail("interrupted; nothing was written")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Loads, exports and prints what was written."""
-    output = Path(arguments.output)
-    suffix = Path(FILES[arguments.format]).suffix
-    if suffix and output.suffix == suffix:
-        raise InputError(
-            f"--output={output} is the folder that will hold {FILES[arguments.format]}; leave out the {suffix}"
-        )
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        model = api.load(
-            arguments.model,
-            sensor=arguments.sensor,
-            intensity=arguments.intensity,
-            field_of_view=arguments.field_of_view and np.reshape(arguments.field_of_view, (2, 3)),
-            grids=arguments.grids and np.reshape(arguments.grids, (3, 2)),
-            activation=arguments.activation,
-        )
-        difference = export_model(
-            model,
-            arguments.format,
-            output,
-            folded=arguments.fold,
-            overwrite=arguments.overwrite,
-            licence=arguments.licence,
-            source=Path(arguments.model),
-        )
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(f"largest difference to the original: {difference:.2g}")
-    print(f"{output}: {size / 1e6:.1f} MB; its README.md says how to run it")
 
 
 def export_model(
@@ -112,7 +145,8 @@ def export_model(
     original: dict = jax.tree.map(np.asarray, model.variables)
     variables = fold(original) if folded else original
     scene, _ = whole_scan(example_scan(settings), settings)
-    wanted = reference(settings, original, scene)
+    reference = make_reference(_as_json({**settings, "format": ""}))
+    wanted = reference(original, scene)
     with new_folder(output, overwrite=overwrite) as folder:
         if form in READABLE:
             write_weights(folder, form, settings, variables)
@@ -131,7 +165,13 @@ def export_model(
             "check": {"max_difference": 0.0, "max_value": 0.0, "points": len(scene.feats)},
         }
         export_card.write_card(folder, card, name=output.name)  # what loads an exported folder needs its settings
-        found = _run_exported(folder, form, settings, scene)
+        if form in READABLE:
+            loaded = api.load(folder)
+            if _as_json(loaded.config.to_dict()) != _as_json(settings):
+                raise InputError(f"the settings of {folder} are not those of the model; nothing was written")
+            found = reference(loaded.variables, scene)
+        else:
+            found = _run_program(folder, form, settings, scene)
         absolute = max(float(np.abs(found[name] - rows).max()) for name, rows in wanted.items())
         largest = max(float(np.abs(rows).max()) for rows in wanted.values())
         difference = absolute / max(1.0, largest)
@@ -161,18 +201,27 @@ def example_scan(settings: Mapping[str, Any], num_points: int = CHECK_POINTS) ->
     return np.concatenate([xyz, intensity[:, None]], axis=1).astype(np.float32)
 
 
-def reference(settings: Mapping[str, Any], variables: Mapping[str, Any], scene: SceneView) -> Outputs:
-    """What the model itself makes of a scene, in float32: features [N, C] and the head's output by its name."""
+@functools.lru_cache(maxsize=4)  # a model that is exported in several formats is compiled once
+def make_reference(settings_json: str) -> Callable[[Any, SceneView], Outputs]:
+    """The model itself in float32: (variables, scene) -> features [N, C] and the head's output by its name."""
+    settings = json.loads(settings_json)
     grids = [tuple(grid) for grid in settings["grids"]]
-    shard = pack_shard([scene], static_capacities(scene, grids), scene, grids)
-    batch = jax.tree.map(lambda x: x[None], shard)
     student = interop.make_student(settings, implementation="cells")
-    outputs = {}
-    for name, part in (("features", student.clone(head="none")), (HEADS.get(student.head), student)):
-        if name:
-            rows = jax.jit(lambda v, b, part=part: part.apply(v, b, train=False))(variables, batch)
-            outputs[name] = np.asarray(rows)[0, : len(scene.feats)]  # type: ignore[index]
-    return outputs
+    apply = jax.jit(
+        lambda variables, batch: student.apply(
+            variables, batch, train=False, capture_intermediates=lambda module, _: isinstance(module, WaffleIron)
+        )
+    )
+
+    def reference(variables: Any, scene: SceneView) -> Outputs:
+        shard = pack_shard([scene], static_capacities(scene, grids), scene, grids)
+        rows, state = apply(variables, jax.tree.map(lambda x: x[None], shard))  # type: ignore[misc]
+        outputs = {"features": state["intermediates"]["backbone"]["__call__"][0]}
+        if student.head in HEADS:
+            outputs[HEADS[student.head]] = rows[0]
+        return {name: np.asarray(rows)[: len(scene.feats)] for name, rows in outputs.items()}
+
+    return reference
 
 
 def _inputs(form: str, scene: SceneView, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -195,11 +244,12 @@ def _write_program(folder: Path, form: str, settings: Mapping[str, Any], variabl
             np.savez(file, **weights)
 
 
-def _run_exported(folder: Path, form: str, settings: Mapping[str, Any], scene: SceneView) -> Outputs:
-    """The exported folder's outputs, by the way in which a user would load it."""
-    if form in READABLE:
-        loaded = api.load(folder)
-        return reference(loaded.config, loaded.variables, scene)
+def _as_json(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+def _run_program(folder: Path, form: str, settings: Mapping[str, Any], scene: SceneView) -> Outputs:
+    """An exported program's outputs, by the way in which a user would run it."""
     inputs = _inputs(form, scene, settings)
     if form == "onnx":
         from scalr_jax.export_onnx import open_session
@@ -221,55 +271,5 @@ def _need_onnx() -> None:
         raise InputError(f'--format=onnx needs the export extra, pip install "scalr_jax[export]" ({error})') from None
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes are `InputError`s, which become one sentence and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; python -m scalr_jax.export --help lists the arguments")
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m scalr_jax.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, help="a workdir, a published .pth or .safetensors, or an export")
-    parser.add_argument("--format", required=True, choices=tuple(FILES), help="; ".join(FORMAT_HELP))
-    parser.add_argument("--output", required=True, help="the folder to write")
-    parser.add_argument("--fold", action="store_true", help="fold batch norms and merge layer scales; equal outputs")
-    parser.add_argument("--overwrite", action="store_true", help="replace an exported folder of that name")
-    parser.add_argument("--licence", default="", help="of the weights, for the model card, as in --licence='CC BY 4.0'")
-    parser.add_argument("--sensor", help="whose settings apply, as in scalr_jax.load: nuscenes, semantic_kitti, ...")
-    parser.add_argument("--intensity", type=_numbers(2), help="mean,deviation of the raw intensity")
-    parser.add_argument("--field_of_view", type=_numbers(6), help="x,y,z least and x,y,z most in metres")
-    parser.add_argument("--grids", type=_numbers(6), help="rows,columns of the planes xy, xz, yz")
-    parser.add_argument("--activation", choices=("relu", "gelu"), help="of a published file that does not say it")
-    return parser.parse_args(argv)
-
-
-FORMAT_HELP = (
-    "torch: the published layout",
-    "safetensors: the same names",
-    "stablehlo: for JAX on CPU, CUDA and TPU",
-    "onnx: for onnxruntime",
-    "orbax: parameters alone",
-)
-
-
-def _numbers(count: int) -> Any:
-    def numbers(text: str) -> tuple[float, ...]:
-        try:
-            values = tuple(float(part) for part in text.split(","))
-        except ValueError:
-            values = ()
-        if len(values) != count:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {count} numbers with commas between them")
-        return values
-
-    return numbers
-
-
 if __name__ == "__main__":
-    main()
+    main(sys.argv)

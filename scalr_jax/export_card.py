@@ -103,6 +103,7 @@ def readme(content: Mapping[str, Any], name: str) -> str:
          f"{settings['activation']}"),
         ("parameters", f"{content['parameters']:,}"),
         ("output", _output_text(settings)),
+        *([("classes", ", ".join(settings["class_names"]))] if settings.get("class_names") else []),
         ("folded", "batch norms folded, layer scales merged" if content["folded"] else "no"),
         ("field of view", ", ".join(f"{x} {low:g} to {high:g}" for x, low, high in view) + " metres"),
         ("grids", "; ".join(f"{p} {h} x {w}" for p, (h, w) in zip(PLANES, settings["grids"], strict=True))),

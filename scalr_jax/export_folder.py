@@ -8,12 +8,14 @@ model.*       the weights or the program, by format (`FILES`)
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors.numpy
 
@@ -33,18 +35,26 @@ FILES = {
 READABLE = ("torch", "safetensors", "orbax")  # by `scalr_jax.load`; the others are programs
 
 
-@contextlib.contextmanager
-def new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `output`, which becomes `output` when the block ends well, and else is removed.
-
-    Raises:
-      InputError: `output` exists (with `overwrite`: and is no export), or cannot be written.
-    """
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raises InputError when `output` exists (with `overwrite`: as something else than an export) or lies in a file."""
+    above = next((folder for folder in output.parents if folder.exists()), output.parent)
+    if above.exists() and not above.is_dir():
+        raise InputError(f"{output} cannot be written, for {above} is a file; give another --output")
     if output.exists() or output.is_symlink():
         if not overwrite:
             raise InputError(f"{output} exists; give another --output, or --overwrite to replace it")
         if not is_export(output):
             raise InputError(f"{output} exists and is no exported folder; --overwrite replaces only those")
+
+
+@contextlib.contextmanager
+def new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `output`, which becomes `output` when the block ends well, and else is removed.
+
+    Raises:
+      InputError: as `check_output`, or `output` cannot be written.
+    """
+    check_output(output, overwrite=overwrite)
     partial = output.parent / f".{output.name}.partial"  # what a kill left behind is removed by the next export
     made = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
     try:
@@ -95,7 +105,19 @@ def write_weights(folder: Path, form: str, settings: Mapping[str, Any], variable
     elif form == "safetensors":
         path.write_bytes(safetensors.numpy.save(interop.published_state_dict(settings, variables)))
     else:
+        _write_orbax(path, variables)
+
+
+def _write_orbax(path: Path, variables: Mapping[str, Any]) -> None:
+    """`save_weights`; raises OSError. That there is space is tried first: when a disk is full while Orbax writes, its
+    abandoned tasks print tracebacks of pages."""
+    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(variables))
+    path.write_bytes(bytes(size + size // 8 + (1 << 16)))
+    path.unlink()
+    try:
         save_weights(path, variables)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise OSError(errno.EIO, str(error).splitlines()[0][:200]) from error
 
 
 def read_export(folder: Path) -> tuple[dict, dict]:

@@ -91,12 +91,13 @@ def serialize(model: Mapping[str, Any], variables: Mapping[str, Any]) -> bytes:
     return content.SerializeToString()
 
 
-def open_session(path: Path, *, threads: int = 0) -> Any:
-    """An onnxruntime session on the CPU; `threads` 0: as many as there are cores."""
+def open_session(model: Path | bytes, *, threads: int = 0) -> Any:
+    """An onnxruntime session on the CPU, of a file or its bytes; `threads` 0: as many as there are cores."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    content = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 def build_model(model: Mapping[str, Any], variables: Mapping[str, Any]) -> onnx.ModelProto:

@@ -57,7 +57,7 @@ def make_program(model: Mapping[str, Any]) -> Any:
             capture_intermediates=lambda module, _: isinstance(module, WaffleIron),
         )
         outputs = {"features": state["intermediates"]["backbone"]["__call__"][0]}
-        if student.head != "none":
+        if student.head in HEADS:
             outputs[HEADS[student.head]] = rows[0]
         return outputs
 
