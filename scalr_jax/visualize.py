@@ -54,6 +54,7 @@ from scalr_jax.data import scan_inputs
 from scalr_jax.data.records import Records, is_prepared
 from scalr_jax.data.scenes import IGNORE, BadFrameError, Frame, InputError
 from scalr_jax.data.street_sensors import SENSORS as STREETS
+from scalr_jax.data.whole_scan import FARTHEST
 from scalr_jax.evaluation import correlation
 from scalr_jax.predict_outputs import check_writable
 from scalr_jax.visualize_pictures import Panel
@@ -99,7 +100,7 @@ def visualize(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     points = scan_inputs.student_points(frame)
-    finite = np.asarray(np.isfinite(points).all(axis=1))
+    finite = np.asarray(np.isfinite(points).all(axis=1) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1))
     what = what or ("distilled" if model.config.head == "distill" else "features")
     features = (model.distilled if what == "distilled" else model.embed)(points)[finite]
     predictions = model.segment(points)[finite] if model.class_names else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import contextlib
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +19,14 @@ from matplotlib.lines import Line2D
 
 from scalr_jax import metrics
 from scalr_jax.data.scenes import IGNORE
+from scalr_jax.data.whole_scan import FARTHEST
+from scalr_jax.predict_outputs import written_whole
 
 BACKGROUND = "#10141c"
 IGNORED = (90, 90, 90)
 RIGHT, WRONG = (58, 84, 122), (255, 77, 77)
 STAR: dict[str, Any] = {"marker": "*", "color": "white", "markeredgecolor": "black", "markersize": 17, "linestyle": ""}
-NEAR = 0.985  # share of the points that a top view shows at least
+FAR = 0.015  # share of the points beyond each edge of a top view, at most
 
 # What the class names of the known datasets have in common, first match first.
 KNOWN = (
@@ -205,22 +208,27 @@ def draw_with_image(
 
 def _top_view(figure: Any, axes: Any, xyz: np.ndarray, panel: Panel, query: int | None) -> None:
     """Points from above, the highest on top, with rings of distance, axes in metres and what explains the colours."""
-    half = top_view_half_width(xyz)
+    (left, bottom), side = top_view_box(xyz)
     with np.errstate(invalid="ignore"):
-        shown = np.flatnonzero((np.abs(xyz[:, :2]) < half).all(axis=1) & np.isfinite(xyz[:, 2]))
+        inside = (xyz[:, 0] > left) & (xyz[:, 0] < left + side) & (xyz[:, 1] > bottom) & (xyz[:, 1] < bottom + side)
+        shown = np.flatnonzero(inside & np.isfinite(xyz[:, 2]))
     order = shown[np.argsort(xyz[shown, 2])]
     axes.set_facecolor(BACKGROUND)
     size = float(np.clip(60_000 / max(len(order), 1), 0.8, 9.0))
     drawn = axes.scatter(xyz[order, 0], xyz[order, 1], s=size, **_colored(panel, order))
-    step = next(step for step in (5, 10, 20, 50, 100, 1000, 10_000) if half / step <= 5.5)
-    for radius in range(step, int(half) + 1, step):
+    step = next(step for step in (5, 10, 20, 50, 100, 500, 2000) if side / step <= 11)
+    room = {(0, -1): -bottom, (0, 1): bottom + side, (-1, 0): -left, (1, 0): left + side}
+    along = np.array(max(room, key=lambda direction: room[direction]))  # where the rings' labels stand
+    style: dict[str, Any] = {"color": "white", "fontsize": 8, "ha": "center", "va": "center", "clip_on": True}
+    style["bbox"] = {"facecolor": BACKGROUND, "alpha": 0.6, "pad": 1, "lw": 0}
+    for radius in range(step, int(1.5 * side), step):
         axes.add_patch(patches.Circle((0, 0), radius, fill=False, color="white", alpha=0.28, linewidth=0.6))
-        label = {"color": "white", "fontsize": 8, "ha": "center", "va": "bottom", "clip_on": True}
-        axes.text(0, -radius, f"{radius} m", **label, bbox={"facecolor": BACKGROUND, "alpha": 0.6, "pad": 1, "lw": 0})
+        if radius < 0.98 * room[tuple(along)]:
+            axes.text(*(radius * along), f"{radius} m", **style)
     axes.plot(0, 0, marker="+", color="white", markersize=9)
     if query is not None:
         axes.plot(xyz[query, 0], xyz[query, 1], **STAR)
-    axes.set(xlabel="x (m)", ylabel="y (m)", aspect="equal", xlim=(-half, half), ylim=(-half, half))
+    axes.set(xlabel="x (m)", ylabel="y (m)", aspect="equal", xlim=(left, left + side), ylim=(bottom, bottom + side))
     axes.set_title(panel.title, fontsize=11, loc="left")
     if panel.label:
         figure.colorbar(drawn, ax=axes, label=panel.label, shrink=0.75, extend="both")
@@ -232,10 +240,17 @@ def _top_view(figure: Any, axes: Any, xyz: np.ndarray, panel: Panel, query: int 
         axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=10)
 
 
-def top_view_half_width(xyz: np.ndarray) -> float:
-    """Metres from the origin to the edge of a top view of points [N, 3]: a multiple of 5; leaves out the last 1.5 %."""
-    reach = np.abs(xyz[np.isfinite(xyz).all(axis=1), :2]).max(axis=1, initial=0.0)
-    return 5.0 * float(np.ceil(np.quantile(reach, NEAR) / 5.0)) if len(reach) and reach.any() else 5.0
+def top_view_box(xyz: np.ndarray) -> tuple[np.ndarray, float]:
+    """The lowest corner [2] and the side (metres, a multiple of 5) of the square that a top view of points shows.
+
+    It holds the origin and, of the points [N, 3] within 10 km, all but the farthest `FAR` along each direction.
+    """
+    with np.errstate(invalid="ignore"):
+        near = xyz[(np.abs(xyz) < FARTHEST).all(axis=1), :2]
+    low, high = np.quantile(near, (FAR, 1 - FAR), axis=0) if len(near) else np.zeros((2, 2))
+    low, high = np.minimum(low, -2.0), np.maximum(high, 2.0)
+    side = 5.0 * float(np.ceil((high - low).max() / 5.0))
+    return (low + high - side) / 2, side
 
 
 def _colored(panel: Panel, order: np.ndarray) -> dict[str, Any]:
@@ -248,5 +263,6 @@ def _colored(panel: Panel, order: np.ndarray) -> dict[str, Any]:
 
 def _save(figure: Any, output: Path | IO[bytes], title: str) -> None:
     figure.suptitle(title, fontsize=12)
-    figure.savefig(output, dpi=100, format="png", bbox_inches="tight", pad_inches=0.15)
+    with written_whole(output) if isinstance(output, Path) else contextlib.nullcontext(output) as file:
+        figure.savefig(file, dpi=100, format="png", bbox_inches="tight", pad_inches=0.15)
     plt.close(figure)

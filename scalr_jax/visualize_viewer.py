@@ -17,11 +17,11 @@ import numpy as np
 from scalr_jax.data.scenes import IGNORE, InputError
 from scalr_jax.evaluation.correlation import cosine_similarity, normalize
 from scalr_jax.predict_outputs import written_whole
-from scalr_jax.visualize_pictures import BACKGROUND, IGNORED, class_color
+from scalr_jax.visualize_pictures import BACKGROUND, IGNORED, class_color, top_view_box
 
 MAX_POINTS = 30_000
 DIMENSIONS = 24
-POINT_SIZE = 1.8
+POINT_SIZE = 1.6
 MISSING = 'the viewer needs plotly: pip install "scalr_jax[view]"'
 
 # Runs when the figure is there. A click on a point computes the similarities and shows their trace.
@@ -79,7 +79,7 @@ def write_viewer(
       query: the point to which similarity is shown at first.
       title: above the points.
       predictions, labels: [N] classes or 255, with their names.
-      max_points: more are thinned to so many, at random.
+      max_points: more points of the top view's square are thinned to so many, at random.
 
     Raises:
       InputError: plotly is not installed.
@@ -88,7 +88,7 @@ def write_viewer(
         import plotly.graph_objects as go
     except ImportError as error:
         raise InputError(MISSING) from error
-    shown = _thin(len(points), query, max_points)
+    shown = _thin(points[:, :3], query, max_points)
     points, codes = points[shown], quantize(features[shown])
     here = int(np.searchsorted(shown, query))
     similarity = cosine_similarity(codes.astype(np.float32), here)
@@ -129,14 +129,20 @@ def write_viewer(
     return len(points)
 
 
-def _thin(number: int, query: int, max_points: int) -> np.ndarray:
-    """Ascending indices of at most `max_points` points, the query among them."""
-    if number <= max_points:
-        return np.arange(number)
-    some = np.random.default_rng(0).choice(number, max_points, replace=False)
-    if query not in some:
-        some[0] = query
-    return np.sort(some)
+def _thin(xyz: np.ndarray, query: int, max_points: int) -> np.ndarray:
+    """Ascending indices of at most `max_points` points of the top view's square [N, 3], the query among them.
+
+    A point's chance grows with its distance: near the lidar there are enough.
+    """
+    (left, bottom), side = top_view_box(xyz)
+    x, y = xyz[:, 0] - left, xyz[:, 1] - bottom
+    kept = np.flatnonzero((x > 0) & (x < side) & (y > 0) & (y < side))
+    if len(kept) > max_points:
+        chance = np.maximum(np.linalg.norm(xyz[kept], axis=1), 1.0).astype(np.float64)
+        kept = np.random.default_rng(0).choice(kept, max_points, replace=False, p=chance / chance.sum())
+    if query not in kept:
+        kept = np.append(kept[1:] if len(kept) == max_points else kept, query)
+    return np.sort(kept)
 
 
 def _points(go: Any, points: np.ndarray, marker: dict[str, Any], **options: Any) -> Any:

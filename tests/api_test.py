@@ -5,16 +5,15 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_student import tiny_model
+from tiny_student import tiny_model, write_workdir
 
 import scalr_jax
 from scalr_jax import interop, sensors
-from scalr_jax.checkpoint import Checkpoints
-from scalr_jax.config import get_config
+from scalr_jax.data.files import read_label_map
 from scalr_jax.data.scenes import IGNORE
+from scalr_jax.data.street_layout import CLASSES as STREET_CLASSES
 from scalr_jax.interop_layout import empty_batch
 
 EXPLICIT = {
@@ -26,22 +25,6 @@ EXPLICIT = {
 
 def published(path, head="distill", out_features=6, **changes):
     interop.save_torch_checkpoint(path, *tiny_model(head, out_features, **changes))
-    return path
-
-
-def workdir(path, task, head, out_features, **data):
-    """A run's folder, as training leaves it."""
-    config = get_config()
-    config.task = task
-    config.data.update(data)
-    model, variables = tiny_model(head, out_features)
-    config.model.update({key: model[key] for key in config.model if key in ("channels", "depth")})
-    path.mkdir()
-    (path / "config.json").write_text(config.to_json_best_effort())
-    checkpoints = Checkpoints(path / "checkpoints", every=1, keep=1)
-    checkpoints.save(1, jax.tree.map(jnp.asarray, variables), jnp.zeros(1), force=True)
-    checkpoints.wait()
-    checkpoints.close()
     return path
 
 
@@ -181,29 +164,51 @@ def test_presets(tmp_path):
 
 
 def test_a_workdir_has_its_settings(tmp_path):
-    path = workdir(tmp_path / "run", "distill", "distill", 6, dataset="semantic_kitti")
+    path = write_workdir(tmp_path / "run", "distill", "distill", 6, dataset="semantic_kitti")
     model = scalr_jax.load(path)
     assert model.config.intensity == (0.28613698, 0.14090556)
     assert model.distilled(random_points(60)).shape[1] == 6
-    probe = workdir(tmp_path / "probe", "probe", "segment", 7, dataset="streets", sensors=("solid",))
+    probe = write_workdir(tmp_path / "probe", "probe", "segment", 7, dataset="streets", sensors=("solid",))
     model = scalr_jax.load(probe, grids=EXPLICIT["grids"])
     assert model.config.intensity == sensors.STREETS_INTENSITY["solid"]
     assert model.segment(random_points(60)).shape == (len(random_points(60)),)
 
 
+def test_names_of_classes(tmp_path):
+    """Those of the dataset where there are as many, else those that the run's results have, else numbers."""
+    names = read_label_map("nuscenes").class_names
+    path = published(tmp_path / "x.pth", "segment", len(names))
+    assert scalr_jax.load(path, sensor="nuscenes", activation="relu").class_names == names
+    assert scalr_jax.load(path, sensor="pandar64", activation="relu").class_names[:2] == ("class 0", "class 1")
+    assert scalr_jax.load(published(tmp_path / "y.pth"), sensor="nuscenes").class_names == ()
+    streets = write_workdir(tmp_path / "streets", "probe", "segment", len(STREET_CLASSES), dataset="streets")
+    assert scalr_jax.load(streets).class_names == STREET_CLASSES
+    own = write_workdir(tmp_path / "own", "finetune", "segment", 3, dataset="folder")
+    assert scalr_jax.load(own, intensity=(0, 1)).class_names == ("class 0", "class 1", "class 2")
+    (own / "results.json").write_text(json.dumps({"iou": {"grass": 0.5, "stone": None, "sand": 0.1}}))
+    assert scalr_jax.load(own, intensity=(0, 1)).class_names == ("grass", "stone", "sand")
+
+
+def test_what_does_not_fit_is_told(distilled):
+    points = random_points(300)
+    points[:, 2] = -1.7
+    assert distilled.check(points) == {}
+    assert list(distilled.check(points * np.array([3, 3, 1, 100]))) == ["intensity", "view"]
+
+
 def test_a_workdir_of_several_sensors_asks_which(tmp_path):
     data = {"dataset": "nuscenes+pandaset", "sensors": ("pandar64", "pandargt")}
-    path = workdir(tmp_path / "run", "distill", "distill", 6, **data)
+    path = write_workdir(tmp_path / "run", "distill", "distill", 6, **data)
     with pytest.raises(ValueError, match=r"several sensors \(nuscenes, pandar64, pandargt\); give sensor="):
         scalr_jax.load(path)
     assert scalr_jax.load(path, sensor="pandargt").config.intensity == sensors.INTENSITY["pandargt"]
 
 
 def test_a_workdir_of_the_published_mixture_or_of_own_scans_asks_for_what_it_needs(tmp_path):
-    path = workdir(tmp_path / "merged", "distill", "distill", 6, dataset="merged")
+    path = write_workdir(tmp_path / "merged", "distill", "distill", 6, dataset="merged")
     with pytest.raises(ValueError, match=r"several sensors \(nuscenes, semantic_kitti, pandar64, pandargt\)"):
         scalr_jax.load(path)
-    path = workdir(tmp_path / "own", "distill", "distill", 6, dataset="folder")
+    path = write_workdir(tmp_path / "own", "distill", "distill", 6, dataset="folder")
     with pytest.raises(ValueError, match=r"own scans; give intensity="):
         scalr_jax.load(path)
     assert scalr_jax.load(path, intensity=(1.0, 2.0)).config.intensity == (1.0, 2.0)

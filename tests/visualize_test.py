@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_student import tiny_model
+from tiny_student import tiny_model, write_workdir
 
 import scalr_jax
 from scalr_jax import interop, visualize, visualize_pictures, visualize_viewer
@@ -163,13 +163,17 @@ def test_a_scan_without_image_and_with_points_that_are_no_numbers(streets, tmp_p
     points = streets.frame(1).points.copy()
     points[::7, 0] = np.nan
     points[1, 3] = np.inf
+    points[2:5000:11, 1] = 1e30  # far more than a few: no picture may be drawn to hold them
     np.save(tmp_path / "scan.npy", points)
     _, model = load(tmp_path, "distill", 6)
     frame = scan_inputs.read_frame(tmp_path / "scan.npy")
     files = visualize.visualize(model, frame, tmp_path / "out", query=(10.0, 0.0, -1.7))
     assert [path.name for path in files] == ["pca.png", "correlation_0.png", "viewer.html"]
     shown = read_viewer(files[-1])["data"][0]
-    assert len(decode(shown["x"])) == np.isfinite(points).all(axis=1).sum()
+    near = np.isfinite(points).all(axis=1) & (np.abs(points[:, :3]) < 1e4).all(axis=1)
+    assert 0.9 * near.sum() < len(decode(shown["x"])) <= near.sum()
+    assert visualize_pictures.top_view_box(points[:, :3])[1] < 200
+    assert np.abs(np.concatenate([decode(shown[axis]) for axis in "xyz"])).max() < 200
 
 
 def test_pixels_lie_where_the_calibration_says(streets, tmp_path):
@@ -184,7 +188,13 @@ def test_pixels_lie_where_the_calibration_says(streets, tmp_path):
     matrix = np.eye(4)
     matrix[:3, :3], matrix[:3, 3] = axes, -axes @ position
     focal = street_sensors.focal_length(size)
-    entry: dict = {"fx": focal, "fy": focal, "cx": (size[1] - 1) / 2, "cy": (size[0] - 1) / 2, "size": [size[1], size[0]]}
+    entry: dict = {
+        "fx": focal,
+        "fy": focal,
+        "cx": (size[1] - 1) / 2,
+        "cy": (size[0] - 1) / 2,
+        "size": [size[1], size[0]],
+    }
     entry["lidar_to_camera"] = matrix.tolist()
     (tmp_path / "cameras.json").write_text(json.dumps({"front": entry}))
     Image.fromarray(frame.image).save(tmp_path / "front.png")
@@ -208,7 +218,7 @@ def read_viewer(path):
     return {"data": data, "layout": layout}
 
 
-def decode(array):
+def decode(array) -> np.ndarray:
     return np.frombuffer(base64.b64decode(array["bdata"]), array["dtype"])
 
 
@@ -325,22 +335,17 @@ def sentence_of(capsys, *arguments):
     return lines[0]
 
 
-def test_the_command_draws_a_street(street_cache, tmp_path, capsys):
-    path, _ = load(tmp_path, "distill", 6)
-    visualize.main(
-        [
-            *("visualize", f"--model={path}", "--sensor=nuscenes", "--cache=none", f"--output={tmp_path}/out"),
-            *(
-                "--dataset=streets",
-                f"--root={tmp_path}/streets",
-                "--num_queries=1",
-                "--max_points=500",
-                "--what=features",
-            ),
-        ]
-    )
-    assert capsys.readouterr().out.splitlines()[-1].endswith("pca.png, correlation_0.png, viewer.html")
-    assert (tmp_path / "streets").is_dir()
+def test_a_frame_of_the_run_itself(street_cache, tmp_path, capsys):
+    """A workdir says which streets it was trained on; one of validation is drawn, image and labels included."""
+    data = {"dataset": "streets", "root": str(street_cache), "image_size": (112, 224)}
+    path = write_workdir(tmp_path / "run", "probe", "segment", len(CLASSES), **data)
+    flags = ("--cache=none", f"--output={tmp_path}/out", "--index=1", "--num_queries=1", "--max_points=500")
+    visualize.main(["visualize", f"--model={path}", *flags])
+    text = capsys.readouterr().out.splitlines()[-1]
+    assert text.endswith("/out: pca.png, correlation_0.png, prediction.png, viewer.html")
+    layout = read_viewer(tmp_path / "out" / "viewer.html")["layout"]
+    assert layout["title"]["text"].startswith("features of streets/validation/1")
+    assert layout["updatemenus"][0]["buttons"][-1]["label"] == "label"
 
 
 @pytest.mark.parametrize(
