@@ -315,9 +315,7 @@ def worker(tmp_path, train, *, stop=False):
         return process.wait(timeout=60), output
 
 
-@pytest.mark.parametrize(
-    ("train", "code"), [(FINISH, 0), ("exit 2", 2), ("exit 1", 1), ("kill -ABRT $$", 134)]
-)
+@pytest.mark.parametrize(("train", "code"), [(FINISH, 0), ("exit 2", 2), ("exit 1", 1), ("kill -ABRT $$", 134)])
 def test_a_worker_says_whether_the_run_is_finished(train, code, tmp_path):
     assert worker(tmp_path, train)[0] == code
 
