@@ -11,18 +11,15 @@ from pathlib import Path
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prepared_datasets import assert_one_sentence
-from tiny_student import tiny_model
+from tiny_student import tiny_model, write_workdir
 
 import scalr_jax
 from scalr_jax import export, export_folder, interop
-from scalr_jax.checkpoint import Checkpoints
-from scalr_jax.config import get_config
 from scalr_jax.data.scenes import InputError
 from scalr_jax.export_inputs import LEVELS, make_inputs, pad_inputs, sum_tree
 from scalr_jax.fold import fold
@@ -217,20 +214,14 @@ def test_the_tree_of_sums_adds_up_every_cell(counts, seed):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run's folder, as training leaves it, with results."""
-    path, config = tmp_path_factory.mktemp("export") / "run", get_config()
-    config.task, config.data.dataset, config.data.sensors = "probe", "streets", ("solid",)
-    config.checkpoint = "/some/where/pretrain"
-    model, variables = tiny_model("segment", 12)
-    config.model.update({key: model[key] for key in config.model if key in ("channels", "depth")})
-    config.model.update(field_of_view=SETTINGS["field_of_view"], grids=SETTINGS["grids"])
-    path.mkdir()
-    (path / "config.json").write_text(config.to_json_best_effort())
+    """A run's folder with results, whose field of view and start are no defaults."""
+    path = tmp_path_factory.mktemp("export") / "run"
+    write_workdir(path, "probe", "segment", 12, dataset="streets", sensors=("solid",))
+    config = json.loads((path / "config.json").read_text())
+    config["checkpoint"] = "/some/where/pretrain"
+    config["model"] |= {key: SETTINGS[key] for key in ("field_of_view", "grids")}
+    (path / "config.json").write_text(json.dumps(config))
     (path / "results.json").write_text(json.dumps({"miou": 0.4321}))
-    checkpoints = Checkpoints(path / "checkpoints", every=1, keep=1)
-    checkpoints.save(1, jax.tree.map(jnp.asarray, variables), jnp.zeros(1), force=True)
-    checkpoints.wait()
-    checkpoints.close()
     return path
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_scenes import GRIDS, random_scene
 
-from scalr_jax.data.packing import Capacities, derive_capacities, overflow, pack_shard, pack_stream, sizes
+from scalr_jax.data.packing import Capacities, derive_capacities, overflow, pack_shard, pack_stream, round_up, sizes
 from scalr_jax.data.scenes import InputError
 
 ROOMY = Capacities(400, 5, (400,) * 3, (1200,) * 3)
@@ -96,3 +96,17 @@ def test_derived_capacities_hold_full_packs_of_such_scenes():
     packs = list(pack_stream(iter(scenes), capacities))
     assert all(not overflow(sizes(scene), capacities) for scene in scenes)
     assert np.mean([len(pack.scenes) for pack in packs[:-1]]) >= 4.5
+
+
+@given(st.integers(1, 300_000), st.integers(1, 40_000))
+def test_sizes_of_the_short_list_hold_a_scene_with_little_room_left(points, cells):
+    """From 4,096 on at most an eighth more rows than points, a multiple of 512; a size of the list is its own."""
+    cells = min(cells, points, 256 * 32)
+    need = Capacities(points, 1, (cells,) * 3, (min(9 * cells, 256 * 32),) * 3)
+    given_sizes = round_up(need, ((256, 256), (256, 32), (256, 32)))
+    assert not overflow(need, given_sizes)
+    assert given_sizes.points <= max(4_096, 1.125 * points)
+    assert given_sizes.points % 512 == 0
+    assert given_sizes == round_up(
+        given_sizes._replace(cells=need.cells, halo=need.halo), ((256, 256), *[(256, 32)] * 2)
+    )
