@@ -48,7 +48,10 @@ def start(
     """
     given = {"--coordinator_address": address, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
-    timeouts: dict[str, Any] = {"initialization_timeout": connect_seconds, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    timeouts: dict[str, Any] = {
+        "initialization_timeout": connect_seconds,
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+    }
     where = "" if address is None else f" at {address}"
     _at_abort(
         2,
