@@ -30,6 +30,7 @@ PEAKS: tuple[tuple[str, float], ...] = (
     (r"B200", 2250e12),
     (r"A100|A800", 312e12),
     (r"L40S", 362e12),
+    (r"TPU ?7x", 1153.5e12),  # a device, of which a chip has two
     (r"TPU v6", 918e12),
     (r"TPU v5 ?(lite|e)", 197e12),
     (r"TPU v5", 459e12),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -19,11 +18,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from scalr_jax import sharding
-from scalr_jax.data.scenes import InputError, Plane
+from scalr_jax.chips import tpu_devices
+from scalr_jax.data.scenes import Plane
 from scalr_jax.models.layers import per_shard
 from scalr_jax.ops import cell_conv, cells, windows
 
@@ -31,23 +30,6 @@ Array = jax.Array
 
 COUNTED = ("gather", "scatter", "sort", "while", "custom-call")
 GRID, NUM_SCENES = (256, 256), 8  # the top view
-# What get_topology_desc needs on a machine without a TPU.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
-
-def tpu_devices(topology: str) -> list:
-    """The devices of a TPU topology such as "v5e:2x2", to compile for. Raises `InputError` without libtpu."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        return list(topologies.get_topology_desc(topology, "tpu").devices)
-    except Exception as error:  # JAX raises several types for a topology it does not know or a missing libtpu
-        raise InputError(f"--topology={topology}: {error}; it needs the extra: pip install 'scalr_jax[tpu]'") from error
 
 
 def mix_windows(x: Array, plane: Any, kernel1: Array, bias1: Array, kernel2: Array, bias2: Array) -> Array:

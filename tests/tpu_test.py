@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from scalr_jax import bench_formulations, optim, sharding, steps
+from scalr_jax.chips import tpu_devices
 from scalr_jax.config import get_config
 from scalr_jax.data.scenes import Batch, Plane
 from scalr_jax.models import vit
@@ -25,7 +26,7 @@ POINTS, SCENES, CELLS, HALO, IMAGE = 4096, 2, 1024, 2048, (56, 84)
 def mesh():
     """Four devices of a v5e: two data shards, two parameter shards."""
     pytest.importorskip("libtpu", reason="needs the tpu extra: pip install 'scalr_jax[tpu]'")
-    return sharding.make_mesh(2, 2, devices=bench_formulations.tpu_devices("v5e:2x2"))
+    return sharding.make_mesh(2, 2, devices=tpu_devices("v5e:2x2"))
 
 
 def abstract_batch(mesh):
