@@ -180,6 +180,7 @@ def _load_workdir(path: Path, sensor: str | None, given: dict) -> tuple[dict, di
         **model,
         "num_features": params["embedding"]["norm"]["scale"].shape[0],
         "head": head or "distill",
+        "head_hidden": 0 if head else model["head_hidden"],  # the distillation head's, which a probe has not
         "out_features": out["bias"].shape[0],
         "voxel_size": data["voxel_size"],
     }

@@ -1,93 +1,28 @@
-"""`scalr_jax.predict`: a row for every point in every format, folders that resume, one sentence for what is wrong."""
+"""`scalr_jax.predict`: a row for every point in every format, folders that resume, programs that are kept."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 
 import numpy as np
 import plyfile
 import pytest
 from PIL import Image
+from predict_runs import EXPLICIT, command, load, loaded_once, make_points, run, sentence_of, write_bin, write_models
 from scan_writers import make_table, write_pcd, write_ply
-from tiny_student import tiny_model
 
-import scalr_jax.api
-from scalr_jax import interop, model_flags, predict, predict_outputs
-from scalr_jax.data import scan_inputs
+from scalr_jax import predict, predict_outputs
 from scalr_jax.data.files import read_label_map
 from scalr_jax.data.scenes import IGNORE
-
-EXPLICIT = (
-    "--intensity=10,5",
-    "--field_of_view=-16,-16,-4,16,16,4",
-    "--grids=16,16,16,8,16,8",
-    "--activation=relu",
-    "--cache=none",
-)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A distilled and a probed model, random, as published files."""
-    folder = tmp_path_factory.mktemp("models")
-    interop.save_torch_checkpoint(folder / "distilled.pth", *tiny_model("distill", 6))
-    interop.save_torch_checkpoint(folder / "probed.pth", *tiny_model("segment", 7))
-    return folder
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _loaded_once():
-    """One model, and so one compilation, for all tests that name the same file and flags."""
-    loaded = {}
-    original = scalr_jax.api.load
-
-    def load_once(*arguments, **named):
-        key = repr((arguments, named))
-        if key not in loaded:
-            loaded[key] = original(*arguments, **named)
-        return loaded[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scalr_jax.api, "load", load_once)
+    with loaded_once():
         yield
-
-
-def load(path):
-    """The model that the command loads."""
-    flags = predict.FLAGS
-    flags.unparse_flags()
-    flags(["predict", f"--model={path}", *EXPLICIT])
-    return model_flags.load_model(flags)
-
-
-def make_points(number=300, seed=0):
-    """Points on a ground and above it, within 14 m."""
-    rng = np.random.default_rng(seed)
-    points = np.column_stack([rng.uniform(-14, 14, (number, 2)), np.full(number, -1.7), rng.normal(10, 5, number)])
-    points[::4, 2] = rng.uniform(-1.7, 2, len(points[::4]))
-    return points.astype(np.float32)
-
-
-def write_bin(path, points):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    points.astype("<f4").tofile(path)
-    return path
-
-
-def run(model, scan, *flags):
-    predict.run(["predict", f"--model={model}", f"--input={scan}", *EXPLICIT, *map(str, flags)])
-
-
-def sentence_of(capsys, *arguments):
-    """What the command says on stderr when it ends with code 2."""
-    with pytest.raises(SystemExit) as ended:
-        predict.main(["predict", *map(str, arguments)])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("scalr_jax: error: ")]
-    assert ended.value.code == 2
-    assert len(lines) == 1
-    return lines[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ one scan
@@ -252,113 +187,6 @@ def test_two_at_once_are_refused(models, folder, tmp_path):
         run(models / "probed.pth", folder, f"--output={tmp_path}/out")
 
 
-# -------------------------------------------------------------------------------------------------------- what is wrong
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--input=none.bin"], "none.bin: no such file or folder"),
-        (["--input=empty"], "empty: no scan in this folder"),
-        (["--input=parent"], "its folders empty, scans have some|its folders scans have some"),
-        (["--input=zero.bin"], "zero.bin: the scan has no points"),
-        (["--input=scan.txt"], "a scan is a file that ends in .bin, .npy, .pcd, .ply"),
-        (["--input=00.pkl.gz"], "PandaSet's <scene>/lidar/NN.pkl.gz"),
-        (["--output=a.csv"], "no output format .csv; there are .npz, .npy, .label, .ply, .png"),
-        (["--formats=npz,xyz"], "no output format .xyz"),
-        (["--output=file/a.npz"], "file is no folder, or a read-only one"),
-        (["--output=scan.bin", "--input=scan.bin"], "scan.bin is an input and would be overwritten"),
-        (["--output=points.npy", "--input=points.npy"], "is an input and would be overwritten"),
-        (["--input=scans", "--output=a.npz"], "names one file, and scans is a folder"),
-        (["--input=scans", "--output=scan.bin"], "scan.bin is a file, and scans is a folder"),
-        (["--what=labels"], "only distilled and has no classes"),
-        (["--output=a.label"], "a .label file holds classes, and features were asked for"),
-        (["--what=colors"], "value should be one of"),
-        (["--sector=1"], "--sector=1 must be 2 numbers"),
-        (["--sector=100,101"], "none of 301 points lies between"),
-        (["--intensity=1,2,3"], "--intensity=1,2,3 must be 2 numbers"),
-        (["--columns=5"], "6000|bytes are not whole points of 5"),
-        (["--columns=7"], "a .bin file has 3, 4, 5, 6 columns"),
-        (["--sensor=velodyne"], "sensor = 'velodyne' is none of nuscenes"),
-        (["--model=none.pth"], "none.pth is not a file"),
-        (["--model=empty"], "empty is not a workdir"),
-        (["--model="], "--model and --input are required"),
-        (["extra"], "unexpected arguments: extra"),
-        (["--outptu=x"], "Unknown command line flag 'outptu'"),
-    ],
-)
-def test_one_sentence_for_what_is_wrong(models, tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.chdir(tmp_path)
-    write_bin(tmp_path / "scan.bin", make_points(301))
-    write_bin(tmp_path / "scans" / "0.bin", make_points())
-    write_bin(tmp_path / "parent" / "scans" / "0.bin", make_points())
-    np.save("points.npy", make_points())
-    for name in ("zero.bin", "scan.txt", "00.pkl.gz", "file"):
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "empty").mkdir()
-    text = sentence_of(capsys, f"--model={models}/distilled.pth", "--input=scan.bin", *EXPLICIT, *flags)
-    assert re.search(message, text), text
-    assert not list(tmp_path.rglob("*.npz"))
-    assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_two_scans_of_one_name(models, tmp_path):
-    write_bin(tmp_path / "scans" / "0.bin", make_points())
-    np.save(tmp_path / "scans" / "0.npy", make_points())
-    with pytest.raises(ValueError, match=r"0\.bin and 0\.npy have one name"):
-        scan_inputs.list_scans(tmp_path / "scans")
-
-
-def command(*arguments, limit=None):
-    """The command in a process of its own; `limit`: blocks of 512 bytes that a file may have."""
-    line = [sys.executable, "-m", "scalr_jax.predict", *map(str, arguments)]
-    if limit is not None:
-        line = ["sh", "-c", f'trap "" XFSZ; ulimit -f {limit}; exec "$@"', "sh", *line]
-    return subprocess.run(line, check=False, capture_output=True, text=True, env=dict(os.environ))
-
-
-def test_a_full_disk_leaves_nothing_half_written(models, tmp_path):
-    scan = write_bin(tmp_path / "scan.bin", make_points(20_000))
-    done = command(
-        f"--model={models}/probed.pth", f"--input={scan}", f"--output={tmp_path}/out.npz", *EXPLICIT, limit=16
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "File too large" in done.stderr
-    assert "run the same command again" in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["scan.bin"]
-
-
-def test_a_second_process_does_not_compile(models, tmp_path):
-    """What the first process compiled is found by the second, which adds nothing."""
-    scan = write_bin(tmp_path / "scan.bin", make_points())
-    flags = [flag for flag in EXPLICIT if not flag.startswith("--cache")]
-    arguments = (f"--model={models}/probed.pth", f"--input={scan}", f"--output={tmp_path}/out.npz", *flags)
-    assert command(*arguments, f"--cache={tmp_path}/cache").returncode == 0
-    first = {path.name for path in (tmp_path / "cache").glob("*-cache")}
-    (tmp_path / "out.npz").unlink()
-    assert command(*arguments, f"--cache={tmp_path}/cache").returncode == 0
-    assert any("lambda" in name for name in first)
-    assert {path.name for path in (tmp_path / "cache").glob("*-cache")} == first
-    assert (tmp_path / "out.npz").exists()
-
-
-def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert model_flags.use_cache(tmp_path / "file" / "cache") is None
-    assert "compiled programs are not kept" in capsys.readouterr().out
-
-
-def test_help_has_examples(capsys):
-    with pytest.raises(SystemExit) as ended:
-        predict.main(["predict", "--help"])
-    assert ended.value.code == 0
-    text = capsys.readouterr().out
-    assert text.count("python -m scalr_jax.predict --model=") == 3
-    for name in predict.FLAGS:
-        if name not in ("?", "help", "helpfull", "helpshort", "helpxml", "only_check_args", "flagfile", "undefok"):
-            assert f"--{name} " in text, name
-
-
 # ------------------------------------------------------------------------------------------------------ what it says
 
 
@@ -391,3 +219,17 @@ def test_settings_of_an_output_folder_are_json(models, folder, tmp_path):
     found = json.loads((tmp_path / "out" / "predict.json").read_text())
     assert found["what"] == "labels"
     assert found["grids"] == [[16, 16], [16, 8], [16, 8]]
+
+
+def test_a_second_process_does_not_compile(models, tmp_path):
+    """What the first process compiled is found by the second, which adds nothing."""
+    scan = write_bin(tmp_path / "scan.bin", make_points())
+    flags = [flag for flag in EXPLICIT if not flag.startswith("--cache")]
+    arguments = (f"--model={models}/probed.pth", f"--input={scan}", f"--output={tmp_path}/out.npz", *flags)
+    assert command(*arguments, f"--cache={tmp_path}/cache").returncode == 0
+    first = {path.name for path in (tmp_path / "cache").glob("*-cache")}
+    (tmp_path / "out.npz").unlink()
+    assert command(*arguments, f"--cache={tmp_path}/cache").returncode == 0
+    assert any("lambda" in name for name in first)
+    assert {path.name for path in (tmp_path / "cache").glob("*-cache")} == first
+    assert (tmp_path / "out.npz").exists()

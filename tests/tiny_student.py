@@ -30,6 +30,8 @@ def write_workdir(path, task, head, out_features, **data):
     config.data.update(data)
     model, variables = tiny_model(head, out_features)
     config.model.update({key: model[key] for key in config.model if key in ("channels", "depth")})
+    if head != "distill":
+        config.model.head_hidden = 256  # of the distillation it began with: the demo's probes say so
     path.mkdir()
     (path / "config.json").write_text(config.to_json_best_effort())
     checkpoints = Checkpoints(path / "checkpoints", every=1, keep=1)
