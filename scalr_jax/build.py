@@ -214,6 +214,10 @@ def make_teacher(config: Any) -> tuple[Any, Any]:
         from scalr_jax.demo_teacher import load_demo_teacher
 
         vit_config, params = load_demo_teacher()
+    elif Path(teacher.checkpoint).name == "demo_teacher.safetensors" and Path(teacher.checkpoint).is_file():
+        from scalr_jax.demo_teacher import load_teacher
+
+        vit_config, params = load_teacher(teacher.checkpoint)  # of a run with config.task = "teacher"
     elif teacher.checkpoint and Path(teacher.checkpoint).is_file():
         from scalr_jax.interop_vit import load_dinov2
 

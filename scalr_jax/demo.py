@@ -41,7 +41,7 @@ def run_demo(config: Any, workdir: Path) -> dict:
     validation = build.make_dataset(config, "validation", cache=cache)
     num_classes = len(dataset.class_names)
 
-    part = _part(config, "distill")
+    part = part_config(config, "distill")
     state = train(part, workdir / "distill", dataset, distillation_task(part))
     distilled = jax.device_get(tasks.variables_of(state))
     random = _random_backbone(part, dataset)
@@ -57,12 +57,12 @@ def run_demo(config: Any, workdir: Path) -> dict:
             print(f"{name}: mIoU {results['miou']:.3f}", flush=True)
         return json.loads((folder / "results.json").read_text())
 
-    probe = _part(config, "probe")
+    probe = part_config(config, "probe")
     results_random = segment("probe_random", probe, frozen=True, initial=random)
     results_distilled = segment("probe_distilled", probe, frozen=True, initial=distilled)
     supervised = {}
     for rate in config.demo.supervised_learning_rates:
-        part = _part(config, "finetune")
+        part = part_config(config, "finetune")
         part.optimizer.learning_rate = rate
         supervised[rate] = segment(f"supervised_{rate:g}", part, frozen=False, initial=None)
     best = max(supervised, key=lambda rate: supervised[rate]["miou"])
@@ -73,7 +73,7 @@ def run_demo(config: Any, workdir: Path) -> dict:
         "miou_supervised": supervised[best]["miou"],
         "supervised_learning_rate": best,
         "gap_closed": gap_closed(results_random["miou"], results_distilled["miou"], supervised[best]["miou"]),
-        "seconds": _add_seconds(workdir, time.monotonic() - started),
+        "seconds": add_seconds(workdir, time.monotonic() - started),
         "points_per_s": _points_per_second(workdir / "distill"),
         "iou_random": results_random["iou"],
         "iou_distilled": results_distilled["iou"],
@@ -103,8 +103,8 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def _part(config: Any, task: str) -> Any:
-    """The config of one part of the demo."""
+def part_config(config: Any, task: str) -> Any:
+    """The config of one part of the demo: "distill", "probe" or "finetune"."""
     part = copy.deepcopy(config)
     part.task = task
     if task != "distill":
@@ -146,7 +146,7 @@ def _random_backbone(config: Any, dataset: Any) -> dict:
 
 def draw_correlations(config: Any, dataset: Any, variables: Any, folder: Path, *, number: int = 2) -> list[Path]:
     """Correlation maps of the distilled student for scenes with a car in view; query: the car's middle point."""
-    part = _part(config, "distill")
+    part = part_config(config, "distill")
     part.data.augmentation = "none"
     pipeline = Pipeline(dataset, build.make_settings(part, task="distill", train=False), epochs=1)
     out_features = variables["params"]["head"]["out"]["bias"].shape[0]
@@ -203,8 +203,8 @@ def _points_per_second(workdir: Path) -> float:
     return float(np.median(read_curve(workdir, "train/points_per_s")[1]))
 
 
-def _add_seconds(workdir: Path, seconds: float) -> float:
-    """Seconds over all starts of this demo."""
+def add_seconds(workdir: Path, seconds: float) -> float:
+    """Seconds over all starts of the run in `workdir`, these included; kept in `seconds.json`."""
     path = workdir / "seconds.json"
     total = seconds + (json.loads(path.read_text()) if path.exists() else 0.0)
     write_json(path, total)

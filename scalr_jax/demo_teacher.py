@@ -71,22 +71,25 @@ def load_teacher(path: str | Path) -> tuple[vit.ViTConfig, dict]:
 def save_teacher(path: str | Path, vit_config: vit.ViTConfig, params: Any) -> None:
     """Writes parameters as float16 safetensors, with the config as JSON in the file's metadata."""
     flat = {name: np.asarray(x, np.float16) for name, x in traverse_util.flatten_dict(params, sep="/").items()}
-    save_file(flat, str(path), {"vit_config": json.dumps(dataclasses.asdict(vit_config))})
+    temporary = Path(path).with_suffix(".tmp")  # a killed process leaves no half file
+    save_file(flat, str(temporary), {"vit_config": json.dumps(dataclasses.asdict(vit_config))})
+    temporary.replace(path)
 
 
 # ---- training
 
 
 def train_teacher(config: Any, workdir: Path) -> Path:
-    """Renders the views into `workdir/views`, trains and writes `workdir/demo_teacher.safetensors`; returns its path.
+    """Renders the views into `data.root` (or `workdir/views`), trains, writes `workdir/demo_teacher.safetensors`, whose
+    path it returns; `teacher.checkpoint` takes it.
 
     `config` is `configs/demo_teacher.py`'s. To package the result, copy it to `scalr_jax/assets`.
     """
     started = time.monotonic()
     image_size = tuple(config.data.image_size)
-    views = render_views(
-        workdir / "views", config.data.num_scenes, image_size, config.teacher_training.num_pixels, config.seed
-    )
+    cache = Path(config.data.root) if config.data.root else workdir / "views"
+    workdir.mkdir(parents=True, exist_ok=True)
+    views = render_views(cache, config.data.num_scenes, image_size, config.teacher_training.num_pixels, config.seed)
     print(f"teacher: {len(views.images)} views after {time.monotonic() - started:.0f} s", flush=True)
 
     # Parameters: the ViT's and the heads' on its unit features.

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from scalr_jax import demo_teacher
+from scalr_jax import build, demo_teacher
+from scalr_jax.config import get_config
 from scalr_jax.data import street_sensors
 from scalr_jax.data.street_views import render_views
 from scalr_jax.data.streets import split_seed
@@ -54,6 +55,17 @@ def test_saving_and_loading_keeps_config_and_parameters(tmp_path):
     loaded_config, loaded = demo_teacher.load_teacher(tmp_path / "teacher.safetensors")
     assert loaded_config == vit_config
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), params, loaded)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher.safetensors"]  # nothing half-written is left
+
+
+def test_a_teacher_of_ones_own_is_what_a_distillation_is_given(tmp_path):
+    vit_config = vit.ViTConfig(**SMALL)
+    path = tmp_path / demo_teacher.ASSET
+    demo_teacher.save_teacher(path, vit_config, vit.init(vit_config, jax.random.key(0), IMAGE_SIZE))
+    config = get_config()
+    config.teacher.checkpoint = str(path)
+    config.data.image_size = IMAGE_SIZE
+    assert build.make_teacher(config)[0] == vit_config
 
 
 def test_views_hold_no_sky_and_no_label(views):

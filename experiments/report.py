@@ -1,0 +1,201 @@
+"""The tables (Markdown, printed) and the plots of docs/results.md, from the seeds that experiments/streets.py has run.
+
+    python experiments/report.py --output=runs/results --figures=docs/images
+
+Means over the seeds that have a part, with the smallest and the largest value in parentheses when there are several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from scalr_jax.command_line import fail
+
+PERCENTS = (1, 10, 100)
+KINDS = {
+    "probe_random": "linear probe, random",
+    "probe_distilled": "linear probe, distilled",
+    "finetuned": "fine-tuned from distilled",
+    "supervised": "supervised from random",
+}
+
+
+def read_seeds(output: Path) -> list[dict]:
+    """The parts of each seed, by name."""
+    return [json.loads(path.read_text())["parts"] for path in sorted(output.glob("seed_*/results.json"))]
+
+
+def mious(seeds: Sequence[dict], name: str) -> list[float]:
+    """mIoU in percent of one part, of every seed that has it."""
+    return [100 * seed[name]["miou"] for seed in seeds if "miou" in seed.get(name, {})]
+
+
+def best_mious(seeds: Sequence[dict], kind: str, percent: int) -> list[float]:
+    """The same of the best of a kind's learning rates in each seed."""
+    pattern = re.compile(rf"{kind}_{percent}p(_[\d.e-]+)?")
+    found = [[100 * part["miou"] for name, part in seed.items() if pattern.fullmatch(name)] for seed in seeds]
+    return [max(values) for values in found if values]
+
+
+def cell(values: Sequence[float]) -> str:
+    """Mean (smallest to largest), or a dash."""
+    if not values:
+        return "-"
+    mean = f"{np.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def label_table(seeds: Sequence[dict]) -> str:
+    """Random, distilled and supervised with each share of the labels."""
+    rows = [[text, *(cell(best_mious(seeds, kind, p)) for p in PERCENTS)] for kind, text in KINDS.items()]
+    return table(["mIoU %", *(f"{percent} % of the labels" for percent in PERCENTS)], rows)
+
+
+def class_table(seeds: Sequence[dict]) -> str:
+    """IoU of each class with all labels."""
+    names: dict[str, list[list[float]]] = {}
+    for column, kind in enumerate(KINDS):
+        for seed in seeds:
+            found = [part for name, part in seed.items() if re.fullmatch(rf"{kind}_100p(_[\d.e-]+)?", name)]
+            if found:
+                for name, value in max(found, key=lambda part: part["miou"])["iou"].items():
+                    names.setdefault(name, [[] for _ in KINDS])[column].append(100 * value)
+    return table(["IoU %, all labels", *KINDS.values()], [[n, *map(cell, columns)] for n, columns in names.items()])
+
+
+def gap_table(seeds: Sequence[dict]) -> str:
+    """Models trained on 32 beams, evaluated on each sensor."""
+    rows = []
+    for kind, text in KINDS.items():
+        model = f"{kind}_100p" if kind.startswith("probe") else kind
+        rows.append([text, cell(best_mious(seeds, kind, 100))])
+        rows[-1] += [cell(mious(seeds, f"gap_{model}_{sensor}")) for sensor in ("beams64", "solid")]
+    return table(["mIoU %, trained on 32 beams", "32 beams", "64 beams", "solid state"], rows)
+
+
+def sensor_table(seeds: Sequence[dict]) -> str:
+    """Pretraining on one to three sensors, probed on each."""
+    rows = []
+    for number in ("random", "1", "2", "3"):
+        names = [f"probe_sensors_{number}_{sensor}" for sensor in ("beams32", "beams64", "solid")]
+        rows.append([number, *(cell(mious(seeds, name)) for name in names)])
+    return table(["sensors in pretraining", "probe on 32 beams", "on 64 beams", "on solid state"], rows)
+
+
+def sweep(seeds: Sequence[dict], points: dict[Any, str]) -> dict[Any, list[float]]:
+    """mIoU of each value of a sweep that has been run; `points`: value -> part."""
+    found = {value: mious(seeds, name) for value, name in points.items()}
+    return {value: values for value, values in found.items() if values}
+
+
+def pillars(seeds: Sequence[dict]) -> dict[str, dict[Any, list[float]]]:
+    """The sweeps, by the label of their axis: value -> mIoU of the linear probe, of each seed."""
+    distilled = "probe_distilled_100p"  # 64 channels, 6 layers, the packaged teacher
+    widths = {16: "probe_width16", 32: "probe_width32", 64: distilled, 96: "probe_width96"}
+    depths = {3: "probe_depth3", 6: distilled, 12: "probe_depth12"}
+    teachers: dict[Any, str] = {width: f"probe_by_teacher{width}" for width in (16, 32, 64, 128)}
+    return {
+        "channels of the student": sweep(seeds, widths),
+        "layers of the student": sweep(seeds, depths),
+        "channels of the teacher (300 steps each)": sweep(seeds, teachers),
+    }
+
+
+def draw_sweeps(sweeps: dict[str, dict[Any, list[float]]], output: Path) -> None:
+    """One panel a sweep: every seed a point, their mean a line."""
+    figure, all_axes = plt.subplots(1, len(sweeps), figsize=(3.6 * len(sweeps), 3.2), layout="constrained", sharey=True)
+    for axes, (label, found) in zip(np.atleast_1d(all_axes), sweeps.items(), strict=True):
+        places = range(len(found))
+        axes.plot(places, [np.mean(values) for values in found.values()], "-", color="C0")
+        for place, values in zip(places, found.values(), strict=True):
+            axes.plot([place] * len(values), values, "o", color="C0", alpha=0.6)
+        axes.set(xlabel=label, xticks=list(places), xticklabels=[str(value) for value in found])
+        axes.grid(alpha=0.3)
+    np.atleast_1d(all_axes)[0].set_ylabel("mIoU of a linear probe, %")
+    _save(figure, output)
+
+
+def draw_labels(seeds: Sequence[dict], output: Path) -> None:
+    """mIoU over the share of the labels, a line for each kind of training."""
+    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    for color, (kind, text) in enumerate(KINDS.items()):
+        found = {p: values for p in PERCENTS if (values := best_mious(seeds, kind, p))}
+        axes.plot(list(found), [np.mean(values) for values in found.values()], "-", color=f"C{color}", label=text)
+        for percent, values in found.items():
+            axes.plot([percent] * len(values), values, "o", color=f"C{color}", alpha=0.6)
+    axes.set(xscale="log", xlabel="labelled scans, % of 400", ylabel="mIoU, %", xticks=PERCENTS, xticklabels=PERCENTS)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, output)
+
+
+def draw_sensors(seeds: Sequence[dict], output: Path) -> None:
+    """A group of bars for each sensor that is probed, a bar for each number of sensors in pretraining."""
+    figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    for k, number in enumerate(("random", "1", "2", "3")):
+        found = [mious(seeds, f"probe_sensors_{number}_{sensor}") for sensor in ("beams32", "beams64", "solid")]
+        places = np.arange(3) + 0.2 * (k - 1.5)
+        label = "random weights" if number == "random" else f"{number} sensor{'s' if number > '1' else ''}"
+        axes.bar(places, [float(np.mean(values)) if values else 0.0 for values in found], 0.18, label=label, color=f"C{k}")
+        for place, values in zip(places, found, strict=True):
+            axes.plot([place] * len(values), values, ".", color="k")
+    axes.set(xticks=range(3), xticklabels=["32 beams", "64 beams", "solid state"], ylabel="mIoU of a linear probe, %")
+    axes.legend(title="pretraining")
+    axes.grid(axis="y", alpha=0.3)
+    _save(figure, output)
+
+
+def _save(figure: Any, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def report(seeds: Sequence[dict], figures: Path | None) -> str:
+    """All tables as Markdown; the plots go into `figures`."""
+    sweeps = pillars(seeds)
+    texts = [label_table(seeds), class_table(seeds), gap_table(seeds)]
+    for label, found in sweeps.items():
+        rows = [[str(value), cell(values)] for value, values in found.items()]
+        texts.append(table([label, "mIoU % of a linear probe"], rows))
+    texts.append(sensor_table(seeds))
+    seconds = sum(part["seconds"] or 0 for seed in seeds for part in seed.values())
+    texts.append(f"{sum(map(len, seeds))} parts of {len(seeds)} seeds, {seconds / 3600:.1f} hours in all.")
+    if figures is not None:
+        draw_labels(seeds, figures / "results_labels.png")
+        draw_sweeps(sweeps, figures / "results_pillars.png")
+        draw_sensors(seeds, figures / "results_sensors.png")
+    return "\n\n".join(texts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, type=Path, help="what streets.py was given")
+    parser.add_argument("--figures", type=Path, help="folder for the plots (default: none are drawn)")
+    arguments = parser.parse_args()
+    seeds = read_seeds(arguments.output)
+    if not seeds:
+        fail(f"{arguments.output} has no seed_N/results.json; run experiments/streets.py first")
+    print(report(seeds, arguments.figures))
+
+
+if __name__ == "__main__":
+    main()

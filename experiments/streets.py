@@ -1,0 +1,231 @@
+"""What docs/results.md is made of: the parts of one seed on generated streets, each a run in a folder of its own.
+
+    python experiments/streets.py --output=runs/results --seed=0                     # everything of a seed
+    python experiments/streets.py --output=runs/results --seed=0 --group=table --minutes=8
+    python experiments/streets.py --output=runs/results --seed=0 --list
+    python experiments/report.py --output=runs/results --figures=docs/images
+
+Groups: "table" (probes of random and distilled students and supervised training with 1, 10 and 100 % of the labels),
+"finetune" (the distilled student fine-tuned likewise), "gap" (the models of both on other sensors), "width", "depth",
+"teacher" and "sensors" (the three pillars at small scale; they start from parts of the table). The same command again
+goes on where it stopped: a part is done when its results.json is there, and an interrupted one resumes from its
+checkpoint. A part takes half a minute to two and a half minutes on 2 idle cores, a seed about 70 minutes; --minutes
+begins no part after so long. `OUTPUT/seed_N/results.json` gathers what is done.
+
+The student, the schedule and the streets are those of configs/demo.py, with 400 streets in place of 192, so that 1 % of
+the labels are four scans.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import runpy
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+
+from scalr_jax import tasks
+from scalr_jax.command_line import fail, one_sentence
+from scalr_jax.data.scenes import InputError
+from scalr_jax.demo import add_seconds, part_config
+from scalr_jax.demo_teacher import ASSET
+from scalr_jax.logging import write_json
+from scalr_jax.model_flags import use_cache
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+GROUPS = ("table", "finetune", "gap", "width", "depth", "teacher", "sensors")
+PERCENTS = (1, 10, 100)
+RATES = (4e-3, 1e-2, 2.5e-2)  # of supervised training and of fine-tuning; the report takes the best
+NUM_SCENES = 400
+RANDOM_STEPS = 40  # in which the batch norms of random weights see the data
+WIDTHS = (16, 32, 96)  # besides the table's 64 channels
+DEPTHS = (3, 12)  # besides 6 layers
+TEACHER_WIDTHS = (16, 32, 64, 128)
+TEACHER_STEPS, TEACHER_STREETS = 300, 150
+SENSORS = ("beams32", "beams64", "solid")
+
+
+class Part(NamedTuple):
+    """One run: `make()` is its config, called when its turn has come."""
+
+    group: str
+    name: str  # of its folder
+    make: Callable[[], Any]
+    result: str = "results.json"  # the file that says that it is done
+
+
+def parts(seed: int, folder: Path) -> Iterator[Part]:
+    """All parts of a seed, each after those it starts from."""
+    base = _load("demo.py")
+    base.seed, base.task = seed, "distill"
+    base.data.update(root=str(folder / "streets"), num_scenes=NUM_SCENES)
+    yield from _table(base, folder)
+    yield from _gap(base, folder)
+    for group, key, values in (("width", "channels", WIDTHS), ("depth", "depth", DEPTHS)):
+        for value in values:
+            config = copy.deepcopy(base)
+            config.model[key] = value
+            yield from _distill_and_probe(group, f"{group}{value}", config, folder)
+    yield from _teachers(base, folder)
+    yield from _sensors(base, folder)
+
+
+def _load(name: str) -> Any:
+    return runpy.run_path(str(CONFIGS / name))["get_config"]()
+
+
+def _table(base: Any, folder: Path) -> Iterator[Part]:
+    yield Part("table", "distill_random", lambda: _random(base))
+    yield Part("table", "distill", lambda: base)
+    for percent in PERCENTS:
+        for start in ("random", "distilled"):
+            config = _segment(base, "probe", folder / ("distill_random" if start == "random" else "distill"), percent)
+            yield Part("table", f"probe_{start}_{percent}p", lambda config=config: config)
+    for percent in reversed(PERCENTS):
+        for rate in RATES:
+            for group, name, start in (("table", "supervised", None), ("finetune", "finetuned", folder / "distill")):
+                config = _segment(base, "finetune", start, percent)
+                config.optimizer.learning_rate = rate
+                yield Part(group, f"{name}_{percent}p_{rate:g}", lambda config=config: config)
+
+
+def _random(base: Any) -> Any:
+    """Random weights whose batch norms have seen the data: a distillation whose learning rate is zero."""
+    config = copy.deepcopy(base)
+    config.num_steps = config.checkpoint_every_steps = RANDOM_STEPS
+    config.optimizer.update(learning_rate=0.0, schedule="constant")
+    return config
+
+
+def _segment(base: Any, task: str, start: Path | None, percent: int = 100) -> Any:
+    """A probe or fine-tuning from the workdir `start` (None: random weights) as the demo trains them."""
+    config = part_config(base, task)
+    config.checkpoint = str(start or "")
+    config.data.label_fraction = percent / 100
+    return config
+
+
+def _gap(base: Any, folder: Path) -> Iterator[Part]:
+    """The models trained with all labels, on validation scans of the other sensors."""
+
+    def evaluate(model: str, sensor: str) -> Any:
+        config = copy.deepcopy(base)
+        config.task = "evaluate"
+        config.data.update(split="validation", sensors=(sensor,))
+        config.checkpoint = str(folder / (best(folder, model)[0] if model in ("supervised", "finetuned") else model))
+        return config
+
+    for model in ("probe_random_100p", "probe_distilled_100p", "finetuned", "supervised"):
+        for sensor in SENSORS[1:]:
+            make = lambda model=model, sensor=sensor: evaluate(model, sensor)  # noqa: E731
+            yield Part("gap", f"gap_{model}_{sensor}", make)
+
+
+def best(folder: Path, kind: str, percent: int = 100) -> tuple[str, float]:
+    """The part of `kind` with the best mIoU over the learning rates, and its mIoU. Raises `InputError` before that."""
+    names = [f"{kind}_{percent}p_{rate:g}" for rate in RATES]
+    paths = [folder / name / "results.json" for name in names]
+    if missing := [path for path in paths if not path.exists()]:
+        raise InputError(f"{missing[0]} is not there yet; run the group table first")
+    values = [json.loads(path.read_text())["miou"] for path in paths]
+    return max(zip(names, values, strict=True), key=lambda pair: pair[1])
+
+
+def _distill_and_probe(group: str, name: str, config: Any, folder: Path) -> Iterator[Part]:
+    yield Part(group, f"distill_{name}", lambda: config)
+    probe = _segment(config, "probe", folder / f"distill_{name}")
+    yield Part(group, f"probe_{name}", lambda: probe)
+
+
+def _teachers(base: Any, folder: Path) -> Iterator[Part]:
+    """Teachers of several widths, all trained alike and for a fifth of the packaged one's steps."""
+    for width in TEACHER_WIDTHS:
+        teacher = _load("demo_teacher.py")
+        teacher.seed, teacher.num_steps = base.seed, TEACHER_STEPS
+        teacher.data.update(root=str(folder / "views"), num_scenes=TEACHER_STREETS)
+        teacher.teacher_training.vit.update(width=width, num_heads=max(1, width // 32), hidden=4 * width)
+        yield Part("teacher", f"teacher{width}", lambda teacher=teacher: teacher, ASSET)
+        config = copy.deepcopy(base)
+        config.teacher.checkpoint = str(folder / f"teacher{width}" / ASSET)
+        yield from _distill_and_probe("teacher", f"by_teacher{width}", config, folder)
+
+
+def _sensors(base: Any, folder: Path) -> Iterator[Part]:
+    """Pretraining on one, two and three sensors, as many scenes in all; each probed on every sensor."""
+    for number in (2, 3):
+        config = copy.deepcopy(base)
+        config.data.sensors = SENSORS[:number]
+        yield Part("sensors", f"distill_sensors{number}", lambda config=config: config)
+    starts = {"random": "distill_random", "1": "distill", "2": "distill_sensors2", "3": "distill_sensors3"}
+    for number, start in starts.items():
+        for sensor in SENSORS:
+            probe = _segment(base, "probe", folder / start)
+            probe.data.sensors = (sensor,)
+            yield Part("sensors", f"probe_sensors_{number}_{sensor}", lambda probe=probe: probe)
+
+
+def run(part: Part, folder: Path) -> None:
+    """One part, in its folder; a finished part is left alone."""
+    workdir, started = folder / part.name, time.monotonic()
+    print(f"== {part.name}", flush=True)
+    config = part.make()
+    task = {f.__name__: f for f in (tasks.distill, tasks.probe, tasks.finetune, tasks.evaluate, tasks.teacher)}
+    task[config.task](config, workdir)
+    jax.clear_caches()  # hundreds of programs would stay in memory
+    print(f"== {part.name}: {add_seconds(workdir, time.monotonic() - started):.0f} s", flush=True)
+
+
+def gather(seed: int, folder: Path) -> None:
+    """`folder/results.json`: what the finished parts found, by name, and the seconds they took."""
+    found = {}
+    for part in parts(seed, folder):
+        path = folder / part.name / part.result
+        if path.exists():
+            found[part.name] = json.loads(path.read_text()) if path.suffix == ".json" else {}
+            seconds = folder / part.name / "seconds.json"
+            found[part.name]["seconds"] = json.loads(seconds.read_text()) if seconds.exists() else None
+    write_json(folder / "results.json", {"seed": seed, "parts": found})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, type=Path, help="folder of all seeds")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--group", choices=GROUPS, action="append", help="only these groups (default: all)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no part after so long")
+    parser.add_argument("--list", action="store_true", help="print the parts and whether they are done")
+    arguments = parser.parse_args()
+    logging.set_verbosity(logging.WARNING)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    folder = arguments.output.absolute() / f"seed_{arguments.seed}"
+    use_cache(arguments.output / "compiled")
+    started, groups = time.monotonic(), arguments.group or GROUPS
+    chosen = [part for part in parts(arguments.seed, folder) if part.group in groups]
+    todo = [part for part in chosen if not (folder / part.name / part.result).exists()]
+    if arguments.list:
+        for part in chosen:
+            print(f"{part.group:<9}{part.name:<32}{'to do' if part in todo else 'done'}")
+        return
+    for number, part in enumerate(todo):
+        if time.monotonic() - started > 60 * arguments.minutes:
+            print(f"{len(todo) - number} of {len(chosen)} parts are left; the same command goes on", flush=True)
+            return
+        try:
+            run(part, folder)
+        except (InputError, OSError) as error:
+            fail(one_sentence(error))
+        finally:
+            gather(arguments.seed, folder)
+    print(f"all {len(chosen)} parts are done; python experiments/report.py --output={arguments.output} has the table")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

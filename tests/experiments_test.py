@@ -1,0 +1,107 @@
+"""The experiments behind docs/results.md: their parts build on one another, run shrunk, and the report counts them."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import report  # noqa: E402
+import streets  # noqa: E402
+
+from scalr_jax.data.scenes import InputError  # noqa: E402
+
+
+def test_every_part_starts_from_an_earlier_one(tmp_path):
+    known = set()
+    for part in streets.parts(3, tmp_path):
+        assert part.group in streets.GROUPS
+        assert part.name not in known
+        if part.group != "gap" or "probe" in part.name:
+            config = part.make()
+            for path in (config.checkpoint, config.teacher.checkpoint):
+                if path.startswith(str(tmp_path)):
+                    assert Path(path).relative_to(tmp_path).parts[0] in known, part.name
+            assert config.seed == 3
+        known.add(part.name)
+    assert {"probe_random_1p", "supervised_100p_0.025", "finetuned_10p_0.004", "teacher64"} <= known
+
+
+def test_the_best_learning_rate_needs_all_of_them(tmp_path):
+    values = dict(zip(streets.RATES, (0.3, 0.5, 0.4), strict=True))
+    for rate, miou in values.items():
+        with pytest.raises(InputError, match="run the group table first"):
+            streets.best(tmp_path, "supervised")
+        (tmp_path / f"supervised_100p_{rate:g}").mkdir()
+        (tmp_path / f"supervised_100p_{rate:g}/results.json").write_text(json.dumps({"miou": miou}))
+    assert streets.best(tmp_path, "supervised") == ("supervised_100p_0.01", 0.5)
+
+
+def test_a_student_is_distilled_and_probed(tmp_path, street_cache, monkeypatch):
+    """Two parts, shrunk; the second call finds them done, and the figures are gathered."""
+
+    def shrunk(name):
+        config = runpy.run_path(str(streets.CONFIGS / name))["get_config"]()
+        config.update(num_steps=2, checkpoint_every_steps=2, log_every_steps=1)
+        config.data.update(num_workers=0, num_validation_scenes=2)
+        config.model.update(depth=3, head_hidden=0)
+        config.demo.probe_steps = 2
+        return config
+
+    for name, value in {"_load": shrunk, "use_cache": str, "NUM_SCENES": 8, "WIDTHS": (16,)}.items():
+        monkeypatch.setattr(streets, name, value)
+    one_device(monkeypatch)
+    folder = tmp_path / "seed_0"
+    folder.mkdir()
+    (folder / "streets").symlink_to(street_cache)
+    monkeypatch.setattr(sys, "argv", ["streets.py", f"--output={tmp_path}", "--group=width"])
+    streets.main()
+    found = json.loads((folder / "results.json").read_text())["parts"]
+    assert list(found) == ["distill_width16", "probe_width16"]
+    assert 0 <= found["probe_width16"]["miou"] <= 1
+    assert all(part["seconds"] > 0 for part in found.values())
+    streets.main()  # everything is done
+    assert json.loads((folder / "results.json").read_text())["parts"] == found
+
+
+def one_device(monkeypatch):
+    import jax
+
+    from scalr_jax import sharding
+
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, devices=jax.devices()[:1]))
+
+
+def test_the_report_takes_the_best_rate_and_the_mean_over_seeds(tmp_path):
+    def part(miou):
+        return {"miou": miou, "iou": {"road": miou, "car": 0.1}, "seconds": 3600.0}
+
+    for seed, shift in ((0, 0.0), (1, 0.1)):
+        parts = {
+            "probe_random_100p": part(0.2 + shift),
+            "supervised_100p_0.01": part(0.5 + shift),
+            "supervised_100p_0.025": part(0.4 + shift),
+            "probe_width32": part(0.3 + shift),
+            "gap_supervised_solid": part(0.1),
+            "probe_sensors_2_beams64": part(0.35),
+        }
+        (tmp_path / f"seed_{seed}").mkdir()
+        (tmp_path / f"seed_{seed}/results.json").write_text(json.dumps({"seed": seed, "parts": parts}))
+    text = report.report(report.read_seeds(tmp_path), tmp_path / "figures")
+    assert "| supervised from random | - | - | 55.0 (50.0 to 60.0) |" in text
+    assert "| linear probe, random | - | - | 25.0 (20.0 to 30.0) |" in text
+    assert "| supervised from random | 55.0 (50.0 to 60.0) | - | 10.0 (10.0 to 10.0) |" in text
+    assert "| road | 25.0 (20.0 to 30.0) | - | - | 55.0 (50.0 to 60.0) |" in text
+    assert "| 32 | 35.0 (30.0 to 40.0) |" in text
+    assert "| 2 | - | 35.0 (35.0 to 35.0) | - |" in text
+    assert "12 parts of 2 seeds, 12.0 hours" in text
+    for name in ("labels", "pillars", "sensors"):
+        picture = np.asarray(Image.open(tmp_path / "figures" / f"results_{name}.png").convert("RGB"))
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
