@@ -154,7 +154,8 @@ def draw_sensors(seeds: Sequence[dict], output: Path) -> None:
         found = [mious(seeds, f"probe_sensors_{number}_{sensor}") for sensor in ("beams32", "beams64", "solid")]
         places = np.arange(3) + 0.2 * (k - 1.5)
         label = "random weights" if number == "random" else f"{number} sensor{'s' if number > '1' else ''}"
-        axes.bar(places, [float(np.mean(values)) if values else 0.0 for values in found], 0.18, label=label, color=f"C{k}")
+        means = [float(np.mean(values)) if values else 0.0 for values in found]
+        axes.bar(places, means, 0.18, label=label, color=f"C{k}")
         for place, values in zip(places, found, strict=True):
             axes.plot([place] * len(values), values, ".", color="k")
     axes.set(xticks=range(3), xticklabels=["32 beams", "64 beams", "solid state"], ylabel="mIoU of a linear probe, %")
