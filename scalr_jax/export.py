@@ -23,6 +23,7 @@ Exit codes: 0 done; 2 bad arguments or input, no space, or interrupted (one sent
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -82,8 +83,7 @@ def run(arguments: list[str]) -> None:
     if suffix and output.suffix == suffix:
         raise InputError(f"--output={output} is the folder that will hold {FILES[FLAGS.format]}; leave out {suffix}")
     check_output(output, overwrite=FLAGS.overwrite)
-    if FLAGS.format == "onnx":
-        _need_onnx()
+    _need_packages(FLAGS.format)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         difference = export_model(
             model_flags.load_model(FLAGS),
@@ -139,8 +139,7 @@ def export_model(
     """
     if form not in FILES:
         raise InputError(f"format = {form!r} is none of {', '.join(FILES)}")
-    if form == "onnx":
-        _need_onnx()
+    _need_packages(form)
     settings = {**model.config.to_dict(), "format": form, "implementation": "cells"}
     original: dict = jax.tree.map(np.asarray, model.variables)
     variables = fold(original) if folded else original
@@ -263,12 +262,14 @@ def _run_program(folder: Path, form: str, settings: Mapping[str, Any], scene: Sc
     return {name: np.asarray(rows)[: len(scene.feats)] for name, rows in outputs.items()}
 
 
-def _need_onnx() -> None:
+def _need_packages(form: str) -> None:
+    """Raises InputError when a package that writes `form` is not installed."""
+    needed = {"onnx": ("onnx", "onnxruntime"), "stablehlo": ("flatbuffers",)}  # the latter is jax.export's
     try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
+        for package in needed.get(form, ()):
+            importlib.import_module(package)
     except ImportError as error:
-        raise InputError(f'--format=onnx needs the export extra, pip install "scalr_jax[export]" ({error})') from None
+        raise InputError(f'--format={form} needs the export extra, pip install "scalr_jax[export]" ({error})') from None
 
 
 if __name__ == "__main__":

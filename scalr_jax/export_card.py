@@ -121,7 +121,7 @@ def readme(content: Mapping[str, Any], name: str) -> str:
     parts = [f"# A lidar student, as {form}", usage]
     parts += [f"| | |\n| --- | --- |\n{table}"]
     if content["results"]:
-        lines = "\n".join(f"| {name} | {value} |" for name, value in content["results"].items())
+        lines = "\n".join(f"| {name} | {_metric_text(value)} |" for name, value in content["results"].items())
         parts.append(f"Metrics of the run (results.json):\n\n| | |\n| --- | --- |\n{lines}")
     parts.append("All settings, those of the training included, are in `config.json`.")
     return "\n\n".join(parts) + "\n"
@@ -133,6 +133,12 @@ def _output_text(settings: Mapping[str, Any]) -> str:
     if settings["head"] in what:
         text += f", {what[settings['head']]} [N, {settings['out_features']}]"
     return text
+
+
+def _metric_text(value: Any) -> str:
+    if isinstance(value, Mapping):  # by class
+        return ", ".join(f"{name} {_metric_text(number)}" for name, number in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _training_text(training: Mapping[str, Any] | None) -> str:
@@ -148,8 +154,8 @@ model = scalr_jax.load("FOLDER")            # with its settings
 features = model.embed(points)              # points [N, 4]: x, y, z in metres, raw intensity
 ```"""
 
-_PREPROCESSING = """`example.npz` holds inputs and the model's outputs for them ("output/..."). For points of one's
-own, with NumPy alone:
+_PREPROCESSING = """`example.npz` holds inputs and the model's outputs for them ("output/..."). For points of one's own, with this package's
+preprocessing, which is NumPy:
 
 ```python
 import json
@@ -177,7 +183,8 @@ USAGE = {
 
 {_READ}""",
     "stablehlo": f"""`{FILES["stablehlo"]}` is a versioned StableHLO program for CPU, CUDA and TPU, `weights.npz` its
-weights. It needs JAX and NumPy, and none of this package's model code:
+weights. It needs JAX (the one that made it, or a later one), flatbuffers (which `jax.export` reads files with) and
+NumPy, and none of this package's model code:
 
 ```python
 from pathlib import Path

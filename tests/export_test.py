@@ -193,6 +193,26 @@ def test_a_folded_graph_has_no_norms_left(models):
     assert gone | {"embedding/norm/multiplier", "embedding/norm/shift"} == names[0] - names[1]
 
 
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_the_stablehlo_program_compiles_for_a_tpu(models, tmp_path, topology):
+    pytest.importorskip("libtpu", reason="needs the tpu extra: pip install 'scalr_jax[tpu]'")
+    from scalr_jax.chips import tpu_devices
+
+    export.export_model(models["waffleiron"], "stablehlo", tmp_path / "a")
+    program = jax.export.deserialize(bytearray((tmp_path / "a" / "model.stablehlo").read_bytes()))
+    weights, example = (dict(np.load(tmp_path / "a" / name)) for name in ("weights.npz", "example.npz"))
+    inputs = {name: array for name, array in example.items() if not name.startswith("output/")}
+    place = jax.sharding.SingleDeviceSharding(tpu_devices(topology)[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (weights, inputs))
+    compiled = jax.jit(program.call).lower(*shapes).compile()
+    assert "T(8,128)" in compiled.as_text(), "tiles are a TPU's"
+    assert {name: rows.shape for name, rows in compiled.out_info.items()} == {
+        "features": (len(inputs["feats"]), 8),
+        "logits": (len(inputs["feats"]), 5),
+    }
+
+
 @given(st.lists(st.one_of(st.integers(1, 20), st.integers(1, 5_000)), min_size=1, max_size=30), st.integers(0, 9))
 def test_the_tree_of_sums_adds_up_every_cell(counts, seed):
     rng = np.random.default_rng(seed)
@@ -317,9 +337,10 @@ def test_mistakes_are_one_sentence(workdir, tmp_path, capsys, arguments, match):
     assert sorted(workdir.rglob("*")) == before
 
 
-def test_a_missing_package_names_its_extra(workdir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    fails(capsys, 'pip install "scalr_jax[export]"', f"--model={workdir}", "--format=onnx", f"--output={tmp_path}/a")
+@pytest.mark.parametrize(("form", "package"), [("onnx", "onnxruntime"), ("stablehlo", "flatbuffers")])
+def test_a_missing_package_names_its_extra(workdir, tmp_path, capsys, monkeypatch, form, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    fails(capsys, 'pip install "scalr_jax[export]"', f"--model={workdir}", f"--format={form}", f"--output={tmp_path}/a")
 
 
 def test_another_model_is_refused(models, tmp_path, monkeypatch):
