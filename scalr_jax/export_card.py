@@ -154,8 +154,8 @@ model = scalr_jax.load("FOLDER")            # with its settings
 features = model.embed(points)              # points [N, 4]: x, y, z in metres, raw intensity
 ```"""
 
-_PREPROCESSING = """`example.npz` holds inputs and the model's outputs for them ("output/..."). For points of one's own, with this package's
-preprocessing, which is NumPy:
+_PREPROCESSING = """`example.npz` holds inputs and the model's outputs for them ("output/..."). For points of one's own,
+with this package's preprocessing, which is NumPy:
 
 ```python
 import json
