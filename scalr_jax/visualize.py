@@ -41,12 +41,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
+from matplotlib.figure import Figure
 
 from scalr_jax import model_flags, visualize_pictures, visualize_viewer
 from scalr_jax.command_line import fail, one_sentence
@@ -315,7 +312,8 @@ def draw_loss(workdir: Path, output: Path | None = None) -> Path:
     """The loss over steps, with the best constant prediction beside it, into `figures/loss.png`."""
     output = output or workdir / "figures" / "loss.png"
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
     axes.plot(*read_curve(workdir, "train/loss"), label="student")
     steps, constant = read_curve(workdir, "train/loss_constant")
     if len(steps):
@@ -325,7 +323,6 @@ def draw_loss(workdir: Path, output: Path | None = None) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(output, dpi=120)
-    plt.close(figure)
     return output
 
 

@@ -9,12 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import patches
+from matplotlib.figure import Figure  # not pyplot: a notebook's own plots keep their backend
 from matplotlib.lines import Line2D
 
 from scalr_jax import metrics
@@ -159,9 +156,8 @@ def draw_panels(
     """A PNG of top views of the same points xyz [N, 3] beside each other."""
     beside = max(2.2 if panel.legend else 1.1 if panel.label else 0.0 for panel in panels)  # inches
     side = 9.0 if len(panels) == 1 else 7.0
-    figure, row = plt.subplots(
-        1, len(panels), figsize=(len(panels) * (side + beside), side), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(len(panels) * (side + beside), side), layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)
     for axes, panel in zip(row[0], panels, strict=True):
         _top_view(figure, axes, xyz, panel, query)
     _save(figure, output, title)
@@ -183,7 +179,7 @@ def draw_with_image(
     xyz [N, 3] metres, image [h, w, 3] uint8, pixels [N, 2] (row, column) in it where visible [N].
     """
     h, w = image.shape[:2]
-    figure = plt.figure(figsize=(16.5, 8.6), layout="constrained")
+    figure = Figure(figsize=(16.5, 8.6), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.0, 0.95))
     alone, over = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
     _top_view(figure, figure.add_subplot(grid[:, 1]), xyz, panel, query)
@@ -265,4 +261,3 @@ def _save(figure: Any, output: Path | IO[bytes], title: str) -> None:
     figure.suptitle(title, fontsize=12)
     with written_whole(output) if isinstance(output, Path) else contextlib.nullcontext(output) as file:
         figure.savefig(file, dpi=100, format="png", bbox_inches="tight", pad_inches=0.15)
-    plt.close(figure)

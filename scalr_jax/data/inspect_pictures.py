@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import patches
 from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure  # not pyplot: a notebook's own plots keep their backend
 from pykdtree.kdtree import KDTree
 
 from scalr_jax.data import transforms
@@ -51,7 +48,8 @@ def draw_over_image(path: Path, frame: Frame) -> Path:
     distance = np.linalg.norm(transforms.to_ego(frame.points[kept], frame.to_ego), axis=1)
     dimmed = 25 + 0.68 * frame.image.mean(axis=2)  # [h, w]
     height, width = frame.image.shape[:2]
-    figure, panels = plt.subplots(2, 1, figsize=(WIDTH, 2 * WIDTH * height / width + 0.9), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2 * WIDTH * height / width + 0.9), layout="constrained")
+    panels = figure.subplots(2, 1)
     edge = find_edges(pixels, distance, width)
     dot = float(np.clip(40_000 / max(len(kept), 1), 3, 11))  # points squared: sparse scans need larger dots
     shown: Any = None
@@ -104,7 +102,8 @@ def draw_top_view(path: Path, frame: Frame, field_of_view: Any) -> Path:
     half = field_of_view[1][0]
     order = np.argsort(xyz[:, 2])
     low, high = np.percentile(xyz[:, 2], (2, 98))
-    figure, axes = plt.subplots(figsize=(10.5, 9.5), layout="constrained")
+    figure = Figure(figsize=(10.5, 9.5), layout="constrained")
+    axes = figure.subplots()
     axes.set_facecolor("#10141c")
     shown = axes.scatter(
         xyz[order, 0], xyz[order, 1], s=1.2, c=xyz[order, 2], cmap="viridis", vmin=low, vmax=high, linewidths=0
@@ -133,7 +132,8 @@ def draw_histograms(path: Path, seen: Sequence[Any], report: Mapping[str, Any]) 
     normalized = [(frame.intensity - frame.statistics[0]) / frame.statistics[1] for frame in seen]
     intensity = np.concatenate(normalized)
     radius, best = np.linalg.norm(xyz, axis=1), report["suggestion"]["field_of_view"]
-    figure, panels = plt.subplots(1, 3, figsize=(WIDTH, 3.9), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    panels = figure.subplots(1, 3)
     low, high = np.percentile(intensity, (0.1, 99.5)) + np.array([-0.5, 0.5])
     panels[0].hist(np.clip(intensity, low, high), bins=80, color="#2a6f97", density=True)
     panels[0].axvline(0, color="0.3", linewidth=1)
@@ -163,5 +163,4 @@ def draw_histograms(path: Path, seen: Sequence[Any], report: Mapping[str, Any]) 
 
 def _save(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
