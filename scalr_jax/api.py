@@ -30,7 +30,7 @@ from scalr_jax.data.transforms import FEATURES
 from scalr_jax.data.whole_scan import check_points, whole_scan
 from scalr_jax.export_folder import is_export, read_export
 
-SEGMENTATION_HEADS = ("segment", "linear")
+SEGMENTATION_HEADS = ("segment", "mlp", "linear")
 LABEL_MAPS = ("nuscenes", "semantic_kitti", "pandaset")
 
 

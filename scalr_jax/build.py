@@ -42,7 +42,13 @@ def make_dataset(config: Any, split: str, *, cache: Path) -> Any:
     datasets = [_make_one(config, split, name, root, cache) for name, root in zip(names, roots, strict=True)]
     dataset = datasets[0] if len(datasets) == 1 and not data.weights else Joined(datasets, data.weights or None)
     if split == "train" and data.label_fraction < 1:
-        return every_nth(dataset, round(1 / data.label_fraction))
+        n = round(1 / data.label_fraction)
+        if abs(n * data.label_fraction - 1) > 0.01 or n > 2 * len(dataset):
+            raise InputError(
+                f"data.label_fraction = {data.label_fraction} of {len(dataset)} frames: it is 1/n, as 0.01, 0.05, 0.1 "
+                "or 0.25, and leaves at least one frame"
+            )
+        return every_nth(dataset, n)
     if split == "train" and data.frame_list:
         return listed(dataset, Path(data.frame_list))
     return dataset
@@ -138,20 +144,22 @@ def _frame_numbers(frames: Any) -> tuple[int, ...] | None:
 
 
 def make_settings(config: Any, *, task: str, train: bool) -> SceneSettings:
-    """`task`: "distill" or "segment"."""
+    """`task`: "distill", "segment" or "features"."""
     data, model = config.data, config.model
     low, high = model.field_of_view
+    fixed = train and config.task == "probe" and config.probe.features != "augmented"
     return SceneSettings(
         task=task,
         train=train,
         field_of_view=(tuple(low), tuple(high)),
-        grids=grids_of(config),
+        grids=() if task == "features" else grids_of(config),
         num_neighbors=model.num_neighbors,
         voxel_size=data.voxel_size,
         max_points=data.max_points,
         image_size=tuple(data.image_size),
         antialias=data.antialias,
-        augmentation=data.augmentation,
+        augmentation="none" if fixed else data.augmentation,
+        fixed=fixed,
     )
 
 
@@ -202,9 +210,11 @@ def make_student(config: Any, *, head: str, out_features: int, frozen_backbone: 
 
 
 def segmentation_head(params: dict) -> str | None:
-    """Which segmentation head the parameters have: "segment" (batch norm and linear), "linear" or none."""
+    """Which segmentation head the parameters have: "segment" (batch norm and linear), "mlp", "linear" or none."""
     head = params.get("head", {})
-    return None if "kernel" not in head else "segment" if "norm" in head else "linear"
+    if "kernel" not in head:
+        return None
+    return "mlp" if "hidden" in head else "segment" if "norm" in head else "linear"
 
 
 def make_teacher(config: Any) -> tuple[Any, Any]:

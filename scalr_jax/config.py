@@ -34,6 +34,7 @@ def get_config() -> Any:  # a ConfigDict: its attributes have no static types
     config.model = _model()
     config.teacher = _teacher()
     config.optimizer = _optimizer()
+    config.probe = _probe()
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     config.demo = ConfigDict(
         {
@@ -131,6 +132,24 @@ def _optimizer() -> ConfigDict:
             "timescale_share": 0.45 / 65,
             "batch_size": 8,  # the schedule's unit: progress = scenes seen / batch_size
             "total_updates": 0,  # 0: num_steps x the expected scenes a step / batch_size
+        }
+    )
+
+
+def _probe() -> ConfigDict:
+    return ConfigDict(
+        {
+            "method": "head",  # head (trained), knn (nearest neighbours), zero_shot (image prototypes)
+            "head": "linear",  # linear (as published), mlp (with a hidden layer)
+            # augmented: other scenes every epoch, as published; fixed: the same scenes, not augmented; cached: the
+            # same as fixed, with the backbone computed once
+            "features": "augmented",
+            "cache_dtype": "float32",  # float16: half the space, features rounded to 11 bits
+            "bank_per_class": 500,  # knn: points of each class to compare with
+            "num_neighbors": 20,
+            "temperature": 0.07,  # of a neighbour's vote exp(cosine / temperature)
+            "prototypes": "",  # zero_shot: a folder of images by class; "": regions of the training images
+            "inverse_regularization": 1.0,  # C of the logistic regression
         }
     )
 

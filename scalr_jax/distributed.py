@@ -122,13 +122,18 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def stack_over_processes(array: np.ndarray) -> np.ndarray:
+    """Every process's array, on every process: [processes, ...]."""
+    if jax.process_count() == 1:
+        return array[None]
+    # As bytes: JAX without 64 bits would make int64 int32.
+    parts = np.asarray(multihost_utils.process_allgather(np.frombuffer(array.tobytes(), np.uint8)))
+    return np.stack([np.frombuffer(part.tobytes(), array.dtype).reshape(array.shape) for part in parts])
+
+
 def sum_over_processes(array: np.ndarray) -> np.ndarray:
     """The sum of every process's array, on every process."""
-    if jax.process_count() == 1:
-        return array
-    # As bytes: JAX without 64 bits would make int64 int32.
-    parts = multihost_utils.process_allgather(np.frombuffer(array.tobytes(), np.uint8))
-    return sum(np.frombuffer(part.tobytes(), array.dtype).reshape(array.shape) for part in np.asarray(parts))  # type: ignore[return-value]
+    return stack_over_processes(array).sum(axis=0)
 
 
 def check_agreement(settings: dict[str, Any], free: tuple[str, ...] = ()) -> None:

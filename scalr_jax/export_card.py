@@ -128,7 +128,8 @@ def readme(content: Mapping[str, Any], name: str) -> str:
 
 
 def _output_text(settings: Mapping[str, Any]) -> str:
-    what = {"distill": "features in the teacher's space", "segment": "class logits", "linear": "class logits"}
+    what = {"distill": "features in the teacher's space"}
+    what |= dict.fromkeys(("segment", "mlp", "linear"), "class logits")
     text = f"backbone features [N, {settings['channels']}]"
     if settings["head"] in what:
         text += f", {what[settings['head']]} [N, {settings['out_features']}]"

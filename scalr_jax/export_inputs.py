@@ -33,7 +33,7 @@ from scalr_jax.data.whole_scan import check_points, whole_scan
 
 PLANES = ("xy", "xz", "yz")
 LEVELS, PARTS = 6, 8  # a cell holds at most 8^6 points
-HEADS = {"distill": "distilled", "segment": "logits", "linear": "logits"}  # head -> the name of its output
+HEADS = {"distill": "distilled", "segment": "logits", "mlp": "logits", "linear": "logits"}  # head -> its output
 
 
 def make_inputs(points: Any, settings: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -40,7 +40,7 @@ def fold(variables: Mapping[str, Any]) -> dict:
             _fold_channel(layer["channel"], running.get("channel"))
     head = params.get("head", {})
     if "norm" in head:
-        _into_linear(head["norm"], stats["head"]["norm"], head)
+        _into_linear(head["norm"], stats["head"]["norm"], head.get("hidden", head))
     return {"params": _float32(params), "batch_stats": _float32(stats)}
 
 

@@ -62,6 +62,8 @@ def infer_model(weights: Mapping[str, np.ndarray], activation: str | None, name:
     if "classif.2.weight" in weights:  # only ScaLR+'s distillation head has three layers, and ScaLR+ is GELU
         model.head, implied = "distill", "gelu"
         model.out_features, model.head_hidden = (len(weights[f"classif.{n}.weight"]) for n in (2, 0))
+    elif "classif.3.weight" in weights:
+        model.head, model.out_features = "mlp", len(weights["classif.3.weight"])
     elif "classif.1.weight" in weights:
         model.head, model.out_features = "segment", len(weights["classif.1.weight"])
     elif "classif.weight" in weights:

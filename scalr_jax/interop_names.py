@@ -71,12 +71,14 @@ def _layer(kind: str, d: int) -> list[Weight]:
 
 def _head(head: str) -> list[Weight]:
     if head == "segment":
+        return [*_batch_norm("head/norm", "classif.0"), *_linear("head", "classif.1")]
+    if head == "mlp":  # no published file has one; as Sequential(BatchNorm1d, Conv1d, ReLU, Conv1d) would name it
         return [
             *_batch_norm("head/norm", "classif.0"),
-            Weight("head/kernel", "classif.1.weight", "linear"),
-            Weight("head/bias", "classif.1.bias", "same"),
+            *_linear("head/hidden", "classif.1"),
+            *_linear("head", "classif.3"),
         ]
-    if head == "mlp":
+    if head == "distill_mlp":
         return [*_linear("head/hidden", "classif.0"), *_linear("head/out", "classif.2")]
     return _linear("head" if head == "linear" else "head/out", "classif")
 
@@ -92,7 +94,7 @@ class Entry(NamedTuple):
 def weight_table(model: Mapping[str, Any]) -> list[Entry]:
     """Every weight of the model that `model` (a model config, see `load_torch_checkpoint`) describes."""
     depth, kind = model["depth"], model["norm"]
-    head = "mlp" if model["head"] == "distill" and model["head_hidden"] else model["head"]
+    head = "distill_mlp" if model["head"] == "distill" and model["head_hidden"] else model["head"]
     entries = [Entry(weight, weight.ours, None) for weight in [*EMBEDDING, *(_head(head) if head != "none" else [])]]
     num_groups = depth // NUM_PLANES
     for d in range(depth):

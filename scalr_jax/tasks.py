@@ -10,12 +10,23 @@ import jax
 import ml_collections
 
 from scalr_jax import build, interop, metrics
+from scalr_jax import workdir as workdir_of_run
 from scalr_jax.checkpoint import load_variables
 from scalr_jax.data.scenes import InputError
+from scalr_jax.evaluation.nearest_neighbors import nearest_neighbors
 from scalr_jax.evaluation.segmentation import evaluate as evaluate_segmentation
+from scalr_jax.evaluation.zero_shot import zero_shot
+from scalr_jax.features import make_cache
 from scalr_jax.logging import write_json
+from scalr_jax.models.student import StudentOnFeatures
 from scalr_jax.train import distillation_task, segmentation_task, train
 from scalr_jax.train_state import TrainState
+
+PROBE_CHOICES = {
+    "method": ("head", "knn", "zero_shot"),
+    "head": ("linear", "mlp"),
+    "features": ("augmented", "fixed", "cached"),
+}
 
 
 def streets_cache(workdir: Path) -> Path:
@@ -53,7 +64,14 @@ def distill(config: Any, workdir: Path) -> TrainState:
 
 
 def num_classes_of(config: Any, dataset: Any) -> int:
-    return config.model.num_classes or len(dataset.class_names)
+    """Of the dataset's labels. Raises `InputError` when `model.num_classes` says another number."""
+    number = len(dataset.class_names)
+    if config.model.num_classes not in (None, number):
+        raise InputError(
+            f"model.num_classes = {config.model.num_classes}, and {config.data.dataset} has {number} classes; leave it "
+            "out"
+        )
+    return number
 
 
 def load_backbone(config: Any) -> dict:
@@ -91,9 +109,19 @@ def _segment(config: Any, workdir: Path, *, label: str, frozen: bool, initial: d
     validation = _dataset(config, workdir, "validation")
     num_classes = num_classes_of(config, dataset)
     task = segmentation_task(config, num_classes, label=label, initial=initial, frozen=frozen)
+    student = task.student
+    if isinstance(student, StudentOnFeatures):
+        student = student.student
+        with workdir_of_run.claim(config, workdir):
+            dataset = make_cache(config, workdir / "features", dataset, initial)
     state = train(config, workdir, dataset, task)
-    confusion = evaluate_segmentation(config, validation, task.student, variables_of(state), num_classes)
-    results = segmentation_results(confusion, dataset.class_names)
+    return _report(config, workdir, validation, student, variables_of(state), num_classes, label)
+
+
+def _report(config: Any, workdir: Path, validation: Any, student: Any, variables: Any, num_classes: int, label: str):
+    """Evaluate and write results.json; `student` has `apply(variables, batch, train=False)` -> [D, P, classes]."""
+    confusion = evaluate_segmentation(config, validation, student, variables, num_classes)
+    results = segmentation_results(confusion, validation.class_names)
     if jax.process_index() == 0:
         write_json(workdir / "results.json", results)
         print(f"{label}: mIoU {results['miou']:.4f}", flush=True)
@@ -108,8 +136,22 @@ def segmentation_results(confusion: Any, names: Any) -> dict:
 
 
 def probe(config: Any, workdir: Path) -> dict:
-    """Batch norm + linear head on the frozen backbone of `config.checkpoint`."""
-    return _segment(config, workdir, label="probe", frozen=True, initial=load_backbone(config))
+    """What the frozen backbone of `config.checkpoint` knows, by `config.probe.method`; see docs/downstream.md."""
+    for key, known in PROBE_CHOICES.items():
+        if config.probe[key] not in known:
+            raise InputError(f"probe.{key} = {config.probe[key]!r} is none of {', '.join(known)}")
+    backbone = load_backbone(config)
+    if config.probe.method == "head":
+        return _segment(config, workdir, label="probe", frozen=True, initial=backbone)
+    dataset = _dataset(config, workdir, "train")
+    validation = _dataset(config, workdir, "validation")
+    num_classes = num_classes_of(config, dataset)
+    with workdir_of_run.claim(config, workdir):
+        if config.probe.method == "knn":
+            student, variables = nearest_neighbors(config, dataset, backbone, num_classes)
+        else:
+            student, variables = zero_shot(config, dataset, backbone, num_classes)
+        return _report(config, workdir, validation, student, variables, num_classes, config.probe.method)
 
 
 def finetune(config: Any, workdir: Path) -> dict:

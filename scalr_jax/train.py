@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,9 @@ from scalr_jax import workdir as workdir_of_run
 from scalr_jax.checkpoint import Checkpoints
 from scalr_jax.data.packing import Capacities, derive_capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
-from scalr_jax.data.scenes import InputError, SceneView
+from scalr_jax.data.scenes import IGNORE, InputError, SceneView
 from scalr_jax.logging import MetricWriter
+from scalr_jax.models.student import StudentOnFeatures
 from scalr_jax.train_state import TrainState, init_state
 
 
@@ -31,12 +32,13 @@ class Task(NamedTuple):
     """What distinguishes one kind of training from another."""
 
     label: str  # begins each line of progress
-    scene_task: str  # "distill" or "segment"
+    scene_task: str  # "distill", "segment" or "features"
     student: Any
     trainable: tuple[str, ...] | None  # top-level parameters that are trained; None: all
     make_step: Callable  # (optimizer, schedule) -> step(state, teacher, batch)
     teacher: Any = None  # frozen parameters, an argument of the step
     initial: dict | None = None  # parameters and batch statistics to start from, by top-level name
+    num_classes: int = 0  # of the labels; 0: none are used
 
 
 def distillation_task(config: Any, teacher: tuple[Any, Any] | None = None) -> Task:
@@ -60,9 +62,13 @@ def distillation_task(config: Any, teacher: tuple[Any, Any] | None = None) -> Ta
 
 def segmentation_task(config: Any, num_classes: int, *, label: str, initial: dict | None, frozen: bool) -> Task:
     """Probing (`frozen`) or fine-tuning; `initial` holds a backbone's params and batch_stats, or None for random."""
-    head = config.model.segmentation_head
-    student = build.make_student(config, head=head, out_features=num_classes, frozen_backbone=frozen)
+    head = "mlp" if frozen and config.probe.head == "mlp" else config.model.segmentation_head
+    student: Any = build.make_student(config, head=head, out_features=num_classes, frozen_backbone=frozen)
     trainable = ("head",) if frozen else None
+    cached = frozen and initial is not None and config.probe.features == "cached"
+    if cached and initial is not None:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), without_head(initial))
+        student = StudentOnFeatures(student, shapes)
 
     def make_step(optimizer, schedule):
         step = steps.make_segment_step(
@@ -75,7 +81,8 @@ def segmentation_task(config: Any, num_classes: int, *, label: str, initial: dic
         )
         return lambda state, teacher, batch: step(state, batch)
 
-    return Task(label, "segment", student, trainable, make_step, None, initial)
+    scene_task = "features" if cached else "segment"
+    return Task(label, scene_task, student, trainable, make_step, None, initial, num_classes)
 
 
 def train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
@@ -89,6 +96,8 @@ def _train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     pipeline = _make_pipeline(config, dataset, task, mesh)
     sample = pipeline.sample()
+    if task.num_classes:
+        check_labels(sample, dataset.class_names, task.num_classes)
     capacities = choose_capacities(config, sample)
     expected = expected_scenes(sample, capacities, config.data.scenes_per_step, mesh.size)
 
@@ -183,6 +192,8 @@ def make_program(config: Any, task: Task, batch: Any, mesh: Any, expected: float
 def choose_capacities(config: Any, sample: list[SceneView]) -> Capacities:
     """From the config where it gives them, else derived from a sample of scenes."""
     data = config.data
+    if not sample[0].planes:
+        return derive_capacities(sample, points=data.points_per_shard, scenes=data.scenes_per_shard)
     derived = derive_capacities(sample, points=data.points_per_shard, scenes=data.scenes_per_shard)
     return Capacities(
         derived.points,
@@ -190,6 +201,27 @@ def choose_capacities(config: Any, sample: list[SceneView]) -> Capacities:
         tuple(data.cells_per_shard) or derived.cells,
         tuple(data.halo_per_shard) or derived.halo,
     )
+
+
+def check_labels(sample: list[SceneView], class_names: Sequence[str], num_classes: int) -> None:
+    """Says which classes the first training scenes lack. Raises `InputError`: no labels, or one outside the classes."""
+    counts = np.bincount(np.concatenate([np.asarray(scene.labels) for scene in sample]), minlength=IGNORE + 1)[:IGNORE]
+    if not counts.any():
+        raise InputError(
+            f"none of the first {len(sample)} training scenes has a labelled point; check the label files, data.root "
+            "and data.split"
+        )
+    most = int(np.flatnonzero(counts).max())
+    if most >= num_classes:
+        raise InputError(f"the training scenes have labels up to {most}, and the classes are 0 to {num_classes - 1}")
+    missing = [name for name, count in zip(class_names, counts, strict=False) if count == 0]
+    if missing and jax.process_index() == 0:
+        print(f"no point of {', '.join(missing)} in the first {len(sample)} training scenes", flush=True)
+
+
+def without_head(variables: dict) -> dict:
+    """The embedding's and backbone's part of params and batch_stats."""
+    return {kind: {k: v for k, v in tree.items() if k != "head"} for kind, tree in variables.items()}
 
 
 def expected_scenes(sample: list[SceneView], capacities: Capacities, scenes_per_step: int, num_shards: int) -> float:
@@ -218,8 +250,8 @@ def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
 
 def _start_from(state: TrainState, initial: dict, shardings: Any) -> TrainState:
     """Replace the top-level parameters and statistics that `initial` has (embedding and backbone)."""
-    params = {**state.params, **{k: v for k, v in initial["params"].items() if k != "head"}}
-    statistics = {**state.batch_stats, **{k: v for k, v in initial["batch_stats"].items() if k != "head"}}
+    initial = without_head(initial)
+    params, statistics = {**state.params, **initial["params"]}, {**state.batch_stats, **initial["batch_stats"]}
     given, wanted = (jax.tree.map(jnp.shape, tree) for tree in (params, state.params))
     if given != wanted:
         raise InputError(

@@ -33,10 +33,13 @@ SETTINGS = {
 STUDENTS = {  # every norm, activation and head; four layers are a group of three and a rest
     "distilled": ("distill", 6, {"head_hidden": 12, "norm": "layer", "activation": "gelu", "depth": 4}),
     "probed": ("segment", 7, {"norm": "layer", "activation": "relu", "depth": 3}),
+    "mlp_probed": ("mlp", 5, {}),
     "waffleiron": ("linear", 5, {"norm": "batch", "activation": "relu", "depth": 4}),
 }
 ROUND_TRIPS = [
     ("torch", "waffleiron", True),
+    ("torch", "mlp_probed", False),
+    ("onnx", "mlp_probed", True),
     ("safetensors", "probed", False),
     ("stablehlo", "probed", False),
     ("stablehlo", "waffleiron", True),

@@ -50,8 +50,10 @@ class BuildScene:
 
     def __call__(self, position: int, drawn: tuple[int, int]) -> SceneView:
         epoch, record = drawn
-        rng = np.random.default_rng((self.seed, epoch, record))
+        rng = np.random.default_rng((self.seed, 0 if self.settings.fixed else epoch, record))
         try:
+            if self.settings.task == "features":
+                return self.dataset.scene(record, position)
             frame = self.dataset.frame(record, rng)
             statistics = intensity_statistics(self.dataset, record)
             return make_scene(frame, position, statistics, self.settings, rng)

@@ -24,7 +24,7 @@ FEATURES = ("intensity", "x", "y", "z", "radius")
 class SceneSettings:
     """What `make_scene` needs to know of the model and the task."""
 
-    task: str  # "distill" or "segment"
+    task: str  # "distill", "segment", or "features" for scenes whose features the dataset has
     train: bool
     field_of_view: tuple[tuple[float, float, float], tuple[float, float, float]]  # min and max corner, metres
     grids: tuple[tuple[int, int], ...]
@@ -34,6 +34,7 @@ class SceneSettings:
     image_size: tuple[int, int] = (224, 448)
     antialias: bool = True
     augmentation: str = "published"  # "published", "consistent" or "none"
+    fixed: bool = False  # the same random choices in every epoch
 
 
 def voxelize(points: np.ndarray, voxel_size: float, rng: np.random.Generator | None = None) -> np.ndarray:

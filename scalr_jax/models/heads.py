@@ -1,4 +1,4 @@
-"""Heads on the backbone's point features [D * P, C]: distillation (linear or MLP) and segmentation."""
+"""Heads on the backbone's point features [D * P, C]: distillation and segmentation, each linear or an MLP."""
 
 from __future__ import annotations
 
@@ -28,13 +28,19 @@ class DistillationHead(nn.Module):
 
 
 class SegmentationHead(nn.Module):
-    """Batch norm and a zero-initialised linear layer (ScaLR, section 4): rows [N, C] -> logits [N, classes]."""
+    """Batch norm and a zero-initialised linear layer (ScaLR, section 4): rows [N, C] -> logits [N, classes].
+
+    With `mlp` a hidden layer as wide as the features, and ReLU, come before the last layer.
+    """
 
     num_classes: int
+    mlp: bool = False
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         x = BatchNorm(name="norm")(x, mask, train=train)
+        if self.mlp:
+            x = jax.nn.relu(Linear(x.shape[-1], name="hidden")(x))
         kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.num_classes))
         bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
         return x @ kernel + bias

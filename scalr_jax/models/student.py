@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,8 @@ Array = jax.Array
 
 class Student(nn.Module):
     """`head`: "distill" (to `out_features`), "segment" (batch norm and linear, to `out_features` classes),
-    "linear" (a plain linear layer, as WaffleIron's own segmentation files) or "none" (the backbone's features).
+    "mlp" (the same with a hidden layer), "linear" (a plain linear layer, as WaffleIron's own segmentation files) or
+    "none" (the backbone's features).
     """
 
     channels: int
@@ -38,8 +40,11 @@ class Student(nn.Module):
     @nn.compact
     def __call__(self, batch: Any, *, train: bool) -> Array:
         """batch: `scenes.Batch`. Returns [D, P, out_features] (or [D, P, C] for head "none"), float32."""
-        num_scenes = batch.scene_points.shape[1]
-        mask = batch.scene < num_scenes  # [D, P]
+        mask = batch.scene < batch.scene_points.shape[1]  # [D, P]
+        return self._head(self._features(batch, mask, train=train), mask, train=train)
+
+    def _features(self, batch: Any, mask: Array, *, train: bool) -> Array:
+        """[D * P, C]"""
         backbone_train = train and not self.frozen_backbone
         embedding = PointEmbedding(self.channels, self.dtype, name="embedding")
         x = embedding(batch.feats, batch.neighbors, mask, train=backbone_train)
@@ -54,13 +59,51 @@ class Student(nn.Module):
             self.dtype,
             name="backbone",
         )
-        x = backbone(x, batch.planes, batch.scene, num_scenes, train=backbone_train)
-        if self.frozen_backbone:
-            x = jax.lax.stop_gradient(x)
+        x = backbone(x, batch.planes, batch.scene, batch.scene_points.shape[1], train=backbone_train)
+        return jax.lax.stop_gradient(x) if self.frozen_backbone else x
+
+    def _head(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """[D, P, out_features]"""
         if self.head == "distill":
             x = DistillationHead(self.out_features, self.head_hidden, self.dtype, name="head")(x)
-        elif self.head == "segment":
-            x = SegmentationHead(self.out_features, name="head")(x, to_rows(mask), train=train)
+        elif self.head in ("segment", "mlp"):
+            x = SegmentationHead(self.out_features, self.head == "mlp", name="head")(x, to_rows(mask), train=train)
         elif self.head == "linear":
             x = Linear(self.out_features, dtype=self.dtype, name="head")(x)
-        return x.astype(jnp.float32).reshape(*batch.scene.shape, -1)
+        return x.astype(jnp.float32).reshape(*mask.shape, -1)
+
+
+class Head(Student):
+    """The student's head alone, on a batch whose `feats` [D, P, C] are the backbone's features."""
+
+    def _features(self, batch: Any, mask: Array, *, train: bool) -> Array:
+        del mask, train
+        return to_rows(batch.feats)
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentOnFeatures:
+    """A student with all its parameters, of which only the head is computed: `init` and `apply` as Flax's.
+
+    `student` says which; `backbone` are the shapes of its other parameters and statistics, zeros at first.
+    """
+
+    student: Student
+    backbone: Any  # {"params", "batch_stats"} of jax.ShapeDtypeStruct
+
+    def _alone(self) -> Head:
+        fields = {field.name: getattr(self.student, field.name) for field in dataclasses.fields(self.student)}
+        return Head(**{name: value for name, value in fields.items() if name not in ("parent", "name")})
+
+    def init(self, rngs: Any, batch: Any, *, train: bool) -> dict:
+        head: Any = self._alone().init(rngs, batch, train=train)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.backbone)
+        return {kind: {**zeros[kind], **head.get(kind, {})} for kind in ("params", "batch_stats")}
+
+    def apply(self, variables: Any, batch: Any, *, train: bool, rngs: Any = None, mutable: Any = False) -> Any:
+        head = {kind: {"head": tree["head"]} for kind, tree in variables.items() if "head" in tree}
+        result: Any = self._alone().apply(head, batch, train=train, rngs=rngs, mutable=mutable)
+        if not mutable:
+            return result
+        output, updated = result
+        return output, {kind: {**variables[kind], **dict(updated.get(kind, {}))} for kind in mutable}
