@@ -116,7 +116,7 @@ def _reason(error: Exception) -> str:
 
 
 def load_variables(directory: Path) -> dict:
-    """params and batch_stats of the newest checkpoint, as NumPy arrays, without a model.
+    """params and batch_stats of the newest checkpoint, as NumPy arrays, without a model: averages where it has them.
 
     Read onto one device: where the run had them (perhaps on more devices than there are here) does not matter.
     """
@@ -126,13 +126,16 @@ def load_variables(directory: Path) -> dict:
             raise InputError(f"{directory} holds no checkpoint; give the workdir of a finished run")
         step = checkpointer.latest.step
         there: Any = checkpointer.metadata(step).metadata["state"]
-        wanted = {name: there[name] for name in ("params", "batch_stats")}
+        wanted = {name: there[name] for name in ("params", "batch_stats", "average") if name in there}
         wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted)
         context = ocp.Context()
         context.pytree.loading.partial_load = True  # the optimiser's state stays on disk
         with context:
             loaded: Any = checkpointer.load(step, {"state": wanted})
-    return jax.device_get(loaded["state"])
+    state = jax.device_get(loaded["state"])
+    for name, tree in state.pop("average", {}).items():
+        state[name] = {**state[name], **tree}
+    return state
 
 
 def save_weights(directory: Path, variables: Any) -> None:

@@ -123,6 +123,7 @@ def _optimizer() -> ConfigDict:
             "learning_rate": 2e-3,
             "final_learning_rate": 1e-5,
             "weight_decay": 0.03,
+            "ema": 0.0,  # moving average of the weights: what it keeps of itself at each step, as 0.999; 0: none
             "layer_decay": 1.0,  # learning rate x layer_decay^(depth + 1 - layer): embedding 0, head depth + 1
             "beta1": 0.9,
             "beta2": 0.999,

@@ -27,6 +27,7 @@ from scalr_jax.evaluation.correlation import cosine_similarity
 from scalr_jax.evaluation.segmentation import evaluate
 from scalr_jax.logging import write_json
 from scalr_jax.train import choose_capacities, distillation_task, segmentation_task, train
+from scalr_jax.train_state import variables_of
 from scalr_jax.visualize import draw_loss, read_curve
 from scalr_jax.visualize_pictures import Panel, draw_with_image
 
@@ -43,7 +44,7 @@ def run_demo(config: Any, workdir: Path) -> dict:
 
     part = part_config(config, "distill")
     state = train(part, workdir / "distill", dataset, distillation_task(part))
-    distilled = jax.device_get(tasks.variables_of(state))
+    distilled = jax.device_get(variables_of(state))
     random = _random_backbone(part, dataset)
 
     def segment(name: str, part: Any, *, frozen: bool, initial: dict | None) -> dict:
@@ -51,7 +52,7 @@ def run_demo(config: Any, workdir: Path) -> dict:
         if not (folder / "results.json").exists():
             task = segmentation_task(part, num_classes, label=name, initial=initial, frozen=frozen)
             state = train(part, folder, dataset, task)
-            confusion = evaluate(part, validation, task.student, tasks.variables_of(state), num_classes)
+            confusion = evaluate(part, validation, task.student, variables_of(state), num_classes)
             results = tasks.segmentation_results(confusion, dataset.class_names)
             write_json(folder / "results.json", results)
             print(f"{name}: mIoU {results['miou']:.3f}", flush=True)

@@ -140,8 +140,10 @@ def make_cache(config: Any, folder: Path, dataset: Any, variables: Any) -> Featu
         _save(path.with_suffix(".labels.npy"), scene.labels)
         _save(path, features.astype(config.probe.cache_dtype))
         now = time.monotonic()
-        if now - said > PROGRESS_SECONDS and jax.process_index() == 0:
-            left = (now - started) / done * (len(cache) - scene.index) / jax.process_count()
+        if done == 1:
+            started = now  # the first one waited for the compiler
+        elif now - said > PROGRESS_SECONDS and jax.process_index() == 0:
+            left = (now - started) / (done - 1) * (len(cache) - scene.index) / jax.process_count()
             print(f"features: scene {scene.index + 1} of {len(cache)}  {format_seconds(left)} left", flush=True)
             said = now
     distributed.barrier(f"computed {folder}")

@@ -64,6 +64,8 @@ def make_optimizer(config: Any, *, depth: int = 0) -> optax.GradientTransformati
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=1e-8),
         optax.add_decayed_weights(config.weight_decay),
     ]
+    if not 0 <= config.ema < 1:
+        raise InputError(f"optimizer.ema = {config.ema} is not in [0, 1); 0 keeps no average of the weights")
     if config.name not in ("adamw", "lamb"):
         raise InputError(f"optimizer.name = {config.name!r} is none of 'adamw', 'lamb'")
     if config.name == "lamb":

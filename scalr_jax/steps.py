@@ -77,6 +77,22 @@ def _update(state: TrainState, batch: Any, optimizer, learning_rate: Array, trai
     return state, metrics
 
 
+def averaged(step: Callable, decay: float) -> Callable:
+    """The same step(state, teacher, batch) on an `AveragedState`: average += (1 - decay) * (weights - average)."""
+
+    def new_step(state: Any, teacher: Any, batch: Any) -> tuple[Any, dict]:
+        state, metrics = step(state, teacher, batch)
+        params = {name: state.params[name] for name in state.average["params"]}
+        average = jax.tree.map(
+            lambda mean, new: mean + (1.0 - decay) * (new - mean),
+            state.average,
+            {"params": params, "batch_stats": state.batch_stats},
+        )
+        return dataclasses.replace(state, average=average), metrics
+
+    return new_step
+
+
 def make_student_step(student: Any, optimizer, schedule: Callable, *, seed: int, batch_size: int) -> Callable:
     """What follows the teacher: step(state, target, batch), target [D, P, C_teacher]. `schedule` as below."""
 

@@ -20,7 +20,7 @@ from scalr_jax.features import make_cache
 from scalr_jax.logging import write_json
 from scalr_jax.models.student import StudentOnFeatures
 from scalr_jax.train import distillation_task, segmentation_task, train
-from scalr_jax.train_state import TrainState
+from scalr_jax.train_state import TrainState, variables_of
 
 PROBE_CHOICES = {
     "method": ("head", "knn", "zero_shot"),
@@ -45,10 +45,6 @@ def last_metrics(workdir: Path) -> dict:
     """The last line of metrics.jsonl that belongs to a step."""
     lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "train/loss" in line][-1]
-
-
-def variables_of(state: TrainState) -> dict:
-    return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def distill(config: Any, workdir: Path) -> TrainState:

@@ -25,7 +25,7 @@ from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import IGNORE, InputError, SceneView
 from scalr_jax.logging import MetricWriter
 from scalr_jax.models.student import StudentOnFeatures
-from scalr_jax.train_state import TrainState, init_state
+from scalr_jax.train_state import AveragedState, TrainState, init_state, start_average
 
 
 class Task(NamedTuple):
@@ -170,10 +170,13 @@ def make_program(config: Any, task: Task, batch: Any, mesh: Any, expected: float
     total = config.optimizer.total_updates or config.num_steps * expected / config.optimizer.batch_size
     optimizer = optim.make_optimizer(config.optimizer, depth=config.model.depth)
     step = task.make_step(optimizer, optim.make_schedule(config.optimizer, total))
+    if config.optimizer.ema:
+        step = steps.averaged(step, config.optimizer.ema)
     key = jax.random.key(config.seed)
 
     def fresh(batch):
-        return init_state(task.student, batch, optimizer, task.trainable, key)
+        state = init_state(task.student, batch, optimizer, task.trainable, key)
+        return start_average(state, task.trainable or tuple(state.params)) if config.optimizer.ema else state
 
     shapes = jax.eval_shape(fresh, batch)
     shardings = sharding.parameter_shardings(shapes, mesh)
@@ -257,7 +260,10 @@ def _start_from(state: TrainState, initial: dict, shardings: Any) -> TrainState:
         raise InputError(
             "the checkpoint's backbone has other shapes than config.model; give the model it was made with"
         )
-    return jax.device_put(dataclasses.replace(state, params=params, batch_stats=statistics), shardings)
+    state = dataclasses.replace(state, params=params, batch_stats=statistics)
+    if isinstance(state, AveragedState):
+        state = start_average(state, tuple(state.average["params"]))
+    return jax.device_put(state, shardings)
 
 
 class _Log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -22,6 +23,30 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: Any
+
+
+@flax.struct.dataclass
+class AveragedState(TrainState):
+    """With `optimizer.ema`: beside the weights their moving average, which is what is evaluated and exported.
+
+    `average` is {"params", "batch_stats"}: the trainable top-level parameters and all statistics.
+    """
+
+    average: Any = None
+
+
+def start_average(state: TrainState, trainable: tuple[str, ...]) -> AveragedState:
+    """`state` with an average that begins at its weights, in buffers of its own (both are donated)."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(TrainState)}
+    average = {"params": split(state.params, trainable)[0], "batch_stats": state.batch_stats}
+    return AveragedState(**fields, average=jax.tree.map(jnp.copy, average))
+
+
+def variables_of(state: TrainState) -> dict:
+    """params and batch_stats to evaluate: the averages, where there are any."""
+    if isinstance(state, AveragedState):
+        return {"params": {**state.params, **state.average["params"]}, "batch_stats": state.average["batch_stats"]}
+    return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def split(params: Any, trainable: tuple[str, ...]) -> tuple[dict, dict]:

@@ -2,14 +2,17 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_student import tiny_model
 
 from scalr_jax import optim, recipes
-from scalr_jax.config import get_config
+from scalr_jax.config import flatten, get_config
 from scalr_jax.data.scenes import InputError
+from scalr_jax.interop_names import weight_table
 
 
 def test_published_schedules(golden):
@@ -116,6 +119,27 @@ def test_layer_decay_by_its_formula(depth):
         stack = scaled["backbone"]["groups" if d < 3 * groups else "rest"][f"plane_{d % 3}"]["bias"]
         row = stack[d // 3] if d < 3 * groups else stack
         np.testing.assert_allclose(row, decay ** (depth + 1 - (d + 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [3, 5])
+def test_layer_decay_of_every_published_weight(depth):
+    """Of a whole student, by the published names: embed.* is layer 0, *_mix.d.* layer d + 1, classif.* depth + 1."""
+    model, variables = tiny_model("segment", 4, depth=depth, norm="batch")
+    ones = jax.tree.map(jnp.ones_like, variables["params"])
+    scaled: Any = optim.scale_by_layer(depth, 0.9).update(ones, optax.EmptyState())[0]
+    factors = flatten(scaled)
+    for entry in weight_table(model):
+        if entry.weight.stats:
+            continue
+        published = entry.weight.theirs.split(".")
+        layer = {"embed": 0, "classif": depth + 1}.get(published[0])
+        layer = int(published[2]) + 1 if layer is None else layer
+        name, wanted = entry.ours.replace("/", "."), 0.9 ** (depth + 1 - layer)
+        if entry.row is None:
+            np.testing.assert_allclose(factors.pop(name), wanted, rtol=1e-6)
+        else:
+            np.testing.assert_allclose(factors[name][entry.row], wanted, rtol=1e-6)
+    assert all(name.startswith("backbone.groups.") for name in factors)  # the stacks, whose rows were all looked at
 
 
 def test_layer_decay_in_the_optimizer():

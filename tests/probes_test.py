@@ -15,6 +15,7 @@ from scalr_jax.checkpoint import load_variables
 from scalr_jax.data.scenes import InputError, SceneView
 from scalr_jax.evaluation import nearest_neighbors, zero_shot
 from scalr_jax.train import segmentation_task, train
+from scalr_jax.train_state import variables_of
 
 TEACHER_WIDTH = 128  # the packaged one's
 
@@ -48,7 +49,7 @@ def test_a_probe_on_cached_features_equals_one_on_the_same_scenes(tmp_path, stre
     dataset = build.make_dataset(config, "train", cache=tmp_path)
     task = segmentation_task(config, 12, label="probe", initial=tasks.load_backbone(config), frozen=True)
     state = train(config, tmp_path / "fixed", dataset, task)
-    fixed = jax.device_get(tasks.variables_of(state))
+    fixed = jax.device_get(variables_of(state))
     config = probe_config(street_cache, backbone, **{"probe.features": "cached", "probe.head": "mlp"})
     results = tasks.probe(config, tmp_path / "cached")
     cached = load_variables(tmp_path / "cached" / "checkpoints")

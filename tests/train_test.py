@@ -205,3 +205,57 @@ def test_the_last_checkpoints_and_one_every_so_many_steps_are_kept(tmp_path, str
     config = small_config(street_cache, num_steps=5, checkpoint_every_steps=1, keep_checkpoints=1, keep_every_steps=3)
     distill(config, tmp_path)
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 5]
+
+
+def test_the_average_of_the_weights(tmp_path, street_cache):
+    """By its formula, batch statistics included; exact over a resume; what a checkpoint is loaded as."""
+    from scalr_jax import train as module
+    from scalr_jax.train_state import variables_of
+
+    decay, seen = 0.5, []
+    config = small_config(street_cache, **{"optimizer.ema": decay, "num_steps": 3, "checkpoint_every_steps": 1})
+    original = module.make_program
+
+    def watched(*args):
+        program = original(*args)
+        fresh, step = program.fresh, program.step
+
+        def recorded(state, teacher, batch):
+            with jax.transfer_guard("allow"):
+                if not seen:
+                    seen.append(jax.device_get((state.params, state.batch_stats)))
+                state, metrics = step(state, teacher, batch)
+                seen.append(jax.device_get((state.params, state.batch_stats)))
+            return state, metrics
+
+        return program._replace(fresh=fresh, step=recorded)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "make_program", watched)
+        state = distill(config, tmp_path / "whole")
+    expected = seen[0]
+    for weights in seen[1:]:
+        expected = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, expected, weights)
+    found = jax.device_get(variables_of(state))
+    for name, tree in zip(("params", "batch_stats"), expected, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[name], tree)
+    assert len(seen) == 4
+    kernel = ("embedding", "point", "kernel")
+    raw, mean = (tree[kernel[0]][kernel[1]][kernel[2]] for tree in (seen[-1][0], found["params"]))
+    assert np.abs(raw - mean).max() > 1e-4  # an average that follows at once would agree with anything
+    loaded = load_variables(tmp_path / "whole" / "checkpoints")
+    jax.tree.map(np.testing.assert_array_equal, loaded, found)
+
+    import shutil
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "3")
+    again = jax.device_get(variables_of(distill(config, tmp_path / "resumed")))
+    assert {"event": "resume", "step": 2} in lines(tmp_path / "resumed")
+    jax.tree.map(np.testing.assert_array_equal, again, found)
+
+
+@pytest.mark.parametrize("ema", [1.0, -0.1, float("nan")])
+def test_an_average_that_cannot_be_meant(ema, tmp_path, street_cache):
+    with pytest.raises(InputError, match=r"optimizer\.ema = .* is not in \[0, 1\)"):
+        distill(small_config(street_cache, **{"optimizer.ema": ema}), tmp_path)
