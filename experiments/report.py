@@ -80,6 +80,17 @@ def class_table(seeds: Sequence[dict]) -> str:
     return table(["IoU %, all labels", *KINDS.values()], [[n, *map(cell, columns)] for n, columns in names.items()])
 
 
+def probe_table(seeds: Sequence[dict]) -> str:
+    """Each kind of probe, of random and of distilled weights, with all labels."""
+    kinds = {"linear (batch norm, trained)": "probe_{}_100p", "MLP": "mlp_{}", "20 nearest neighbours": "knn_{}"}
+    kinds["logistic regression on the teacher's features of labelled image regions"] = "zero_shot_{}"
+    rows = [
+        [text, *(cell(mious(seeds, name.format(start))) for start in ("random", "distilled"))]
+        for text, name in kinds.items()
+    ]
+    return table(["mIoU % of a probe", "random weights", "distilled"], rows)
+
+
 def gap_table(seeds: Sequence[dict]) -> str:
     """Models trained on 32 beams, evaluated on each sensor."""
     rows = []
@@ -173,7 +184,7 @@ def _save(figure: Any, output: Path) -> None:
 def report(seeds: Sequence[dict], figures: Path | None) -> str:
     """All tables as Markdown; the plots go into `figures`."""
     sweeps = pillars(seeds)
-    texts = [label_table(seeds), class_table(seeds), gap_table(seeds)]
+    texts = [label_table(seeds), class_table(seeds), probe_table(seeds), gap_table(seeds)]
     for label, found in sweeps.items():
         rows = [[str(value), cell(values)] for value, values in found.items()]
         texts.append(table([label, "mIoU % of a linear probe"], rows))

@@ -6,11 +6,12 @@
     python experiments/report.py --output=runs/results --figures=docs/images
 
 Groups: "table" (probes of random and distilled students and supervised training with 1, 10 and 100 % of the labels),
-"finetune" (the distilled student fine-tuned likewise), "gap" (the models of both on other sensors), "width", "depth",
-"teacher" and "sensors" (the three pillars at small scale; they start from parts of the table). The same command again
-goes on where it stopped: a part is done when its results.json is there, and an interrupted one resumes from its
-checkpoint. A part takes half a minute to two and a half minutes on 2 idle cores, a seed about 70 minutes; --minutes
-begins no part after so long. `OUTPUT/seed_N/results.json` gathers what is done.
+"probes" (an MLP, nearest neighbours, image prototypes), "finetune" (the distilled student fine-tuned as the table's are
+trained), "gap" (the models of both on other sensors), "width", "depth", "teacher" and "sensors" (the three pillars at
+small scale). Groups after the first start from parts of the table. The same command again goes on where it stopped: a
+part is done when its results.json is there, and an interrupted one resumes from its checkpoint. A part takes half a
+minute to two and a half minutes on 2 idle cores, a seed about 75 minutes; --minutes begins no part after so long.
+`OUTPUT/seed_N/results.json` gathers what is done.
 
 The student, the schedule and the streets are those of configs/demo.py, with 400 streets in place of 192, so that 1 % of
 the labels are four scans.
@@ -41,7 +42,7 @@ from scalr_jax.logging import write_json
 from scalr_jax.model_flags import use_cache
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-GROUPS = ("table", "finetune", "gap", "width", "depth", "teacher", "sensors")
+GROUPS = ("table", "probes", "finetune", "gap", "width", "depth", "teacher", "sensors")
 PERCENTS = (1, 10, 100)
 RATES = (4e-3, 1e-2, 2.5e-2)  # of supervised training and of fine-tuning; the report takes the best
 NUM_SCENES = 400
@@ -68,6 +69,7 @@ def parts(seed: int, folder: Path) -> Iterator[Part]:
     base.seed, base.task = seed, "distill"
     base.data.update(root=str(folder / "streets"), num_scenes=NUM_SCENES)
     yield from _table(base, folder)
+    yield from _probes(base, folder)
     yield from _gap(base, folder)
     for group, key, values in (("width", "channels", WIDTHS), ("depth", "depth", DEPTHS)):
         for value in values:
@@ -95,6 +97,18 @@ def _table(base: Any, folder: Path) -> Iterator[Part]:
                 config = _segment(base, "finetune", start, percent)
                 config.optimizer.learning_rate = rate
                 yield Part(group, f"{name}_{percent}p_{rate:g}", lambda config=config: config)
+
+
+def _probes(base: Any, folder: Path) -> Iterator[Part]:
+    """Other probes than the table's, of the same students; random weights know nothing of image prototypes."""
+    for start, name in (("random", "distill_random"), ("distilled", "distill")):
+        mlp, knn = (_segment(base, "probe", folder / name) for _ in range(2))
+        mlp.probe.head, knn.probe.method = "mlp", "knn"
+        yield Part("probes", f"mlp_{start}", lambda mlp=mlp: mlp)
+        yield Part("probes", f"knn_{start}", lambda knn=knn: knn)
+    zero_shot = _segment(base, "probe", folder / "distill")
+    zero_shot.probe.method = "zero_shot"
+    yield Part("probes", "zero_shot_distilled", lambda: zero_shot)
 
 
 def _random(base: Any) -> Any:
