@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from scalr_jax import distributed
+from scalr_jax.data.instances import open_bank, write_bank
 from scalr_jax.data.joined import Joined, every_nth, listed
+from scalr_jax.data.mixing import Mixing
 from scalr_jax.data.records import Records, is_begun
 from scalr_jax.data.scenes import InputError
 from scalr_jax.data.transforms import SceneSettings
@@ -161,6 +163,43 @@ def make_settings(config: Any, *, task: str, train: bool) -> SceneSettings:
         augmentation="none" if fixed else data.augmentation,
         fixed=fixed,
     )
+
+
+def make_mixing(config: Any, dataset: Any, folder: Path) -> Mixing | None:
+    """What is mixed into the training scans of a probe or fine-tuning; None when nothing is.
+
+    `folder`: of the instance bank, which is written when it is missing. Raises `InputError`.
+    """
+    data = config.data
+    if not data.polarmix and not data.cutmix:
+        return None
+    if config.task == "probe" and config.probe.features != "augmented":
+        raise InputError(
+            f"data.polarmix and data.cutmix change scans every epoch, and probe.features = {config.probe.features!r} "
+            "keeps them; use 'augmented'"
+        )
+    if bool(data.cutmix) != bool(data.cutmix_ground):
+        raise InputError(
+            f"data.cutmix = {tuple(data.cutmix)} and data.cutmix_ground = {tuple(data.cutmix_ground)}: instances need "
+            "both their classes and the classes that they stand on"
+        )
+    polar, instances, ground = (
+        _class_numbers(key, data[key], dataset) for key in ("polarmix", "cutmix", "cutmix_ground")
+    )
+    bank = None
+    if instances:
+        if jax.process_index() == 0:
+            write_bank(folder, dataset, instances)
+        distributed.barrier(f"instances {folder}")
+        bank = open_bank(folder, dataset, instances)
+    return Mixing(polar, bank, ground)
+
+
+def _class_numbers(key: str, names: Any, dataset: Any) -> tuple[int, ...]:
+    known = tuple(dataset.class_names)
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"data.{key}: {', '.join(map(str, unknown))} are none of the classes {', '.join(known)}")
+    return tuple(known.index(name) for name in names)
 
 
 def grids_of(config: Any) -> tuple[tuple[int, int], ...]:

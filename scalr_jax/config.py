@@ -72,6 +72,10 @@ def _data() -> ConfigDict:
             "antialias": True,  # False: torchvision 0.12's resize, as ScaLR pinned
             "scaled_decode": False,  # prepared records: decode JPEG files at 1/2, 1/4 or 1/8 where that is large enough
             "augmentation": "published",  # published, consistent, none
+            # probe, finetune: classes, as ("person", "car"), of what is mixed into training scans; (): nothing
+            "polarmix": (),  # half turns are swapped with another scan, and its objects of these classes added
+            "cutmix": (),  # instances of these classes are added,
+            "cutmix_ground": (),  # on points of these classes
             "points_per_shard": 65_536,
             "scenes_per_shard": 10,
             "scenes_per_step": 0,  # 0: as many as fit; 8: the published batch, exactly

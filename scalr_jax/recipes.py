@@ -19,6 +19,7 @@ from scalr_jax.sensors import PANDARGT_FINETUNING, PANDASET_DOWNSTREAM, WAFFLEIR
 
 # Frames to train on. Those of PandaSet are the pretraining's: labels exist for the same scenes.
 TRAIN_FRAMES = {"nuscenes": 28_130, "semantic_kitti": 19_130, "pandar64": 3_920, "pandargt": 3_920}
+MIXED = ("bicycle", "motorcycle", "other-vehicle", "person", "bicyclist")  # of SemanticKITTI
 METHODS = ("scalr", "scalr_plus")
 BATCH_SIZE = 8
 MAX_POINTS = 20_000
@@ -135,6 +136,8 @@ def waffleiron(dataset: str, channels: int) -> Any:
     _epochs(config, 45, TRAIN_FRAMES[dataset], warmup=4, batch_size=4)
     config.model.update(channels=channels, norm="batch", activation="relu", drop_path=0.2, segmentation_head="linear")
     config.optimizer.update(learning_rate=1e-3, weight_decay=0.003, schedule="cosine", final_learning_rate=1e-5)
+    if dataset == "semantic_kitti":
+        config.data.update(polarmix=MIXED, cutmix=MIXED, cutmix_ground=("road", "parking", "sidewalk"))
     return config
 
 

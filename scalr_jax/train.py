@@ -94,7 +94,7 @@ def train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
 def _train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
     # Devices, data and the static sizes of a pack.
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    pipeline = _make_pipeline(config, dataset, task, mesh)
+    pipeline = _make_pipeline(config, dataset, task, mesh, workdir)
     sample = pipeline.sample()
     if task.num_classes:
         check_labels(sample, dataset.class_names, task.num_classes)
@@ -235,10 +235,13 @@ def expected_scenes(sample: list[SceneView], capacities: Capacities, scenes_per_
     return num_shards * min(capacities.scenes, max(1.0, capacities.points / mean_points - 0.5))
 
 
-def _make_pipeline(config: Any, dataset: Any, task: Task, mesh: Any) -> Pipeline:
+def _make_pipeline(config: Any, dataset: Any, task: Task, mesh: Any, workdir: Path) -> Pipeline:
+    settings = build.make_settings(config, task=task.scene_task, train=True)
+    if task.num_classes:
+        settings = dataclasses.replace(settings, mixing=build.make_mixing(config, dataset, workdir / "instances"))
     return Pipeline(
         dataset,
-        build.make_settings(config, task=task.scene_task, train=True),
+        settings,
         seed=config.seed,
         num_shards=mesh.size,
         shards=sharding.local_shards(mesh),

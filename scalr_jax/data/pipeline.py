@@ -55,6 +55,8 @@ class BuildScene:
             if self.settings.task == "features":
                 return self.dataset.scene(record, position)
             frame = self.dataset.frame(record, rng)
+            if self.settings.mixing is not None:
+                frame = self.settings.mixing(frame, record, self.dataset, rng)
             statistics = intensity_statistics(self.dataset, record)
             return make_scene(frame, position, statistics, self.settings, rng)
         except BadFrameError as error:

@@ -130,10 +130,11 @@ class SemanticKITTI:
         camera = files.pick_camera(camera, self.cameras, CAMERAS, rng)
         path = self._base / entry.sequence / "velodyne" / f"{entry.number}.bin"
         points = files.read_floats(path, 4)  # [N, 4]
-        labels = self._read_labels(entry, len(points)) if self.labels else None
         good = files.finite_points(points, path)
-        points, labels = points[good], labels[good] if labels is not None else None
-        frame = Frame(name=self.name(index), points=points, to_ego=np.eye(4), labels=labels)
+        frame = Frame(name=self.name(index), points=points[good], to_ego=np.eye(4))
+        if self.labels:
+            labels, instances = self._read_labels(entry, len(points))
+            frame = frame._replace(labels=labels[good], instances=instances[good])
         return frame if camera is None else self._pair(frame, entry, camera)
 
     def cameras_of(self, index: int) -> tuple[str, ...]:
@@ -155,10 +156,11 @@ class SemanticKITTI:
         numbers = [scan.removesuffix(".bin") for scan in scans]
         return [_Entry(sequence, n, f"{n}.png" in images, f"{n}.label" in labels) for n in numbers]
 
-    def _read_labels(self, entry: _Entry, num_points: int) -> np.ndarray:
+    def _read_labels(self, entry: _Entry, num_points: int) -> tuple[np.ndarray, np.ndarray]:
+        """Classes [N] uint8, and instances [N] uint32: the upper half numbers them, the lower half is the class."""
         path = self._base / entry.sequence / "labels" / f"{entry.number}.label"
-        raw = files.read_array(path, np.dtype("<u4")) & 0xFFFF  # the upper half numbers the instance
-        return files.map_labels(raw, self._label_map.class_of_id, num_points, path)
+        raw = files.read_array(path, np.dtype("<u4"))
+        return files.map_labels(raw & 0xFFFF, self._label_map.class_of_id, num_points, path), raw
 
     def _image_path(self, entry: _Entry, camera: str) -> Path:
         return self._base / entry.sequence / camera / f"{entry.number}.png"

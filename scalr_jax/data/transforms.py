@@ -9,6 +9,7 @@ Every random choice comes from the `rng` argument.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -35,6 +36,7 @@ class SceneSettings:
     antialias: bool = True
     augmentation: str = "published"  # "published", "consistent" or "none"
     fixed: bool = False  # the same random choices in every epoch
+    mixing: Any = None  # `mixing.Mixing` of training scans for segmentation
 
 
 def voxelize(points: np.ndarray, voxel_size: float, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -264,8 +266,13 @@ def _distillation_scene(frame: Frame, index: int, intensity, settings: SceneSett
     return _finish(frame.name, index, xyz, feats, settings, image=image, pixels=pixels)
 
 
+def labels_of(frame: Frame) -> np.ndarray:
+    """[N] uint8, 255 where the frame has none."""
+    return frame.labels if frame.labels is not None else np.full(len(frame.points), IGNORE, np.uint8)
+
+
 def _segmentation_scene(frame: Frame, index: int, intensity, settings: SceneSettings, rng) -> SceneView:
-    labels = frame.labels if frame.labels is not None else np.full(len(frame.points), IGNORE, np.uint8)
+    labels = labels_of(frame)
     kept = one_a_voxel(frame, settings.voxel_size, rng if settings.train else None)
     if settings.train:
         kept = kept[limit(frame.points[kept], settings.max_points, rng)]

@@ -1,0 +1,120 @@
+"""Mixing of labelled scans in training, in NumPy: polar-mix, then instance cut-mix, as WaffleIron's public code does.
+
+Polar-mix (Xiao et al., NeurIPS 2022): with probability 1/2 a half turn of the scan, from a random azimuth on, is
+replaced by the same half turn of another random scan; then the other scan's points of some classes are added as they
+are and twice more, each time turned about the sensor by U(-pi, pi).
+
+Instance cut-mix: of every class of a bank of instances up to 39 are added. Each is mirrored in x or in y, turned by
+U(-pi, pi), scaled by U(0.9, 1.1) and set on a point of a ground class; such places are points of different 1 m voxels.
+
+Both work on raw scans, in the student's frame; labels follow their points. All randomness comes from `rng`, so a scene
+depends on (seed, epoch, record) alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from scalr_jax.data.instances import InstanceBank
+from scalr_jax.data.joined import intensity_statistics
+from scalr_jax.data.scenes import Frame
+from scalr_jax.data.transforms import labels_of, rotation, to_ego, voxelize
+
+PLACES = 1.0  # metre, the voxels from which places are drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixing:
+    """What is mixed into a training scan. Class numbers; an empty `polar_classes` or no `bank` turns that half off."""
+
+    polar_classes: tuple[int, ...] = ()
+    bank: InstanceBank | None = None
+    ground_classes: tuple[int, ...] = ()
+    max_instances: int = 40  # of each class, this one excluded
+
+    def __call__(self, frame: Frame, record: int, dataset: Any, rng: np.random.Generator) -> Frame:
+        """`frame` is record `record` of `dataset`. Raises `BadFrameError` of the other scan."""
+        points, labels = in_ego(frame)
+        if self.polar_classes:
+            other_record = int(rng.integers(len(dataset)))
+            other, other_labels = in_ego(dataset.frame(other_record, rng))
+            other = rescale_intensity(other, dataset, other_record, record)
+            points, labels = polar_mix(points, labels, other, other_labels, self.polar_classes, rng)
+        if self.bank is not None:
+            points, labels = self.cut_mix(points, labels, intensity_statistics(dataset, record), rng)
+        return Frame(name=frame.name, points=points, to_ego=np.eye(4), labels=labels)
+
+    def cut_mix(self, points: np.ndarray, labels: np.ndarray, statistics: tuple[float, float], rng) -> tuple:
+        """points [N, 4], labels [N] -> the same with instances of the bank behind them."""
+        assert self.bank is not None, "without a bank there is nothing to add"
+        ground = voxelize(points, PLACES, rng)
+        ground = rng.permutation(ground[np.isin(labels[ground], self.ground_classes)])
+        parts, part_labels = [points], [labels]
+        for label in self.bank.classes:
+            number = min(int(rng.integers(self.max_instances)), len(ground))
+            places, ground = ground[:number], ground[number:]
+            for place, k in zip(places, rng.integers(self.bank.count(label), size=number), strict=True):
+                instance = place_instance(self.bank.instance(label, int(k), statistics), points[place, :3], rng)
+                parts.append(instance)
+                part_labels.append(np.full(len(instance), label, labels.dtype))
+        return np.concatenate(parts), np.concatenate(part_labels)
+
+
+def in_ego(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+    """Points [N, 4] float32 (student's frame, metres, raw intensity) and labels [N] uint8."""
+    points = np.concatenate([to_ego(frame.points, frame.to_ego), frame.points[:, 3:4]], axis=1).astype(np.float32)
+    return points, labels_of(frame)
+
+
+def rescale_intensity(points: np.ndarray, dataset: Any, there: int, here: int) -> np.ndarray:
+    """Raw intensities of frame `there` as frame `here`'s sensor would count them: equal once normalised."""
+    (mean, deviation), (new_mean, new_deviation) = (intensity_statistics(dataset, k) for k in (there, here))
+    points = points.copy()
+    points[:, 3] = (points[:, 3] - mean) / deviation * new_deviation + new_mean
+    return points
+
+
+def polar_mix(
+    points: np.ndarray,
+    labels: np.ndarray,
+    other: np.ndarray,
+    other_labels: np.ndarray,
+    classes: Sequence[int],
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """points, other [N, 4], [M, 4] in the sensor's frame; labels [N], [M] -> the mixed scan and its labels."""
+    if rng.random() < 0.5:
+        start = rng.uniform(-np.pi, np.pi)
+        mine, theirs = ~in_half_turn(points, start), in_half_turn(other, start)
+        points = np.concatenate([points[mine], other[theirs]])
+        labels = np.concatenate([labels[mine], other_labels[theirs]])
+    chosen = np.isin(other_labels, classes)
+    objects, object_labels = other[chosen], other_labels[chosen]
+    turned = [turn(objects, rng.uniform(-np.pi, np.pi)) for _ in range(2)]
+    return np.concatenate([points, objects, *turned]), np.concatenate([labels, *[object_labels] * 3])
+
+
+def in_half_turn(points: np.ndarray, start: float) -> np.ndarray:
+    """Mask [N]: azimuth between `start` and `start` + pi (radians)."""
+    azimuth = (np.arctan2(points[:, 1], points[:, 0]) - start) % (2 * np.pi)
+    return (azimuth > 0) & (azimuth < np.pi)
+
+
+def turn(points: np.ndarray, angle: float) -> np.ndarray:
+    """Points [N, 4] turned about z."""
+    points = points.copy()
+    points[:, :2] = points[:, :2] @ rotation(angle)
+    return points
+
+
+def place_instance(instance: np.ndarray, place: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A centred instance [n, 4], mirrored, turned, scaled and moved to `place` [3] (metres)."""
+    instance = instance.copy()
+    instance[:, rng.integers(2)] *= -1.0
+    instance = turn(instance, rng.uniform(-np.pi, np.pi))
+    instance[:, :3] = instance[:, :3] * rng.uniform(0.9, 1.1) + place
+    return instance
