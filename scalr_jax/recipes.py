@@ -104,8 +104,21 @@ def probing(dataset: str, method: str) -> Any:
     return config
 
 
+def finetuning_share(dataset: str, argument: str) -> Any:
+    """`finetuning` by what stands after a config file's colon: a method, a percentage, or both with a comma."""
+    method, percent = "scalr", "100"
+    for part in argument.split(","):
+        if part.strip().isdecimal():
+            percent = part.strip()
+        else:
+            method = part.strip()
+    if int(percent) < 1 or 100 % int(percent):
+        raise InputError(f"{percent} % of the labels: give a share of 100/n %, as 1, 5, 10, 25 or 100")
+    return finetuning(dataset, method, int(percent))
+
+
 def finetuning(dataset: str, method: str, percent: int = 100) -> Any:
-    """All parameters, from `config.checkpoint`, on `percent` of the labels: 100, 10 or 1."""
+    """All parameters, from `config.checkpoint`, on `percent` of the labels; published are 100, 10 and 1."""
     config = _student(method)
     config.task, config.checkpoint = "finetune", "CHECKPOINT"  # to be given: from "" it would begin at random weights
     _dataset(config, dataset)

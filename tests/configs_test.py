@@ -105,6 +105,22 @@ def test_published_lengths():
     assert (config.num_steps, config.optimizer.batch_size) == (45 * (19_130 // 4), 4)
 
 
+@pytest.mark.parametrize(
+    ("argument", "activation", "fraction", "epochs"),
+    [("5", "relu", 0.05, 45), ("scalr_plus,25", "gelu", 0.25, 45), ("scalr_plus", "gelu", 1.0, 25)],
+)
+def test_any_share_of_the_labels(argument, activation, fraction, epochs):
+    config = get_config("finetune/nuscenes.py", argument)
+    assert (config.model.activation, config.data.label_fraction) == (activation, fraction)
+    assert config.num_steps == epochs * (int(np.ceil(28_130 * fraction)) // 8)
+
+
+@pytest.mark.parametrize(("argument", "message"), [("7", "7 % of the labels"), ("0", "0 % of"), ("slidr,5", "'slidr'")])
+def test_a_share_that_cannot_be_had(argument, message):
+    with pytest.raises(InputError, match=message):
+        get_config("finetune/semantic_kitti.py", argument)
+
+
 def test_packed_steps_see_as_many_scenes_as_the_published():
     published, config = (get_config(f"pretrain/{name}_wi48_768.py") for name in ("scalr", "scalr_packed"))
     assert config.num_steps * 7.5 == pytest.approx(published.num_steps * 8, rel=1e-4)

@@ -58,9 +58,7 @@ class Frame(NamedTuple):
     labels: np.ndarray | None = None  # [N] uint8: class, or 255
     voxels: Voxels | None = None  # found when the frame was prepared; None: not yet
     image_shape: tuple[int, int] | None = None  # rows, columns that `pixels` count in; None: those of `image`
-    instances: np.ndarray | None = (
-        None  # [N] integers: the object of each point; None: not numbered
-    )
+    instances: np.ndarray | None = None  # [N] integers: the object of each point; None: not numbered
 
 
 class Voxels(NamedTuple):
