@@ -64,6 +64,25 @@ def test_published_segmentation_losses_and_metrics(golden):
     np.testing.assert_allclose(metrics.summarize(confusion)["accuracy"], arrays["oacc"], rtol=1e-6)
 
 
+def test_published_segmentation_losses_in_a_packed_batch(golden):
+    """The same numbers, loss and gradient, with the points spread over three shards and garbage between them."""
+    arrays = golden("segmentation")
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 260, arrays["logits"].shape[1])).astype(np.float32) * 50
+    labels = rng.integers(0, 7, (3, 260))
+    places = np.sort(rng.choice(3 * 260, 500, replace=False))
+    logits.reshape(-1, 7)[places], labels.reshape(-1)[places] = arrays["logits"], arrays["labels"]
+    mask = np.zeros(3 * 260, bool)
+    mask[places] = arrays["labels"] != 255
+    mask = mask.reshape(3, 260)
+    total = lambda x: sum(losses.segmentation(x, jnp.asarray(labels), jnp.asarray(mask)))  # noqa: E731
+    loss, gradient = jax.value_and_grad(total)(jnp.asarray(logits))
+    np.testing.assert_allclose(loss, arrays["loss_ce_plus_lovasz"], rtol=1e-6)
+    wanted = arrays["grad_logits"]
+    np.testing.assert_allclose(gradient.reshape(-1, 7)[places], wanted, atol=1e-6 * np.abs(wanted).max() + 1e-8)
+    assert not np.any(np.asarray(gradient)[~mask])
+
+
 def lovasz_reference(logits, labels):
     """Lovasz-softmax class by class in NumPy, as the paper writes it."""
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
