@@ -46,9 +46,11 @@ def claim(config: Any, workdir: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             _compare(path, new)
+            fresh = not path.exists()
             _make(workdir)
             stack.enter_context(_lock(workdir / "lock"))
             write_json(path, new)
+            stack.enter_context(_forget_if_nothing_was_done(path, fresh))
         distributed.barrier(f"claim {workdir}")
         if not path.exists():
             raise InputError(
@@ -56,6 +58,17 @@ def claim(config: Any, workdir: Path) -> Iterator[None]:
                 "on storage that all processes share"
             )
         yield
+
+
+@contextlib.contextmanager
+def _forget_if_nothing_was_done(path: Path, fresh: bool) -> Iterator[None]:
+    """A first run that was refused before its first step leaves no config that a corrected one would have to equal."""
+    try:
+        yield
+    except InputError:
+        if fresh and not (path.parent / "metrics.jsonl").exists():
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _make(workdir: Path) -> None:

@@ -259,3 +259,4 @@ def test_the_average_of_the_weights(tmp_path, street_cache):
 def test_an_average_that_cannot_be_meant(ema, tmp_path, street_cache):
     with pytest.raises(InputError, match=r"optimizer\.ema = .* is not in \[0, 1\)"):
         distill(small_config(street_cache, **{"optimizer.ema": ema}), tmp_path)
+    assert not (tmp_path / "config.json").exists()  # so that the corrected command is not another run
