@@ -63,7 +63,7 @@ def numbers(values: flags.FlagValues, name: str, count: int) -> list[float] | No
     return found
 
 
-def use_cache(folder: str | Path | None) -> Path | None:
+def use_cache(folder: str | Path | None = None) -> Path | None:
     """Keeps compiled programs in `folder` (None: the user's cache, "none": not at all). Returns it, or None.
 
     A folder that cannot be written costs only the time to compile: it is named, and no error. What is kept is found

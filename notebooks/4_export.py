@@ -1,0 +1,153 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Exporting a model
+#
+# A student as an ONNX graph, as a StableHLO program and as plain weights; each is checked against the original before
+# it is written, and here once more. About a minute on a CPU. `docs/export.md` says what each format is for.
+
+# %% [markdown]
+# On Colab write the repository's address into `REPOSITORY` first, and this installs the package; where it is installed
+# already, the cell does nothing.
+
+# %%
+import importlib.util
+import site
+import subprocess
+import sys
+
+REPOSITORY = ""  # as git clone takes it
+if importlib.util.find_spec("scalr_jax") is None:
+    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "scalr_jax_source"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "./scalr_jax_source[notebooks]"], check=True)
+    site.main()
+
+# %% [markdown]
+# The student of `1_features.ipynb`; if it is not there, it is distilled now.
+
+# %%
+from pathlib import Path
+
+from scalr_jax import config as defaults
+
+config = defaults.get_config()
+config.num_steps = 100
+config.data.update(dataset="streets", num_scenes=48, image_size=(112, 224), num_workers=0)
+config.data.update(points_per_shard=4_800, scenes_per_shard=2)
+config.model.update(channels=32, depth=3, num_neighbors=8, head_hidden=128)
+config.model.update(grids=((128, 128), (128, 16), (128, 16)))
+config.teacher.checkpoint = "demo"
+config.optimizer.update(learning_rate=2.5e-2, beta2=0.99, warmup_share=0.1)
+
+# %% [markdown]
+# A workdir that is finished is not trained again.
+
+# %%
+from scalr_jax import tasks
+
+workdir = Path("runs/notebooks/distill")
+if not (workdir / "results.json").exists():
+    tasks.distill(config, workdir)
+
+# %% [markdown]
+# The original, and its features for a scan that it has not seen.
+
+# %%
+import scalr_jax
+from scalr_jax.data.streets import Streets
+
+model = scalr_jax.load(workdir)
+streets = Streets(workdir / "streets", split="validation", num_scenes=1)
+streets.render_missing()
+points = streets.frame(0).points
+wanted = model.embed(points)
+wanted.shape
+
+# %% [markdown]
+# Export to ONNX. `folded` puts norms and layer scales into the matrices beside them; the number is the largest
+# difference to the original, of the largest value.
+
+# %%
+from scalr_jax.export import export_model
+
+folder = Path("runs/notebooks/onnx")
+difference = export_model(model, "onnx", folder, folded=True, source=workdir, overwrite=True)
+print(f"{difference:.1e}")
+{path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+
+# %% [markdown]
+# Run it in onnxruntime. `make_inputs` finds voxels, neighbours and cells in NumPy; `nearest` says which row of the
+# output is each point's.
+
+# %%
+import json
+
+import numpy as np
+import onnxruntime
+from scalr_jax.export_inputs import make_inputs, pad_inputs
+
+settings = json.loads((folder / "config.json").read_text())["settings"]
+session = onnxruntime.InferenceSession(folder / "model.onnx")
+inputs, nearest = make_inputs(points, settings)
+(rows,) = session.run(["features"], inputs)
+onnx_features = rows[nearest]
+print(f"largest difference {np.abs(onnx_features - wanted).max():.1e}, largest value {np.abs(wanted).max():.1f}")
+
+# %% [markdown]
+# The features that came out of onnxruntime, as colours.
+
+# %%
+from IPython.display import Image
+from scalr_jax.evaluation import correlation
+from scalr_jax.visualize_pictures import draw_top_view
+
+colors = correlation.color_by_axes(onnx_features, correlation.fit_color_axes(onnx_features))
+draw_top_view(Path("runs/notebooks/onnx.png"), points[:, :3], "Features from onnxruntime, as colours", colors=colors)
+Image("runs/notebooks/onnx.png", width=600)
+
+# %% [markdown]
+# Export to StableHLO: one program for CPU, CUDA and TPU, with its weights beside it.
+
+# %%
+folder = Path("runs/notebooks/stablehlo")
+difference = export_model(model, "stablehlo", folder, source=workdir, overwrite=True)
+print(f"{difference:.1e}")
+{path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+
+# %% [markdown]
+# Load it back, with JAX alone. Inputs are padded to a size of a short list, since each size is compiled once.
+
+# %%
+import jax
+import jax.export
+
+program = jax.export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
+weights = dict(np.load(folder / "weights.npz"))
+settings = json.loads((folder / "config.json").read_text())["settings"]
+inputs, nearest = make_inputs(points, settings)
+outputs = jax.jit(program.call)(weights, pad_inputs(inputs, settings))
+stablehlo_features = np.asarray(outputs["features"])[nearest]
+print(f"{program.platforms}: largest difference {np.abs(stablehlo_features - wanted).max():.1e}")
+
+# %% [markdown]
+# Export the weights alone. Such a folder is a model again: `scalr_jax.load` reads it, and PyTorch reads the names.
+
+# %%
+export_model(model, "safetensors", Path("runs/notebooks/weights"), source=workdir, overwrite=True)
+again = scalr_jax.load("runs/notebooks/weights")
+print(f"largest difference {np.abs(again.embed(points) - wanted).max():.1e}")
+
+# %% [markdown]
+# Every export carries a model card: how to run it, its settings, training data, licence and metrics.
+
+# %%
+from IPython.display import Markdown
+
+Markdown((folder / "README.md").read_text())
