@@ -74,8 +74,8 @@ def measure(row: tuple) -> None:
 def table() -> str:
     found = results()
     lines = [
-        "| WI-48- | teacher | image | topology | devices | fsdp | fits | GiB a device | all-reduce MB | "
-        "all-gather MB | others MB | TFLOPs | GB |",
+        "| WI-48- | teacher | image | topology | devices | fsdp | fits | GiB a device | reduced MB | "
+        "gathered MB | others MB | TFLOPs | GB |",
         "| --- " * 13 + "|",
     ]
     for row in ROWS:
@@ -84,7 +84,8 @@ def table() -> str:
         result = found[key(row)]
         channels, teacher, image_size, topology, slices, fsdp = row
         sent = {kind: total["bytes"] / 1e6 for kind, total in (result["collectives"] or {}).items()}
-        reduced, gathered = sent.pop("all-reduce", 0.0), sent.pop("all-gather", 0.0)
+        reduced = sent.pop("all-reduce", 0.0) + sent.pop("reduce-scatter", 0.0)
+        gathered = sent.pop("all-gather", 0.0)
         memory = f"{result['peak_bytes_per_device'] / 2**30:.1f} of {result['hbm_bytes'] / 2**30:.1f}"
         cells = [channels, teacher, image_size.replace(",", "x"), f"{slices} x {topology}" if slices > 1 else topology]
         cells += [f"{result['devices']:,}", fsdp, "yes" if result["fits"] else "**no**", memory]

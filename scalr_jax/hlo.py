@@ -156,9 +156,10 @@ def walk(program: Program) -> Iterator[tuple[Computation, Instruction, int]]:
 
 
 def trip_count(program: Program, computation: Computation, loop: Instruction) -> int:
-    """How often a loop runs: as XLA notes it, else the constant that its counter, from 0 by 1 as JAX's, is less than.
+    """How often a loop runs: as XLA notes it, else what its counter, which rises by 1 as JAX's do, has to go.
 
-    Raises ValueError for any other loop.
+    The counter starts above 0 where XLA has moved the first rounds before the loop. Raises ValueError for any loop that
+    does not go from one constant to another.
     """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
@@ -171,9 +172,9 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
         raise ValueError(f"the loop {loop.name} does not count up to a constant")
     index = re.search(r"index=(\d+)", counters[0].attributes)
     start = _element(computation, loop.operands[0], int(index[1])) if index else None
-    if start is None or start.opcode != "constant" or start.operands != ("0",):
-        raise ValueError(f"the counter of the loop {loop.name} does not start at 0")
-    return int(limits[0].operands[0])
+    if start is None or start.opcode != "constant":
+        raise ValueError(f"the counter of the loop {loop.name} does not start at a constant")
+    return int(limits[0].operands[0]) - int(start.operands[0])
 
 
 def _element(computation: Computation, name: str, index: int) -> Instruction | None:

@@ -261,6 +261,8 @@ def test_a_pod_reduces_the_gradients_and_nothing_grows_with_it():
 def test_split_parameters_are_gathered_and_their_gradients_scattered():
     run, found = pod_collectives("v5p:2x2x1", fsdp=4)
     summary = hlo.summary(found)
+    passed = summary.pop("collective-permute", {"bytes": 0})  # XLA's own ring, for the kernel of five input features
+    assert passed["bytes"] < 0.01 * run.parameter_bytes
     assert set(summary) == {"all-reduce", "all-gather", "reduce-scatter"}
     assert reduced_bytes(found) == pytest.approx(run.parameter_bytes, rel=0.1)
     assert summary["reduce-scatter"]["bytes"] > 0.8 * run.parameter_bytes
@@ -275,5 +277,5 @@ def test_slices_exchange_their_share_of_the_gradients():
     """Plain spatial mixing, which compiles in a third of the time: what crosses between slices is the same."""
     run, found = pod_collectives("v5e:2x2", slices=2, implementation="cells")
     summary = hlo.summary(found)
-    assert summary["all-reduce"]["bytes"] == pytest.approx(run.parameter_bytes, rel=0.1)
+    assert reduced_bytes(found) == pytest.approx(run.parameter_bytes, rel=0.1)
     assert summary[hlo.BETWEEN_SLICES]["bytes"] == pytest.approx(run.parameter_bytes / 4, rel=0.25)

@@ -85,9 +85,14 @@ def test_loops_multiply_and_kinds_are_told_apart():
     assert [c.source for c in found if c.kind == "all-reduce"] == ["jit(step)/while/body/sum"]
 
 
-def test_a_loop_that_does_not_count_up_from_zero_is_refused():
-    with pytest.raises(ValueError, match=r"while\.2 does not start at 0"):
-        hlo.collectives(hlo.parse(TEXT.replace("%start = s32[] constant(0)", "%start = s32[] constant(1)")))
+def test_a_loop_whose_first_round_was_moved_before_it_runs_once_less():
+    program = hlo.parse(TEXT.replace("%start = s32[] constant(0)", "%start = s32[] constant(1)"))
+    assert hlo.summary(hlo.collectives(program))["all-reduce"]["count"] == 5 * 2
+
+
+def test_a_loop_that_does_not_go_from_one_constant_to_another_is_refused():
+    with pytest.raises(ValueError, match=r"while\.2 does not start at a constant"):
+        hlo.collectives(hlo.parse(TEXT.replace("%copied = s32[] copy(%start)", "%copied = s32[] negate(%start)")))
     with pytest.raises(ValueError, match="does not count up"):
         hlo.collectives(hlo.parse(TEXT.replace("direction=LT", "direction=GT")))
     with pytest.raises(ValueError, match="no ENTRY"):
