@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from scalr_jax import build, distributed, sharding
-from scalr_jax.config import flatten
+from scalr_jax.config import flatten, get_config
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import BadFrameError, InputError, SceneView
 from scalr_jax.logging import PROGRESS_SECONDS, format_seconds, write_json
@@ -189,6 +189,8 @@ def _check_key(path: Path, key: dict) -> None:
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} cannot be read; remove the folder, and the features are computed again") from None
     now = json.loads(json.dumps(key))
+    defaults = flatten(json.loads(get_config().to_json_best_effort()))  # of settings younger than the cache
+    there = {**{k: defaults[k] for k in now if k in defaults}, **there}
     wrong = [f"{k}: {there.get(k)} there, {now.get(k)} now" for k in sorted(there | now) if there.get(k) != now.get(k)]
     if wrong:
         raise InputError(

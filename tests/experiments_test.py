@@ -51,10 +51,9 @@ def test_a_student_is_distilled_and_probed(tmp_path, street_cache, monkeypatch):
         config.update(num_steps=2, checkpoint_every_steps=2, log_every_steps=1)
         config.data.update(num_workers=0, num_validation_scenes=2)
         config.model.update(depth=3, head_hidden=0)
-        config.demo.probe_steps = 2
         return config
 
-    for name, value in {"_load": shrunk, "use_cache": str, "NUM_SCENES": 8, "WIDTHS": (16,)}.items():
+    for name, value in {"_load": shrunk, "use_cache": str, "NUM_SCENES": 8, "WIDTHS": (16,), "PROBE_STEPS": 2}.items():
         monkeypatch.setattr(streets, name, value)
     one_device(monkeypatch)
     folder = tmp_path / "seed_0"
