@@ -19,7 +19,7 @@ ConfigDict = ml_collections.ConfigDict
 def get_config() -> Any:  # a ConfigDict: its attributes have no static types
     """The defaults: ScaLR's 48 x 768 student, 8 scenes a step."""
     config = ConfigDict()
-    config.task = "distill"  # distill, probe, finetune, evaluate, demo, teacher
+    config.task = "distill"  # distill, probe, finetune, evaluate, robustness, demo, teacher
     config.seed = 0
     config.num_steps = 1000
     config.log_every_steps = 10
@@ -29,12 +29,13 @@ def get_config() -> Any:  # a ConfigDict: its attributes have no static types
     config.deterministic = (
         False  # GPU: only operations whose result is the same every time (slower); elsewhere always so
     )
-    config.checkpoint = ""  # probe, finetune, evaluate: what to start from, a workdir or a published .pth
+    config.checkpoint = ""  # probe, finetune, evaluate, robustness: a workdir or a published .pth to start from
     config.data = _data()
     config.model = _model()
     config.teacher = _teacher()
     config.optimizer = _optimizer()
     config.probe = _probe()
+    config.evaluate = _evaluate()
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
     config.demo = ConfigDict(
         {
@@ -155,6 +156,28 @@ def _probe() -> ConfigDict:
             "temperature": 0.07,  # of a neighbour's vote exp(cosine / temperature)
             "prototypes": "",  # zero_shot: a folder of images by class; "": regions of the training images
             "inverse_regularization": 1.0,  # C of the logistic regression
+        }
+    )
+
+
+def _evaluate() -> ConfigDict:
+    return ConfigDict(
+        {
+            "rings": (10.0, 20.0, 30.0, 40.0, 50.0),  # metres from the lidar: results of 0 to 10, ..., beyond 50
+            # test-time augmentation: the mean probability over so many turned, flipped and scaled copies of each scan,
+            # by data.augmentation (published, consistent); 1: the scan as it is, alone
+            "votes": 1,
+            "submission": False,  # nuscenes, semantic_kitti: write the benchmark's files, also of data.split = "test"
+            # robustness
+            "corruptions": (  # of Robo3D
+                *("fog", "wet_ground", "snow", "motion_blur", "beam_missing", "crosstalk"),
+                *("incomplete_echo", "cross_sensor"),
+            ),
+            "severities": ("light", "moderate", "heavy"),
+            "corrupted_root": "",  # the folder of the released nuScenes-C or SemanticKITTI-C; "": own generators
+            # of mCE: nuscenes_c, semantic_kitti_c (MinkUNet-18, published) or the robustness.json of another run;
+            # auto: the published one of the dataset, none elsewhere
+            "baseline": "auto",
         }
     )
 
