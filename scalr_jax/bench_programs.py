@@ -32,6 +32,7 @@ OPTIMIZER = SimpleNamespace(
     beta2=0.999,
     weight_decay=0.03,
     layer_decay=1.0,
+    ema=0.0,
 )
 
 
