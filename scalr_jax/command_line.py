@@ -14,6 +14,12 @@ def one_sentence(error: BaseException) -> str:
     return " ".join(text.split())
 
 
+def named(name: object, error: BaseException) -> str:
+    """The sentence of an error, beginning with the file or frame that it is about."""
+    text = one_sentence(error)
+    return text if str(name) in text else f"{name}: {text}"
+
+
 def say(message: str) -> None:
     print(f"scalr_jax: error: {message}", file=sys.stderr, flush=True)
 

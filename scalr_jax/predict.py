@@ -45,7 +45,7 @@ from absl import flags
 from tqdm import tqdm
 
 from scalr_jax import model_flags, predict_outputs
-from scalr_jax.command_line import fail, one_sentence
+from scalr_jax.command_line import fail, named, one_sentence
 from scalr_jax.data import scan_inputs
 from scalr_jax.data.scenes import IGNORE, BadFrameError, Frame, InputError
 from scalr_jax.evaluation import correlation
@@ -198,11 +198,14 @@ class _Colors:
 
 
 def _run_one(model: Any, what: str, scan: Path, paths: list[Path], warn: _Warnings, colors: _Colors) -> int:
-    """One scan: read, predict, write. Returns its number of points; raises BadFrameError, InputError, OSError."""
-    frame = read(scan)
-    points = scan_inputs.student_points(frame)
-    warn.add(scan.name, model.check(points))
-    rows = predict(model, points, what, sector=_sector())
+    """One scan: read, predict, write. Returns its number of points; raises InputError, which names it, and OSError."""
+    try:
+        frame = read(scan)
+        points = scan_inputs.student_points(frame)
+        warn.add(scan.name, model.check(points))
+        rows = predict(model, points, what, sector=_sector())
+    except (BadFrameError, InputError) as error:
+        raise InputError(named(scan, error)) from error
     colored = any(path.suffix in (".ply", ".png") for path in paths)
     result = predict_outputs.Prediction(
         name=frame.name,
@@ -288,21 +291,21 @@ def _run_folder(model: Any, what: str, outputs: dict[Path, list[Path]], folder: 
                 try:
                     points += _run_one(model, what, scan, paths, warn, colors)
                     done += 1
-                except (BadFrameError, InputError) as error:
-                    text = one_sentence(error)
-                    bad.append(text if str(scan) in text else f"{scan}: {text}")
+                except InputError as error:
+                    bad.append(one_sentence(error))
                     tqdm.write(f"bad scan, left out: {bad[-1]}", file=sys.stderr)
                 bar.update()
         warn.close()
     seconds = (time.monotonic() - started) / max(done, 1)
     skipped = f", {len(outputs) - len(missing)} were there" if len(missing) < len(outputs) else ""
-    print(f"{folder}: {what} of {done} scans, {points:,} points, {seconds:.2f} s a scan{skipped}")
+    scans = "1 scan" if done == 1 else f"{done} scans"
+    print(f"{folder}: {what} of {scans}, {points:,} points, {seconds:.2f} s a scan{skipped}")
     if bad:
         raise InputError(f"{len(bad)} of {len(outputs)} scans are bad, the others are done; the first: {bad[0]}")
 
 
 def run(arguments: list[str]) -> None:
-    """The command. Raises InputError, BadFrameError and what the operating system raises."""
+    """The command. Raises InputError and what the operating system raises."""
     parse_flags(arguments)
     _sector()  # a mistake in it is told before anything is loaded
     scans = scan_inputs.list_scans(FLAGS.input)
@@ -327,7 +330,7 @@ def main(arguments: list[str]) -> None:
     """`run`, with exit code 2 and one sentence for what is not a defect."""
     try:
         run(arguments)
-    except (InputError, BadFrameError) as error:
+    except InputError as error:
         fail(one_sentence(error))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

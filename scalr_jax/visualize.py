@@ -35,6 +35,7 @@ Exit codes: 0 done; 2 bad arguments or input, or no space (one sentence on stder
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from scalr_jax import model_flags, visualize_pictures, visualize_viewer
-from scalr_jax.command_line import fail, one_sentence
+from scalr_jax.command_line import fail, named, one_sentence
 from scalr_jax.data import scan_inputs
 from scalr_jax.data.records import Records, is_prepared
 from scalr_jax.data.scenes import IGNORE, BadFrameError, Frame, InputError
@@ -95,7 +96,6 @@ def visualize(
       InputError: no finite point, or a model without `what`.
     """
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     points = scan_inputs.student_points(frame)
     finite = np.asarray(np.isfinite(points).all(axis=1) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1))
     what = what or ("distilled" if model.config.head == "distill" else "features")
@@ -106,6 +106,7 @@ def visualize(
     labels = view.labels if view.labels is not None and (view.labels != IGNORE).any() else None
     colors = correlation.color_by_axes(features, correlation.fit_color_axes(features))
     files: list[Path] = []
+    folder.mkdir(parents=True, exist_ok=True)
 
     def draw(name: str, title: str, panel: Panel, query: int | None = None) -> None:
         path = folder / name
@@ -271,16 +272,19 @@ def run(arguments: list[str]) -> None:
     frame, label_names = open_frame(output)
     for text in model.check(scan_inputs.student_points(frame)).values():
         print(f"warning: {frame.name}: {text}", file=sys.stderr)
-    drawn = visualize(
-        model,
-        frame,
-        output,
-        label_names=label_names,
-        what=FLAGS.what,
-        query=query,
-        num_queries=FLAGS.num_queries,
-        max_points=FLAGS.max_points,
-    )
+    try:
+        drawn = visualize(
+            model,
+            frame,
+            output,
+            label_names=label_names,
+            what=FLAGS.what,
+            query=query,
+            num_queries=FLAGS.num_queries,
+            max_points=FLAGS.max_points,
+        )
+    except InputError as error:
+        raise InputError(named(frame.name, error)) from error
     print(f"{output}: {', '.join(path.name for path in drawn)}")
 
 
@@ -293,7 +297,8 @@ def main(arguments: list[str]) -> None:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        fail(one_sentence(error))
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fail(one_sentence(error) + ("; free space on the disk and run the same command again" if full else ""))
     except KeyboardInterrupt:
         fail("interrupted")
 

@@ -28,6 +28,7 @@ def _loaded_once():
         (["--input=empty"], "empty: no scan in this folder"),
         (["--input=parent"], "its folders empty, scans have some|its folders scans have some"),
         (["--input=zero.bin"], "zero.bin: the scan has no points"),
+        (["--input=nan.bin"], "nan.bin: 0 of 301 points are finite; write or copy the scan again"),
         (["--input=scan.txt"], "a scan is a file that ends in .bin, .npy, .pcd, .ply"),
         (["--input=00.pkl.gz"], "PandaSet's <scene>/lidar/NN.pkl.gz"),
         (["--output=a.csv"], "no output format .csv; there are .npz, .npy, .label, .ply, .png"),
@@ -56,6 +57,7 @@ def _loaded_once():
 def test_one_sentence_for_what_is_wrong(models, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     write_bin(tmp_path / "scan.bin", make_points(301))
+    write_bin(tmp_path / "nan.bin", np.full((301, 4), np.nan))
     write_bin(tmp_path / "scans" / "0.bin", make_points())
     write_bin(tmp_path / "parent" / "scans" / "0.bin", make_points())
     np.save("points.npy", make_points())
@@ -81,7 +83,7 @@ def test_a_full_disk_leaves_nothing_half_written(models, tmp_path):
         f"--model={models}/probed.pth", f"--input={scan}", f"--output={tmp_path}/out.npz", *EXPLICIT, limit=16
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "File too large" in done.stderr
+    assert f"File too large: '{tmp_path}/out.npz'" in done.stderr
     assert "run the same command again" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scan.bin"]
 

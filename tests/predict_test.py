@@ -146,7 +146,7 @@ def test_a_folder_resumes(models, folder, tmp_path, capsys):
     run(models / "distilled.pth", folder, *flags)
     assert contents(output) == whole
     assert not (output / ".1.ply.77.partial").exists()
-    assert "features of 1 scans" in capsys.readouterr().out
+    assert "features of 1 scan," in capsys.readouterr().out
     assert (output / "0.npz").stat().st_mtime_ns == times[output / "0.npz"]
     run(models / "distilled.pth", folder, *flags, "--overwrite")
     assert contents(output) == whole

@@ -222,6 +222,7 @@ def test_a_frame_of_the_run_itself(street_cache, tmp_path, capsys):
         (["--model=none.pth"], "none.pth is not a file"),
         ([], "is not the workdir of a run, which would say its dataset"),
         (["--input=none.npy"], "none.npy: unreadable .npy file|none.npy: no such file|cannot be read"),
+        (["--input=nan.npy"], "nan.npy: 0 of 50 points are finite"),
         (["--input=folder"], "folder is a folder; give one scan of it"),
         (["--input=scan.npy", "--dataset=nuscenes"], "--input and --dataset both say"),
         (["--input=scan.npy", "--image=a.jpg"], "--image, --calibration and --input belong together"),
@@ -239,9 +240,11 @@ def test_one_sentence_for_what_is_wrong(tmp_path, monkeypatch, capsys, flags, me
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     np.save("scan.npy", random_features(50, 4))
+    np.save("nan.npy", np.full((50, 4), np.nan))
     path, _ = load(tmp_path, "distill", 6)
     text = sentence_of(capsys, f"--model={path}", "--sensor=nuscenes", "--cache=none", "--output=out", *flags)
     assert re.search(message, text), text
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_has_examples(capsys):

@@ -55,11 +55,14 @@ def whole_scan(points: np.ndarray, settings: Mapping[str, Any]) -> tuple[SceneVi
         voxel_size=settings["voxel_size"],
         augmentation="none",
     )
+    if not usable.any():
+        raise InputError(f"0 of {len(points)} points are finite; write or copy the scan again, or leave it out")
     frame = Frame("the scan", points[usable], np.eye(4))
     try:
         scene = make_scene(frame, 0, settings["intensity"], scene_settings, np.random.default_rng(0))
     except BadFrameError as error:
-        raise InputError(f"{error} ({usable.sum()} of {len(points)} points are finite)") from None
+        found = str(error).removeprefix(f"{frame.name}: ")
+        raise InputError(f"{found} ({usable.sum()} of {len(points)} points are finite)") from None
     nearest = np.full(len(points), -1, np.int64)
     nearest[usable] = scene.upsample  # type: ignore[assignment]
     others = np.flatnonzero(located & ~usable)
