@@ -41,22 +41,23 @@ class Joined:
     def class_names(self) -> tuple[str, ...]:
         return self.datasets[0].class_names
 
-    def _find(self, index: int) -> tuple[Any, int]:
+    def locate(self, index: int) -> tuple[Any, int]:
+        """The dataset of a frame, and its number there."""
         k = int(np.searchsorted(self._ends, index, side="right"))
         return self.datasets[k], index - int(self._ends[k]) + len(self.datasets[k])
 
     def name(self, index: int) -> str:
         """What errors and logs call a frame."""
-        dataset, local = self._find(index)
+        dataset, local = self.locate(index)
         return dataset.name(local)
 
     def frame(self, index: int, rng: np.random.Generator) -> Frame:
-        dataset, local = self._find(index)
+        dataset, local = self.locate(index)
         return dataset.frame(local, rng)
 
     def intensity(self, index: int) -> tuple[float, float]:
         """(mean, standard deviation) of the raw intensity of the sensor that made this frame."""
-        dataset, local = self._find(index)
+        dataset, local = self.locate(index)
         return intensity_statistics(dataset, local)
 
     def describe(self) -> str:

@@ -1,0 +1,228 @@
+"""The eight corruptions of Robo3D (Kong et al., ICCV 2023) at three severities, made while scans are read.
+
+Written from the papers' descriptions and from physics (`weather.py`); the released generators' numbers are not
+reproduced, so figures on them compare models here and are no figures on nuScenes-C or SemanticKITTI-C. Labels follow
+their points, lost points are lost, and what the corruption adds has the label 255. A frame's name seeds what happens to
+it, so every run, process and model sees the same scans. NumPy only: data workers run this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from scalr_jax.data.joined import Joined, Subset, intensity_statistics
+from scalr_jax.data.scenes import IGNORE, BadFrameError, Frame, InputError
+from scalr_jax.data.street_sensors import SENSORS as STREETS
+from scalr_jax.evaluation import weather
+
+CORRUPTIONS = (
+    *("fog", "wet_ground", "snow", "motion_blur", "beam_missing", "crosstalk"),
+    *("incomplete_echo", "cross_sensor"),
+)
+SEVERITIES = ("light", "moderate", "heavy")
+
+BLUR = (0.20, 0.25, 0.30)  # metres
+MISSING = (0.25, 0.50, 0.75)  # of the beams: 8, 16, 24 of 32
+CROSSTALK = (0.006, 0.008, 0.010)  # of the points
+CROSSTALK_NUSCENES = 0.03
+CROSSTALK_NOISE = 3.0  # metres
+MISSING_ECHO = (0.75, 0.85, 0.95)  # of the points of vehicles
+OTHER_SENSOR = (0.75, 0.50, 0.25)  # of the beams are left
+VEHICLES = ("car", "van", "truck", "bus", "trailer", "vehicle", "bicycle", "motorcycle")
+NEAREST = 0.1  # metres: a point at the sensor has no direction
+UNKNOWN_BEAMS = 64
+
+
+def _linear(low: float, high: float, number: int) -> np.ndarray:
+    return np.linspace(low, high, number)
+
+
+# Elevation of each beam, degrees, ascending.
+ELEVATIONS = {
+    **{name: _linear(*sensor.elevation, sensor.num_beams) for name, sensor in STREETS.items()},
+    "nuscenes": _linear(-30.67, 10.67, 32),  # HDL-32E
+    "semantic_kitti": np.concatenate([_linear(-24.33, -8.83, 32), _linear(-8.33, 2.0, 32)]),  # HDL-64E
+    "pandar64": np.concatenate([[-25, -19], _linear(-14, -7, 8), _linear(-6, 2, 49), [3, 5, 8, 11, 15]]),
+}
+
+
+def check_corruption(corruption: str, severity: str) -> None:
+    """Raises `InputError` for a name that is none of the eight, or none of the three."""
+    if corruption not in CORRUPTIONS:
+        raise InputError(f"corruption {corruption!r} is none of {', '.join(CORRUPTIONS)}")
+    if severity not in SEVERITIES:
+        raise InputError(f"severity {severity!r} is none of {', '.join(SEVERITIES)}")
+
+
+def beams_of(xyz: np.ndarray, sensor: str) -> np.ndarray:
+    """The beam [N] of each point [N, 3] (sensor's frame): the one of the nearest elevation.
+
+    Of an unknown sensor: 64 layers of elevation with as many points each.
+    """
+    elevation = np.degrees(np.arctan2(xyz[:, 2], np.hypot(xyz[:, 0], xyz[:, 1])))
+    known = ELEVATIONS.get(sensor)
+    if known is None:
+        edges = np.quantile(elevation, np.linspace(0, 1, UNKNOWN_BEAMS + 1)[1:-1])
+        return np.searchsorted(edges, elevation)
+    return np.searchsorted((known[1:] + known[:-1]) / 2, elevation)
+
+
+def motion_blur(points, labels, level: int, rng, **_: Any):
+    """p + s + e: one shift s ~ N(0, sigma^2) of the whole scan along each axis, and for each point e ~
+    N(0, (sigma/10)^2) along x and y, N(0, (sigma/20)^2) along z; sigma = 0.20, 0.25, 0.30 m (Robo3D)."""
+    sigma = BLUR[level]
+    points = points.copy()
+    points[:, :3] += rng.normal(0, sigma, 3) + rng.normal(0, 1, (len(points), 3)) * sigma / np.array([10, 10, 20])
+    return points, labels
+
+
+def beam_missing(points, labels, level: int, rng, *, sensor: str, **_: Any):
+    """A quarter, half or three quarters of the beams, drawn at random, return nothing (8, 16, 24 of 32)."""
+    beam = beams_of(points[:, :3], sensor)
+    number = len(ELEVATIONS.get(sensor, range(UNKNOWN_BEAMS)))
+    lost = rng.choice(number, round(MISSING[level] * number), replace=False)
+    kept = ~np.isin(beam, lost)
+    return points[kept], labels[kept]
+
+
+def crosstalk(points, labels, level: int, rng, *, sensor: str, **_: Any):
+    """0.6, 0.8 or 1 % of the points (3 % on nuScenes) answer another sensor's pulse: p + N(0, (3 m)^2), label 255."""
+    share = CROSSTALK_NUSCENES if sensor == "nuscenes" else CROSSTALK[level]
+    moved = rng.choice(len(points), round(share * len(points)), replace=False)
+    points, labels = points.copy(), labels.copy()
+    points[moved, :3] += rng.normal(0, CROSSTALK_NOISE, (len(moved), 3))
+    labels[moved] = IGNORE
+    return points, labels
+
+
+def incomplete_echo(points, labels, level: int, rng, *, class_names: Sequence[str], **_: Any):
+    """75, 85 or 95 % of the points of vehicles return nothing, as dark paint does."""
+    vehicles = [k for k, name in enumerate(class_names) if any(word in name.lower() for word in VEHICLES)]
+    kept = ~np.isin(labels, vehicles) | (rng.random(len(labels)) >= MISSING_ECHO[level])
+    return points[kept], labels[kept]
+
+
+def cross_sensor(points, labels, level: int, rng, *, sensor: str, **_: Any):
+    """A sensor with 3/4, 1/2 or 1/4 of the beams, evenly spread, of which every second point is kept."""
+    beam = beams_of(points[:, :3], sensor)
+    number = len(ELEVATIONS.get(sensor, range(UNKNOWN_BEAMS)))
+    left = np.floor((np.arange(round(OTHER_SENSOR[level] * number)) + 0.5) / OTHER_SENSOR[level]).astype(int)
+    order = np.lexsort((np.arctan2(points[:, 1], points[:, 0]), beam))
+    turn = np.empty(len(points), np.int64)
+    turn[order] = np.arange(len(points))  # along the beams
+    kept = np.isin(beam, left) & (turn % 2 == 0)
+    return points[kept], labels[kept]
+
+
+def fog(points, labels, level: int, rng, **_: Any):
+    return weather.fog(points, labels, level, rng)
+
+
+def wet_ground(points, labels, level: int, rng, **_: Any):
+    return weather.wet_ground(points, labels, level, rng)
+
+
+def snow(points, labels, level: int, rng, **_: Any):
+    return weather.snow(points, labels, level, rng)
+
+
+FUNCTIONS = {f.__name__: f for f in (fog, wet_ground, snow, motion_blur, beam_missing)}
+FUNCTIONS |= {f.__name__: f for f in (crosstalk, incomplete_echo, cross_sensor)}
+
+
+def corrupt(
+    points: np.ndarray,
+    labels: np.ndarray,
+    corruption: str,
+    severity: str,
+    *,
+    name: str,
+    sensor: str = "",
+    class_names: Sequence[str] = (),
+) -> tuple[np.ndarray, np.ndarray]:
+    """A corrupted scan, and the labels of its points.
+
+    Args:
+      points: [N, 4]: x, y, z in metres from the sensor (x ahead, z up), raw intensity.
+      labels: [N] uint8.
+      corruption, severity: of `CORRUPTIONS` and `SEVERITIES`.
+      name: the frame's; with the corruption and the severity it seeds what is random.
+      sensor: which beams there are, a key of `ELEVATIONS`; others are guessed from the scan.
+      class_names: of the labels; says which are vehicles.
+
+    Returns:
+      Points [M, 4] float64 and labels [M] uint8.
+    """
+    check_corruption(corruption, severity)
+    points = points.astype(np.float64)
+    near = (points[:, :3] ** 2).sum(axis=1) < NEAREST**2
+    points, labels = points[~near], labels[~near]
+    if len(points) == 0:
+        raise BadFrameError(f"{name}: no point of the scan is farther than {NEAREST} m from the sensor")
+    rng = np.random.default_rng(zlib.crc32(f"{name}/{corruption}/{severity}".encode()))
+    function: Any = FUNCTIONS[corruption]
+    return function(points, labels, SEVERITIES.index(severity), rng, sensor=sensor, class_names=class_names)
+
+
+def sensor_of(dataset: Any, index: int) -> str:
+    """The sensor of a frame, for `corrupt`; empty when it is not known."""
+    if isinstance(dataset, Joined):
+        return sensor_of(*dataset.locate(index))
+    if isinstance(dataset, Subset):
+        return sensor_of(dataset.dataset, int(dataset.indices[index]))
+    if hasattr(dataset, "metadata"):  # prepared records
+        return str(dataset.metadata["sensor"] or dataset.metadata["dataset"])
+    sensor = getattr(dataset, "sensor", None)
+    if sensor is not None:
+        return str(sensor(index) if callable(sensor) else sensor)
+    return dataset.name(index).split("/")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corrupted:
+    """The scans of a dataset with a corruption, without images: whatever reads the dataset reads these."""
+
+    dataset: Any
+    corruption: str
+    severity: str
+
+    def __post_init__(self) -> None:
+        check_corruption(self.corruption, self.severity)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self.dataset.class_names
+
+    def name(self, index: int) -> str:
+        return f"{self.dataset.name(index)} ({self.corruption}, {self.severity})"
+
+    def intensity(self, index: int) -> tuple[float, float]:
+        """Those of the clear scans: no model is told about the weather."""
+        return intensity_statistics(self.dataset, index)
+
+    def frame(self, index: int, rng: np.random.Generator | None = None) -> Frame:
+        """The corrupted scan, in the reader's own coordinates. Raises `BadFrameError`."""
+        clear = self.dataset.frame(index, rng)
+        turn, shift = clear.to_ego[:3, :3], clear.to_ego[:3, 3]
+        points = clear.points.astype(np.float64)
+        points[:, :3] = points[:, :3] @ turn.T + shift
+        labels = clear.labels if clear.labels is not None else np.full(len(points), IGNORE, np.uint8)
+        points, labels = corrupt(
+            points,
+            labels,
+            self.corruption,
+            self.severity,
+            name=self.dataset.name(index),
+            sensor=sensor_of(self.dataset, index),
+            class_names=self.class_names,
+        )
+        points[:, :3] = (points[:, :3] - shift) @ np.linalg.inv(turn).T
+        return Frame(self.name(index), points.astype(clear.points.dtype), clear.to_ego, labels=labels)
