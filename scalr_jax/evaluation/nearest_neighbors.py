@@ -24,11 +24,13 @@ from scalr_jax.train import without_head
 
 Array = jax.Array
 
+SMALLEST = 1e-30  # vote of a class that none of the neighbours has
 ROW_BYTES = 1 << 26  # of the similarities that are kept at once
 
 
 class NearestNeighbors(NamedTuple):
-    """`apply(variables, batch, train=False)` -> votes [D, P, classes]. variables: {"backbone", "bank", "labels"}."""
+    """`apply(variables, batch, train=False)` -> logarithms of votes [D, P, classes], whose softmax is each class's
+    share of them. variables: {"backbone", "bank", "labels"}."""
 
     student: Any  # with head "none"
     num_classes: int
@@ -37,7 +39,7 @@ class NearestNeighbors(NamedTuple):
 
     def apply(self, variables: Any, batch: Any, *, train: bool) -> Array:
         features = self.student.apply(variables["backbone"], batch, train=train)
-        return votes(
+        found = votes(
             features,
             variables["bank"],
             variables["labels"],
@@ -45,6 +47,7 @@ class NearestNeighbors(NamedTuple):
             num_neighbors=self.num_neighbors,
             temperature=self.temperature,
         )
+        return jnp.log(jnp.maximum(found, SMALLEST))
 
 
 def votes(
