@@ -8,7 +8,7 @@ features, classes = model.embed(points), model.segment(points)
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def _load_workdir(path: Path, sensor: str | None, given: dict) -> tuple[dict, di
         "out_features": out["bias"].shape[0],
         "voxel_size": data["voxel_size"],
     }
-    settings["class_names"] = _class_names(data["dataset"], settings, _evaluated_classes(path))
+    settings["class_names"] = _class_names(data["dataset"], settings, evaluated_classes(path))
     if "intensity" not in given:
         settings["intensity"] = _trained_intensity(path, data, sensor)
     return settings, variables
@@ -194,13 +194,18 @@ def _class_names(dataset: str, settings: Mapping[str, Any], found: list[str]) ->
     """The names of a segmentation model's classes: those of its dataset, or those found; () when none are as many."""
     if settings["head"] not in SEGMENTATION_HEADS:
         return ()
+    return known_classes(dataset, settings["out_features"], found)
+
+
+def known_classes(dataset: str, number: int, found: Sequence[str] = ()) -> tuple[str, ...]:
+    """A dataset's classes where it has so many, else those `found` elsewhere; () when neither are so many."""
     name = "pandaset" if dataset in PANDASET else dataset
     names = {"streets": STREET_CLASSES, **{known: read_label_map(known).class_names for known in LABEL_MAPS}}
-    fitting = (tuple(given) for given in (names.get(name, ()), found) if len(given) == settings["out_features"])
+    fitting = (tuple(given) for given in (names.get(name, ()), found) if len(given) == number)
     return next(fitting, ())
 
 
-def _evaluated_classes(path: Path) -> list[str]:
+def evaluated_classes(path: Path) -> list[str]:
     """The classes whose IoU a run's results.json has, in order; none without one."""
     try:
         return [str(name) for name in json.loads((path / "results.json").read_text())["iou"]]

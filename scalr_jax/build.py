@@ -30,7 +30,7 @@ def make_dataset(config: Any, split: str, *, cache: Path) -> Any:
     """
     data = config.data
     names = MERGED if data.dataset == "merged" else data.dataset.split("+")
-    labelled = config.task in ("probe", "finetune", "evaluate")
+    labelled = config.task in ("probe", "finetune", "evaluate", "robustness")
     if not 0 < data.label_fraction <= 1 or (data.label_fraction < 1 and not labelled):
         raise InputError(
             f"data.label_fraction = {data.label_fraction} with task {config.task!r}: it is the share in (0, 1] of the "
@@ -88,7 +88,8 @@ def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path)
         raise InputError(f"data.root is empty; give the folder that holds {data.dataset}: --config.data.root=DIR")
     if not Path(root).is_dir():
         raise InputError(f"{root} is not a folder; data.root = {data.root} must lead to {name}")
-    labels = config.task != "distill"
+    labels = config.task != "distill" and split != "test"
+    cameras = None if config.task == "distill" or labels else ()
     if name in ("pandaset", "pandar64", "pandargt"):
         from scalr_jax.data.pandaset import SENSORS, PandaSet
 
@@ -100,7 +101,7 @@ def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path)
     if name == "semantic_kitti":
         from scalr_jax.data.semantic_kitti import SemanticKITTI
 
-        return SemanticKITTI(root, split=split, labels=labels)
+        return SemanticKITTI(root, split=split, labels=labels, cameras=cameras)
     if name == "folder":
         from scalr_jax.data.folder import Folder
 
@@ -110,8 +111,10 @@ def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path)
         return folder
     from scalr_jax.data.nuscenes import NuScenes
 
+    if split == "test":
+        return NuScenes(root, version="v1.0-test", split="all", labels=labels, cameras=cameras)
     version = "v1.0-trainval" if (Path(root) / "v1.0-trainval").is_dir() else "v1.0-mini"
-    return NuScenes(root, version=version, split=split, labels=labels)
+    return NuScenes(root, version=version, split=split, labels=labels, cameras=cameras)
 
 
 def _records(config: Any, split: str, name: str, folder: Path) -> Records:

@@ -19,11 +19,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from scalr_jax import build, tasks
+from scalr_jax import build
 from scalr_jax.data.packing import derive_capacities, pack_shard
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.scenes import SceneView
 from scalr_jax.evaluation.correlation import cosine_similarity
+from scalr_jax.evaluation.report import results_of
 from scalr_jax.evaluation.segmentation import evaluate
 from scalr_jax.logging import write_json
 from scalr_jax.train import choose_capacities, distillation_task, segmentation_task, train
@@ -53,7 +54,7 @@ def run_demo(config: Any, workdir: Path) -> dict:
             task = segmentation_task(part, num_classes, label=name, initial=initial, frozen=frozen)
             state = train(part, folder, dataset, task)
             confusion = evaluate(part, validation, task.student, variables_of(state), num_classes)
-            results = tasks.segmentation_results(confusion, dataset.class_names)
+            results = results_of(confusion, dataset.class_names)
             write_json(folder / "results.json", results)
             print(f"{name}: mIoU {results['miou']:.3f}", flush=True)
         return json.loads((folder / "results.json").read_text())
@@ -97,7 +98,8 @@ def table(results: dict) -> str:
     lines = [f"{'IoU':<14}{'random':>10}{'distilled':>11}{'supervised':>12}"]
     for name in results["iou_random"]:
         values = [results[f"iou_{kind}"][name] for kind in ("random", "distilled", "supervised")]
-        lines.append(f"{name:<14}{values[0]:>10.3f}{values[1]:>11.3f}{values[2]:>12.3f}")
+        cells = ["-" if value is None else f"{value:.3f}" for value in values]
+        lines.append(f"{name:<14}{cells[0]:>10}{cells[1]:>11}{cells[2]:>12}")
     values = [results[f"miou_{kind}"] for kind in ("random", "distilled", "supervised")]
     lines.append(f"{'mIoU':<14}{values[0]:>10.3f}{values[1]:>11.3f}{values[2]:>12.3f}")
     lines.append(f"gap closed {results['gap_closed']:.2f}, {results['seconds']:.0f} s")

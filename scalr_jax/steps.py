@@ -161,6 +161,16 @@ def make_classify_step(student: Any) -> Callable:
     return classify
 
 
+def make_probability_step(student: Any) -> Callable:
+    """variables, batch -> each point's probabilities [D, P, classes] float32, and the number of scenes."""
+
+    def classify(variables: Any, batch: Any) -> tuple[Array, Array]:
+        logits = student.apply(variables, batch, train=False).astype(jnp.float32)
+        return jax.nn.softmax(logits), jnp.sum(batch.scene_points > 0, dtype=jnp.int32)
+
+    return classify
+
+
 def make_predict_step(student: Any) -> Callable:
     """variables, batch -> the head's output [D, P, C] in float32, with running statistics."""
     return lambda variables, batch: student.apply(variables, batch, train=False)

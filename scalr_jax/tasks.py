@@ -8,13 +8,18 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
-from scalr_jax import build, interop, metrics
+from scalr_jax import build, interop
 from scalr_jax import workdir as workdir_of_run
+from scalr_jax.api import evaluated_classes, known_classes
 from scalr_jax.checkpoint import load_variables
 from scalr_jax.data.scenes import InputError
+from scalr_jax.evaluation import report
 from scalr_jax.evaluation.nearest_neighbors import nearest_neighbors
+from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.evaluation.segmentation import evaluate as evaluate_segmentation
+from scalr_jax.evaluation.submission import Submission
 from scalr_jax.evaluation.zero_shot import zero_shot
 from scalr_jax.features import make_cache
 from scalr_jax.logging import write_json
@@ -117,18 +122,11 @@ def _segment(config: Any, workdir: Path, *, label: str, frozen: bool, initial: d
 def _report(config: Any, workdir: Path, validation: Any, student: Any, variables: Any, num_classes: int, label: str):
     """Evaluate and write results.json; `student` has `apply(variables, batch, train=False)` -> [D, P, classes]."""
     confusion = evaluate_segmentation(config, validation, student, variables, num_classes)
-    results = segmentation_results(confusion, validation.class_names)
+    results = report.results_of(confusion, validation.class_names)
     if jax.process_index() == 0:
         write_json(workdir / "results.json", results)
         print(f"{label}: mIoU {results['miou']:.4f}", flush=True)
     return results
-
-
-def segmentation_results(confusion: Any, names: Any) -> dict:
-    """What results.json says of a confusion matrix: the means, and the IoU of each class by name."""
-    iou = metrics.intersection_over_union(confusion)
-    by_name = {name: round(float(value), 4) for name, value in zip(names, iou, strict=True)}
-    return {**metrics.summarize(confusion), "iou": by_name}
 
 
 def probe(config: Any, workdir: Path) -> dict:
@@ -156,22 +154,75 @@ def finetune(config: Any, workdir: Path) -> dict:
     return _segment(config, workdir, label="finetune", frozen=False, initial=initial)
 
 
-def evaluate(config: Any, workdir: Path) -> dict:
-    """mIoU of the probed or fine-tuned run in `config.checkpoint` on `config.data`."""
+def load_segmenter(config: Any) -> tuple[Any, dict, int]:
+    """The student with the segmentation head of `config.checkpoint`, its variables, and its number of classes.
+
+    Raises `InputError` when the checkpoint has no such head, or is of another model than `config.model`.
+    """
     variables = load_backbone(config)
     head = build.segmentation_head(variables["params"])
     if head is None:
         raise InputError(f"{config.checkpoint} holds no segmentation head; give the workdir of a probe or fine-tuning")
-    dataset = _dataset(config, workdir, config.data.split)
     num_classes = variables["params"]["head"]["bias"].shape[0]
-    student = build.make_student(config, head=head, out_features=num_classes)
-    confusion = evaluate_segmentation(config, dataset, student, variables, num_classes)
-    results = segmentation_results(confusion, dataset.class_names)
+    return build.make_student(config, head=head, out_features=num_classes), variables, num_classes
+
+
+def class_order(config: Any, dataset: Any, num_classes: int) -> np.ndarray:
+    """The dataset's class [num_classes] of each class of the model in `config.checkpoint`, by name.
+
+    A published file does not name its classes: those of the dataset are then taken in order. Raises `InputError` when
+    the model and the dataset have other classes.
+    """
+    here, path = tuple(dataset.class_names), Path(config.checkpoint)
+    there = here if len(here) == num_classes else ()
+    if (path / "config.json").is_file():
+        trained_on = json.loads((path / "config.json").read_text())["data"]["dataset"]
+        there = known_classes(trained_on, num_classes, evaluated_classes(path)) or there
+    if len(here) != num_classes or set(there) != set(here):
+        described = f" ({', '.join(there)})" if there else ""
+        raise InputError(
+            f"{path} tells {num_classes} classes apart{described}, and {config.data.dataset} has {len(here)} "
+            f"({', '.join(here)}); evaluate on a dataset with the classes of the training"
+        )
+    return np.array([here.index(name) for name in there])
+
+
+def evaluate(config: Any, workdir: Path) -> dict:
+    """The probed or fine-tuned run in `config.checkpoint` on `config.data`; docs/evaluation.md says what it writes."""
+    student, variables, num_classes = load_segmenter(config)
+    dataset = _dataset(config, workdir, config.data.split)
+    order = class_order(config, dataset, num_classes)
+    rings = check_rings(config)
+    evaluator = Evaluator(config, student, variables, num_classes, votes=config.evaluate.votes, order=order)
+    if config.evaluate.submission:
+        with Submission(dataset, workdir / "submission") as submission:
+            confusion = evaluator.confusion(dataset, rings=rings, keep=submission.add)
+            submission.finish()
+    else:
+        confusion = evaluator.confusion(dataset, rings=rings)
+    if confusion.sum() == 0:
+        if config.evaluate.submission:
+            return {}
+        raise InputError("the evaluation set has no labelled point; check data.split and the labels' folder")
+    results = report.results_by_range(confusion, rings, dataset.class_names)
+    results = {**results, "votes": config.evaluate.votes, "scans": len(dataset)}
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
+        report.write_confusion(workdir / "confusion.json", confusion, rings, dataset.class_names)
         write_json(workdir / "results.json", results)
-        print(json.dumps(results, indent=2))
+        title = f"{config.data.dataset}, {config.data.split}: mIoU {results['miou']:.1%}"
+        report.draw_confusion(workdir / "figures" / "confusion.png", confusion.sum(axis=0), results, title)
+        print(report.confusion_table(confusion.sum(axis=0), dataset.class_names), flush=True)
+        print(f"\n{report.class_table(results)}", flush=True)
     return results
+
+
+def check_rings(config: Any) -> tuple[float, ...]:
+    """`evaluate.rings` as numbers; `InputError` unless they are positive and ascend."""
+    rings = tuple(config.evaluate.rings)
+    if not all(isinstance(edge, int | float) and edge > 0 for edge in rings) or list(rings) != sorted(set(rings)):
+        raise InputError(f"evaluate.rings = {rings} must be distances in metres, positive and ascending")
+    return tuple(float(edge) for edge in rings)
 
 
 def demo(config: ml_collections.ConfigDict, workdir: Path) -> None:

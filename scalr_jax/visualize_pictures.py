@@ -160,7 +160,7 @@ def draw_panels(
     row = figure.subplots(1, len(panels), squeeze=False)
     for axes, panel in zip(row[0], panels, strict=True):
         _top_view(figure, axes, xyz, panel, query)
-    _save(figure, output, title)
+    save_figure(figure, output, title)
 
 
 def draw_with_image(
@@ -199,7 +199,7 @@ def draw_with_image(
     for axes, anchor in ((alone, "S"), (over, "N")):
         axes.set_anchor(anchor)  # beside each other, where the image is wide
         axes.set_axis_off()
-    _save(figure, output, title)
+    save_figure(figure, output, title)
 
 
 def _top_view(figure: Any, axes: Any, xyz: np.ndarray, panel: Panel, query: int | None) -> None:
@@ -257,7 +257,8 @@ def _colored(panel: Panel, order: np.ndarray) -> dict[str, Any]:
     return {"c": panel.colors[order], "cmap": "turbo", "vmin": low, "vmax": high, "linewidths": 0}
 
 
-def _save(figure: Any, output: Path | IO[bytes], title: str) -> None:
+def save_figure(figure: Any, output: Path | IO[bytes], title: str) -> None:
+    """A PNG of a figure under its title; a path's file is whole or not there."""
     figure.suptitle(title, fontsize=12)
     with written_whole(output) if isinstance(output, Path) else contextlib.nullcontext(output) as file:
         figure.savefig(file, dpi=100, format="png", bbox_inches="tight", pad_inches=0.15)

@@ -101,6 +101,10 @@ class NuScenes:
         """The scan's path below `root`, as published lists name keyframes."""
         return self._entries[index].scan.file
 
+    def scan_token(self, index: int) -> str:
+        """The scan's token in sample_data, by which the benchmark names its predictions."""
+        return self._entries[index].scan.token
+
     def describe(self) -> str:
         """A short table of what was found."""
         rows = [

@@ -65,6 +65,21 @@ class BuildScene:
 
 
 @dataclasses.dataclass(frozen=True)
+class Vote:
+    """Position in one shard's stream -> SceneView, each of the shard's frames `votes` times in a row."""
+
+    build: BuildScene
+    shard: int
+    num_shards: int
+    votes: int
+
+    def __call__(self, position: int) -> SceneView:
+        number, vote = divmod(position, self.votes)
+        record = number * self.num_shards + self.shard
+        return self.build(record, (vote, record))
+
+
+@dataclasses.dataclass(frozen=True)
 class Draw:
     """Position in the endless order, slot of its epoch -> (epoch, record). Without `sources` the slot is the record.
 
@@ -106,6 +121,8 @@ class Pipeline:
         epochs: None for an endless shuffled stream (training); evaluation takes 1, in order.
         num_workers: worker processes of this process (0: none).
         scenes_per_step: None, or exactly so many scenes a step over all shards.
+        votes: of an evaluation: how often each frame comes, one after the other on its shard, with other random
+            numbers each time. A scene's `index` is its frame's.
     """
 
     dataset: Any
@@ -116,6 +133,7 @@ class Pipeline:
     epochs: int | None = None
     num_workers: int = 0
     scenes_per_step: int | None = None
+    votes: int = 1
 
     def __post_init__(self):
         if len(self.dataset) == 0:
@@ -153,6 +171,10 @@ class Pipeline:
     def stream(self, shard: int, first: int) -> Iterator[SceneView]:
         """Scenes of one shard from position `first` on, bad ones included."""
         scenes = self.order().slice(slice(first, None, self.num_shards))
+        if self.votes > 1:
+            build = BuildScene(self.dataset, self.settings, self.seed)
+            number = len(range(shard, len(self.dataset), self.num_shards)) * self.votes
+            scenes = grain.MapDataset.range(number).map(Vote(build, shard, self.num_shards, self.votes))
         workers = -(-self.num_workers // len(self.shards))
         threads = grain.ReadOptions(num_threads=0 if workers else 2, prefetch_buffer_size=0 if workers else 4)
         stream = scenes.to_iter_dataset(threads)
@@ -247,7 +269,7 @@ def _endless(records: Any, seed: int) -> Any:
     return records.shuffle(seed=seed % 2**32).repeat((2**31 - 1) // len(records))
 
 
-def prefetch(items: Iterator, size: int = 2) -> Iterator:
+def prefetch(items: Iterator, size: int = 2) -> Generator[Any, None, None]:
     """The same items, computed ahead in one thread, in order."""
     if size == 0:
         yield from items

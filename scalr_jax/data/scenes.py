@@ -83,6 +83,7 @@ class SceneView(NamedTuple):
     error: str | None = None  # why the frame is bad; everything else is then empty
     upsample: np.ndarray | None = None  # [N_raw] int32: for each raw point its nearest kept point (evaluation only)
     raw_labels: np.ndarray | None = None  # [N_raw] uint8
+    raw_ranges: np.ndarray | None = None  # [N_raw] float32: metres from the origin of the student's frame
 
 
 class ScenePlane(NamedTuple):

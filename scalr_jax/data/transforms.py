@@ -37,6 +37,7 @@ class SceneSettings:
     augmentation: str = "published"  # "published", "consistent" or "none"
     fixed: bool = False  # the same random choices in every epoch
     mixing: Any = None  # `mixing.Mixing` of training scans for segmentation
+    votes: bool = False  # evaluation: scans are augmented, to be voted on
 
 
 def voxelize(points: np.ndarray, voxel_size: float, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -272,6 +273,8 @@ def labels_of(frame: Frame) -> np.ndarray:
 
 
 def _segmentation_scene(frame: Frame, index: int, intensity, settings: SceneSettings, rng) -> SceneView:
+    if settings.votes:
+        return _vote_scene(frame, index, intensity, settings, rng)
     labels = labels_of(frame)
     kept = one_a_voxel(frame, settings.voxel_size, rng if settings.train else None)
     if settings.train:
@@ -289,8 +292,35 @@ def _segmentation_scene(frame: Frame, index: int, intensity, settings: SceneSett
     if settings.train:
         return scene
     raw = to_ego(frame.points, frame.to_ego)
+    return _with_raw(scene, xyz, raw, labels, np.linalg.norm(raw, axis=1))
+
+
+def _vote_scene(frame: Frame, index: int, intensity, settings: SceneSettings, rng) -> SceneView:
+    """One augmented copy of a whole scan, as WaffleIron's evaluation makes them: before the voxels are found.
+
+    `published` turns coordinates and features by different angles, and flips and scales the coordinates alone;
+    `consistent` computes the features of the augmented coordinates. The distances are those of the scan as it is.
+    """
+    labels = labels_of(frame)
+    raw = to_ego(frame.points, frame.to_ego)
+    ranges = np.linalg.norm(raw, axis=1)
+    if settings.augmentation == "published":
+        feats = make_features(raw, frame.points[:, 3], intensity)
+        raw = augment(raw, rng)
+        feats[:, 1:3] = feats[:, 1:3] @ rotation(rng.uniform(-np.pi, np.pi))
+    else:
+        raw = augment(raw, rng)
+        feats = make_features(raw, frame.points[:, 3], intensity)
+    kept = voxelize(raw, settings.voxel_size)
+    kept = kept[in_view(raw[kept], settings)]
+    scene = _finish(frame.name, index, raw[kept], feats[kept], settings, labels=labels[kept])
+    return _with_raw(scene, raw[kept], raw, labels, ranges)
+
+
+def _with_raw(scene: SceneView, xyz: np.ndarray, raw: np.ndarray, labels: np.ndarray, ranges: np.ndarray) -> SceneView:
+    """The scene with its original points' labels [N_raw] and distances [N_raw], and which of xyz [N, 3] is nearest."""
     _, nearest = KDTree(np.ascontiguousarray(xyz)).query(raw, k=1)
-    return scene._replace(upsample=nearest.astype(np.int32), raw_labels=labels)
+    return scene._replace(upsample=nearest.astype(np.int32), raw_labels=labels, raw_ranges=ranges.astype(np.float32))
 
 
 def _augment_published(xyz: np.ndarray, feats: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:

@@ -1,51 +1,211 @@
-"""Evaluation of segmentation: every original point takes the class of its nearest kept point."""
+"""Evaluation of segmentation: every original point takes the class of its nearest kept point.
+
+With votes, each scan goes through the network in several augmented copies, and a point's class is the one with the
+largest mean of the copies' softmax (WaffleIron's evaluation, with stochastic depth off: so no result depends on which
+scans share a pack).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from scalr_jax import build, distributed, metrics, sharding, steps
-from scalr_jax.data.packing import derive_capacities
+from scalr_jax.data.packing import Capacities, derive_capacities, sizes
 from scalr_jax.data.pipeline import Pipeline, prefetch
-from scalr_jax.data.scenes import InputError
+from scalr_jax.data.scenes import InputError, SceneView
+from scalr_jax.logging import PROGRESS_SECONDS, format_seconds
+
+HEADROOM = 1.5  # a pack is at least so much larger than the largest of the first scenes
+
+
+class ScanClasses(NamedTuple):
+    """One scan's classes beside its labels; N original points, in the scan's order."""
+
+    index: int  # of the frame in the dataset
+    classes: np.ndarray  # [N] uint8
+    labels: np.ndarray  # [N] uint8
+    ranges: np.ndarray  # [N] float32: metres from the origin of the student's frame
 
 
 def evaluate(config: Any, dataset: Any, student: Any, variables: Any, num_classes: int) -> np.ndarray:
-    """Confusion matrix [classes, classes] int64 over every labelled point of every scan of `dataset`, once each.
-
-    Scans are packed, several a shard; a pack is at least as large as the largest scan of the first ones.
-    """
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    pipeline = Pipeline(
-        dataset,
-        build.make_settings(config, task="segment", train=False),
-        num_shards=mesh.size,
-        shards=sharding.local_shards(mesh),
-        epochs=1,
-        num_workers=config.data.num_workers,
-    )
-    sample = pipeline.sample()
-    points = max(config.data.points_per_shard, int(1.5 * max(len(scene.feats) for scene in sample)))
-    capacities = derive_capacities(sample, points=points, scenes=config.data.scenes_per_shard)
-    outputs = (sharding.batch_sharding(mesh), sharding.replicated(mesh))
-    classify = jax.jit(steps.make_classify_step(student), out_shardings=outputs)
-    variables = jax.device_put(variables, sharding.replicated(mesh))
-    confusion = np.zeros((num_classes, num_classes), np.int64)
-    for item in prefetch(iter(pipeline.steps(capacities, sample[0])), config.data.prefetch):
-        classes, num_scenes = classify(variables, sharding.put_batch(item.batch, mesh))
-        if int(num_scenes) == 0:  # on no process is one left
-            break
-        classes = sharding.local_rows(classes)  # [D_local, P]
-        for shard, scenes in enumerate(item.scenes):
-            start = 0
-            for scene in scenes:
-                kept = classes[shard, start : start + len(scene.feats)]
-                start += len(scene.feats)
-                confusion += metrics.confusion_matrix(scene.raw_labels, kept[scene.upsample], num_classes)
-    confusion = distributed.sum_over_processes(confusion)
+    """Confusion matrix [classes, classes] int64 over every labelled point of every scan of `dataset`, once each."""
+    confusion = Evaluator(config, student, variables, num_classes).confusion(dataset).sum(axis=0)
     if confusion.sum() == 0:
         raise InputError("the evaluation set has no labelled point; check data.split and the labels' folder")
     return confusion
+
+
+class Evaluator:
+    """A segmentation model that classifies the scans of any number of datasets, compiled once.
+
+    Args:
+        config: of the run: `data`, `model`, `mesh`, `seed`.
+        student: has `apply(variables, batch, train=False)` -> [D, P, classes].
+        variables: its parameters and statistics.
+        num_classes: at most 255.
+        votes: augmented copies of each scan, by `config.data.augmentation`; 1: the scan as it is.
+        order: [num_classes] the datasets' class of each of the model's; None: the same.
+        mesh: None: that of `config.mesh`.
+
+    Raises:
+        InputError: votes that are no positive number, or without an augmentation.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        student: Any,
+        variables: Any,
+        num_classes: int,
+        *,
+        votes: int = 1,
+        order: np.ndarray | None = None,
+        mesh: Any = None,
+    ):
+        if votes < 1 or (votes > 1 and config.data.augmentation not in ("published", "consistent")):
+            raise InputError(
+                f"evaluate.votes = {votes} with data.augmentation = {config.data.augmentation!r}: 1 is no test-time "
+                "augmentation, and more votes need 'published' or 'consistent'"
+            )
+        self.config, self.num_classes, self.votes = config, num_classes, votes
+        self._order = np.arange(num_classes) if order is None else order
+        self._mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+        settings = build.make_settings(config, task="segment", train=False)
+        self._settings = dataclasses.replace(settings, votes=votes > 1)
+        make_step = steps.make_classify_step if votes == 1 else steps.make_probability_step
+        outputs = (sharding.batch_sharding(self._mesh), sharding.replicated(self._mesh))
+        self._step = jax.jit(make_step(student), out_shardings=outputs)
+        self._variables = jax.device_put(variables, sharding.replicated(self._mesh))
+        self._capacities: Capacities | None = None
+
+    def confusion(
+        self, dataset: Any, *, rings: Sequence[float] = (), keep: Callable[[ScanClasses], None] | None = None
+    ) -> np.ndarray:
+        """Confusion matrices [len(rings) + 1, classes, classes] int64, over all processes, of the labelled points by
+        their distance: below rings[0], from there to rings[1], ..., beyond the last (metres, ascending).
+
+        `keep` sees every scan of this process, in the order of the dataset's frames on each of its shards.
+        """
+        confusion = np.zeros((len(rings) + 1, self.num_classes, self.num_classes), np.int64)
+        progress = _Progress(len(dataset))
+        for found in self.scans(dataset):
+            scan = found._replace(classes=self._order[found.classes].astype(np.uint8))
+            ring = np.searchsorted(rings, scan.ranges, side="right")
+            for k in range(len(confusion)):
+                confusion[k] += metrics.confusion_matrix(
+                    scan.labels[ring == k], scan.classes[ring == k], self.num_classes
+                )
+            if keep is not None:
+                keep(scan)
+            progress.add()
+        return distributed.sum_over_processes(confusion)
+
+    def reserve(self, datasets: Sequence[Any], number: int = 4) -> None:
+        """Makes packs large enough for the first scans of each dataset, so that one program serves them all."""
+        sample = [scene for dataset in datasets for scene in self._pipeline(dataset).sample(number)]
+        self._capacities = self._choose_capacities(sample)
+
+    def scans(self, dataset: Any) -> Iterator[ScanClasses]:
+        """The good scans of this process's shards, packed several a shard."""
+        pipeline = self._pipeline(dataset)
+        sample = pipeline.sample()
+        self._capacities = self._choose_capacities(sample)
+        ballots = [_Ballot(self.votes) for _ in pipeline.shards]
+        steps_ahead = prefetch(iter(pipeline.steps(self._capacities, sample[0])), self.config.data.prefetch)
+        with contextlib.closing(steps_ahead) as items:
+            for item in items:
+                rows, num_scenes = self._step(self._variables, sharding.put_batch(item.batch, self._mesh))
+                if int(num_scenes) == 0:  # on no process is one left
+                    break
+                rows = sharding.local_rows(rows)  # [D_local, P] classes, or [D_local, P, classes] probabilities
+                for shard, scenes in enumerate(item.scenes):
+                    start = 0
+                    for scene in scenes:
+                        kept = rows[shard, start : start + len(scene.feats)]
+                        start += len(scene.feats)
+                        yield from ballots[shard].add(scene, kept[scene.upsample])
+        for ballot in ballots:
+            yield from ballot.close()
+
+    def _pipeline(self, dataset: Any) -> Pipeline:
+        return Pipeline(
+            dataset,
+            self._settings,
+            seed=self.config.seed,
+            num_shards=self._mesh.size,
+            shards=sharding.local_shards(self._mesh),
+            epochs=1,
+            num_workers=self.config.data.num_workers,
+            votes=self.votes,
+        )
+
+    def _choose_capacities(self, sample: Sequence[SceneView]) -> Capacities:
+        """Those of the last dataset as long as the first scenes fit with room to spare, so that nothing is compiled
+        again; else larger ones."""
+        held, data = self._capacities, self.config.data
+        points = max(data.points_per_shard, int(HEADROOM * max(len(scene.feats) for scene in sample)))
+        derived = derive_capacities(sample, points=points, scenes=data.scenes_per_shard)
+        if held is None:
+            return derived
+        flat = lambda of: np.array([of.points, *of.cells, *of.halo])  # noqa: E731
+        if (HEADROOM * np.max([flat(sizes(scene)) for scene in sample], axis=0) <= flat(held)).all():
+            return held
+        return Capacities(
+            max(held.points, derived.points),
+            held.scenes,
+            tuple(map(max, held.cells, derived.cells)),
+            tuple(map(max, held.halo, derived.halo)),
+        )
+
+
+def _scan(scene: SceneView, classes: np.ndarray) -> ScanClasses:
+    assert scene.raw_labels is not None, "a scene of training"
+    assert scene.raw_ranges is not None, "a scene of training"
+    return ScanClasses(scene.index, classes.astype(np.uint8), scene.raw_labels, scene.raw_ranges)
+
+
+class _Ballot:
+    """The votes on one scan of a shard, until another scan comes; a single vote is final."""
+
+    def __init__(self, votes: int):
+        self._votes = votes
+        self._scene: SceneView | None = None
+        self._sum = np.zeros((0, 0), np.float32)  # [N, classes]
+
+    def add(self, scene: SceneView, rows: np.ndarray) -> Iterator[ScanClasses]:
+        """Classes [N], or one copy's probabilities [N, classes]; yields what is decided."""
+        if self._votes == 1:
+            yield _scan(scene, rows)
+        elif self._scene is not None and self._scene.index == scene.index:
+            self._sum += rows
+        else:
+            yield from self.close()
+            self._scene, self._sum = scene, rows
+
+    def close(self) -> Iterator[ScanClasses]:
+        if self._scene is not None:
+            yield _scan(self._scene, self._sum.argmax(axis=1))
+
+
+class _Progress:
+    """A line now and then on process 0: how many scans of how many, and how long it will take."""
+
+    def __init__(self, number: int):
+        share = -(-number // jax.process_count())
+        self._number, self._done, self._active = share, 0, jax.process_index() == 0
+        self._started = self._said = time.monotonic()
+
+    def add(self) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if self._active and now - self._said > PROGRESS_SECONDS:
+            self._said = now
+            left = (now - self._started) / self._done * max(self._number - self._done, 0)
+            print(f"evaluated {self._done} of {self._number} scans, {format_seconds(left)} left", flush=True)

@@ -1,0 +1,137 @@
+"""The prediction files that the benchmarks of nuScenes-lidarseg and SemanticKITTI take, a file a scan.
+
+    lidarseg/<set>/<token>_lidarseg.bin         uint8, 1 to 16; beside them <set>/submission.json
+    sequences/<XX>/predictions/<NNNNNN>.label   uint32, the dataset's own numbers (its learning_map_inv)
+
+<set>: train, val, test, mini_train or mini_val. Files are written into a folder beside their place, which takes its
+name when every scan has one and all were read back as they were written; else nothing is left.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+
+from scalr_jax import distributed
+from scalr_jax.data.joined import Joined
+from scalr_jax.data.nuscenes import NuScenes
+from scalr_jax.data.scenes import InputError
+from scalr_jax.data.semantic_kitti import SemanticKITTI
+from scalr_jax.evaluation.segmentation import ScanClasses
+from scalr_jax.predict_outputs import raw_labels
+
+SETS = {
+    ("v1.0-trainval", "train"): "train",
+    ("v1.0-trainval", "validation"): "val",
+    ("v1.0-mini", "train"): "mini_train",
+    ("v1.0-mini", "validation"): "mini_val",
+    ("v1.0-test", "all"): "test",
+}
+INPUTS = {"use_camera": False, "use_lidar": True, "use_radar": False, "use_map": False, "use_external": False}
+
+
+class Submission:
+    """Collects the scans of one evaluation, as a context manager; `add` each scan, then `finish`.
+
+    Args:
+        dataset: `NuScenes` or `SemanticKITTI`, as it was downloaded.
+        folder: where the files go; must not be there yet.
+
+    Raises:
+        InputError: another dataset, or a folder that is there.
+    """
+
+    def __init__(self, dataset: Any, folder: Path):
+        if isinstance(dataset, Joined) and len(dataset.datasets) == 1:
+            dataset = dataset.datasets[0]
+        if not isinstance(dataset, NuScenes | SemanticKITTI):
+            raise InputError(
+                "evaluate.submission needs nuScenes or SemanticKITTI as they were downloaded: there is no benchmark of "
+                "other datasets, and prepared records lack its names"
+            )
+        if isinstance(dataset, NuScenes) and (dataset.version, dataset.split) not in SETS:
+            raise InputError(f"split {dataset.split!r} of {dataset.version} is no evaluation set of nuScenes-lidarseg")
+        if folder.exists():
+            raise InputError(f"{folder} is there already; remove it, or give another --workdir")
+        self._dataset, self.folder = dataset, folder
+        self._partial = folder.with_name(f".{folder.name}.partial")
+        self._checksums: dict[Path, int] = {}  # of this process's files
+
+    def __enter__(self) -> Submission:
+        if jax.process_index() == 0:
+            shutil.rmtree(self._partial, ignore_errors=True)  # of a killed run
+            self._partial.mkdir(parents=True)
+        distributed.barrier(f"submission {self.folder}")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if jax.process_index() == 0:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def add(self, scan: ScanClasses) -> None:
+        """Writes one scan's file. Raises `InputError` when a point of the scan's file has no class."""
+        file, points = self._file(scan.index), self._num_points(scan.index)
+        if len(scan.classes) != points:
+            raise InputError(
+                f"{self._dataset.name(scan.index)}: {points - len(scan.classes)} of {points} points are not finite, "
+                "and a submission needs a class for every point; repair the scan"
+            )
+        if isinstance(self._dataset, NuScenes):
+            content = (scan.classes + np.uint8(1)).tobytes()
+        else:
+            content = raw_labels(scan.classes, self._dataset.class_names)[0].astype("<u4").tobytes()
+        path = self._partial / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        self._checksums[file] = zlib.crc32(content)
+
+    def finish(self) -> None:
+        """Reads the files back, and moves the folder to its place.
+
+        Raises:
+            InputError: a scan has no file (it was skipped as bad), or a file does not hold what was written.
+        """
+        if isinstance(self._dataset, NuScenes) and jax.process_index() == 0:
+            path = self._partial / self._set() / "submission.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"meta": INPUTS}, indent=2) + "\n")
+        damaged = [f for f, crc in self._checksums.items() if zlib.crc32((self._partial / f).read_bytes()) != crc]
+        distributed.barrier(f"submission {self.folder} written")
+        expected = [self._file(index) for index in range(len(self._dataset))]
+        missing = [file for file in expected if not (self._partial / file).is_file()]
+        if missing or damaged:
+            raise InputError(
+                f"no submission was written: of {len(expected)} scans {len(missing)} have no predictions and "
+                f"{len(damaged)} files are not as they were written, as {(missing + damaged)[0]}; see the bad frames "
+                "named above, and the free space"
+            )
+        distributed.barrier(f"submission {self.folder} read back")
+        if jax.process_index() == 0:
+            self._partial.rename(self.folder)
+            print(f"{len(expected)} prediction files in {self.folder}, read back and complete", flush=True)
+
+    def _set(self) -> str:
+        """The evaluation set, in nuScenes' words; SemanticKITTI's files do not say theirs."""
+        return SETS[self._dataset.version, self._dataset.split] if isinstance(self._dataset, NuScenes) else ""
+
+    def _file(self, index: int) -> Path:
+        """A scan's file below the folder."""
+        if isinstance(self._dataset, NuScenes):
+            return Path("lidarseg", self._set(), f"{self._dataset.scan_token(index)}_lidarseg.bin")
+        _, sequence, number = self._dataset.name(index).split("/")
+        return Path("sequences", sequence, "predictions", f"{number}.label")
+
+    def _num_points(self, index: int) -> int:
+        """Of the scan's file: five numbers of four bytes a point, or four."""
+        root = self._dataset.root
+        if isinstance(self._dataset, NuScenes):
+            return (root / self._dataset.scan_file(index)).stat().st_size // 20
+        _, sequence, number = self._dataset.name(index).split("/")
+        return (root / "dataset" / "sequences" / sequence / "velodyne" / f"{number}.bin").stat().st_size // 16
