@@ -14,18 +14,19 @@ SCENES, BATCH = 1_024, 2
 
 
 def get_config(times: str = "1"):
+    batch = BATCH * int(times)
     config = defaults.get_config()
-    config.num_steps = SCENES // BATCH
-    config.log_every_steps = 4
+    config.num_steps = SCENES // batch
+    config.log_every_steps = max(1, 4 // int(times))
     config.checkpoint_every_steps = 200
     config.data.update(
         dataset="streets",
         num_scenes=128,
         image_size=(112, 224),
         max_points=1_000,
-        scenes_per_step=BATCH,
-        scenes_per_shard=BATCH * int(times),
-        points_per_shard=BATCH * int(times) * 1_000,
+        scenes_per_step=batch,
+        scenes_per_shard=batch,
+        points_per_shard=batch * 1_000,
         num_workers=0,
     )
     config.model.update(channels=32, depth=6, grids=((128, 128), (128, 16), (128, 16)))

@@ -71,22 +71,16 @@ def packed(config: Any, num_shards: int) -> Any:
     return config
 
 
-def large_batch(config: Any, times: int) -> Any:
-    """The same scenes in steps of `times` as many, on one device or on `times` as many: see docs/scaling.md.
+def large_batch(config: Any, times: float) -> Any:
+    """The optimiser for steps of `times` as many scenes, of which a run then has so many fewer: see docs/scaling.md.
 
     The learning rate grows with the square root of the batch, as suits Adam's normalised steps (Malladi et al., 2022),
-    the warm-up's share likewise up to a tenth, and LAMB keeps each layer's step in proportion to its weights.
+    and the warm-up's share of the scenes likewise, up to a tenth. The schedule counts scenes and stays.
     """
     if times < 1:
-        raise InputError(f"a batch cannot be {times} times as large; give a whole number from 1 on")
-    if times == 1:
-        return config
-    config.optimizer.total_updates = config.num_steps
-    config.num_steps = math.ceil(config.num_steps / times)
-    config.data.scenes_per_step *= times
+        raise InputError(f"a batch cannot be {times} times as large; give a number from 1 on")
     config.optimizer.learning_rate *= math.sqrt(times)
     config.optimizer.warmup_share = min(0.1, config.optimizer.warmup_share * math.sqrt(times))
-    config.log_every_steps = max(1, config.log_every_steps // times)
     return config
 
 

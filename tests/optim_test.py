@@ -95,11 +95,12 @@ def test_lamb_by_its_formula():
 
 
 def test_a_large_batch_sees_the_same_scenes_on_the_same_schedule():
-    base, large = recipes.pretraining("scalr"), recipes.large_batch(recipes.pretraining("scalr"), 16)
-    assert large.num_steps * large.data.scenes_per_step == pytest.approx(base.num_steps * 8, rel=1e-3)
+    base = recipes.pretraining("scalr")
+    large = recipes.large_batch(recipes.packed(recipes.pretraining("scalr"), 64), 60)
+    assert large.num_steps * 64 * recipes.PACK_MEAN == pytest.approx(base.num_steps * 8, rel=1e-3)
     assert large.optimizer.total_updates == base.num_steps  # the schedule counts scenes in units of 8
-    assert large.optimizer.learning_rate == pytest.approx(4 * base.optimizer.learning_rate)
-    assert large.optimizer.warmup_share == pytest.approx(4 * base.optimizer.warmup_share)
+    assert large.optimizer.learning_rate == pytest.approx(60**0.5 * base.optimizer.learning_rate)
+    assert large.optimizer.warmup_share == pytest.approx(min(0.1, 60**0.5 * base.optimizer.warmup_share))
     with pytest.raises(InputError, match="cannot be 0 times"):
         recipes.large_batch(base, 0)
 
