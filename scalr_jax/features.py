@@ -170,10 +170,10 @@ def cache_key(config: Any, dataset: Any, variables: Any) -> dict:
     return {**kept, "frames": frames, "weights": checksum(variables)}
 
 
-def checksum(variables: Any) -> str:
-    """Of the backbone's parameters and statistics; the head does not count."""
+def checksum(variables: Any, *, head: bool = False) -> str:
+    """Of the backbone's parameters and statistics, and of the head's if `head`."""
     digest = hashlib.sha256()
-    for path, leaf in sorted(flatten(without_head(variables)).items()):
+    for path, leaf in sorted(flatten(variables if head else without_head(variables)).items()):
         digest.update(f"{path} {np.shape(leaf)}".encode())
         digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
     return digest.hexdigest()[:16]

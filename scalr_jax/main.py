@@ -74,6 +74,7 @@ def run(config, workdir: Path) -> None:
         "probe": tasks.probe,
         "finetune": tasks.finetune,
         "evaluate": tasks.evaluate,
+        "robustness": tasks.robustness,
         "demo": tasks.demo,
         "teacher": tasks.teacher,
     }

@@ -16,12 +16,13 @@ from scalr_jax.api import evaluated_classes, known_classes
 from scalr_jax.checkpoint import load_variables
 from scalr_jax.data.scenes import InputError
 from scalr_jax.evaluation import report
+from scalr_jax.evaluation import robustness as robust
 from scalr_jax.evaluation.nearest_neighbors import nearest_neighbors
 from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.evaluation.segmentation import evaluate as evaluate_segmentation
 from scalr_jax.evaluation.submission import Submission
 from scalr_jax.evaluation.zero_shot import zero_shot
-from scalr_jax.features import make_cache
+from scalr_jax.features import checksum, make_cache
 from scalr_jax.logging import write_json
 from scalr_jax.models.student import StudentOnFeatures
 from scalr_jax.train import distillation_task, segmentation_task, train
@@ -214,6 +215,22 @@ def evaluate(config: Any, workdir: Path) -> dict:
         report.draw_confusion(workdir / "figures" / "confusion.png", confusion.sum(axis=0), results, title)
         print(report.confusion_table(confusion.sum(axis=0), dataset.class_names), flush=True)
         print(f"\n{report.class_table(results)}", flush=True)
+    return results
+
+
+def robustness(config: Any, workdir: Path) -> dict:
+    """What the run in `config.checkpoint` loses under `config.evaluate.corruptions`; see docs/evaluation.md."""
+    student, variables, num_classes = load_segmenter(config)
+    dataset = _dataset(config, workdir, config.data.split)
+    order = class_order(config, dataset, num_classes)
+    evaluator = Evaluator(config, student, variables, num_classes, votes=config.evaluate.votes, order=order)
+    weights = checksum(variables, head=True)
+    with workdir_of_run.claim(config, workdir):
+        results = robust.measure(config, workdir, evaluator, dataset, weights)
+        if jax.process_index() == 0:
+            write_json(workdir / "results.json", results)
+            robust.draw(workdir / "figures" / "robustness.png", results, f"{config.data.dataset}: {config.checkpoint}")
+            print(robust.table(results), flush=True)
     return results
 
 

@@ -1,0 +1,87 @@
+"""The released corrupted sets of Robo3D, beside the clear dataset that they were made from.
+
+    SemanticKITTI-C   <root>/<corruption>/<severity>/velodyne/*.bin and labels/*.label, sequence 08
+    nuScenes-C        <root>/<corruption>/<severity>/samples/LIDAR_TOP/*.bin and lidarseg/v1.0-trainval/*.bin
+
+Both are the files of the clear set with other contents, so its readers, tables and label maps serve here too.
+Corruptions and severities are named as in `evaluation/corruptions.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scalr_jax.data import files
+from scalr_jax.data.joined import Joined
+from scalr_jax.data.nuscenes import NuScenes
+from scalr_jax.data.scenes import Frame, InputError
+from scalr_jax.data.semantic_kitti import SemanticKITTI
+
+
+def open_released(clear: Any, root: Path, corruption: str, severity: str) -> Any:
+    """The corrupted scans of a dataset.
+
+    Args:
+        clear: the validation set, `NuScenes` or `SemanticKITTI` with labels.
+        root: the folder of the corruptions.
+        corruption, severity: names of its folders.
+
+    Raises:
+        InputError: another dataset, or no such folder.
+    """
+    if isinstance(clear, Joined) and len(clear.datasets) == 1:
+        clear = clear.datasets[0]
+    folder = root / corruption / severity
+    if isinstance(clear, SemanticKITTI):
+        return SemanticKITTIC(clear, folder)
+    if isinstance(clear, NuScenes):
+        files.check_folder(folder / "samples" / "LIDAR_TOP", f"{root}/CORRUPTION/SEVERITY/samples/LIDAR_TOP")
+        files.check_folder(folder / "lidarseg", f"{root}/CORRUPTION/SEVERITY/lidarseg/v1.0-trainval")
+        corrupted = copy.copy(clear)
+        corrupted.root = folder  # where scans and labels are read; tables and what there is are the clear set's
+        return corrupted
+    raise InputError(
+        f"evaluate.corrupted_root = {root}: released corruptions exist of nuScenes and SemanticKITTI as downloaded; "
+        "leave it empty to corrupt other datasets here"
+    )
+
+
+class SemanticKITTIC:
+    """The scans of one corruption and severity: `folder`/velodyne/NNNNNN.bin and `folder`/labels/NNNNNN.label.
+
+    Raises:
+        InputError: a folder is missing, or a scan has no label file.
+    """
+
+    def __init__(self, clear: SemanticKITTI, folder: Path):
+        self.intensity, self.class_names, self.folder = clear.intensity, clear.class_names, folder
+        self._class_of_id = files.read_label_map("semantic_kitti").class_of_id
+        files.check_folder(folder / "velodyne", "SemanticKITTI-C, <root>/<corruption>/<severity>/velodyne/*.bin")
+        scans = sorted(name for name in files.listing(folder / "velodyne") if name.endswith(".bin"))
+        self._numbers = [name.removesuffix(".bin") for name in scans]
+        labels = files.listing(folder / "labels")
+        missing = [number for number in self._numbers if f"{number}.label" not in labels]
+        if missing or not scans:
+            what = f"{len(missing)} of {len(scans)} scans have no label file in labels/" if scans else "no scan"
+            raise InputError(f"{folder}: {what}; unpack the set again")
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def name(self, index: int) -> str:
+        return f"{self.folder.parent.name}/{self.folder.name}/{self._numbers[index]}"
+
+    def frame(self, index: int, rng: np.random.Generator | None = None) -> Frame:
+        """One scan [N, 4] float32 with classes [N]. Raises BadFrameError."""
+        del rng
+        number = self._numbers[index]
+        path, label_path = self.folder / "velodyne" / f"{number}.bin", self.folder / "labels" / f"{number}.label"
+        points = files.read_floats(path, 4)
+        raw = files.read_array(label_path, np.dtype("<u4")) & 0xFFFF
+        labels = files.map_labels(raw, self._class_of_id, len(points), label_path)
+        good = files.finite_points(points, path)
+        return Frame(self.name(index), points[good], np.eye(4), labels=labels[good])

@@ -1,0 +1,255 @@
+"""How much a segmentation model loses under corruptions: CE and RR of Robo3D (Kong et al., ICCV 2023, section 3).
+
+    CE_i = sum over severities of (1 - mIoU) / the same sum of a baseline        mCE: mean over the corruptions i
+    RR_i = sum over severities of mIoU / (3 * mIoU on clear scans)               mRR: mean over the corruptions i
+
+in percent; low CE and high RR are good. Each part (one corruption at one severity) is kept in WORKDIR/robustness, so an
+interrupted evaluation goes on at the next part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from scalr_jax.config import flatten
+from scalr_jax.data.released import open_released
+from scalr_jax.data.scenes import InputError
+from scalr_jax.evaluation.corruptions import CORRUPTIONS, Corrupted, check_corruption
+from scalr_jax.evaluation.report import results_of
+from scalr_jax.logging import write_json
+from scalr_jax.workdir import FREE_KEYS
+
+OWN = "scalr_jax's generators"
+
+
+class Baseline(NamedTuple):
+    """What CE is measured against."""
+
+    name: str
+    miou: dict[str, float]  # by corruption, 0 to 1: the mean over the severities
+
+
+def _published(dataset: str, *percent: float) -> Baseline:
+    values = dict(zip(CORRUPTIONS, (value / 100 for value in percent), strict=True))
+    return Baseline(f"MinkUNet-18 on the released {dataset}, as published", values)
+
+
+PUBLISHED = {
+    "nuscenes_c": _published("nuScenes-C", 53.64, 73.91, 40.35, 73.39, 68.54, 26.58, 63.83, 50.95),
+    "semantic_kitti_c": _published("SemanticKITTI-C", 55.87, 53.99, 53.28, 32.92, 56.32, 58.34, 54.43, 46.05),
+}
+
+
+def corruption_error(miou: Sequence[float], baseline: float) -> float:
+    """CE in percent from the mIoU (0 to 1) of each severity and the baseline's mean over the same severities."""
+    return 100 * sum(1 - value for value in miou) / (len(miou) * (1 - baseline))
+
+
+def resilience_rate(miou: Sequence[float], clear: float) -> float:
+    """RR in percent from the mIoU (0 to 1) of each severity and of clear scans."""
+    return 100 * sum(miou) / (len(miou) * clear) if clear else float("nan")
+
+
+def summarize(miou: Mapping[str, Mapping[str, float]], clear: float, baseline: Baseline | None) -> dict[str, Any]:
+    """CE and RR of each corruption, and their means.
+
+    Args:
+        miou: corruption -> severity -> mIoU, 0 to 1.
+        clear: mIoU on clear scans.
+        baseline: None leaves CE out (None).
+    """
+    rows = {}
+    for corruption, by_severity in miou.items():
+        values = list(by_severity.values())
+        ce = None if baseline is None else corruption_error(values, baseline.miou[corruption])
+        rows[corruption] = {"miou": dict(by_severity), "ce": ce, "rr": resilience_rate(values, clear)}
+    mce = None if baseline is None else float(np.mean([row["ce"] for row in rows.values()]))
+    return {
+        "clear_miou": clear,
+        "mce": mce,
+        "mrr": float(np.mean([row["rr"] for row in rows.values()])),
+        "baseline": None if baseline is None else baseline.name,
+        "corruptions": rows,
+    }
+
+
+def find_baseline(config: Any, corrupted_by: str) -> Baseline | None:
+    """What `evaluate.baseline` names: a published one, another run's results, or by the dataset ("auto").
+
+    Raises:
+        InputError: none of these, or a run on other scans or with fewer corruptions or other severities.
+    """
+    given, wanted = config.evaluate.baseline, tuple(config.evaluate.corruptions)
+    if given == "auto":
+        return PUBLISHED.get(f"{config.data.dataset}_c")
+    if given in PUBLISHED:
+        return PUBLISHED[given]
+    path = Path(given) / "results.json" if Path(given).is_dir() else Path(given)
+    try:
+        found = json.loads(path.read_text())["robustness"]
+        rows = {name: row["miou"] for name, row in found["corruptions"].items()}
+        there = (found["dataset"], found["corrupted_by"], tuple(found["severities"]))
+    except OSError:
+        raise InputError(
+            f"evaluate.baseline = {given!r} is none of auto, {', '.join(PUBLISHED)}, nor the workdir of a robustness "
+            "run"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} holds no results of task robustness, and evaluate.baseline needs some") from None
+    here = (_dataset_of(config), corrupted_by, tuple(config.evaluate.severities))
+    if there != here or any(name not in rows for name in wanted):
+        raise InputError(
+            f"evaluate.baseline = {given}: its scans are {', '.join(map(str, there))} with {', '.join(rows)}, and this "
+            f"run's are {', '.join(map(str, here))} with {', '.join(wanted)}; evaluate the baseline in the same way"
+        )
+    return Baseline(str(given), {name: float(np.mean(list(rows[name].values()))) for name in wanted})
+
+
+def _dataset_of(config: Any) -> str:
+    """The scans: dataset, sensors, split."""
+    sensors = "+".join(config.data.sensors) if config.data.dataset in ("streets", "pandaset") else ""
+    return " ".join(filter(None, (config.data.dataset, sensors, config.data.split)))
+
+
+def measure(config: Any, workdir: Path, evaluator: Any, dataset: Any, weights: str) -> dict[str, Any]:
+    """Evaluates clear and corrupted scans; returns what results.json holds.
+
+    Args:
+        config: `evaluate` says which corruptions.
+        workdir: finished parts are kept in its folder robustness.
+        evaluator: `segmentation.Evaluator`.
+        dataset: the clear validation set.
+        weights: a checksum: parts of another model are computed again.
+
+    Raises:
+        InputError: unknown corruptions or severities, a baseline that does not fit, no labelled points, or a released
+          set that is not there.
+    """
+    given, names = config.evaluate, tuple(dataset.class_names)
+    corrupted_by = str(given.corrupted_root) or OWN
+    if not given.corruptions or not given.severities:
+        raise InputError(
+            "evaluate.corruptions and evaluate.severities name what to evaluate; give one of each at least"
+        )
+    for corruption in given.corruptions:
+        for severity in given.severities:
+            check_corruption(corruption, severity)
+    baseline = find_baseline(config, corrupted_by)
+    key = _key(config, weights)
+
+    def path_of(name: str) -> Path:
+        return workdir / "robustness" / f"{name.replace(' ', '_')}.json"
+
+    def part(name: str, scans: Any) -> np.ndarray:
+        path = path_of(name)
+        confusion = _read_part(path, key, len(names))
+        if confusion is None:
+            confusion = evaluator.confusion(scans).sum(axis=0)
+            if jax.process_index() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, {"key": key, "classes": names, "confusion": confusion.tolist()})
+        if confusion.sum() == 0:
+            raise InputError(
+                f"{name}: no labelled point is left; check data.split and the labels, or leave it out of "
+                "evaluate.corruptions"
+            )
+        if jax.process_index() == 0:
+            print(f"{name}: mIoU {100 * results_of(confusion, names)['miou']:.2f} %", flush=True)
+        return confusion
+
+    scans = {
+        (corruption, severity): open_released(dataset, Path(given.corrupted_root), corruption, severity)
+        if given.corrupted_root
+        else Corrupted(dataset, corruption, severity)
+        for corruption in given.corruptions
+        for severity in given.severities
+    }
+    if not all(_read_part(path_of(" ".join(kind)), key, len(names)) is not None for kind in scans):
+        evaluator.reserve([dataset, *(scans[corruption, given.severities[-1]] for corruption in given.corruptions)])
+    clear = results_of(part("clear", dataset), names)
+    miou: dict[str, dict[str, float]] = {}
+    by_class: dict[str, dict[str, Any]] = {}
+    for corruption in given.corruptions:
+        for severity in given.severities:
+            found = results_of(part(f"{corruption} {severity}", scans[corruption, severity]), names)
+            miou.setdefault(corruption, {})[severity] = found["miou"]
+            by_class.setdefault(corruption, {})[severity] = found["iou"]
+    summary = summarize(miou, clear["miou"], baseline)
+    for corruption, row in summary["corruptions"].items():
+        row["iou"] = by_class[corruption]
+    described = {"dataset": _dataset_of(config), "corrupted_by": corrupted_by, "severities": list(given.severities)}
+    return {**clear, "robustness": {**described, **summary}}
+
+
+def _key(config: Any, weights: str) -> str:
+    """What a part depends on: the weights and every setting of scans and model."""
+    settings = flatten(json.loads(config.to_json_best_effort()))
+    kept = {name: value for name, value in settings.items() if name.startswith(("data.", "model."))}
+    kept |= {name: settings[name] for name in ("seed", "evaluate.votes", "evaluate.corrupted_root")}
+    kept = {name: value for name, value in kept.items() if name not in FREE_KEYS}
+    return hashlib.sha256(json.dumps([weights, kept], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_part(path: Path, key: str, num_classes: int) -> np.ndarray | None:
+    """A finished part's confusion matrix; None when it is not there, cut short or of something else."""
+    try:
+        content = json.loads(path.read_text())
+        confusion = np.array(content["confusion"], np.int64)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return confusion if content.get("key") == key and confusion.shape == (num_classes, num_classes) else None
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """A row a corruption: mIoU at each severity, CE and RR (percent)."""
+    found = results["robustness"]
+    severities = found["severities"]
+    percent = lambda value: "-" if value is None else f"{value:.2f}"  # noqa: E731
+    lines = [f"{'mIoU %':<17}" + "".join(f"{name:>10}" for name in severities) + f"{'CE %':>9}{'RR %':>9}"]
+    lines.append(f"{'clear':<17}{100 * found['clear_miou']:>10.2f}")
+    for name, row in found["corruptions"].items():
+        cells = "".join(f"{100 * row['miou'][severity]:>10.2f}" for severity in severities)
+        lines.append(f"{name:<17}{cells}{percent(row['ce']):>9}{percent(row['rr']):>9}")
+    blank = " " * 10 * len(severities)
+    lines.append(f"{'mCE, mRR':<17}{blank}{percent(found['mce']):>9}{percent(found['mrr']):>9}")
+    lines.append(f"corrupted by: {found['corrupted_by']}; CE against: {found['baseline'] or 'no baseline'}")
+    if found["corrupted_by"] == OWN:
+        lines.append("these figures compare models with one another; they are none of the published benchmarks'")
+    return "\n".join(lines)
+
+
+def draw(path: Path, results: Mapping[str, Any], title: str) -> None:
+    """A PNG: mIoU of each corruption and severity beside that of clear scans."""
+    from matplotlib.figure import Figure
+
+    from scalr_jax.visualize_pictures import save_figure
+
+    found = results["robustness"]
+    names, severities = list(found["corruptions"]), found["severities"]
+    figure = Figure(figsize=(2.2 + 1.25 * len(names), 4.6), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(severities)
+    shades = ("#9ecae1", "#4292c6", "#08519c")[-len(severities) :]
+    for k, (severity, shade) in enumerate(zip(severities, shades, strict=True)):
+        values = [100 * found["corruptions"][name]["miou"][severity] for name in names]
+        places = np.arange(len(names)) + (k - (len(severities) - 1) / 2) * width
+        axes.bar(places, values, width, color=shade, label=severity)
+        for place, value in zip(places, values, strict=True):
+            text = axes.text(place, value + 0.4, f"{value:.0f}", ha="center", fontsize=8)
+            text.set_bbox({"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5})
+    clear = 100 * found["clear_miou"]
+    axes.axhline(clear, color="0.2", linestyle="--", linewidth=1, label=f"clear: {clear:.1f}")
+    axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
+    axes.set(ylabel="mIoU, %", ylim=(0, max(clear, 1.0) * 1.12))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=4, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    mce = "" if found["mce"] is None else f"mCE {found['mce']:.1f} %, "
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path, f"{title}\n{mce}mRR {found['mrr']:.1f} %; corrupted by {found['corrupted_by']}")

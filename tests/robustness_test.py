@@ -1,0 +1,213 @@
+"""CE, RR and their means against published rows; a robustness run on released sets, resumed, and what it refuses."""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from raw_datasets import given, write_nuscenes, write_semantic_kitti
+
+from scalr_jax.config import get_config
+from scalr_jax.data.nuscenes import NuScenes
+from scalr_jax.data.released import open_released
+from scalr_jax.data.scenes import InputError
+from scalr_jax.data.semantic_kitti import SemanticKITTI
+from scalr_jax.data.streets import Streets
+from scalr_jax.evaluation import robustness
+from scalr_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+
+# Rows of the public benchmark table on nuScenes-C: clear mIoU, mIoU by corruption (means over severities), mCE, mRR.
+WAFFLEIRON = (76.07, (56.07, 73.93, 49.59, 59.46, 65.19, 33.12, 61.51, 44.01), 106.73, 72.78)
+MINKUNET_34 = (74.66, (62.96, 70.65, 55.48, 51.71, 62.01, 31.56, 59.64, 39.41), 112.20, 72.57)
+MINKUNET_18 = (75.76, (53.64, 73.91, 40.35, 73.39, 68.54, 26.58, 63.83, 50.95), 100.0, None)
+
+
+@pytest.mark.parametrize("row", [WAFFLEIRON, MINKUNET_34, MINKUNET_18])
+def test_published_rows(row):
+    clear, means, mce, mrr = row
+    miou = {
+        name: dict(zip(SEVERITIES, np.array([1.1, 1.0, 0.9]) * mean / 100, strict=True))  # any with this mean
+        for name, mean in zip(CORRUPTIONS, means, strict=True)
+    }
+    found = robustness.summarize(miou, clear / 100, robustness.PUBLISHED["nuscenes_c"])
+    assert found["mce"] == pytest.approx(mce, abs=0.005)
+    if mrr is not None:
+        assert found["mrr"] == pytest.approx(mrr, abs=0.005)
+
+
+def test_semantic_kitti_has_its_own_baseline():
+    assert robustness.PUBLISHED["semantic_kitti_c"].miou["motion_blur"] == 0.3292
+    assert robustness.PUBLISHED["nuscenes_c"].miou["motion_blur"] == 0.7339
+
+
+class FakeEvaluator:
+    """Predicts class 0 everywhere, and counts the calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def reserve(self, datasets):
+        assert [name.split("(")[-1] for name in (d.name(0) for d in datasets)][1:] == [
+            "fog, heavy)",
+            "incomplete_echo, heavy)",
+        ]
+
+    def confusion(self, dataset):
+        self.calls += 1
+        number = len(dataset.class_names)
+        confusion = np.zeros((1, number, number), np.int64)
+        for index in range(len(dataset)):
+            labels = dataset.frame(index, np.random.default_rng(0)).labels
+            np.add.at(confusion[0, :, 0], labels[labels < number].astype(int), 1)
+        return confusion
+
+
+def make_config(**changes):
+    config = get_config()
+    config.task, config.data.split, config.data.num_validation_scenes = "robustness", "validation", 2
+    config.evaluate.update(corruptions=("fog", "incomplete_echo"), **changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, street_cache):
+    """A finished run on two streets: its workdir and results."""
+    workdir = tmp_path_factory.mktemp("robust")
+    streets = Streets(street_cache, split="validation", num_scenes=2)
+    results = robustness.measure(make_config(), workdir, FakeEvaluator(), streets, "weights")
+    robustness.write_json(workdir / "results.json", results)
+    return workdir, results, streets
+
+
+def test_a_run_on_streets_resumes_part_by_part(finished, tmp_path):
+    workdir, results, streets = finished
+    found = results["robustness"]
+    assert (found["mce"], found["baseline"], found["dataset"]) == (None, None, "streets beams32 validation")
+    assert list(found["corruptions"]) == ["fog", "incomplete_echo"]
+    echo = found["corruptions"]["incomplete_echo"]["miou"]
+    assert found["corruptions"]["incomplete_echo"]["rr"] == pytest.approx(
+        100 * np.mean(list(echo.values())) / results["miou"]
+    )
+    assert results["iou"]["car"] == 0  # never predicted
+    shutil.copytree(workdir / "robustness", tmp_path / "robustness")
+    (tmp_path / "robustness" / "fog_heavy.json").write_text("{")  # cut short
+    evaluator = FakeEvaluator()
+    assert robustness.measure(make_config(), tmp_path, evaluator, streets, "weights") == results
+    assert evaluator.calls == 1
+    other = FakeEvaluator()
+    robustness.measure(make_config(), tmp_path, other, streets, "other weights")
+    assert other.calls == 7
+    config = make_config()
+    config.data.voxel_size = 0.2
+    robustness.measure(config, tmp_path, other, streets, "other weights")
+    assert other.calls == 14
+    assert "not" not in robustness.table(results).splitlines()[0]
+    assert robustness.table(results).splitlines()[2].startswith("fog ")
+    robustness.draw(tmp_path / "robustness.png", results, "streets")
+    assert (tmp_path / "robustness.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_run_as_baseline(finished, tmp_path):
+    workdir, results, streets = finished
+    config = make_config(baseline=str(workdir))
+    again = robustness.measure(config, workdir, FakeEvaluator(), streets, "weights")["robustness"]
+    assert again["mce"] == pytest.approx(100.0)
+    assert again["baseline"] == str(workdir)
+    config.evaluate.severities = ("light",)
+    with pytest.raises(InputError, match="evaluate the baseline in the same way"):
+        robustness.find_baseline(config, robustness.OWN)
+    with pytest.raises(InputError, match="none of auto, nuscenes_c, semantic_kitti_c, nor the workdir"):
+        robustness.find_baseline(make_config(baseline="cylinder3d"), robustness.OWN)
+    (tmp_path / "results.json").write_text(json.dumps({"miou": 0.5}))
+    with pytest.raises(InputError, match="holds no results of task robustness"):
+        robustness.find_baseline(make_config(baseline=str(tmp_path)), robustness.OWN)
+    nuscenes = make_config()
+    nuscenes.data.dataset = "nuscenes"
+    assert robustness.find_baseline(nuscenes, robustness.OWN) == robustness.PUBLISHED["nuscenes_c"]
+    assert results["robustness"]["corrupted_by"] == robustness.OWN
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"severities": ("light", "huge")}, "'huge' is none of light"),
+        ({"severities": ()}, "give one of each at least"),
+        ({"corrupted_root": "/nowhere"}, "as downloaded; leave it empty"),
+    ],
+)
+def test_what_is_refused(finished, tmp_path, changes, words):
+    with pytest.raises(InputError, match=words):
+        robustness.measure(make_config(**changes), tmp_path, FakeEvaluator(), finished[2], "weights")
+
+
+def test_an_unknown_corruption_is_refused_before_anything_is_evaluated(finished, tmp_path):
+    config, evaluator = make_config(), FakeEvaluator()
+    config.evaluate.corruptions = ("fog", "hail")
+    with pytest.raises(InputError, match="'hail' is none of fog"):
+        robustness.measure(config, tmp_path, evaluator, finished[2], "weights")
+    assert evaluator.calls == 0
+
+
+# ---- the released sets' layouts
+
+
+def test_semantic_kitti_c(tmp_path):
+    write_semantic_kitti(tmp_path / "clear", "08", num_scans=3)
+    source = tmp_path / "clear" / "dataset" / "sequences" / "08"
+    for kind in ("velodyne", "labels"):
+        shutil.copytree(source / kind, tmp_path / "c" / "fog" / "light" / kind)
+    scan = tmp_path / "c" / "fog" / "light" / "velodyne" / "000001.bin"
+    scan.write_bytes(scan.read_bytes()[:-16])  # one point fewer, as fog leaves
+    labels = tmp_path / "c" / "fog" / "light" / "labels" / "000001.label"
+    labels.write_bytes(labels.read_bytes()[:-4])
+    clear = SemanticKITTI(tmp_path / "clear", split="validation", labels=True)
+    foggy = open_released(clear, tmp_path / "c", "fog", "light")
+    assert (len(foggy), foggy.name(1), foggy.class_names) == (3, "fog/light/000001", clear.class_names)
+    expected, found = clear.frame(1), foggy.frame(1)
+    np.testing.assert_array_equal(found.points, expected.points[:-1])
+    np.testing.assert_array_equal(given(found.labels), given(expected.labels)[:-1])
+    with pytest.raises(InputError, match="snow/light/velodyne: no such folder"):
+        open_released(clear, tmp_path / "c", "snow", "light")
+    labels.unlink()
+    with pytest.raises(InputError, match="1 of 3 scans have no label file"):
+        open_released(clear, tmp_path / "c", "fog", "light")
+
+
+def test_nuscenes_c(tmp_path):
+    write_nuscenes(tmp_path / "clear")
+    clear = NuScenes(tmp_path / "clear", split="all", labels=True)
+    for folder in ("samples", "lidarseg"):
+        shutil.copytree(tmp_path / "clear" / folder, tmp_path / "c" / "snow" / "heavy" / folder)
+    scan = tmp_path / "c" / "snow" / "heavy" / clear.scan_file(0)
+    points = np.fromfile(scan, np.float32)
+    (points + 1).tofile(scan)
+    snowy = open_released(clear, tmp_path / "c", "snow", "heavy")
+    np.testing.assert_array_equal(snowy.frame(0).points, clear.frame(0).points + 1)
+    np.testing.assert_array_equal(snowy.frame(0).labels, clear.frame(0).labels)
+    assert len(snowy) == len(clear)
+    with pytest.raises(InputError, match="fog/light/samples/LIDAR_TOP: no such folder"):
+        open_released(clear, tmp_path / "c", "fog", "light")
+
+
+# ---- configs/evaluate.py
+
+
+def test_the_config_of_a_finished_run(tmp_path):
+    written = get_config()
+    written.seed = 3
+    written.data.update(dataset="streets", label_fraction=0.1, max_points=1500, sensors=("beams64", "solid"))
+    written.model.update(channels=24, depth=3, grids=((64, 64), (64, 8), (64, 8)))
+    (tmp_path / "config.json").write_text(written.to_json_best_effort())
+    script = Path(__file__).parents[1] / "configs" / "evaluate.py"
+    config = runpy.run_path(str(script))["get_config"](str(tmp_path))
+    assert (config.task, config.checkpoint, config.data.split) == ("evaluate", str(tmp_path), "validation")
+    assert (config.seed, config.data.label_fraction, config.data.max_points) == (3, 1.0, 1500)
+    assert config.model.to_dict() == written.model.to_dict()
+    assert config.data.sensors == ("beams64", "solid")
+    assert config.data.root == str(tmp_path / "streets")
+    for content in ("[]", "{", '{"data": 3}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(InputError, match="is not the config of a run"):
+            runpy.run_path(str(script))["get_config"](str(tmp_path))
