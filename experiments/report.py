@@ -76,7 +76,9 @@ def class_table(seeds: Sequence[dict]) -> str:
             found = [part for name, part in seed.items() if re.fullmatch(rf"{kind}_100p(_[\d.e-]+)?", name)]
             if found:
                 for name, value in max(found, key=lambda part: part["miou"])["iou"].items():
-                    names.setdefault(name, [[] for _ in KINDS])[column].append(100 * value)
+                    columns = names.setdefault(name, [[] for _ in KINDS])
+                    if value is not None:  # a class that is neither labelled nor predicted
+                        columns[column].append(100 * value)
     return table(["IoU %, all labels", *KINDS.values()], [[n, *map(cell, columns)] for n, columns in names.items()])
 
 
