@@ -81,6 +81,9 @@ def test_a_cache_resumes_and_is_refused_for_another_student(tmp_path, street_cac
     (folder / "cache.json").write_text(json.dumps({"key": json.loads(before["cache.json"])["key"]}))
     features.make_cache(config, folder, dataset, variables)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "cache.json").write_text(json.dumps({"key": json.loads(before["cache.json"])["key"]}))  # after the last
+    features.make_cache(config, folder, dataset, variables)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     other = jax.tree.map(lambda x: x + 1, variables)
     with pytest.raises(InputError, match=r"of other scenes \(weights: .* there, .* now\); remove it"):
         features.make_cache(config, folder, dataset, other)
