@@ -37,6 +37,11 @@ def test_published_rows(row):
         assert found["mrr"] == pytest.approx(mrr, abs=0.005)
 
 
+def test_a_model_that_knows_nothing_has_no_resilience():
+    found = robustness.summarize({"fog": dict.fromkeys(SEVERITIES, 0.0)}, 0.0, None)
+    assert (found["mce"], found["mrr"], found["corruptions"]["fog"]["rr"]) == (None, None, None)
+
+
 def test_semantic_kitti_has_its_own_baseline():
     assert robustness.PUBLISHED["semantic_kitti_c"].miou["motion_blur"] == 0.3292
     assert robustness.PUBLISHED["nuscenes_c"].miou["motion_blur"] == 0.7339

@@ -52,9 +52,9 @@ def corruption_error(miou: Sequence[float], baseline: float) -> float:
     return 100 * sum(1 - value for value in miou) / (len(miou) * (1 - baseline))
 
 
-def resilience_rate(miou: Sequence[float], clear: float) -> float:
-    """RR in percent from the mIoU (0 to 1) of each severity and of clear scans."""
-    return 100 * sum(miou) / (len(miou) * clear) if clear else float("nan")
+def resilience_rate(miou: Sequence[float], clear: float) -> float | None:
+    """RR in percent from the mIoU (0 to 1) of each severity and of clear scans; None where that is 0."""
+    return 100 * sum(miou) / (len(miou) * clear) if clear else None
 
 
 def summarize(miou: Mapping[str, Mapping[str, float]], clear: float, baseline: Baseline | None) -> dict[str, Any]:
@@ -70,11 +70,15 @@ def summarize(miou: Mapping[str, Mapping[str, float]], clear: float, baseline: B
         values = list(by_severity.values())
         ce = None if baseline is None else corruption_error(values, baseline.miou[corruption])
         rows[corruption] = {"miou": dict(by_severity), "ce": ce, "rr": resilience_rate(values, clear)}
-    mce = None if baseline is None else float(np.mean([row["ce"] for row in rows.values()]))
+
+    def mean(key: str) -> float | None:
+        values = [row[key] for row in rows.values()]
+        return None if None in values else float(np.mean(values))
+
     return {
         "clear_miou": clear,
-        "mce": mce,
-        "mrr": float(np.mean([row["rr"] for row in rows.values()])),
+        "mce": mean("ce"),
+        "mrr": mean("rr"),
         "baseline": None if baseline is None else baseline.name,
         "corruptions": rows,
     }
@@ -250,6 +254,6 @@ def draw(path: Path, results: Mapping[str, Any], title: str) -> None:
     axes.set(ylabel="mIoU, %", ylim=(0, max(clear, 1.0) * 1.12))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(ncols=4, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    mce = "" if found["mce"] is None else f"mCE {found['mce']:.1f} %, "
+    means = [f"{name} {found[key]:.1f} %" for name, key in (("mCE", "mce"), ("mRR", "mrr")) if found[key] is not None]
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path, f"{title}\n{mce}mRR {found['mrr']:.1f} %; corrupted by {found['corrupted_by']}")
+    save_figure(figure, path, f"{title}\n{'; '.join([*means, 'corrupted by ' + found['corrupted_by']])}")
