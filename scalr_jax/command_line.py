@@ -10,7 +10,7 @@ from typing import NoReturn
 def one_sentence(error: BaseException) -> str:
     text = str(error)
     if "Traceback (most recent call last)" in text:  # ml_collections hands on what a config file raised with its trace
-        text = text.strip().splitlines()[-1]
+        text = text.strip().splitlines()[-1].removeprefix("scalr_jax.data.scenes.InputError: ")
     return " ".join(text.split())
 
 
