@@ -103,6 +103,26 @@ def gap_table(seeds: Sequence[dict]) -> str:
     return table(["mIoU %, trained on 32 beams", "32 beams", "64 beams", "solid state"], rows)
 
 
+def corruption_table(seeds: Sequence[dict]) -> str:
+    """mIoU under each corruption, mean over severities; CE against the supervised student, RR against clear scans."""
+    columns = {}
+    for kind in KINDS:
+        name = f"corrupted_{kind}_100p" if kind.startswith("probe") else f"corrupted_{kind}"
+        columns[kind] = [seed[name]["robustness"] for seed in seeds if name in seed]
+    names = next((list(found[0]["corruptions"]) for found in columns.values() if found), [])
+    rows = [["clear", *(cell([100 * one["clear_miou"] for one in found]) for found in columns.values())]]
+    for name in names:
+        values = [
+            [100 * np.mean(list(one["corruptions"][name]["miou"].values())) for one in found]
+            for found in columns.values()
+        ]
+        rows.append([name.replace("_", " "), *map(cell, values)])
+    for key, text in (("mce", "mCE %, of the supervised"), ("mrr", "mRR %")):
+        values = [[one[key] for one in found if one[key] is not None] for found in columns.values()]
+        rows.append([text, *map(cell, values)])
+    return table(["mIoU %, all labels", *KINDS.values()], rows)
+
+
 def sensor_table(seeds: Sequence[dict]) -> str:
     """Pretraining on one to three sensors, probed on each."""
     rows = []
@@ -186,7 +206,7 @@ def _save(figure: Any, output: Path) -> None:
 def report(seeds: Sequence[dict], figures: Path | None) -> str:
     """All tables as Markdown; the plots go into `figures`."""
     sweeps = pillars(seeds)
-    texts = [label_table(seeds), class_table(seeds), probe_table(seeds), gap_table(seeds)]
+    texts = [label_table(seeds), class_table(seeds), probe_table(seeds), gap_table(seeds), corruption_table(seeds)]
     for label, found in sweeps.items():
         rows = [[str(value), cell(values)] for value, values in found.items()]
         texts.append(table([label, "mIoU % of a linear probe"], rows))

@@ -7,11 +7,12 @@
 
 Groups: "table" (probes of random and distilled students and supervised training with 1, 10 and 100 % of the labels),
 "probes" (an MLP, nearest neighbours, image prototypes), "finetune" (the distilled student fine-tuned as the table's are
-trained), "gap" (the models of both on other sensors), "width", "depth", "teacher" and "sensors" (the three pillars at
-small scale). Groups after the first start from parts of the table. The same command again goes on where it stopped: a
-part is done when its results.json is there, and an interrupted one resumes from its checkpoint. A part takes half a
-minute to two and a half minutes on 2 idle cores, a seed about 75 minutes; --minutes begins no part after so long.
-`OUTPUT/seed_N/results.json` gathers what is done.
+trained), "gap" and "corruptions" (the models with all labels on other sensors, and under Robo3D's eight corruptions),
+"width", "depth", "teacher" and "sensors" (the three pillars at small scale). Groups after the first start from parts of
+the table. The same command again goes on where it stopped: a part is done when its results.json is there, and an
+interrupted one resumes from its checkpoint. A part takes half a minute to three minutes on 2 idle cores, all of a seed
+about two hours (table 30 minutes, finetune 25, sensors 20, teacher 15, corruptions 10, the others less); --minutes
+begins no part after so long. `OUTPUT/seed_N/results.json` gathers what is done.
 
 The student, its distillation and the streets are those of configs/demo.py, with 400 streets in place of 192, so that
 1 % of the labels are four scans. Probes take cached features and 1,200 steps; supervised training and fine-tuning 900.
@@ -43,7 +44,7 @@ from scalr_jax.logging import write_json
 from scalr_jax.model_flags import use_cache
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-GROUPS = ("table", "probes", "finetune", "gap", "width", "depth", "teacher", "sensors")
+GROUPS = ("table", "probes", "finetune", "gap", "corruptions", "width", "depth", "teacher", "sensors")
 PERCENTS = (1, 10, 100)
 RATES = (4e-3, 1e-2, 2.5e-2)  # of supervised training and of fine-tuning; the report takes the best
 NUM_SCENES = 400
@@ -137,7 +138,7 @@ def _segment(base: Any, task: str, start: Path | None, percent: int = 100) -> An
 
 
 def _gap(base: Any, folder: Path) -> Iterator[Part]:
-    """The models trained with all labels, on validation scans of the other sensors."""
+    """The models trained with all labels, on validation scans of the other sensors, then on corrupted ones."""
 
     def evaluate(model: str, sensor: str) -> Any:
         config = copy.deepcopy(base)
@@ -146,10 +147,19 @@ def _gap(base: Any, folder: Path) -> Iterator[Part]:
         config.checkpoint = str(folder / (best(folder, model)[0] if model in ("supervised", "finetuned") else model))
         return config
 
-    for model in ("probe_random_100p", "probe_distilled_100p", "finetuned", "supervised"):
+    def corrupt(model: str) -> Any:
+        config = evaluate(model, SENSORS[0])
+        config.task = "robustness"
+        config.evaluate.baseline = "auto" if model == "supervised" else str(folder / "corrupted_supervised")
+        return config
+
+    models = ("supervised", "finetuned", "probe_distilled_100p", "probe_random_100p")
+    for model in models:
         for sensor in SENSORS[1:]:
             make = lambda model=model, sensor=sensor: evaluate(model, sensor)  # noqa: E731
             yield Part("gap", f"gap_{model}_{sensor}", make)
+    for model in models:
+        yield Part("corruptions", f"corrupted_{model}", lambda model=model: corrupt(model))
 
 
 def best(folder: Path, kind: str, percent: int = 100) -> tuple[str, float]:
@@ -200,8 +210,7 @@ def run(part: Part, folder: Path) -> None:
     workdir, started = folder / part.name, time.monotonic()
     print(f"== {part.name}", flush=True)
     config = part.make()
-    task = {f.__name__: f for f in (tasks.distill, tasks.probe, tasks.finetune, tasks.evaluate, tasks.teacher)}
-    task[config.task](config, workdir)
+    getattr(tasks, config.task)(config, workdir)
     shutil.rmtree(workdir / "features", ignore_errors=True)  # half a gigabyte a probe
     jax.clear_caches()  # hundreds of programs would stay in memory
     print(f"== {part.name}: {add_seconds(workdir, time.monotonic() - started):.0f} s", flush=True)
