@@ -3,12 +3,17 @@
 import json
 import runpy
 import shutil
+import unittest.mock
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from main_test import config_of
 from raw_datasets import given, write_nuscenes, write_semantic_kitti
+from tiny_student import write_workdir
 
+from scalr_jax import sharding, tasks
 from scalr_jax.config import get_config
 from scalr_jax.data.nuscenes import NuScenes
 from scalr_jax.data.released import open_released
@@ -17,6 +22,7 @@ from scalr_jax.data.semantic_kitti import SemanticKITTI
 from scalr_jax.data.streets import Streets
 from scalr_jax.evaluation import robustness
 from scalr_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from scalr_jax.evaluation.segmentation import Evaluator
 
 # Rows of the public benchmark table on nuScenes-C: clear mIoU, mIoU by corruption (means over severities), mCE, mRR.
 WAFFLEIRON = (76.07, (56.07, 73.93, 49.59, 59.46, 65.19, 33.12, 61.51, 44.01), 106.73, 72.78)
@@ -153,6 +159,32 @@ def test_an_unknown_corruption_is_refused_before_anything_is_evaluated(finished,
     with pytest.raises(InputError, match="'hail' is none of fog"):
         robustness.measure(config, tmp_path, evaluator, finished[2], "weights")
     assert evaluator.calls == 0
+
+
+def test_the_task_writes_its_files_and_goes_on(street_cache, tmp_path, capsys):
+    """A whole run of a random student on eight devices, and the same on one: the same parts, byte for byte."""
+    probed = write_workdir(tmp_path / "probed", "probe", "segment", 12, dataset="streets")
+    config = config_of("smoke")
+    config.task, config.checkpoint = "robustness", str(probed)
+    config.data.update(root=str(street_cache), split="train", num_scenes=3, points_per_shard=1_024, num_workers=0)
+    config.model.update(channels=8, depth=3, grids=((256, 256), (256, 32), (256, 32)))
+    config.evaluate.update(corruptions=("cross_sensor",), severities=("moderate", "heavy"))
+    results = tasks.robustness(config, tmp_path / "eight")
+    written = json.loads((tmp_path / "eight" / "results.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    assert written == json.loads(json.dumps(results))
+    assert written["support"]["road"] > 0
+    assert list(written["robustness"]["corruptions"]["cross_sensor"]["miou"]) == ["moderate", "heavy"]
+    assert (tmp_path / "eight" / "figures" / "robustness.png").is_file()
+    assert "compare models with one another" in capsys.readouterr().out
+    parts = {path.name: json.loads(path.read_text()) for path in (tmp_path / "eight" / "robustness").iterdir()}
+    assert sorted(parts) == ["clear.json", "cross_sensor_heavy.json", "cross_sensor_moderate.json"]
+    with unittest.mock.patch.object(Evaluator, "confusion", side_effect=AssertionError("nothing is left to do")):
+        assert tasks.robustness(config, tmp_path / "eight") == results
+    one = sharding.make_mesh(1, 1, jax.devices()[:1])
+    with unittest.mock.patch.object(sharding, "make_mesh", return_value=one):
+        tasks.robustness(config, tmp_path / "one")
+    for name, part in parts.items():
+        assert json.loads((tmp_path / "one" / "robustness" / name).read_text())["confusion"] == part["confusion"], name
 
 
 # ---- the released sets' layouts
