@@ -113,7 +113,7 @@ def corruption_table(seeds: Sequence[dict]) -> str:
     rows = [["clear", *(cell([100 * one["clear_miou"] for one in found]) for found in columns.values())]]
     for name in names:
         values = [
-            [100 * np.mean(list(one["corruptions"][name]["miou"].values())) for one in found]
+            [100 * float(np.mean(list(one["corruptions"][name]["miou"].values()))) for one in found]
             for found in columns.values()
         ]
         rows.append([name.replace("_", " "), *map(cell, values)])
