@@ -120,7 +120,7 @@ def corruption_table(seeds: Sequence[dict]) -> str:
     for key, text in (("mce", "mCE %, of the supervised"), ("mrr", "mRR %")):
         values = [[one[key] for one in found if one[key] is not None] for found in columns.values()]
         rows.append([text, *map(cell, values)])
-    return table(["mIoU %, all labels", *KINDS.values()], rows)
+    return table(["mIoU %, all labels, 16 scans", *KINDS.values()], rows)
 
 
 def sensor_table(seeds: Sequence[dict]) -> str:

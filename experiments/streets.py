@@ -56,6 +56,7 @@ WIDTHS = (16, 32, 96)  # besides the table's 64 channels
 DEPTHS = (3, 12)  # besides 6 layers
 TEACHER_WIDTHS = (16, 32, 64, 128)
 TEACHER_STEPS, TEACHER_STREETS = 300, 150
+CORRUPTED_SCENES = 16  # of the 48 for validation, each of them evaluated 25 times
 SENSORS = ("beams32", "beams64", "solid")
 
 
@@ -149,7 +150,7 @@ def _gap(base: Any, folder: Path) -> Iterator[Part]:
 
     def corrupt(model: str) -> Any:
         config = evaluate(model, SENSORS[0])
-        config.task = "robustness"
+        config.task, config.data.num_validation_scenes = "robustness", CORRUPTED_SCENES
         config.evaluate.baseline = "auto" if model == "supervised" else str(folder / "corrupted_supervised")
         return config
 
