@@ -27,6 +27,8 @@ def get_config(times: str = "1"):
         scenes_per_step=batch,
         scenes_per_shard=batch,
         points_per_shard=batch * 1_000,
+        cells_per_shard=tuple(batch * n for n in (400, 200, 200)),
+        halo_per_shard=tuple(batch * n for n in (400, 200, 200)),
         num_workers=0,
     )
     config.model.update(channels=32, depth=6, grids=((128, 128), (128, 16), (128, 16)))
