@@ -200,12 +200,14 @@ class _Progress:
     def __init__(self, number: int):
         share = -(-number // jax.process_count())
         self._number, self._done, self._active = share, 0, jax.process_index() == 0
-        self._started = self._said = time.monotonic()
+        self._started = self._said = 0.0
 
     def add(self) -> None:
         self._done += 1
         now = time.monotonic()
-        if self._active and now - self._said > PROGRESS_SECONDS:
+        if self._done == 1:  # the program was compiled before it came
+            self._started = self._said = now
+        elif self._active and now - self._said > PROGRESS_SECONDS:
             self._said = now
-            left = (now - self._started) / self._done * max(self._number - self._done, 0)
+            left = (now - self._started) / (self._done - 1) * max(self._number - self._done, 0)
             print(f"evaluated {self._done} of {self._number} scans, {format_seconds(left)} left", flush=True)
