@@ -22,7 +22,7 @@ from scalr_jax.command_line import end
 from scalr_jax.config import flatten
 from scalr_jax.data.scenes import InputError
 
-HEARTBEAT_SECONDS = 20  # a process that was not heard of for so long counts as dead
+HEARTBEAT_SECONDS = 40  # a process that was not heard of for so long counts as dead
 
 LOST = (
     "stopped by JAX's distributed service, most likely because another process of this run died or can no longer be "
