@@ -69,10 +69,12 @@ class Evaluator:
         order: np.ndarray | None = None,
         mesh: Any = None,
     ):
-        if votes < 1 or (votes > 1 and config.data.augmentation not in ("published", "consistent")):
+        if votes < 1:
+            raise InputError(f"evaluate.votes = {votes} must be at least 1, which is no test-time augmentation")
+        if votes > 1 and config.data.augmentation not in ("published", "consistent"):
             raise InputError(
-                f"evaluate.votes = {votes} with data.augmentation = {config.data.augmentation!r}: 1 is no test-time "
-                "augmentation, and more votes need 'published' or 'consistent'"
+                f"evaluate.votes = {votes} with data.augmentation = {config.data.augmentation!r}: several votes need "
+                "'published' or 'consistent'"
             )
         self.config, self.num_classes, self.votes = config, num_classes, votes
         self._order = np.arange(num_classes) if order is None else order
