@@ -28,7 +28,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,10 +217,10 @@ def run(part: Part, folder: Path) -> None:
     print(f"== {part.name}: {add_seconds(workdir, time.monotonic() - started):.0f} s", flush=True)
 
 
-def gather(seed: int, folder: Path) -> None:
+def gather(seed: int, folder: Path, known: Iterable[Part]) -> None:
     """`folder/results.json`: what the finished parts found, by name, and the seconds they took."""
     found = {}
-    for part in parts(seed, folder):
+    for part in known:
         path = folder / part.name / part.result
         if path.exists():
             found[part.name] = json.loads(path.read_text()) if path.suffix == ".json" else {}
@@ -229,24 +229,27 @@ def gather(seed: int, folder: Path) -> None:
     write_json(folder / "results.json", {"seed": seed, "parts": found})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(text: str, groups: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="folder of all seeds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--group", choices=GROUPS, action="append", help="only these groups (default: all)")
+    parser.add_argument("--group", choices=groups, action="append", help="only these groups (default: all)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no part after so long")
     parser.add_argument("--list", action="store_true", help="print the parts and whether they are done")
-    arguments = parser.parse_args()
+    return parser
+
+
+def run_all(arguments: argparse.Namespace, folder: Path, known: Sequence[Part]) -> None:
+    """The parts that are not done, in order, as the arguments of `make_parser` say."""
     logging.set_verbosity(logging.WARNING)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    folder = arguments.output.absolute() / f"seed_{arguments.seed}"
     use_cache(arguments.output / "compiled")
-    started, groups = time.monotonic(), arguments.group or GROUPS
-    chosen = [part for part in parts(arguments.seed, folder) if part.group in groups]
+    started = time.monotonic()
+    chosen = [part for part in known if not arguments.group or part.group in arguments.group]
     todo = [part for part in chosen if not (folder / part.name / part.result).exists()]
     if arguments.list:
         for part in chosen:
-            print(f"{part.group:<9}{part.name:<32}{'to do' if part in todo else 'done'}")
+            print(f"{part.group:<12}{part.name:<32}{'to do' if part in todo else 'done'}")
         return
     for number, part in enumerate(todo):
         if time.monotonic() - started > 60 * arguments.minutes:
@@ -257,8 +260,14 @@ def main() -> None:
         except (InputError, OSError) as error:
             fail(one_sentence(error))
         finally:
-            gather(arguments.seed, folder)
+            gather(arguments.seed, folder, known)
     print(f"all {len(chosen)} parts are done; python experiments/report.py --output={arguments.output} has the table")
+
+
+def main() -> None:
+    arguments = make_parser(__doc__ or "", GROUPS).parse_args()
+    folder = arguments.output.absolute() / f"seed_{arguments.seed}"
+    run_all(arguments, folder, list(parts(arguments.seed, folder)))
 
 
 if __name__ == "__main__":

@@ -93,10 +93,11 @@ def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path)
     if name in ("pandaset", "pandar64", "pandargt"):
         from scalr_jax.data.pandaset import SENSORS, PandaSet
 
-        subset = {"scenes": tuple(data.scenes) or None, "frames": _frame_numbers(data.frames)}
         sensors = data.sensors if name == "pandaset" else (name,)
         if any(is_begun(Path(root) / sensor) for sensor in SENSORS):
             return Joined([_records(config, split, sensor, Path(root) / sensor) for sensor in sensors])
+        split, frames = _split_and_frames(data, split)
+        subset = {"scenes": tuple(data.scenes) or None, "frames": frames}
         return Joined([PandaSet(root, sensor=s, split=split, labels=labels, **subset) for s in sensors])
     if name == "semantic_kitti":
         from scalr_jax.data.semantic_kitti import SemanticKITTI
@@ -120,6 +121,7 @@ def _make_one(config: Any, split: str, name: str, root: str | Path, cache: Path)
 def _records(config: Any, split: str, name: str, folder: Path) -> Records:
     """Prepared records of dataset (or PandaSet's lidar) `name`. Raises `InputError` when they hold something else."""
     data = config.data
+    split, frames = _split_and_frames(data, split)
     dataset = Records(
         folder,
         split=split,
@@ -127,7 +129,7 @@ def _records(config: Any, split: str, name: str, folder: Path) -> Records:
         image_size=tuple(data.image_size),
         scaled_decode=data.scaled_decode,
         scenes=tuple(data.scenes) or None,
-        frames=_frame_numbers(data.frames),
+        frames=frames,
     )
     found = dataset.metadata
     if name not in (found["dataset"], found["sensor"]):
@@ -141,11 +143,28 @@ def _records(config: Any, split: str, name: str, folder: Path) -> Records:
     return dataset
 
 
-def _frame_numbers(frames: Any) -> tuple[int, ...] | None:
-    """`data.frames` as numbers, however they were written; None for all."""
+def _split_and_frames(data: Any, split: str) -> tuple[str, tuple[int, ...] | None]:
+    """The dataset's split and the frame numbers (None: all) to read for `split`.
+
+    With `data.validation_frames` every scene is in both, and the frames tell them apart.
+    """
+    train, validation = _frame_numbers(data, "frames"), _frame_numbers(data, "validation_frames")
+    if not validation:
+        return split, train or None
+    if not train or set(train) & set(validation):
+        raise InputError(
+            f"data.validation_frames = {validation} needs data.frames to train on other frames of the same scenes, and "
+            f"they are {train or 'all'}"
+        )
+    return "all", validation if split == "validation" else train
+
+
+def _frame_numbers(data: Any, key: str) -> tuple[int, ...]:
+    """`data.frames` or `data.validation_frames` as numbers, however they were written."""
+    frames = tuple(data[key])
     if not all(str(frame).isdecimal() for frame in frames):
-        raise InputError(f"data.frames = {tuple(frames)} must be frame numbers, as in --config.data.frames='(45, 48)'")
-    return tuple(int(frame) for frame in frames) or None
+        raise InputError(f"data.{key} = {frames} must be frame numbers, as in --config.data.{key}='(45, 48)'")
+    return tuple(int(frame) for frame in frames)
 
 
 def make_settings(config: Any, *, task: str, train: bool) -> SceneSettings:

@@ -64,6 +64,7 @@ def _data() -> ConfigDict:
             "num_validation_scenes": 32,
             "scenes": (),  # subset of the dataset's scenes, () for all
             "frames": (),  # subset of the frames, () for all
+            "validation_frames": (),  # PandaSet: validate on these frames of the same scenes; (): the split's scenes
             "split": "train",
             "frame_list": "",  # a text file that names the training frames to use, one a line
             "label_fraction": 1.0,  # probe, finetune: 0.01 trains on every 100th frame of the list, 0.1 on every 10th

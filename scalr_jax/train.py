@@ -7,6 +7,7 @@ scenes; (3) the state's shapes and shardings; (4) the newest readable checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -132,7 +133,9 @@ def _train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
     number, stopped = int(state.step), False
     source = prefetch(iter(pipeline.steps(capacities, sample[0], positions.tolist())), config.data.prefetch)
     log = _Log(writer, capacities, mesh.size, config.log_every_steps)
-    with distributed.Preemption() as preemption:
+    # Whatever ends the loop, a save that was begun is finished.
+    closing = contextlib.closing
+    with distributed.Preemption() as preemption, closing(writer), closing(checkpoints), closing(source):
         while number < config.num_steps and not stopped:
             item = next(source)
             batch = sharding.put_batch(item.batch, mesh)
@@ -145,10 +148,7 @@ def _train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
             checkpoints.save(number, state, global_positions, force=last)
             # Where a resumed run begins, so does its next line.
             log.add(number, metrics, item.bad_frames, now=last or number % config.checkpoint_every_steps == 0)
-        source.close()  # type: ignore[attr-defined]
         checkpoints.wait()
-        checkpoints.close()
-        writer.close()
     if number < config.num_steps:
         raise distributed.Preempted(
             f"{task.label} stopped as asked after step {number} of {config.num_steps}; the same command resumes"

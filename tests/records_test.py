@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,6 +146,18 @@ def test_data_root_may_be_prepared_records(tiny, tmp_path):
     assert len(build.make_dataset(panda, "train", cache=tmp_path)) == 1
     panda.task = "probe"
     assert raw.given(build.make_dataset(panda, "train", cache=tmp_path).frame(0, None).labels).shape == (60,)
+
+
+def test_one_scene_can_be_trained_and_validated_on_by_frame(tiny, tmp_path):
+    for root in (tiny["pandaset"][0], tiny["pandaset"][1].parent):
+        config = make_config(root, dataset="pandaset", sensors=("pandar64",), frames=(5,), validation_frames=(2,))
+        config.task = "probe"
+        names = [build.make_dataset(config, split, cache=tmp_path).name(0) for split in ("train", "validation")]
+        assert [Path(name).name for name in names] == ["05", "02"]
+        for frames in ((2, 5), ()):
+            config.data.frames = frames
+            with pytest.raises(InputError, match="other frames of the same scenes"):
+                build.make_dataset(config, "validation", cache=tmp_path)
 
 
 def test_what_a_config_asks_for_must_be_what_is_prepared(tiny, tmp_path):
