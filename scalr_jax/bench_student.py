@@ -68,11 +68,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     add_student_arguments(parser)
     parser.add_argument("--out_features", type=positive, default=1024, help="of the head: the teacher's width")
     parser.add_argument("--compile", default="", help="only compile steps of two depths, as in 12,48, and time that")
+    parser.add_argument("--no_dense", action="store_true", help="do not time the dense grid (12 GB at 256 channels)")
     arguments = parser.parse_args(argv)
     if arguments.compile:
         return compile_times(arguments)
     scenes = bench_scenes.get_scenes(arguments)
-    return measure(scenes, student_of(arguments, scenes.grids), arguments.runs)
+    return measure(scenes, student_of(arguments, scenes.grids), arguments.runs, dense=not arguments.no_dense)
 
 
 def add_student_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,8 +116,8 @@ def sizes_of(student: Student, batch: Any) -> Sizes:
     return Sizes(student.channels, student.depth, student.out_features, student.head_hidden, neighbors, features)
 
 
-def measure(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[str, Any]:
-    """All figures of one student on one batch."""
+def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: bool = True) -> dict[str, Any]:
+    """All figures of one student on one batch; `spatial_dense_s` is null when not `dense`."""
     batch = jax.tree.map(jnp.asarray, scenes.batch._replace(images=None, pixels=None, labels=None))
     sizes, num_rows = sizes_of(student, batch), batch.scene.size
     step, plan_bytes = bench_programs.training_step(student, batch)
@@ -128,7 +129,7 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[st
         for depth in (first, first + PLANES)
     }
     spatial, spatial_bytes = bench_programs.spatial_alone(student, batch)
-    dense = spatial.pop("spatial_dense")
+    dense_grid = spatial.pop("spatial_dense")
     turns = [
         {
             "step": step,
@@ -137,7 +138,7 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[st
             "matmul_step": bench_programs.step_products(sizes, num_rows, student.dtype),
         },
         {**bench_programs.layers_alone(student, batch), **bench_programs.layer_products(student, num_rows), **spatial},
-        {"spatial_dense": dense},
+        {"spatial_dense": dense_grid} if dense else {},
     ]
     # What is compared is in one rotation. The dense grid comes alone and last: beside it on CPU, whose gigabytes go to
     # the system each time, spatial mixing on cells took 0.18 to 0.70 s (2026-11-22).
@@ -152,8 +153,8 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[st
         "layer_matmul_step_s": raw["layer_matmul_step"],
         "matmul_step_s": raw["matmul_step"],
         "spatial_s": raw["spatial"],
-        "spatial_dense_s": raw["spatial_dense"],
         "spatial_layer_s": _part(raw["spatial_planes"]),
+        **({"spatial_dense_s": raw["spatial_dense"]} if dense else {}),
     }
     show_times({name: (value, "") for name, value in times.items()})
     medians = {name: value.median for name, value in times.items()}
@@ -167,6 +168,7 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[st
         "source": scenes.source,
         **{name: getattr(student, name) for name in ("channels", "depth", "implementation", "remat")},
         "dtype": jnp.dtype(student.dtype).name,
+        "spatial_dense_s": None,
         **medians,
         "layer_step_depths": [first, first + PLANES],
         "spatial_share": medians["spatial_layer_s"] / medians["layer_step_direct_s"],
