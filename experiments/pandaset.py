@@ -1,7 +1,7 @@
 """PandaSet's real labelled frames: a probe of random and of distilled students beside supervised training.
 
     python experiments/pandaset.py --root=PANDASET --output=runs/results_pandaset --seed=0
-    python experiments/report.py --output=runs/results_pandaset --pandaset
+    python experiments/report.py --output=runs/results_pandaset --classes
 
 One scene, 002: frames up to 42 are trained on, frames from 48 on are validated on, Pandar64's whole turn. The teacher
 is the packaged one, which has only seen generated streets. The same command goes on where it stopped. About half an

@@ -1,6 +1,7 @@
 """The tables (Markdown, printed) and the plots of docs/results.md, from the seeds that experiments/streets.py has run.
 
     python experiments/report.py --output=runs/results --figures=docs/images
+    python experiments/report.py --output=runs/results_pandaset --classes    # of experiments/pandaset.py
 
 Means over the seeds that have a part, with the smallest and the largest value in parentheses when there are several.
 """
@@ -79,7 +80,9 @@ def class_table(seeds: Sequence[dict]) -> str:
                     columns = names.setdefault(name, [[] for _ in KINDS])
                     if value is not None:  # a class that is neither labelled nor predicted
                         columns[column].append(100 * value)
-    return table(["IoU %, all labels", *KINDS.values()], [[n, *map(cell, columns)] for n, columns in names.items()])
+    rows = [["**mean**", *(cell(best_mious(seeds, kind, 100)) for kind in KINDS)]]
+    rows += [[name, *map(cell, columns)] for name, columns in names.items()]
+    return table(["IoU %, all labels", *KINDS.values()], rows)
 
 
 def probe_table(seeds: Sequence[dict]) -> str:
@@ -224,11 +227,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="what streets.py was given")
     parser.add_argument("--figures", type=Path, help="folder for the plots (default: none are drawn)")
+    parser.add_argument("--classes", action="store_true", help="only mIoU and the classes' IoU with all labels")
     arguments = parser.parse_args()
     seeds = read_seeds(arguments.output)
     if not seeds:
         fail(f"{arguments.output} has no seed_N/results.json; run experiments/streets.py first")
-    print(report(seeds, arguments.figures))
+    print(class_table(seeds) if arguments.classes else report(seeds, arguments.figures))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from PIL import Image
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
+import pandaset  # noqa: E402
 import report  # noqa: E402
 import streets  # noqa: E402
 
@@ -31,6 +32,19 @@ def test_every_part_starts_from_an_earlier_one(tmp_path):
             assert config.seed == 3
         known.add(part.name)
     assert {"probe_random_1p", "supervised_100p_0.025", "finetuned_10p_0.004", "teacher64"} <= known
+
+
+def test_pandaset_is_validated_on_later_frames_of_its_scene(tmp_path):
+    made = {part.name: part.make() for part in pandaset.parts(1, tmp_path / "raw", tmp_path)}
+    assert {"distill", "probe_random_100p", "probe_distilled_100p", "supervised_100p_0.01"} <= set(made)
+    for name, config in made.items():
+        assert config.seed == 1
+        assert max(config.data.frames) == 42
+        if config.task != "distill":
+            assert min(config.data.validation_frames) == 48
+        if config.checkpoint:
+            assert Path(config.checkpoint).name in made
+            assert name.startswith("probe")
 
 
 def test_the_best_learning_rate_needs_all_of_them(tmp_path):
