@@ -1,0 +1,301 @@
+"""Sparse 3D convolutions on the occupied voxels of packed scenes: gathers, one batched matrix product, sums of runs.
+
+    submanifold 3x3x3:    out[v] = sum over d in {-1, 0, 1}^3 of kernel[t(d)] applied to in[v + d], v occupied
+    strided 2x2x2:        out[w] = sum over children v of w of kernel[o(v)] applied to in[v], w = v // 2
+    its transpose:        out[v] = kernel[o(v)] applied to in[v // 2]
+
+with t(d) = 9 (d_x + 1) + 3 (d_y + 1) + d_z + 1 and o(v) = 4 (v_x mod 2) + 2 (v_y mod 2) + v_z mod 2 (Graham et al.,
+"3D Semantic Segmentation with Submanifold Sparse Convolutional Networks", 2018). A voxel that is not there reads as
+zero, so each equals the dense convolution, masked.
+
+A table lists the pairs (input row, output row) of a convolution, those of one kernel element side by side and padded to
+whole blocks, so that all products are one batched product of [block, C_in] by [C_in, C_out]; an output then gathers its
+products and adds them up. With inputs and outputs exchanged the same table is that of the gradient, and of the
+transposed convolution: features are gathered, never scattered, and sums have one order.
+
+`make_levels` finds the tables on the device, from integers alone; all functions work on one data shard, and the model
+maps them over D. Sizes are static (`Sizes`): `count_levels` says in NumPy what scenes need; counts of scenes add up.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scalr_jax.ops.cells import take_rows
+
+Array = jax.Array
+F32 = jnp.float32
+
+BLOCKS = (512, 256, 128)  # pairs of one product: more are faster, and leave more slots unused
+NEIGHBORS = tuple((i, j, k) for i in (-1, 0, 1) for j in (-1, 0, 1) for k in (-1, 0, 1))
+CENTRE = NEIGHBORS.index((0, 0, 0))  # of 27: its pairs are the voxels themselves, and need no table
+CHILDREN = 8
+
+
+class Sizes(NamedTuple):
+    """Static sizes of a level: rows of its table, slots of its 3x3x3 pairs (whole blocks), pairs of a block."""
+
+    voxels: int
+    pairs: int
+    block: int
+
+
+class Pairs(NamedTuple):
+    """The pairs of one convolution in Q slots, by kernel element; unused slots have no row (the number of rows)."""
+
+    source: Array  # [Q] int32: input rows
+    target: Array  # [Q] int32: output rows
+    element: Array  # [B] int32: which kernel element a block is for, ascending
+    of_source: Array  # [V_in, T] int32: the slots in which an input row is; else Q - 1, which is never used
+    of_target: Array  # [V_out, T] int32: those of an output row
+
+
+class Level(NamedTuple):
+    """One resolution. Rows are sorted by scene, x, y, z; V rows, of which the first `number` are voxels."""
+
+    number: Array  # [] int32
+    near: Pairs  # 3x3x3 without its centre, among the rows of this level
+    down: Pairs  # 2x2x2, from this level to the next; of the last level: to a level of its own, which nobody needs
+    neighbors: Array  # [V, 27] int32: rows, V where there is none
+
+
+class Voxels(NamedTuple):
+    """What a sparse U-Net needs of a packed shard. `cells.flatten` and `cells.inflate` take it as a plane: the mean of
+    each voxel's points, and each point reading its voxel."""
+
+    cell: Array  # [P] int32: the finest level's voxel of each point; V for padding
+    order: Array  # [P] int32: points sorted by voxel
+    inverse_count: Array  # [V] float32: 1 / points of a voxel; 0 for unused rows
+    levels: tuple[Level, ...]
+    missing: Array  # [] int32: voxels and pairs for which there was no room; anything but 0 is an error
+
+
+# ----------------------------------------------------------------------------------------------------------- the tables
+
+
+def make_levels(
+    coordinates: Array, scene: Array, sizes: tuple[Sizes, ...], *, num_scenes: int, extent: tuple
+) -> Voxels:
+    """The tables of every level, from the finest.
+
+    Args:
+        coordinates: [P, 3] int32, the voxel of each point; those outside of `extent` count as its border's.
+        scene: [P] int32, num_scenes for padding.
+        sizes: of each level; the next level's voxels are twice as wide.
+        extent: voxels of the finest level along x, y, z. num_scenes * (x + 2) * (y + 2) must be below 2^31.
+    """
+    x, y, z = extent
+    if num_scenes * (x + 2) * (y + 2) >= 2**31 or max(s.voxels for s in sizes) * (z + 2) >= 2**31:
+        raise ValueError(f"{num_scenes} scenes of {x} x {y} x {z} voxels do not fit 32-bit keys; take larger voxels")
+    ijk = jnp.clip(coordinates, 0, jnp.asarray(extent) - 1)
+    table, row, order = _unique(scene, ijk, num_scenes, extent, sizes[0].voxels)
+    counts = jax.ops.segment_sum((row[order] < sizes[0].voxels).astype(jnp.float32), row[order], sizes[0].voxels)
+    number = (table[0] < num_scenes).sum(dtype=jnp.int32)
+    missing = ((scene < num_scenes) & (row == sizes[0].voxels)).sum(dtype=jnp.int32)
+    levels = []
+    for depth, size in enumerate(sizes):
+        following = sizes[min(depth + 1, len(sizes) - 1)].voxels
+        neighbors = _find_neighbors(*table, num_scenes, extent)
+        near, without_room = _near_pairs(neighbors, size.pairs, size.block)
+        level_scene, level_ijk = table
+        table, parent, _ = _unique(level_scene, level_ijk // 2, num_scenes, extent, following)
+        octant = level_ijk % 2 @ jnp.array([4, 2, 1])
+        down = _down_pairs(parent, octant, following, size.block)
+        levels.append(Level(number, near, down, neighbors))
+        number = (table[0] < num_scenes).sum(dtype=jnp.int32)
+        missing += without_room
+        if depth + 1 < len(sizes):
+            missing += ((level_scene < num_scenes) & (parent == following)).sum(dtype=jnp.int32)
+    inverse = jnp.where(counts > 0, 1.0 / jnp.maximum(counts, 1.0), 0.0)
+    return Voxels(row, order, inverse, tuple(levels), missing)
+
+
+def _column(scene: Array, ijk: Array, extent: tuple) -> Array:
+    """A key of (scene, x, y), whose neighbours at x +- 1 and y +- 1 are no other scene's or row's."""
+    return (scene * (extent[0] + 2) + ijk[..., 0] + 1) * (extent[1] + 2) + ijk[..., 1] + 1
+
+
+def _unique(scene: Array, ijk: Array, num_scenes: int, extent: tuple, size: int) -> tuple[tuple, Array, Array]:
+    """The different (scene, ijk) in `size` rows, sorted: ((scene [V], ijk [V, 3]), row of each [N], order [N])."""
+    valid = scene < num_scenes
+    key = jnp.where(valid, _column(scene, ijk, extent), jnp.iinfo(jnp.int32).max)
+    order = jnp.lexsort((ijk[:, 2], key)).astype(jnp.int32)
+    key, z = key[order], ijk[order, 2]
+    new = jnp.concatenate([jnp.ones(1, bool), (key[1:] != key[:-1]) | (z[1:] != z[:-1])]) & valid[order]
+    rank = jnp.where(valid[order], jnp.minimum(jnp.cumsum(new) - 1, size), size).astype(jnp.int32)
+    row = jnp.zeros_like(order).at[order].set(rank, unique_indices=True)
+    first = order[jnp.nonzero(new, size=size, fill_value=0)[0]]
+    there = jnp.arange(size) < new.sum()
+    table = jnp.where(there, scene[first], num_scenes), jnp.where(there[:, None], ijk[first], 0)
+    return table, row, order
+
+
+def _find_neighbors(scene: Array, ijk: Array, num_scenes: int, extent: tuple) -> Array:
+    """[V, 27]: rows of the neighbours in a sorted table, V where there is none.
+
+    A binary search over the columns (scene, x, y), of which each has nine near it, and one in the column found, for
+    the lowest of the three voxels that may be there.
+    """
+    size, height = scene.shape[0], extent[2] + 2
+    big = jnp.iinfo(jnp.int32).max
+    key = jnp.where(scene < num_scenes, _column(scene, ijk, extent), big)
+    new = jnp.concatenate([jnp.ones(1, bool), key[1:] != key[:-1]])
+    number = (jnp.cumsum(new) - 1).astype(jnp.int32)  # of the column
+    columns = key[jnp.nonzero(new, size=size, fill_value=size - 1)[0]]
+    columns = jnp.where(jnp.arange(size) < new.sum(), columns, big)
+    fine = jnp.where(scene < num_scenes, number * height + ijk[:, 2] + 1, big)
+    steps = jnp.array([i * (extent[1] + 2) + j for i in (-1, 0, 1) for j in (-1, 0, 1)])
+    wanted = jnp.where(scene[:, None] < num_scenes, key[:, None] + steps, big - 1)  # [V, 9]
+    found = jnp.searchsorted(columns, wanted.reshape(-1)).reshape(wanted.shape)
+    found = jnp.minimum(found, size - 1)
+    there = columns[found] == wanted
+    lowest = jnp.where(there, found * height + ijk[:, 2:], big - 1)  # z - 1, and one for the key
+    at = jnp.searchsorted(fine, lowest.reshape(-1)).reshape(lowest.shape)
+    result = jnp.full((size, 9, 3), size, jnp.int32)
+    for k in range(3):
+        for later in range(3):
+            candidate = jnp.minimum(at + later, size - 1)
+            matches = there & (fine[candidate] == lowest + k) & (at + later < size)
+            result = result.at[:, :, k].set(jnp.where(matches, candidate, result[:, :, k]))
+    return result.reshape(size, 27).astype(jnp.int32)
+
+
+def _slots(valid: Array, num_slots: int, block: int) -> tuple[Array, Array, Array]:
+    """Where each pair goes. valid [V, T] -> slot [V, T] (the last: nowhere), element [Q / block], without room []."""
+    blocks = -(-valid.sum(axis=0) // block)
+    ends = jnp.cumsum(blocks) * block
+    slot = jnp.where(valid, ends - blocks * block + jnp.cumsum(valid, axis=0) - 1, num_slots - 1)
+    without_room = (valid & (slot >= num_slots - 1)).sum(dtype=jnp.int32)
+    element = jnp.searchsorted(ends, jnp.arange(num_slots // block) * block, side="right")
+    element = jnp.minimum(element, valid.shape[1] - 1).astype(jnp.int32)
+    return jnp.minimum(slot, num_slots - 1).astype(jnp.int32), element, without_room
+
+
+def _fill(slot: Array, rows: Array, num_slots: int, none: int) -> Array:
+    """[Q]: `rows` in their slots, `none` in those without."""
+    filled = jnp.full(num_slots, none, jnp.int32).at[slot.reshape(-1)].set(rows.reshape(-1))
+    return filled.at[num_slots - 1].set(none)
+
+
+def _near_pairs(neighbors: Array, num_slots: int, block: int) -> tuple[Pairs, Array]:
+    """The pairs of a 3x3x3 convolution but its centre's; kernel elements count 26, the centre left out."""
+    size = neighbors.shape[0]
+    near = neighbors[:, jnp.array([t for t in range(27) if t != CENTRE])]  # [V, 26]
+    slot, element, without_room = _slots(near < size, num_slots, block)
+    rows = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32)[:, None], near.shape)
+    # The pair of v's neighbour w in direction d, as an input, is w's own pair with v in direction -d, as an output.
+    reverse = slot[jnp.minimum(near, size - 1), jnp.arange(26)[::-1]]
+    of_source = jnp.where(near < size, reverse, num_slots - 1)
+    return Pairs(
+        _fill(slot, near, num_slots, size), _fill(slot, rows, num_slots, size), element, of_source, slot
+    ), without_room
+
+
+def _down_pairs(parent: Array, octant: Array, num_parents: int, block: int) -> Pairs:
+    """A slot for each voxel, and a part of a block unused by each of the eight elements."""
+    size = parent.shape[0]
+    num_slots = (size // block + CHILDREN + 1) * block
+    valid = (parent < num_parents)[:, None] & (octant[:, None] == jnp.arange(CHILDREN))
+    slots, element, _ = _slots(valid, num_slots, block)
+    slot = slots.min(axis=1)  # a voxel has one parent
+    of_target = jnp.full((num_parents, CHILDREN), num_slots - 1, jnp.int32)
+    of_target = of_target.at[parent, octant].set(slot, mode="drop")
+    rows = jnp.arange(size, dtype=jnp.int32)
+    return Pairs(
+        _fill(slot, rows, num_slots, size),
+        _fill(slot, parent, num_slots, num_parents),
+        element,
+        slot[:, None],
+        of_target,
+    )
+
+
+def count_levels(coordinates: np.ndarray, num_levels: int) -> np.ndarray:
+    """What one scene needs: [levels, 2], voxels and pairs (3x3x3, without centres). coordinates [N, 3] integers.
+
+    Of several scenes in a pack these add up, and each of the 26 elements may leave a part of a block unused:
+    `sizes_for` adds that.
+    """
+    counts = []
+    coordinates = np.unique(np.asarray(coordinates, np.int64), axis=0)
+    for _ in range(num_levels):
+        low = coordinates.min(axis=0) - 1
+        extent = coordinates.max(axis=0) - low + 2
+        strides = np.array([extent[1] * extent[2], extent[2], 1])
+        keys = (coordinates - low) @ strides  # ascending, as np.unique sorts rows
+        steps = np.array(NEIGHBORS[CENTRE + 1 :]) @ strides
+        wanted = (keys[:, None] + steps).reshape(-1)
+        at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        counts.append((len(keys), 2 * int((keys[at] == wanted).sum())))
+        coordinates = np.unique(coordinates // 2, axis=0)
+    return np.array(counts)
+
+
+def sizes_for(counts: np.ndarray) -> tuple[Sizes, ...]:
+    """The smallest sizes with room for `counts` [levels, 2] of `count_levels`, whatever the pairs' elements are."""
+    sizes = []
+    for voxels, pairs in counts:
+        block = next((size for size in BLOCKS if 130 * size <= pairs), BLOCKS[-1])  # a tenth more slots at most
+        sizes.append(Sizes(int(voxels), (int(pairs) // block + 27) * block, block))
+    return tuple(sizes)
+
+
+# ----------------------------------------------------------------------------------------------------- the convolutions
+
+
+@jax.custom_vjp
+def convolve(rows: Array, pairs: Pairs, kernel: Array) -> Array:
+    """Every pair's input row times its kernel element, summed over the pairs of each output row.
+
+    rows [V_in, C_in]; kernel [T, C_in, C_out]. Returns [V_out, C_out] float32: products are made in the dtype of `rows`
+    and summed in float32. Its gradients gather as well.
+    """
+    blocks = _blocks(rows, pairs.source, pairs)
+    products = jnp.einsum("bnc,bcd->bnd", blocks, kernel.astype(rows.dtype)[pairs.element], preferred_element_type=F32)
+    return _sum_slots(products.reshape(-1, kernel.shape[-1]), pairs.of_target)
+
+
+def _blocks(rows: Array, at: Array, pairs: Pairs) -> Array:
+    """[V, C], [Q] -> [B, Q / B, C]: the row of each slot, zero where there is none."""
+    return take_rows(rows, at).reshape(*pairs.element.shape, -1, rows.shape[-1])
+
+
+def _sum_slots(products: Array, slots: Array) -> Array:
+    """[Q, C], [V, T] -> [V, C]: the sum of each row's slots, of which those without a pair hold zero."""
+    total = jnp.zeros((slots.shape[0], products.shape[-1]), F32)
+    for t in range(slots.shape[1]):
+        total += products.at[slots[:, t]].get(mode="promise_in_bounds")
+    return total
+
+
+def exchange(pairs: Pairs) -> Pairs:
+    """Inputs for outputs: the pairs of the transposed convolution."""
+    return Pairs(pairs.target, pairs.source, pairs.element, pairs.of_target, pairs.of_source)
+
+
+def _convolve_forward(rows: Array, pairs: Pairs, kernel: Array):
+    return convolve(rows, pairs, kernel), (rows, pairs, kernel)
+
+
+def _convolve_backward(residuals: tuple, gradient: Array):
+    rows, pairs, kernel = residuals
+    gradient = gradient.astype(rows.dtype)
+    back = convolve(gradient, exchange(pairs), kernel.swapaxes(1, 2))
+    inputs, outputs = _blocks(rows, pairs.source, pairs), _blocks(gradient, pairs.target, pairs)
+    by_block = jnp.einsum("bnc,bnd->bcd", inputs, outputs, preferred_element_type=F32)
+    kernel_gradient = jax.ops.segment_sum(by_block, pairs.element, kernel.shape[0], indices_are_sorted=True)
+    return back.astype(rows.dtype), None, kernel_gradient.astype(kernel.dtype)
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def submanifold(rows: Array, level: Level, kernel: Array) -> Array:
+    """3x3x3 on the occupied voxels. rows [V, C_in], kernel [27, C_in, C_out] -> [V, C_out] float32."""
+    others = jnp.concatenate([kernel[:CENTRE], kernel[CENTRE + 1 :]])
+    here = jnp.matmul(rows, kernel[CENTRE].astype(rows.dtype), preferred_element_type=F32)
+    return here + convolve(rows, level.near, others)

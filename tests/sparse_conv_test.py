@@ -1,0 +1,195 @@
+"""Sparse 3D convolutions against dense ones, masked; on random and adversarial occupancy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scalr_jax.ops import cells, sparse_conv
+
+EXTENT, NUM_SCENES, NUM_POINTS, LEVELS = (8, 6, 4), 2, 160, 3
+SIZES = tuple(sparse_conv.Sizes(*size) for size in ((160, 28 * 256, 256), (64, 28 * 128, 128), (16, 28 * 128, 128)))
+make = jax.jit(functools.partial(sparse_conv.make_levels, sizes=SIZES, num_scenes=NUM_SCENES, extent=EXTENT))
+
+
+def dense(rows, level_coordinates, extent):
+    """[S, X, Y, Z, C] of a table's rows."""
+    scene, ijk = level_coordinates
+    return jnp.zeros((NUM_SCENES, *extent, rows.shape[-1])).at[(scene, *ijk.T)].set(rows[: len(scene)])
+
+
+def dense_convolution(grid, kernel, **settings):
+    """kernel [k * k * k, C_in, C_out]"""
+    width = round(kernel.shape[0] ** (1 / 3))
+    kernel = kernel.reshape(width, width, width, *kernel.shape[1:])
+    return jax.lax.conv_general_dilated(
+        grid, kernel, dimension_numbers=("NXYZC", "XYZIO", "NXYZC"), precision="highest", **settings
+    )
+
+
+def occupied(coordinates, scene, level):
+    """The voxels of a level, in the table's order: (scene [v], ijk [v, 3])."""
+    valid = scene < NUM_SCENES
+    coordinates = np.clip(coordinates[valid], 0, np.array(EXTENT) - 1) // 2**level
+    found = np.unique(np.concatenate([scene[valid, None], coordinates], axis=1), axis=0)
+    return found[:, 0], found[:, 1:]
+
+
+def case(number, seed):
+    """Random voxels, each of one or more points; the scenes' points come mixed, and padding among them."""
+    rng = np.random.default_rng(seed)
+    coordinates = rng.integers(-1, np.array(EXTENT) + 1, (NUM_POINTS, 3)).astype(np.int32)
+    scene = np.full(NUM_POINTS, NUM_SCENES, np.int32)
+    scene[rng.permutation(NUM_POINTS)[:number]] = rng.integers(0, NUM_SCENES, number)
+    return coordinates, scene
+
+
+CASES = {
+    "nothing": case(0, 0),
+    "one": case(1, 1),
+    "few": case(20, 2),
+    "many": case(160, 3),
+    "one voxel": (np.full((NUM_POINTS, 3), 2, np.int32), np.zeros(NUM_POINTS, np.int32)),
+    "corners": (
+        np.array([[x, y, z] for x in (0, 7) for y in (0, 5) for z in (0, 3)] * 20, np.int32),
+        np.repeat(np.arange(2, dtype=np.int32), 80),
+    ),
+    "a full slab": (
+        np.array([[x, y, z] for x in range(8) for y in range(5) for z in range(4)], np.int32),
+        np.ones(NUM_POINTS, np.int32),
+    ),
+}
+
+
+def check(coordinates, scene, seed=0):
+    voxels = make(coordinates, scene)
+    assert int(voxels.missing) == 0
+    rng = np.random.default_rng(seed)
+    tables = [occupied(coordinates, scene, level) for level in range(LEVELS)]
+    cell = np.asarray(voxels.cell)
+    assert (cell[scene == NUM_SCENES] == SIZES[0].voxels).all()
+    points = rng.normal(size=(NUM_POINTS, 5)).astype(np.float32)
+    means = np.asarray(cells.flatten(jnp.asarray(points), voxels))
+    for row, (s, ijk) in enumerate(zip(*tables[0], strict=True)):
+        inside = (scene == s) & (np.clip(coordinates, 0, np.array(EXTENT) - 1) == ijk).all(axis=1)
+        assert (cell[inside] == row).all()
+        np.testing.assert_allclose(means[row], points[inside].mean(axis=0), atol=1e-5)
+    for depth, (level, table) in enumerate(zip(voxels.levels, tables, strict=True)):
+        number = len(table[0])
+        assert int(level.number) == number
+        extent = tuple(-(-side // 2**depth) for side in EXTENT)
+        x = jnp.asarray(rng.normal(size=(SIZES[depth].voxels, 5)), jnp.float32).at[number:].set(0.0)
+        kernel = jnp.asarray(rng.normal(size=(27, 5, 7)), jnp.float32)
+        read = (table[0], *table[1].T)
+        compare(
+            lambda x, kernel, level=level, number=number: sparse_conv.submanifold(x, level, kernel)[:number],
+            lambda x, kernel, table=table, extent=extent, read=read: dense_convolution(
+                dense(x, table, extent), kernel, window_strides=(1, 1, 1), padding="SAME"
+            )[read],
+            x,
+            kernel,
+        )
+        if depth + 1 == LEVELS:
+            continue
+        coarse_table = tables[depth + 1]
+        coarse_read = (coarse_table[0], *coarse_table[1].T)
+        coarse_extent = tuple(-(-side // 2) for side in extent)
+        odd = [(0, 2 * c - e) for c, e in zip(coarse_extent, extent, strict=True)]
+        kernel = jnp.asarray(rng.normal(size=(8, 5, 7)), jnp.float32)
+        size = SIZES[depth + 1].voxels
+        compare(
+            lambda x, kernel, level=level, size=size, table=coarse_table: sparse_conv.convolve(x, level.down, kernel)[
+                : len(table[0])
+            ],
+            lambda x, kernel, table=table, extent=extent, read=coarse_read, odd=odd: dense_convolution(
+                dense(x, table, extent), kernel, window_strides=(2, 2, 2), padding=odd
+            )[read],
+            x,
+            kernel,
+        )
+        up = jnp.asarray(rng.normal(size=(size, 5)), jnp.float32)
+
+        def spread(up, kernel, table=coarse_table, extent=coarse_extent, read=read):
+            grid = dense(up, table, extent)
+            blocks = jnp.einsum("sxyzc,tcd->sxyztd", grid, kernel, precision="highest")
+            s, x, y, z, _, c = blocks.shape
+            blocks = blocks.reshape(s, x, y, z, 2, 2, 2, c).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+            return blocks.reshape(s, 2 * x, 2 * y, 2 * z, c)[read]
+
+        compare(
+            lambda up, kernel, level=level, size=SIZES[depth].voxels, number=number: sparse_conv.convolve(
+                up, sparse_conv.exchange(level.down), kernel
+            )[:number],
+            spread,
+            up.at[len(coarse_table[0]) :].set(0.0),
+            kernel,
+        )
+
+
+def compare(sparse, reference, x, kernel):
+    """Outputs to 1e-5, gradients to 1e-4 of their scale."""
+    with jax.default_matmul_precision("highest"):
+        out, pull = jax.vjp(sparse, x, kernel)
+        wanted, pull_wanted = jax.vjp(reference, x, kernel)
+        np.testing.assert_allclose(out, wanted, atol=1e-5 * max(1.0, float(jnp.abs(wanted).max(initial=0.0))))
+        gradient = jnp.asarray(np.random.default_rng(1).normal(size=out.shape), jnp.float32)
+        for mine, theirs in zip(pull(gradient), pull_wanted(gradient), strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-4 * max(1.0, float(jnp.abs(theirs).max())))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equal_to_dense_convolutions(name):
+    check(*CASES[name])
+
+
+@settings(deadline=None, max_examples=4)
+@given(st.integers(0, NUM_POINTS), st.integers(0, 2**31))
+def test_equal_to_dense_convolutions_at_random(number, seed):
+    check(*case(number, seed), seed=seed)
+
+
+def test_counts_say_what_is_needed_and_without_room_it_is_said():
+    coordinates, scene = CASES["many"]
+    inside = np.clip(coordinates, 0, np.array(EXTENT) - 1)
+    counts = sum(sparse_conv.count_levels(inside[scene == s], LEVELS) for s in range(NUM_SCENES))
+    voxels = make(coordinates, scene)
+    for level, (number, pairs) in zip(voxels.levels, counts, strict=True):
+        assert int(level.number) == number
+        assert int((np.asarray(level.near.source) < level.neighbors.shape[0]).sum()) == pairs
+    exact = sparse_conv.sizes_for(counts)
+
+    def missing(sizes):
+        limits = {"num_scenes": NUM_SCENES, "extent": EXTENT}
+        return int(jax.jit(lambda *x: sparse_conv.make_levels(*x, sizes, **limits).missing)(coordinates, scene))
+
+    assert missing(exact) == 0
+    for level in range(LEVELS):
+        fewer = list(exact)
+        fewer[level] = exact[level]._replace(voxels=exact[level].voxels - 1)
+        assert missing(tuple(fewer)) > 0
+    fewer = (exact[0]._replace(pairs=26 * exact[0].block // 2), *exact[1:])
+    assert missing(fewer) > 0
+
+
+def test_keys_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="take larger voxels"):
+        sparse_conv.make_levels(*CASES["one"], SIZES, num_scenes=64, extent=(6000, 6000, 100))
+
+
+def test_the_gradient_only_gathers():
+    """The one scatter adds up the kernel's blocks, which are sorted: deterministic."""
+    voxels = make(*CASES["many"])
+    level = voxels.levels[0]
+    x, kernel = jnp.ones((SIZES[0].voxels, 4)), jnp.ones((27, 4, 4))
+
+    def loss(x, kernel):
+        return jnp.square(sparse_conv.submanifold(x, level, kernel)).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, kernel))
+    scatters = [line for line in text.splitlines() if "scatter" in line.split("=")[-1].split("[")[0]]
+    assert len(scatters) == 1
+    assert "indices_are_sorted=True" in text.split("scatter-add")[1]
