@@ -18,6 +18,7 @@ BETWEEN_SLICES = "all-reduce-between-slices"  # its part that crosses the data-c
 CONTROL = {  # instructions that run other computations, and what these are called by
     "while": ("body",),
     "call": ("to_apply",),
+    "call-start": ("to_apply",),  # TPU7x lets its SparseCores reduce
     "conditional": ("branch_computations", "true_computation", "false_computation"),
     "async-start": ("calls",),
 }

@@ -160,3 +160,22 @@ def test_the_gradient_of_scanned_layers_is_reduced_once():
     summary = hlo.summary(found)
     assert set(summary) == {"all-reduce"}
     assert summary["all-reduce"]["bytes"] == pytest.approx(5 * 64 * 64 * 4, rel=0.01)
+
+
+def test_what_a_sparse_core_reduces_counts():
+    """TPU7x runs collectives beside the step, as a call that is started and waited for."""
+    text = """HloModule jit_step, is_scheduled=true
+
+%offloaded (p: f32[256,64]) -> f32[256,64] {
+  %p = f32[256,64]{1,0} parameter(0)
+  ROOT %all-reduce.1 = f32[256,64]{1,0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[256,64]) -> f32[256,64] {
+  %x = f32[256,64]{1,0} parameter(0)
+  %all-reduce.2.call-start = ((f32[256,64]{1,0}), f32[256,64]{1,0}) call-start(%x), \
+async_execution_thread="sparsecore", to_apply=%offloaded
+  ROOT %all-reduce.2.call-done = f32[256,64]{1,0} call-done(%all-reduce.2.call-start)
+}
+"""
+    assert hlo.summary(hlo.collectives(hlo.parse(text))) == {"all-reduce": {"count": 1, "bytes": 4 * 256 * 64}}
