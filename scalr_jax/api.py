@@ -31,6 +31,7 @@ from scalr_jax.data.whole_scan import check_points, whole_scan
 from scalr_jax.export_folder import is_export, read_export
 
 SEGMENTATION_HEADS = ("segment", "mlp", "linear")
+MODELS = "a workdir of distill, probe or finetune, an exported folder, or a published .pth or .safetensors"
 LABEL_MAPS = ("nuscenes", "semantic_kitti", "pandaset")
 
 
@@ -127,6 +128,10 @@ def load(
       ValueError: one sentence: what is wrong with the file or which of these arguments is needed.
     """
     path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give {MODELS}")
+    if path.suffix in (".onnx", ".stablehlo"):
+        raise InputError(f"{path} is a program, which the README.md beside it says how to run; give {MODELS}")
     given = {"intensity": intensity, "field_of_view": field_of_view, "grids": grids}
     given = {name: value for name, value in given.items() if value is not None}
     if is_export(path):
@@ -139,7 +144,10 @@ def load(
         config, variables = _load_published(path, sensor, given, activation)
     if config["num_features"] != len(FEATURES):
         raise InputError(f"{path} takes {config['num_features']} features a point, and only {FEATURES} are known")
-    return Model(_checked({**config, **given}), variables)
+    try:
+        return Model(_checked({**config, **given}), variables)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _load_published(path: Path, sensor: str | None, given: dict, activation: str | None) -> tuple[dict, dict]:
@@ -163,8 +171,11 @@ def _load_published(path: Path, sensor: str | None, given: dict, activation: str
 def _load_workdir(path: Path, sensor: str | None, given: dict) -> tuple[dict, dict]:
     if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
         inside = sorted(child.parent.name for child in path.glob("*/checkpoints"))
-        hint = f"; its folders {', '.join(inside)} are" if inside else ""
-        raise InputError(f"{path} is not a workdir: it has no config.json and checkpoints/{hint}")
+        hint = f", as its folders {', '.join(inside)} are" if inside else ""
+        raise InputError(
+            f"{path} is not a workdir (it has no config.json and checkpoints/) and no exported folder (it has not the "
+            f"config.json of one); give {MODELS}{hint}"
+        )
     try:
         written = json.loads((path / "config.json").read_text())
         data, model = ({**get_config()[part].to_dict(), **written[part]} for part in ("data", "model"))
@@ -255,5 +266,5 @@ def _checked(settings: dict) -> ConfigDict:
     if min(min(grid) for grid in grids) < 1:
         wrong.append("grids = ((rows, columns), ...) of the planes xy, xz, yz")
     if wrong:
-        raise InputError(f"what was given is no {', no '.join(wrong)}")
+        raise InputError(f"what was given, or is in its config.json, is no {', no '.join(wrong)}")
     return ConfigDict({**settings, "intensity": intensity, "field_of_view": (low, high), "grids": grids})

@@ -39,7 +39,7 @@ from scalr_jax.command_line import fail, one_sentence
 from scalr_jax.data.packing import pack_shard, static_capacities
 from scalr_jax.data.scenes import InputError, SceneView
 from scalr_jax.data.whole_scan import whole_scan
-from scalr_jax.export_folder import FILES, READABLE, check_output, new_folder, save_example, write_weights
+from scalr_jax.export_folder import FILES, READABLE, check_output, checksums, new_folder, save_example, write_weights
 from scalr_jax.export_inputs import HEADS, pad_inputs, scene_inputs
 from scalr_jax.fold import fold
 from scalr_jax.models.waffleiron import WaffleIron
@@ -161,6 +161,7 @@ def export_model(
             "licence": export_card.licence_of(source or Path(), training, licence),
             "training": training,
             "results": results,
+            "files": checksums(folder),
             "check": {"max_difference": 0.0, "max_value": 0.0, "points": len(scene.feats)},
         }
         export_card.write_card(folder, card, name=output.name)  # what loads an exported folder needs its settings

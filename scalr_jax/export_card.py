@@ -83,7 +83,7 @@ def _exported_licence(model_path: Path) -> str:
 def write_card(folder: Path, card: Mapping[str, Any], *, name: str) -> None:
     """Writes config.json and README.md into `folder`, which will be called `name`.
 
-    `card`: settings, source, folded, parameters, licence, training, results, check.
+    `card`: settings, source, folded, parameters, licence, training, results, files, check.
     """
     versions = {"scalr_jax": importlib.metadata.version("scalr_jax"), "jax": jax.__version__}
     content = {"export": VERSION, "made_with": versions, **card}
@@ -151,6 +151,8 @@ def _training_text(training: Mapping[str, Any] | None) -> str:
 
 
 _READ = """```python
+import scalr_jax
+
 model = scalr_jax.load("FOLDER")            # with its settings
 features = model.embed(points)              # points [N, 4]: x, y, z in metres, raw intensity
 ```"""

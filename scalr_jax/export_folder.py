@@ -1,6 +1,7 @@
 """Exported folders: written whole or not at all, and read back.
 
-config.json   "settings" (what `scalr_jax.load` and `export_inputs` need), "training", "results", "check", "licence"
+config.json   "settings" (what `scalr_jax.load` and `export_inputs` need), "files" (their SHA-256), "training",
+              "results", "check", "licence"
 README.md     the same for people: the model card
 model.*       the weights or the program, by format (`FILES`)
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -32,6 +34,7 @@ FILES = {
     "onnx": "model.onnx",
     "orbax": "checkpoint",
 }
+CARD = ("config.json", "README.md")
 READABLE = ("torch", "safetensors", "orbax")  # by `scalr_jax.load`; the others are programs
 
 
@@ -124,7 +127,8 @@ def read_export(folder: Path) -> tuple[dict, dict]:
     """(settings, variables) of an exported folder of a `READABLE` format.
 
     Raises:
-      InputError: a program, a version this package does not know, or files that are damaged or do not fit each other.
+      InputError: a program, a version this package does not know, or files that are missing, not those that were
+        exported, damaged, or do not fit each other.
     """
     try:
         content = json.loads((folder / "config.json").read_text())
@@ -141,6 +145,7 @@ def read_export(folder: Path) -> tuple[dict, dict]:
                 f"exports of format {', '.join(READABLE)}"
             )
         path = folder / FILES[form]
+        _check_files(folder, dict(content.get("files", {})))  # before Orbax, whose tasks print pages of what is damaged
         if form == "orbax":
             variables = load_weights(path)
             interop.check_shapes(settings, variables, str(path))
@@ -158,6 +163,27 @@ def read_export(folder: Path) -> tuple[dict, dict]:
     return settings, variables
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in `folder`, by its path there; the card apart, which may be edited."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.relative_to(folder).as_posix() not in CARD:
+            with path.open("rb") as file:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
+    """Raises InputError unless the files that were exported (none in folders from before "files") are there as then."""
+    found = checksums(folder) if expected else {}
+    missing = [name for name in expected if name not in found]
+    changed = [name for name in expected if name in found and found[name] != expected[name]]
+    wrong = [f"{name} is missing" for name in missing] + [f"{name} is damaged or was changed" for name in changed]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more files)" if len(wrong) > 3 else ""
+        raise InputError(f"{folder}: {', '.join(wrong[:3])}{more}; copy the folder again, or export it again")
+
+
 def _check_settings(settings: Mapping[str, Any]) -> None:
     """Raises KeyError or ValueError for what `Model` would stumble over later."""
     for key in ("intensity", "field_of_view", "grids", "drop_path", "dtype", "implementation"):
@@ -167,6 +193,9 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"voxel_size is {voxel_size!r}")
     if not (isinstance(neighbors, int) and neighbors > 0):
         raise ValueError(f"num_neighbors is {neighbors!r}")
+    names = settings.get("class_names") or ()
+    if names and not (isinstance(names, list) and len(names) == settings["out_features"]):
+        raise ValueError(f"class_names are {names!r} for {settings['out_features']} classes")
 
 
 def save_example(path: Path, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:

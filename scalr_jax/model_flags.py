@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def numbers(values: flags.FlagValues, name: str, count: int) -> list[float] | No
         found = [float(text) for text in given]
     except ValueError:
         found = []
-    if len(found) != count:
+    if len(found) != count or not all(math.isfinite(number) for number in found):
         raise InputError(f"--{name}={','.join(given)} must be {count} numbers with commas between them")
     return found
 

@@ -142,7 +142,7 @@ def test_a_published_file_needs_its_sensor(tmp_path):
         scalr_jax.load(path, sensor="nuscenes", field_of_view=((0, 0, 0), (0, 1, 1)))
     with pytest.raises(ValueError, match="is no intensity"):
         scalr_jax.load(path, sensor="nuscenes", intensity=3)
-    with pytest.raises(ValueError, match="is not a file"):
+    with pytest.raises(ValueError, match="does not exist"):
         scalr_jax.load(tmp_path / "nothing.pth", sensor="nuscenes")
 
 

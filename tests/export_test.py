@@ -322,7 +322,10 @@ def fails(capsys, match, *arguments):
     ("arguments", "match"),
     [
         ((), "--model, --format and --output are required"),
-        (("--model=/no/such.pth", "--format=torch", "--output=OUT", "--sensor=nuscenes"), "/no/such.pth is not a file"),
+        (
+            ("--model=/no/such.pth", "--format=torch", "--output=OUT", "--sensor=nuscenes"),
+            "/no/such.pth does not exist",
+        ),
         (("--model=RUN", "--format=keras", "--output=OUT"), "torch|safetensors|stablehlo|onnx|orbax"),
         (("--model=RUN", "--format=onnx", "--output=OUT.onnx"), "the folder that will hold model.onnx"),
         (("--model=RUN", "--format=onnx", "--output=OUT", "again"), "unexpected arguments: again"),
@@ -414,7 +417,8 @@ def changed(folder, tmp_path, **settings):
         ("safetensors", {"format": "tar"}, "is not that of an exported model"),
         ("safetensors", {"voxel_size": None}, "is not that of an exported model"),
         ("safetensors", {"num_neighbors": -1}, "num_neighbors is -1"),
-        ("safetensors", {"grids": [[0, 1]]}, "no grids"),
+        ("safetensors", {"class_names": ["car"]}, r"class_names are \['car'\] for 7 classes"),
+        ("safetensors", {"grids": [[0, 1]]}, "other: what was given, or is in its config.json, is no grids"),
         ("safetensors", {"activation": "tanh"}, "activation = 'tanh'"),
         ("orbax", {"channels": 16}, r"params/head/kernel has \(8, 7\), needs \(16, 7\)"),
         ("orbax", {"depth": 6}, "does not fit its settings"),
@@ -432,15 +436,32 @@ def test_damaged_folders_are_one_sentence(exported, tmp_path):
     other = changed(exported / "safetensors", tmp_path)
     weights = (other / "model.safetensors").read_bytes()
     (other / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(InputError, match="truncated or damaged"):
+    with pytest.raises(InputError, match=r"other: model.safetensors is damaged or was changed; copy the folder again"):
         scalr_jax.load(other)
     (other / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="is not a file"):
+    with pytest.raises(InputError, match=r"other: model.safetensors is missing; copy the folder again"):
         scalr_jax.load(other)
-    content = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text((exported / "safetensors" / "config.json").read_text()[:300])
+    with pytest.raises(InputError, match="no exported folder"):
+        scalr_jax.load(other)
+    content = json.loads((exported / "safetensors" / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**content, "export": 99}))
     with pytest.raises(InputError, match="export of layout 99"):
         scalr_jax.load(other)
+
+
+def test_a_changed_byte_is_not_loaded(exported, tmp_path, capfd):
+    """Orbax and safetensors would load it; of a cut file Orbax' tasks would print pages."""
+    other = changed(exported / "orbax", tmp_path)
+    largest = max(other.rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    for damaged in (content[:-40] + bytes([content[-40] ^ 1]) + content[-39:], content[: len(content) // 2]):
+        largest.write_bytes(damaged)
+        with pytest.raises(InputError, match=rf"{largest.name} is damaged or was changed; copy the folder again"):
+            scalr_jax.load(other)
+    assert capfd.readouterr().err == ""
+    largest.write_bytes(content)
+    assert scalr_jax.load(other).class_names
 
 
 def test_help_shows_examples(capsys):

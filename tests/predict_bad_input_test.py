@@ -28,6 +28,7 @@ def _loaded_once():
         (["--input=empty"], "empty: no scan in this folder"),
         (["--input=parent"], "its folders empty, scans have some|its folders scans have some"),
         (["--input=zero.bin"], "zero.bin: the scan has no points"),
+        (["--input=far.bin"], "0 points are left in the field of view.*; shift or scale the points into it"),
         (["--input=nan.bin"], "nan.bin: 0 of 301 points are finite; write or copy the scan again"),
         (["--input=scan.txt"], "a scan is a file that ends in .bin, .npy, .pcd, .ply"),
         (["--input=00.pkl.gz"], "PandaSet's <scene>/lidar/NN.pkl.gz"),
@@ -47,8 +48,10 @@ def _loaded_once():
         (["--columns=5"], "6000|bytes are not whole points of 5"),
         (["--columns=7"], "a .bin file has 3, 4, 5, 6 columns"),
         (["--sensor=velodyne"], "sensor = 'velodyne' is none of nuscenes"),
-        (["--model=none.pth"], "none.pth is not a file"),
-        (["--model=empty"], "empty is not a workdir"),
+        (["--sector=nan,40"], "--sector=nan,40 must be 2 numbers"),
+        (["--model=none.pth"], "none.pth does not exist; give a workdir of distill, probe or finetune, an exported"),
+        (["--model=model.onnx"], "model.onnx is a program, which the README.md beside it says how to run"),
+        (["--model=empty"], r"empty is not a workdir \(.*\) and no exported folder .*; give a workdir of"),
         (["--model="], "--model and --input are required"),
         (["extra"], "unexpected arguments: extra"),
         (["--outptu=x"], "Unknown command line flag 'outptu'"),
@@ -58,10 +61,11 @@ def test_one_sentence_for_what_is_wrong(models, tmp_path, monkeypatch, capsys, f
     monkeypatch.chdir(tmp_path)
     write_bin(tmp_path / "scan.bin", make_points(301))
     write_bin(tmp_path / "nan.bin", np.full((301, 4), np.nan))
+    write_bin(tmp_path / "far.bin", make_points(301) + np.float32([5000, 0, 0, 0]))
     write_bin(tmp_path / "scans" / "0.bin", make_points())
     write_bin(tmp_path / "parent" / "scans" / "0.bin", make_points())
     np.save("points.npy", make_points())
-    for name in ("zero.bin", "scan.txt", "00.pkl.gz", "file"):
+    for name in ("zero.bin", "scan.txt", "model.onnx", "00.pkl.gz", "file"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "empty").mkdir()
     text = sentence_of(capsys, f"--model={models}/distilled.pth", "--input=scan.bin", *EXPLICIT, *flags)

@@ -219,7 +219,8 @@ def test_a_frame_of_the_run_itself(street_cache, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--output="], "--model and --output are required"),
-        (["--model=none.pth"], "none.pth is not a file"),
+        (["--model=none.pth"], "none.pth does not exist"),
+        (["--query=nan,1,2"], "--query=nan,1,2 must be 3 numbers"),
         ([], "is not the workdir of a run, which would say its dataset"),
         (["--input=none.npy"], "none.npy: unreadable .npy file|none.npy: no such file|cannot be read"),
         (["--input=nan.npy"], "nan.npy: 0 of 50 points are finite"),

@@ -62,7 +62,10 @@ def whole_scan(points: np.ndarray, settings: Mapping[str, Any]) -> tuple[SceneVi
         scene = make_scene(frame, 0, settings["intensity"], scene_settings, np.random.default_rng(0))
     except BadFrameError as error:
         found = str(error).removeprefix(f"{frame.name}: ")
-        raise InputError(f"{found} ({usable.sum()} of {len(points)} points are finite)") from None
+        raise InputError(
+            f"{found} ({usable.sum()} of {len(points)} points are finite); shift or scale the points into it, or leave "
+            "the scan out"
+        ) from None
     nearest = np.full(len(points), -1, np.int64)
     nearest[usable] = scene.upsample  # type: ignore[assignment]
     others = np.flatnonzero(located & ~usable)
