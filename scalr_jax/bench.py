@@ -10,6 +10,7 @@ NAME:
     pipeline      scenes a second a core, beside the published steps written plainly
     formulations  the forms of spatial mixing, one beside the other
     predict       one whole scan from file to features, by stage, beside onnxruntime
+    sparse_conv   sparse 3D convolutions beside their matrix products and dense ones
 
 Exit codes: 0 done; 2 bad arguments or input (one sentence on stderr); 1 a defect.
 """
@@ -23,7 +24,7 @@ from typing import NoReturn
 
 from scalr_jax.data.scenes import BadFrameError, InputError
 
-NAMES = ("student", "step", "teacher", "pipeline", "formulations", "predict")
+NAMES = ("student", "step", "teacher", "pipeline", "formulations", "predict", "sparse_conv")
 
 
 def fail(message: str) -> NoReturn:

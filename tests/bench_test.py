@@ -224,3 +224,24 @@ def test_turns_are_interleaved():
     assert len(times["a"].seconds) == 3
     assert order[:4] == ["a", "a", "b", "b"]  # warm-up, and the number of calls
     assert len(list(itertools.groupby(order[4:]))) == 6  # a b a b a b
+
+
+def test_sparse_conv(capsys, batch_file):
+    """Coarse voxels: levels whose dense grids are small, and two that are not."""
+    flags = ("--channels=4", "--levels=3", "--voxel_size=4", "--runs=1", "--dense_gib=0.001")
+    result = run(capsys, "sparse_conv", f"--batch={batch_file}", *flags)
+    assert result["device"] == "cpu"
+    assert [row["level"] for row in result["convolutions"]] == [0, 1, 2]
+    for row in result["convolutions"]:
+        for key in ("voxels", "pairs", "forward_s", "step_s", "products_s", "products_step_s", "bytes"):
+            assert row[key] > 0, key
+        assert row["rate"] == pytest.approx(row["products_s"] / row["forward_s"], rel=1e-4)
+    assert result["least_rate"] == min(row["rate"] for row in result["convolutions"])
+    assert [row["dense_s"] is None for row in result["convolutions"]] == [True, False, False]
+
+
+def test_a_voxel_size_of_nothing_is_refused(capsys, batch_file):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["sparse_conv", f"--batch={batch_file}", "--voxel_size=0"])
+    assert stopped.value.code == 2
+    assert "--voxel_size=0.0 is not positive" in capsys.readouterr().err

@@ -163,8 +163,8 @@ def test_counts_say_what_is_needed_and_without_room_it_is_said():
     exact = sparse_conv.sizes_for(counts)
 
     def missing(sizes):
-        limits = {"num_scenes": NUM_SCENES, "extent": EXTENT}
-        return int(jax.jit(lambda *x: sparse_conv.make_levels(*x, sizes, **limits).missing)(coordinates, scene))
+        limits = {"sizes": sizes, "num_scenes": NUM_SCENES, "extent": EXTENT}
+        return int(jax.jit(functools.partial(sparse_conv.make_levels, **limits))(coordinates, scene).missing)
 
     assert missing(exact) == 0
     for level in range(LEVELS):
@@ -176,8 +176,9 @@ def test_counts_say_what_is_needed_and_without_room_it_is_said():
 
 
 def test_keys_that_do_not_fit_are_refused():
+    coordinates, scene = CASES["one"]
     with pytest.raises(ValueError, match="take larger voxels"):
-        sparse_conv.make_levels(*CASES["one"], SIZES, num_scenes=64, extent=(6000, 6000, 100))
+        sparse_conv.make_levels(coordinates, scene, SIZES, num_scenes=64, extent=(6000, 6000, 100))
 
 
 def test_the_gradient_only_gathers():

@@ -99,7 +99,7 @@ def make_levels(
     levels = []
     for depth, size in enumerate(sizes):
         following = sizes[min(depth + 1, len(sizes) - 1)].voxels
-        neighbors = _find_neighbors(*table, num_scenes, extent)
+        neighbors = _find_neighbors(table[0], table[1], num_scenes, extent)
         near, without_room = _near_pairs(neighbors, size.pairs, size.block)
         level_scene, level_ijk = table
         table, parent, _ = _unique(level_scene, level_ijk // 2, num_scenes, extent, following)
