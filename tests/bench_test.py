@@ -228,7 +228,7 @@ def test_turns_are_interleaved():
 
 def test_sparse_conv(capsys, batch_file):
     """Coarse voxels: levels whose dense grids are small, and two that are not."""
-    flags = ("--channels=4", "--levels=3", "--voxel_size=4", "--runs=1", "--dense_gib=0.001")
+    flags = ("--channels=4", "--levels=3", "--voxel_size=4", "--runs=1", "--dense_gib=0.0003")
     result = run(capsys, "sparse_conv", f"--batch={batch_file}", *flags)
     assert result["device"] == "cpu"
     assert [row["level"] for row in result["convolutions"]] == [0, 1, 2]
