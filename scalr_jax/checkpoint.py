@@ -119,19 +119,33 @@ def load_variables(directory: Path) -> dict:
     """params and batch_stats of the newest checkpoint, as NumPy arrays, without a model: averages where it has them.
 
     Read onto one device: where the run had them (perhaps on more devices than there are here) does not matter.
+
+    Raises:
+      InputError: no checkpoint, or the newest one cannot be read.
     """
+    logging.get_absl_logger().addFilter(_is_news)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.training.Checkpointer(directory.absolute()) as checkpointer:
         if checkpointer.latest is None:
             raise InputError(f"{directory} holds no checkpoint; give the workdir of a finished run")
         step = checkpointer.latest.step
-        there: Any = checkpointer.metadata(step).metadata["state"]
-        wanted = {name: there[name] for name in ("params", "batch_stats", "average") if name in there}
-        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted)
         context = ocp.Context()
         context.pytree.loading.partial_load = True  # the optimiser's state stays on disk
-        with context:
-            loaded: Any = checkpointer.load(step, {"state": wanted})
+        try:
+            there: Any = checkpointer.metadata(step).metadata["state"]
+            wanted = {name: there[name] for name in ("params", "batch_stats", "average") if name in there}
+            wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted)
+            with context:
+                loaded: Any = checkpointer.load(step, {"state": wanted})
+        except Exception as error:  # Orbax raises many kinds for missing and cut files
+            first: BaseException = error
+            while first.__cause__ is not None:  # what TensorStore says; Orbax speaks of its handlers
+                first = first.__cause__
+            reason = (str(first) or type(first).__name__).splitlines()[0][:200]
+            raise InputError(
+                f"{directory / str(step)} is damaged ({reason}); copy it again, or move it away to take the checkpoint "
+                "before it"
+            ) from None
     state = jax.device_get(loaded["state"])
     for name, tree in state.pop("average", {}).items():
         state[name] = {**state[name], **tree}

@@ -1,6 +1,7 @@
 """`scalr_jax.load`: settings from where they are, one result for every point, one sentence for what is missing."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from tiny_student import tiny_model, write_workdir
 import scalr_jax
 from scalr_jax import interop, sensors
 from scalr_jax.data.files import read_label_map
-from scalr_jax.data.scenes import IGNORE
+from scalr_jax.data.scenes import IGNORE, InputError
 from scalr_jax.data.street_layout import CLASSES as STREET_CLASSES
 from scalr_jax.interop_layout import empty_batch
 
@@ -173,6 +174,13 @@ def test_a_workdir_has_its_settings(tmp_path):
     assert model.config.intensity == sensors.STREETS_INTENSITY["solid"]
     assert model.config.head_hidden == 0
     assert model.segment(random_points(60)).shape == (len(random_points(60)),)
+
+
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
+    path = write_workdir(tmp_path / "run", "distill", "distill", 6, dataset="semantic_kitti")
+    shutil.rmtree(path / "checkpoints" / "1" / "state")
+    with pytest.raises(InputError, match=r"checkpoints/1 is damaged \(.+\); copy it again, or move it away"):
+        scalr_jax.load(path)
 
 
 def test_names_of_classes(tmp_path):
