@@ -58,8 +58,12 @@ class Checkpoints:
             except InputError:
                 raise
             except Exception as error:  # Orbax raises many kinds for missing and cut files
-                errors.append(f"step {found.step} ({str(error).splitlines()[0][:200]})")
-                logging.warning("checkpoint %s cannot be read, trying the one before", errors[-1])
+                errors.append(f"step {found.step} ({_cause(error)})")
+                logging.warning(
+                    "in %s the checkpoint of %s cannot be read, trying the one before",
+                    self._checkpointer.directory,
+                    errors[-1],
+                )
                 continue
             for newer in self._checkpointer.checkpoints:  # what could not be read would block its step's next save
                 if newer.step > found.step:
@@ -73,7 +77,7 @@ class Checkpoints:
         return None
 
     def _check_shards(self, step: int, now: int) -> None:
-        there = self._checkpointer.metadata(step).metadata["positions"].shape[0]
+        there = _metadata(self._checkpointer, step)["positions"].shape[0]
         if there != now:
             raise InputError(
                 f"{self._checkpointer.directory} is of a run with {there} data shards (devices), and here are {now}: "
@@ -106,13 +110,29 @@ class Checkpoints:
 
 
 def _is_news(record: Any) -> bool:
-    """Not so: the traces that Orbax logs from its threads, of an error that it raises as well."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """Not so: the traces that Orbax logs from its threads, of an error that it raises as well, and its guess that what
+    cannot be read is of another kind."""
+    return not ("orbax" in record.pathname and (record.exc_info or "incompatible handler" in record.getMessage()))
+
+
+def _metadata(checkpointer: Any, step: int) -> Any:
+    """Shapes of what a checkpoint holds. Raises `ValueError` when Orbax finds none that it can read."""
+    found = checkpointer.metadata(step).metadata
+    if not found or any(part is None for part in found.values()):
+        raise ValueError(f"{step}/*/_METADATA is missing or cut")
+    return found
 
 
 def _reason(error: Exception) -> str:
     """The system's words at the end of TensorStore's."""
     return str(error).splitlines()[0].split("[os_error_code")[0].strip().rsplit(": ", 1)[-1]
+
+
+def _cause(error: BaseException) -> str:
+    """What TensorStore says of a file that cannot be read; Orbax speaks of its handlers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def load_variables(directory: Path) -> dict:
@@ -132,19 +152,15 @@ def load_variables(directory: Path) -> dict:
         context = ocp.Context()
         context.pytree.loading.partial_load = True  # the optimiser's state stays on disk
         try:
-            there: Any = checkpointer.metadata(step).metadata["state"]
+            there: Any = _metadata(checkpointer, step)["state"]
             wanted = {name: there[name] for name in ("params", "batch_stats", "average") if name in there}
             wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted)
             with context:
                 loaded: Any = checkpointer.load(step, {"state": wanted})
         except Exception as error:  # Orbax raises many kinds for missing and cut files
-            first: BaseException = error
-            while first.__cause__ is not None:  # what TensorStore says; Orbax speaks of its handlers
-                first = first.__cause__
-            reason = (str(first) or type(first).__name__).splitlines()[0][:200]
             raise InputError(
-                f"{directory / str(step)} is damaged ({reason}); copy it again, or move it away to take the checkpoint "
-                "before it"
+                f"{directory / str(step)} is damaged ({_cause(error)}); copy it again, or move it away to take the "
+                "checkpoint before it"
             ) from None
     state = jax.device_get(loaded["state"])
     for name, tree in state.pop("average", {}).items():

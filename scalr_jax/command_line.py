@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import NoReturn
 
@@ -12,6 +13,13 @@ def one_sentence(error: BaseException) -> str:
     if "Traceback (most recent call last)" in text:  # ml_collections hands on what a config file raised with its trace
         text = text.strip().splitlines()[-1].removeprefix("scalr_jax.data.scenes.InputError: ")
     return " ".join(text.split())
+
+
+def config_sentence(error: BaseException) -> str:
+    """What ml_collections says of a --config that it could not load, without its own words."""
+    text = one_sentence(error).removeprefix("Configuration is not available because of an earlier failure to load: ")
+    missing = re.search(r"Attempted \[(?:Relative|Absolute) path\]: (.+?) \[Errno 2\]", text)
+    return f"{missing[1]} is not there; give a config file, as in --config=configs/demo.py" if missing else text
 
 
 def named(name: object, error: BaseException) -> str:

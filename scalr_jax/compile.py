@@ -45,7 +45,7 @@ from ml_collections import config_flags
 
 from scalr_jax import hlo, hlo_cost
 from scalr_jax.chips import ENVIRONMENT, Topology, parse_topology, tpu_devices
-from scalr_jax.command_line import fail, one_sentence
+from scalr_jax.command_line import config_sentence, fail, one_sentence
 from scalr_jax.data.scenes import InputError
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
@@ -55,7 +55,6 @@ flags.DEFINE_integer("slices", 1, "How many.", flag_values=FLAGS)
 flags.DEFINE_string("teacher", None, "The teacher's architecture.", flag_values=FLAGS)
 flags.DEFINE_string("text", None, "Where to write the compiled program.", flag_values=FLAGS)
 
-UNLOADED = "Configuration is not available because of an earlier failure to load: "
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -71,8 +70,7 @@ def parse_flags(arguments: list[str]) -> Any:
         empty = config is None or not config.items()
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError, SyntaxError) as error:
         # ml_collections reports a config that does not load when it is first looked at
-        message = one_sentence(error)
-        raise InputError(message.removeprefix(UNLOADED)) from error
+        raise InputError(config_sentence(error)) from error
     if rest[1:]:
         raise InputError(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
     if empty or FLAGS.topology is None:

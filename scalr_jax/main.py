@@ -27,7 +27,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from scalr_jax.command_line import fail, one_sentence
+from scalr_jax.command_line import config_sentence, fail, one_sentence
 from scalr_jax.data.scenes import InputError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a config file.")
@@ -52,7 +52,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
     try:
         missing = CONFIG.value is None or not CONFIG.value.items() or WORKDIR.value is None
     except OSError as error:  # ml_collections reports a config that does not load when it is first looked at
-        fail(one_sentence(error).removeprefix("Configuration is not available because of an earlier failure to load: "))
+        fail(config_sentence(error))
     if missing:
         fail("--config and --workdir are required, as in --config=configs/demo.py --workdir=runs/demo")
     return rest

@@ -48,7 +48,7 @@ def test_help_says_what_the_command_does():
     [
         ((), "--config and --workdir are required"),
         (("--config=configs/smoke.py", "--workdir=x", "--config.data.nun_workers=2"), "num_workers"),
-        (("--config=configs/no_such.py", "--workdir=x"), "no_such.py"),
+        (("--config=configs/no_such.py", "--workdir=x"), "configs/no_such.py is not there; give a config file"),
         (("--config=configs/smoke.py", "--workdir=x", "--config.num_steps=many"), "num_steps"),
         (("--config=configs/smoke.py", "--workdir=x", "again"), "unexpected arguments: again"),
         (

@@ -1,0 +1,151 @@
+"""MinkUNet: a residual U-Net on occupied voxels (Choy et al., "4D Spatio-Temporal ConvNets", CVPR 2019, "MinkUNet C").
+
+    stem 3x3x3 -> four times (2x2x2 to voxels twice as wide, residual blocks)
+               -> four times (2x2x2 back, beside what was there on the way down, residual blocks)
+
+Every convolution but the 1x1x1 on a shortcut is of `ops.sparse_conv`, without bias, and a batch norm over the occupied
+voxels of the global batch follows. A voxel's features are the mean of its points', and a point reads its voxel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from scalr_jax.models.layers import BatchNorm, per_shard, to_rows
+from scalr_jax.ops import cells, sparse_conv
+
+Array = jax.Array
+
+STEM = 32
+WIDTHS = (32, 64, 128, 256, 256, 128, 96, 96)  # of the blocks, down and up
+BLOCKS = {
+    "minkunet14": (1, 1, 1, 1, 1, 1, 1, 1),
+    "minkunet18": (2, 2, 2, 2, 2, 2, 2, 2),
+    "minkunet34": (2, 3, 4, 6, 2, 2, 2, 2),
+}
+LEVELS = 5
+
+
+def make_voxels(
+    xyz: Array, scene: Array, *, voxel_size: float, field_of_view: tuple, sizes: tuple, num_scenes: int
+) -> sparse_conv.Voxels:
+    """The tables of all levels of each shard, with their axis D; `sizes` has one `sparse_conv.Sizes` a level.
+
+    xyz [D, P, 3] in metres; scene [D, P]; field_of_view ((low x, y, z), (high x, y, z)): points outside of it count as
+    the voxels at its border.
+    """
+    low, high = (jnp.asarray(corner, jnp.float32) for corner in field_of_view)
+    extent = tuple(round((b - a) / voxel_size) for a, b in zip(*field_of_view, strict=True))
+    ijk = jnp.floor((jnp.clip(xyz, low, high) - low) / voxel_size).astype(jnp.int32)
+    return per_shard(
+        lambda ijk, scene: sparse_conv.make_levels(ijk, scene, sizes, num_scenes=num_scenes, extent=extent), ijk, scene
+    )
+
+
+class Convolution(nn.Module):
+    """`elements` matrices [C_in, features] without bias: 27 (3x3x3) or 8 (2x2x2)."""
+
+    features: int
+    elements: int
+
+    @nn.compact
+    def __call__(self, fan_in: int) -> Array:
+        # He et al. 2015, by what leaves a row as in the published models.
+        scale = (2.0 / (self.elements * self.features)) ** 0.5
+        return self.param("kernel", nn.initializers.normal(scale), (self.elements, fan_in, self.features))
+
+
+class NormReLU(nn.Module):
+    """Batch norm over the rows of `mask`, then ReLU; unused rows come out as zero."""
+
+    relu: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        x = BatchNorm(name="norm")(x, mask, train=train)
+        x = jnp.where(mask[:, None], x, 0.0)
+        return jax.nn.relu(x) if self.relu else x
+
+
+class Block(nn.Module):
+    """relu(x + norm(conv(relu(norm(conv(x)))))) of rows [D * V, C]; where widths differ the shortcut is 1x1x1."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, level: sparse_conv.Level, mask: Array, *, train: bool) -> Array:
+        shortcut = x
+        if x.shape[-1] != self.features:
+            kernel = Convolution(self.features, 1, name="shortcut")(x.shape[-1])[0]
+            shortcut = x.astype(self.dtype) @ kernel.astype(self.dtype)
+            shortcut = NormReLU(relu=False, name="shortcut_norm")(shortcut.astype(jnp.float32), mask, train=train)
+        for name, relu in (("1", True), ("2", False)):
+            kernel = Convolution(self.features, 27, name=f"conv_{name}")(x.shape[-1])
+            x = near(x.astype(self.dtype), level, kernel)
+            x = NormReLU(relu=relu, name=f"norm_{name}")(x, mask, train=train)
+        return jax.nn.relu(x + shortcut)
+
+
+class MinkUNet(nn.Module):
+    """feats [D, P, F], `make_voxels` of the same points -> [D * P, 96] float32; padding reads zero.
+
+    `blocks`: residual blocks of each of the eight stages, `BLOCKS[name]`.
+    """
+
+    blocks: tuple[int, ...]
+    widths: tuple[int, ...] = WIDTHS
+    stem: int = STEM
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, feats: Array, voxels: sparse_conv.Voxels, *, train: bool) -> Array:
+        levels = voxels.levels
+        masks = [to_rows(jnp.arange(level.neighbors.shape[1]) < level.number[:, None]) for level in levels]
+        x = to_rows(per_shard(cells.flatten, feats.astype(jnp.float32), voxels))
+        x = near(x.astype(self.dtype), levels[0], Convolution(self.stem, 27, name="stem")(x.shape[-1]))
+        x = NormReLU(name="stem_norm")(x, masks[0], train=train)
+        skips = []
+        for stage in range(4):
+            skips.append(x)
+            kernel = Convolution(x.shape[-1], 8, name=f"down_{stage}")(x.shape[-1])
+            x = coarser(x.astype(self.dtype), levels[stage], kernel)
+            x = NormReLU(name=f"down_{stage}_norm")(x, masks[stage + 1], train=train)
+            x = self._blocks(x, stage, levels[stage + 1], masks[stage + 1], train)
+        for stage in range(4, 8):
+            depth = 7 - stage
+            kernel = Convolution(self.widths[stage], 8, name=f"up_{stage}")(x.shape[-1])
+            x = finer(x.astype(self.dtype), levels[depth], kernel)
+            x = NormReLU(name=f"up_{stage}_norm")(x, masks[depth], train=train)
+            x = jnp.concatenate([x, skips[depth]], axis=-1)
+            x = self._blocks(x, stage, levels[depth], masks[depth], train)
+        return to_rows(per_shard(cells.inflate, x.reshape(feats.shape[0], -1, x.shape[-1]), voxels))
+
+    def _blocks(self, x: Array, stage: int, level: sparse_conv.Level, mask: Array, train: bool) -> Array:
+        for number in range(self.blocks[stage]):
+            x = Block(self.widths[stage], self.dtype, name=f"stage_{stage}_{number}")(x, level, mask, train=train)
+        return x
+
+
+def near(x: Array, level: sparse_conv.Level, kernel: Array) -> Array:
+    """3x3x3 of rows [D * V, C]."""
+    return _of_shards(lambda x, level: sparse_conv.submanifold(x, level, kernel), x, level)
+
+
+def coarser(x: Array, level: sparse_conv.Level, kernel: Array) -> Array:
+    """2x2x2, from the rows of `level` to those of the next."""
+    return _of_shards(lambda x, level: sparse_conv.convolve(x, level.down, kernel), x, level)
+
+
+def finer(x: Array, level: sparse_conv.Level, kernel: Array) -> Array:
+    """The transpose, back to the rows of `level`."""
+    return _of_shards(lambda x, level: sparse_conv.convolve(x, sparse_conv.exchange(level.down), kernel), x, level)
+
+
+def _of_shards(function: Any, x: Array, level: sparse_conv.Level) -> Array:
+    x = x.reshape(level.number.shape[0], -1, x.shape[-1])
+    return to_rows(per_shard(function, x, level))
