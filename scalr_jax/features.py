@@ -23,6 +23,7 @@ import numpy as np
 
 from scalr_jax import build, distributed, sharding
 from scalr_jax.config import flatten, get_config
+from scalr_jax.data import files
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import BadFrameError, InputError, SceneView
 from scalr_jax.logging import PROGRESS_SECONDS, format_seconds, write_json
@@ -107,8 +108,10 @@ class FeatureCache:
         """A scene whose `feats` are its features [N, C] float32. Raises `BadFrameError`."""
         path = self.path(record)
         try:
-            features = np.array(np.load(path, mmap_mode="r"), np.float32)
-            labels = np.load(path.with_suffix(".labels.npy"))
+            with files.NUMPY_LOAD:
+                mapped = np.load(path, mmap_mode="r")
+                labels = np.load(path.with_suffix(".labels.npy"))
+            features = np.array(mapped, np.float32)
         except FileNotFoundError:
             raise BadFrameError(f"{path} is missing: the frame was bad when the features were computed") from None
         except (ValueError, EOFError, OSError) as error:

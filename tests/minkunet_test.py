@@ -42,12 +42,17 @@ def pack(shards, num_scenes, num_points, padding=0.0):
     return feats, index
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def voxels_of(feats, index, num_scenes):
+    return minkunet.make_voxels(
+        feats[..., 2:5], index, voxel_size=SIZE, field_of_view=VIEW, sizes=sizes(num_scenes), num_scenes=num_scenes
+    )
+
+
 @functools.lru_cache
 def program(num_scenes, train):
     def forward(variables, feats, index):
-        voxels = minkunet.make_voxels(
-            feats[..., 2:5], index, voxel_size=SIZE, field_of_view=VIEW, sizes=sizes(num_scenes), num_scenes=num_scenes
-        )
+        voxels = voxels_of(feats, index, num_scenes)
         out, _ = SMALL.apply(variables, feats, voxels, train=train, mutable=["batch_stats"])
         return out.reshape(*index.shape, -1), voxels.missing
 
@@ -57,10 +62,7 @@ def program(num_scenes, train):
 @pytest.fixture(scope="module")
 def variables():
     feats, index = pack([[scene(0)]], 1, POINTS)
-    voxels = minkunet.make_voxels(
-        feats[..., 2:5], index, voxel_size=SIZE, field_of_view=VIEW, sizes=sizes(1), num_scenes=1
-    )
-    made = jax.jit(functools.partial(SMALL.init, train=False))(jax.random.key(0), feats, voxels)
+    made = jax.jit(functools.partial(SMALL.init, train=False))(jax.random.key(0), feats, voxels_of(feats, index, 1))
     rng = np.random.default_rng(0)  # norms that do something
     return jax.tree.map(lambda x: x + rng.uniform(0.0, 0.2, x.shape).astype(np.float32), made)
 
@@ -69,8 +71,7 @@ def variables():
 def test_as_many_parameters_as_published(name, millions):
     """Published are models of three colours with a stem of 5x5x5 and a last layer to 20 classes."""
     feats, index = pack([[scene(0)]], 1, POINTS)
-    make = functools.partial(minkunet.make_voxels, voxel_size=SIZE, field_of_view=VIEW, sizes=sizes(1), num_scenes=1)
-    voxels = jax.eval_shape(make, feats[..., 2:5], index)
+    voxels = jax.eval_shape(functools.partial(voxels_of, num_scenes=1), feats, index)
     model = minkunet.MinkUNet(minkunet.BLOCKS[name])
     shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), feats, voxels)
     total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes["params"]))
@@ -96,14 +97,15 @@ def test_padding_changes_nothing_and_gradients_are_finite(variables):
     members = [scene(0), scene(1)]
 
     @jax.jit
+    @jax.value_and_grad
     def loss(params, feats, index):
         out, _ = program(2, True)({**variables, "params": params}, feats, index)
         return jnp.square(out).sum()
 
     tight = pack([members], 2, 2 * POINTS)
     padded = pack([members], 2, 2 * POINTS + 50, padding=np.nan)
-    value, gradient = jax.value_and_grad(loss)(variables["params"], *tight)
-    other, other_gradient = jax.value_and_grad(loss)(variables["params"], *padded)
+    value, gradient = loss(variables["params"], *tight)
+    other, other_gradient = loss(variables["params"], *padded)
     np.testing.assert_allclose(value, other, rtol=1e-5)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other_gradient), strict=True):
@@ -115,15 +117,5 @@ def test_points_far_outside_count_as_the_border(variables):
     near, far = scene(0), scene(0)
     near[0, 2:], far[0, 2:] = (3.19, 0.0, 0.0), (900.0, 0.0, 0.0)
     far[0, :2], near[0, :2] = 0.5, 0.5
-    ijk = [
-        minkunet.make_voxels(
-            jnp.asarray(points[None, :, 2:5]),
-            jnp.zeros((1, POINTS), jnp.int32),
-            voxel_size=SIZE,
-            field_of_view=VIEW,
-            sizes=sizes(1),
-            num_scenes=1,
-        )
-        for points in (near, far)
-    ]
-    np.testing.assert_array_equal(ijk[0].cell, ijk[1].cell)
+    cells = [voxels_of(*pack([[points]], 1, POINTS), 1).cell for points in (near, far)]
+    np.testing.assert_array_equal(*cells)

@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
+from scalr_jax.data import files, street_sensors
 from scalr_jax.data import street_layout as layout
-from scalr_jax.data import street_sensors
+from scalr_jax.data.scan_files import read_scan
 from scalr_jax.data.scenes import BadFrameError, InputError
 from scalr_jax.data.street_builder import make_street
 from scalr_jax.data.streets import FIELDS, SCENES_PER_STREAM, SPLITS, STREAMS_PER_SPLIT, Streets, split_seed
@@ -140,3 +141,19 @@ def test_unknown_sensor_is_named(tmp_path):
 def test_reading_imports_no_jax():
     code = "import sys, scalr_jax.data.streets; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_threads_do_not_load_arrays_at_once(monkeypatch, street_cache, tmp_path):
+    """CPython 3.11.7 failed now and then when they did, in a run on four processes (see `files.NUMPY_LOAD`)."""
+    load, calls = np.load, []
+
+    def watched(*args, **kwargs):
+        calls.append(files.NUMPY_LOAD.locked())
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(np, "load", watched)
+    Streets(street_cache, split="train", num_scenes=8, image_size=(112, 224)).frame(0)
+    np.save(tmp_path / "scan.npy", np.ones((3, 4), np.float32))
+    read_scan(tmp_path / "scan.npy")
+    assert calls == [True, True]
+    assert not files.NUMPY_LOAD.locked()

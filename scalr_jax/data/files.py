@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from scalr_jax.data.scenes import IGNORE, BadFrameError, InputError, NothingVisi
 MAX_BAD_FRACTION = 0.03  # of a scan's points that may be NaN or infinite; they are dropped, more is a bad frame
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad files
 LABEL_MAPS = Path(__file__).parent / "label_maps"
+# Held around `numpy.load`, which several threads of the pipeline call: it reads headers with `ast.literal_eval`, and in
+# CPython before 3.11.8 and 3.12.2 that raises SystemError now and then when two threads do so (python/cpython#106905).
+NUMPY_LOAD = threading.Lock()
 RANDOM = "random"  # `frame(camera=RANDOM)`: one of the frame's cameras, drawn with `rng`
 
 

@@ -23,6 +23,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
+from scalr_jax.data import files
 from scalr_jax.data.joined import intensity_statistics
 from scalr_jax.data.scenes import BadFrameError, Frame, InputError, too_many_bad
 from scalr_jax.data.transforms import labels_of, to_ego
@@ -61,9 +62,11 @@ class _Files:
 
 @functools.lru_cache(maxsize=4)
 def _open(folder: Path) -> _Files:
-    labels = np.load(folder / "labels.npy")
+    with files.NUMPY_LOAD:
+        labels, start = (np.load(folder / name) for name in ("labels.npy", "start.npy"))
+        points = np.load(folder / "points.npy", mmap_mode="r")
     of_class = {int(label): np.flatnonzero(labels == label) for label in np.unique(labels)}
-    return _Files(np.load(folder / "points.npy", mmap_mode="r"), np.load(folder / "start.npy"), of_class)
+    return _Files(points, start, of_class)
 
 
 def open_bank(folder: Path, dataset: Any, classes: Sequence[int]) -> InstanceBank:

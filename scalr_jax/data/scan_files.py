@@ -81,7 +81,8 @@ def _read_bin(path: Path, columns: int) -> Scan:
 def load_array(path: Path) -> np.ndarray:
     """A .npy file's array, mapped. Raises BadFrameError."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that lies allocates nothing
+        with files.NUMPY_LOAD:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that lies allocates nothing
     except (OSError, ValueError, EOFError, SyntaxError, TypeError, MemoryError, tokenize.TokenError) as error:
         raise BadFrameError(f"{path}: unreadable .npy file ({_brief(error)}); {AGAIN}.") from error
     if not isinstance(array, np.ndarray):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scalr_jax.data.files import format_table
+from scalr_jax.data import files
 from scalr_jax.data.scenes import BadFrameError, Frame, InputError
 from scalr_jax.data.street_layout import CLASSES
 from scalr_jax.data.street_sensors import SENSORS
@@ -90,7 +90,7 @@ class Streets:
         """A short table of what there is."""
         h, w = self.image_size
         rows = [("scenes", len(self)), ("sensors", ", ".join(self.sensors)), ("images", f"{h} x {w}")]
-        return format_table(
+        return files.format_table(
             f"Generated streets, split {self.split}: {self.root}", [*rows, ("labelled frames", len(self))]
         )
 
@@ -138,7 +138,7 @@ class Streets:
         del rng
         path = self.path(index)
         try:
-            with path.open("rb") as file, np.load(file) as archive:
+            with path.open("rb") as file, files.NUMPY_LOAD, np.load(file) as archive:
                 arrays = {field: archive[field] for field in FIELDS}
         except FileNotFoundError:
             raise BadFrameError(f"{path} is missing: call render_missing() first") from None
