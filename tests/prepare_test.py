@@ -130,8 +130,9 @@ def assert_all_end(group):
     assert not members(group)
 
 
-def test_an_interrupt_is_one_sentence(kitti):
-    line = [sys.executable, "-m", "scalr_jax.prepare", *" ".join(arguments(kitti)).split(), "--num_processes=2"]
+def test_an_interrupt_is_one_sentence(tmp_path):
+    raw.write_semantic_kitti(tmp_path / "semantic_kitti", num_scans=10 * NUM_SCANS)  # so many that it comes in time
+    line = [sys.executable, "-m", "scalr_jax.prepare", *" ".join(arguments(tmp_path)).split(), "--num_processes=2"]
     process = subprocess.Popen(
         line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True
     )
