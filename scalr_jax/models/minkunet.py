@@ -94,12 +94,13 @@ class Block(nn.Module):
 class MinkUNet(nn.Module):
     """feats [D, P, F], `make_voxels` of the same points -> [D * P, 96] float32; padding reads zero.
 
-    `blocks`: residual blocks of each of the eight stages, `BLOCKS[name]`.
+    `blocks`: residual blocks of each of the eight stages, `BLOCKS[name]`; `stem_convolutions`: SPVNAS's stem has two.
     """
 
     blocks: tuple[int, ...]
     widths: tuple[int, ...] = WIDTHS
     stem: int = STEM
+    stem_convolutions: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -107,8 +108,9 @@ class MinkUNet(nn.Module):
         levels = voxels.levels
         masks = [to_rows(jnp.arange(level.neighbors.shape[1]) < level.number[:, None]) for level in levels]
         x = to_rows(per_shard(cells.flatten, feats.astype(jnp.float32), voxels))
-        x = near(x.astype(self.dtype), levels[0], Convolution(self.stem, 27, name="stem")(x.shape[-1]))
-        x = NormReLU(name="stem_norm")(x, masks[0], train=train)
+        for name in ("stem", *(f"stem_{number}" for number in range(1, self.stem_convolutions))):
+            x = near(x.astype(self.dtype), levels[0], Convolution(self.stem, 27, name=name)(x.shape[-1]))
+            x = NormReLU(name=f"{name}_norm")(x, masks[0], train=train)
         skips = []
         for stage in range(4):
             skips.append(x)
