@@ -23,12 +23,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scalr_jax.data.scenes import InputError
+from scalr_jax.data.transforms import FEATURES
 from scalr_jax.data.voxels import NEIGHBORS
 from scalr_jax.models.minkunet import BLOCKS
 from scalr_jax.torch_file import read_weights_file
 
 CHILDREN = tuple((x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1))
 STEMS = {"minkowski": "conv0p1s1.kernel", "torchsparse": "stem.0.kernel"}
+PUBLISHED_FEATURES = {  # by layout and number
+    ("minkowski", 1): ("intensity",),  # SLidR
+    ("torchsparse", 3): ("x", "y", "z"),  # OpenPCSeg, the one of coordinates alone
+    ("torchsparse", 4): ("x", "y", "z", "intensity"),  # SPVNAS and OpenPCSeg on SemanticKITTI
+}
 _HEADS = ("final.", "classifier.")
 CONTAINERS = ("model_points", "model_point", "state_dict", "model_state", "model")
 
@@ -62,6 +68,7 @@ def read_minkunet(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarra
         stem               channels
         stem_convolutions  1, or 2 as MIT's
         num_features       of a point
+        features           their names, of `data.transforms.FEATURES`, intensity raw; () where not known
         head               "linear", "distill" (SLidR's pretraining, which keeps its image model in the file) or "none"
         out_features       of the head, 0 for none
         unused             names in the file that are no part of what is converted: other models beside this one,
@@ -96,6 +103,7 @@ def read_minkunet(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarra
         "stem": stem[2],
         "stem_convolutions": 1 + (arrays.stem(1) in weights),
         "num_features": stem[1],
+        "features": PUBLISHED_FEATURES.get((layout, stem[1]), ()),
         "head": ("distill" if distilled else "linear") if in_head else "none",
         "out_features": out_features,
         "unused": tuple(sorted(unused)),
@@ -136,6 +144,28 @@ def convert_minkunet(weights: Mapping[str, np.ndarray], settings: Mapping[str, A
         model = settings["name"] or "a MinkUNet"
         raise InputError(f"{name} does not fit {model}, nothing was loaded: {'; '.join(problems)}")
     return variables
+
+
+def with_our_features(variables: Mapping[str, Any], settings: Mapping[str, Any], name: str) -> dict:
+    """`convert_minkunet`'s variables, with a stem that takes `data.transforms.FEATURES`: those the network was not
+    trained with get zeros. It was trained with raw intensities, so the student's statistics must be (0, 1).
+
+    Raises:
+      InputError: which features the network was trained with is not known.
+    """
+    features = settings["features"]
+    if not features:
+        known = "; ".join(", ".join(names) for names in PUBLISHED_FEATURES.values())
+        raise InputError(
+            f"{name} takes {settings['num_features']} features a point and does not say which; known are those of "
+            f"published files, {known}"
+        )
+    params = variables["params"]
+    kernel = params["backbone"]["stem"]["kernel"]
+    wide = np.zeros((len(kernel), len(FEATURES), kernel.shape[2]), np.float32)
+    wide[:, [FEATURES.index(feature) for feature in features]] = kernel
+    backbone = {**params["backbone"], "stem": {"kernel": wide}}
+    return {**variables, "params": {**params, "backbone": backbone}}
 
 
 def weight_table(settings: Mapping[str, Any]) -> list[Weight]:
@@ -232,8 +262,8 @@ class _Names:
 
     def count_blocks(self, weights: Mapping[str, np.ndarray], stage: int) -> int:
         start, first = self.blocks(stage)
-        found = {re.match(r"(\d+)\.", name.removeprefix(start)) for name in weights if name.startswith(start)}
-        return len({int(match[1]) for match in found if match and int(match[1]) >= first})
+        found = (re.match(r"(\d+)\.", name.removeprefix(start)) for name in weights if name.startswith(start))
+        return len({match[1] for match in found if match} - ({"0"} if first else set()))
 
 
 def _weights(content: Mapping, path: str) -> tuple[dict[str, np.ndarray], str, list[str]]:

@@ -9,8 +9,9 @@ import safetensors.numpy
 
 from scalr_jax import torch_file
 from scalr_jax.data.scenes import InputError
+from scalr_jax.data.transforms import make_features
 from scalr_jax.data.voxels import count_levels, sizes_for
-from scalr_jax.interop_minkunet import convert_minkunet, element_order, read_minkunet
+from scalr_jax.interop_minkunet import convert_minkunet, element_order, read_minkunet, with_our_features
 from scalr_jax.models import minkunet
 from scalr_jax.ops import sparse_conv
 
@@ -270,6 +271,7 @@ def test_a_file_gives_the_published_network(layout, tmp_path):
         "stem": STEM,
         "stem_convolutions": 1 + LAYOUTS.index(layout),
         "num_features": FEATURES,
+        "features": ("x", "y", "z") if layout == "torchsparse" else (),
         "head": "linear",
         "out_features": CLASSES,
         "unused": ("point_transforms.0.0.weight",) if layout == "torchsparse" else (),
@@ -328,13 +330,32 @@ def test_prefixes_and_other_models_in_a_safetensors(tmp_path):
 
 
 def test_published_sizes_are_recognised(tmp_path):
-    """Of MinkUNet-34, which a file of no width to speak of shows as well."""
+    """Of MinkUNet-34, which a file of no width to speak of shows as well; and SLidR's one feature."""
     blocks = minkunet.BLOCKS["minkunet34"]
     state = {"conv0p1s1.kernel": np.zeros((27, 1, 1), np.float32)}
     state |= {f"block{k + 1}.{n}.conv1.kernel": state["conv0p1s1.kernel"] for k in range(8) for n in range(blocks[k])}
     torch_file.write_torch_file(tmp_path / "net.pt", state)
     settings, _ = read_minkunet(tmp_path / "net.pt")
     assert (settings["name"], settings["blocks"], settings["head"]) == ("minkunet34", blocks, "none")
+    assert settings["features"] == ("intensity",)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_stem_takes_our_features(layout):
+    """SLidR's intensity, SPVNAS's coordinates and intensity, found among our five."""
+    rng = np.random.default_rng(2)
+    xyz, intensity = rng.normal(size=(10, 3)).astype(np.float32), rng.uniform(0, 1, 10).astype(np.float32)
+    theirs = intensity[:, None] if layout == "minkowski" else np.concatenate([xyz, intensity[:, None]], axis=1)
+    names = ("intensity",) if layout == "minkowski" else ("x", "y", "z", "intensity")
+    kernel = rng.normal(size=(27, theirs.shape[1], STEM)).astype(np.float32)
+    variables = {"params": {"backbone": {"stem": {"kernel": kernel}, "rest": 1}}, "batch_stats": {}}
+    settings = {"features": names, "num_features": len(names)}
+    wide = with_our_features(variables, settings, "net.pt")["params"]["backbone"]
+    feats = make_features(xyz, intensity, (0.0, 1.0))
+    np.testing.assert_allclose(feats @ wide["stem"]["kernel"], theirs @ kernel, rtol=1e-5, atol=1e-5)
+    assert wide["rest"] == 1
+    with pytest.raises(InputError, match=r"^net\.pt takes 6 features"):
+        with_our_features(variables, {"features": (), "num_features": 6}, "net.pt")
 
 
 @pytest.mark.parametrize(
