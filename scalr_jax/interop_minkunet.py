@@ -10,7 +10,7 @@ convolution at `2 * output + offset i`; a transposed one uses the offsets of the
 
 with offsets -1, 0, 1 and 0, 1 along each axis of the voxels' coordinates. Both concatenate [up, skip] as we do, and
 their norms are PyTorch's, epsilon 1e-5. Names are those of MinkowskiEngine's `examples/minkunet.py` (SLidR's are the
-same) and of MIT's SPVNAS and OpenPCSeg.
+same) and of SPVNAS (MIT) and OpenPCSeg.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def read_minkunet(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarra
         name               "minkunet14", "minkunet18", "minkunet34", or "" for other numbers of blocks
         blocks, widths     of the eight stages; with `stem` and `stem_convolutions` the fields of `MinkUNet`
         stem               channels
-        stem_convolutions  1, or 2 as MIT's
+        stem_convolutions  1, or 2 as SPVNAS's
         num_features       of a point
         features           their names, of `data.transforms.FEATURES`, intensity raw; () where not known
         head               "linear", "distill" (SLidR's pretraining, which keeps its image model in the file) or "none"
         out_features       of the head, 0 for none
-        unused             names in the file that are no part of what is converted: other models beside this one,
-                           MIT's `point_transforms`, and OpenPCSeg's classifier, which reads three levels at once
+        unused             names beside the weights that are converted: of other models in the same dict, SPVNAS's
+                           `point_transforms`, and OpenPCSeg's classifier, which reads three levels at once
 
     Raises:
       InputError: not a readable checkpoint, no MinkUNet, or one of bottlenecks (50, 101) or with a stem of 5x5x5.
