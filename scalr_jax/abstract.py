@@ -18,7 +18,8 @@ import numpy as np
 from scalr_jax import bench_teacher, build, recipes, sharding, train
 from scalr_jax.data.files import read_label_map
 from scalr_jax.data.packing import Capacities, pack_shard
-from scalr_jax.data.scenes import Batch, InputError, SceneView
+from scalr_jax.data.scenes import Batch, InputError, SceneView, SceneVoxels
+from scalr_jax.data.voxels import LEVELS
 from scalr_jax.models import vit
 from scalr_jax.models.vit import ViTConfig
 
@@ -150,8 +151,13 @@ def choose_capacities(config: Any) -> Capacities:
     def tables(given: Any, packed: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(given) or tuple(-(-data.points_per_shard * n // recipes.PACK_POINTS // 128) * 128 for n in packed)
 
+    points, scenes = data.points_per_shard, data.scenes_per_shard
+    if build.is_sparse(config.model):
+        voxels, pairs = data.voxels_per_shard, data.pairs_per_shard
+        sparse = tables(voxels, recipes.PACK_VOXELS), tables(pairs, recipes.PACK_PAIRS)
+        return Capacities(points, scenes, (), (), *sparse)
     cells, halo = tables(data.cells_per_shard, recipes.PACK_CELLS), tables(data.halo_per_shard, recipes.PACK_HALO)
-    return Capacities(data.points_per_shard, data.scenes_per_shard, cells, halo)
+    return Capacities(points, scenes, cells, halo)
 
 
 def make_batch(config: Any, scene_task: str, capacities: Capacities, mesh: Any) -> Batch:
@@ -167,6 +173,7 @@ def make_batch(config: Any, scene_task: str, capacities: Capacities, mesh: Any) 
         image=np.zeros((*settings.image_size, 3), np.uint8) if distill else None,
         pixels=np.zeros((0, 2), np.int32) if distill else None,
         labels=None if distill else np.zeros(0, np.uint8),
+        voxels=SceneVoxels(np.zeros((0, 3), np.float32), np.zeros((LEVELS, 2), int)) if not settings.grids else None,
     )
     place = sharding.batch_sharding(mesh)
     shard = pack_shard((), capacities, nothing, settings.grids)

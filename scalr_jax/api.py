@@ -57,7 +57,11 @@ class Model:
         unnamed = [f"class {k}" for k in range(config.out_features)] if config.head in SEGMENTATION_HEADS else []
         self.class_names = tuple(config.get("class_names") or unnamed)
         dtype = build.compute_dtype(config.dtype)
-        student = interop.make_student(config, dtype=dtype, implementation=config.implementation)
+        self._sparse = build.is_sparse(config)
+        if self._sparse:
+            student = build.make_sparse_student(config, head=config.head, out_features=config.out_features)
+        else:
+            student = interop.make_student(config, dtype=dtype, implementation=config.implementation)
         backbone = student.clone(head="none")
         self._student = student
         self._embed = jax.jit(lambda variables, batch: backbone.apply(variables, batch, train=False))
@@ -93,7 +97,7 @@ class Model:
     def _run(self, function: Any, points: Any, *, fill: float) -> np.ndarray:
         """`function`'s rows of the kept points, spread over all points."""
         scene, nearest = whole_scan(check_points(points), self.config)
-        grids = [tuple(grid) for grid in self.config.grids]
+        grids = [] if self._sparse else [tuple(grid) for grid in self.config.grids]
         shard = pack_shard([scene], static_capacities(scene, grids), scene, grids)
         batch = jax.tree.map(lambda x: jnp.asarray(x)[None], shard)
         rows = np.asarray(function(self.variables, batch))[0]
@@ -189,7 +193,7 @@ def _load_workdir(path: Path, sensor: str | None, given: dict) -> tuple[dict, di
     out = params["head"] if head else params["head"]["out"]
     settings = {
         **model,
-        "num_features": params["embedding"]["norm"]["scale"].shape[0],
+        "num_features": build.num_features(params),
         "head": head or "distill",
         "head_hidden": 0 if head else model["head_hidden"],  # the distillation head's, which a probe has not
         "out_features": out["bias"].shape[0],

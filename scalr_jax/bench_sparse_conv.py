@@ -31,6 +31,7 @@ import numpy as np
 from scalr_jax import bench_scenes
 from scalr_jax.bench_timing import Parser, header, interleave, positive, show_times, working_bytes
 from scalr_jax.data.scenes import InputError
+from scalr_jax.data.voxels import count_levels, sizes_for
 from scalr_jax.ops import sparse_conv
 
 LOW, HIGH = np.array([-64.0, -64.0, -8.0]), np.array([64.0, 64.0, 8.0])  # metres
@@ -64,8 +65,8 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace) -> dict[
     coordinates = np.floor((batch.feats[0, :, 1:4] - LOW) / arguments.voxel_size).astype(np.int32)
     coordinates, scene = np.clip(coordinates, 0, np.array(extent) - 1), np.asarray(batch.scene[0])
     inside = [coordinates[scene == s] for s in range(num_scenes)]
-    counts = sum(sparse_conv.count_levels(each, arguments.levels) for each in inside if len(each))
-    sizes = sparse_conv.sizes_for(np.asarray(counts))
+    counts = sum(count_levels(each, arguments.levels) for each in inside if len(each))
+    sizes = sizes_for(np.asarray(counts))
     limits = {"num_scenes": num_scenes, "extent": extent}
     make = jax.jit(functools.partial(sparse_conv.make_levels, sizes=sizes, **limits))
     voxels = jax.block_until_ready(make(coordinates, scene))

@@ -16,7 +16,9 @@ from scalr_jax.data.mixing import Mixing
 from scalr_jax.data.records import Records, is_begun
 from scalr_jax.data.scenes import InputError
 from scalr_jax.data.transforms import SceneSettings
-from scalr_jax.models.student import Student
+from scalr_jax.data.voxels import extent_of
+from scalr_jax.models.minkunet import BLOCKS, READINGS, STEM, WIDTHS
+from scalr_jax.models.student import SparseStudent, Student
 from scalr_jax.ops.positions import INTERPOLATIONS
 from scalr_jax.sensors import MERGED
 
@@ -172,12 +174,14 @@ def make_settings(config: Any, *, task: str, train: bool) -> SceneSettings:
     data, model = config.data, config.model
     low, high = model.field_of_view
     fixed = train and config.task == "probe" and config.probe.features != "augmented"
+    sparse = is_sparse(model)
     return SceneSettings(
         task=task,
         train=train,
         field_of_view=(tuple(low), tuple(high)),
         grids=() if task == "features" else grids_of(config),
-        num_neighbors=model.num_neighbors,
+        num_neighbors=0 if sparse else model.num_neighbors,
+        student_voxel_size=model.minkunet.voxel_size if sparse and task != "features" else None,
         voxel_size=data.voxel_size,
         max_points=data.max_points,
         image_size=tuple(data.image_size),
@@ -224,9 +228,28 @@ def _class_numbers(key: str, names: Any, dataset: Any) -> tuple[int, ...]:
     return tuple(known.index(name) for name in names)
 
 
+def is_sparse(model: Any) -> bool:
+    """Whether `config.model` is a MinkUNet. Raises `InputError` when it is no student that there is."""
+    name = model.get("name", "waffleiron")
+    if name not in ("waffleiron", *BLOCKS):
+        raise InputError(f"model.name = {name!r} is none of waffleiron, {', '.join(BLOCKS)}")
+    return name in BLOCKS
+
+
 def grids_of(config: Any) -> tuple[tuple[int, int], ...]:
-    """Rows and columns of each plane's grid."""
-    return tuple((int(h), int(w)) for h, w in config.model.grids)
+    """Rows and columns of each plane's grid; a MinkUNet has no planes."""
+    return () if is_sparse(config.model) else tuple((int(h), int(w)) for h, w in config.model.grids)
+
+
+def channels_of(model: Any) -> int:
+    """Of the backbone's features."""
+    return scaled_widths(model.minkunet.width)[-1] if is_sparse(model) else model.channels
+
+
+def depth_of(model: Any) -> tuple[int, tuple[int, ...]]:
+    """Layers of the backbone; of a MinkUNet the residual blocks, and those of each stage."""
+    blocks = BLOCKS[model.name] if is_sparse(model) else ()
+    return (sum(blocks) if blocks else model.depth), blocks
 
 
 def compute_dtype(name: str) -> Any:
@@ -241,8 +264,9 @@ def compute_dtype(name: str) -> Any:
 def make_student(config: Any, *, head: str, out_features: int, frozen_backbone: bool = False) -> Student:
     """The student of `config.model`; `head` and `out_features` as `Student` takes them."""
     model = config.model
+    if is_sparse(model):
+        return make_sparse_student(model, head=head, out_features=out_features, frozen_backbone=frozen_backbone)
     for key, known in (
-        ("name", ("waffleiron",)),
         ("norm", ("layer", "batch")),
         ("activation", ("relu", "gelu")),
         ("segmentation_head", ("segment", "linear")),
@@ -268,6 +292,49 @@ def make_student(config: Any, *, head: str, out_features: int, frozen_backbone: 
         frozen_backbone=frozen_backbone,
         dtype=compute_dtype(model.dtype),
     )
+
+
+def make_sparse_student(model: Any, *, head: str, out_features: int, frozen_backbone: bool = False) -> SparseStudent:
+    """A MinkUNet with a head, of `config.model` or the like."""
+    settings = model.minkunet
+    if settings.voxel_size <= 0 or settings.width <= 0:
+        raise InputError(
+            f"model.minkunet.voxel_size = {settings.voxel_size} (metres) and width = {settings.width} must be positive"
+        )
+    if settings.stem_convolutions not in (1, 2):
+        raise InputError(f"model.minkunet.stem_convolutions = {settings.stem_convolutions} is neither 1 nor 2")
+    if settings.reading not in READINGS:
+        raise InputError(f"model.minkunet.reading = {settings.reading!r} is none of {', '.join(READINGS)}")
+    low, high = (tuple(corner) for corner in model.field_of_view)
+    stem, *widths = scaled_widths(settings.width)
+    return SparseStudent(
+        channels=widths[-1],
+        depth=depth_of(model)[0],
+        grids=(),
+        head=head,
+        out_features=out_features,
+        head_hidden=model.head_hidden if head == "distill" else 0,
+        frozen_backbone=frozen_backbone,
+        dtype=compute_dtype(model.dtype),
+        blocks=BLOCKS[model.name],
+        widths=tuple(widths),
+        stem=stem,
+        stem_convolutions=settings.stem_convolutions,
+        extent=extent_of((low, high), settings.voxel_size),
+        reading=settings.reading,
+    )
+
+
+def scaled_widths(width: float) -> tuple[int, ...]:
+    """Channels of a MinkUNet's stem and stages: the published ones times `width`, cut to integers as SPVNAS does."""
+    return tuple(max(1, int(width * channels)) for channels in (STEM, *WIDTHS))
+
+
+def num_features(params: dict) -> int:
+    """Of a point, in what the student takes."""
+    if "embedding" in params:
+        return params["embedding"]["norm"]["scale"].shape[0]
+    return params["backbone"]["stem"]["kernel"].shape[1]
 
 
 def segmentation_head(params: dict) -> str | None:

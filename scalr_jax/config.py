@@ -83,6 +83,8 @@ def _data() -> ConfigDict:
             "scenes_per_step": 0,  # 0: as many as fit; 8: the published batch, exactly
             "cells_per_shard": (),  # (): derived from the first scenes
             "halo_per_shard": (),
+            "voxels_per_shard": (),  # minkunet: of each level, likewise
+            "pairs_per_shard": (),
             "num_workers": 2,  # worker processes of each process
             "prefetch": 2,
         }
@@ -92,6 +94,8 @@ def _data() -> ConfigDict:
 def _model() -> ConfigDict:
     return ConfigDict(
         {
+            # waffleiron; minkunet14, minkunet18 or minkunet34: sparse voxels, which `minkunet` is about, and channels,
+            # depth, num_neighbors, norm, activation, drop_path, grids, implementation and remat are not
             "name": "waffleiron",
             "channels": 768,
             "depth": 48,
@@ -106,6 +110,14 @@ def _model() -> ConfigDict:
             "implementation": "auto",  # auto, cells, windows, dense
             "remat": "none",  # none, layer, group
             "dtype": "auto",  # auto: bfloat16 on accelerators, float32 on CPU
+            "minkunet": ConfigDict(
+                {
+                    "voxel_size": 0.1,  # metres
+                    "width": 1.0,  # times the published channels, 32 to 256, of which a point gets 96
+                    "stem_convolutions": 1,  # 2 as SPVNAS's
+                    "reading": "nearest",  # nearest (a point reads its voxel), trilinear
+                }
+            ),
             "num_classes": config_dict.placeholder(int),  # default: the dataset's
         }
     )

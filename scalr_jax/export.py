@@ -34,7 +34,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from scalr_jax import api, export_card, interop, model_flags
+from scalr_jax import api, build, export_card, interop, model_flags
 from scalr_jax.command_line import fail, one_sentence
 from scalr_jax.data.packing import pack_shard, static_capacities
 from scalr_jax.data.scenes import InputError, SceneView
@@ -137,6 +137,8 @@ def export_model(
     Raises:
       InputError: `output` cannot be written, the exported model differs, or a package is missing.
     """
+    if build.is_sparse(model.config):
+        raise InputError(f"the model is a {model.config.name}, and only WaffleIrons are exported; use scalr_jax.load")
     if form not in FILES:
         raise InputError(f"format = {form!r} is none of {', '.join(FILES)}")
     _need_packages(form)

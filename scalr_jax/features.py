@@ -32,7 +32,8 @@ from scalr_jax.train import check_labels, choose_capacities, without_head
 DTYPES = ("float32", "float16")
 # Settings that change neither scenes nor features.
 FREE_DATA = ("num_workers", "prefetch", "split", "augmentation", "points_per_shard", "scenes_per_shard")
-FREE_DATA += ("scenes_per_step", "cells_per_shard", "halo_per_shard", "image_size", "antialias", "scaled_decode")
+FREE_DATA += ("scenes_per_step", "cells_per_shard", "halo_per_shard", "voxels_per_shard", "pairs_per_shard")
+FREE_DATA += ("image_size", "antialias", "scaled_decode")
 FREE_MODEL = ("segmentation_head", "head_hidden", "drop_path", "remat", "num_classes")
 
 
@@ -206,9 +207,9 @@ def _check_space(config: Any, cache: FeatureCache, dataset: Any) -> None:
     """Prints what the cache will take, and compares it with what the disk has."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     points = np.mean([len(scene.feats) for scene in make_pipeline(config, dataset, mesh).sample()])
-    size = points * len(cache) * (config.model.channels * np.dtype(config.probe.cache_dtype).itemsize + 1)
+    size = points * len(cache) * (build.channels_of(config.model) * np.dtype(config.probe.cache_dtype).itemsize + 1)
     print(
-        f"features: {len(cache)} scenes x about {points:,.0f} points x {config.model.channels} channels in "
+        f"features: {len(cache)} scenes x about {points:,.0f} points x {build.channels_of(config.model)} channels in "
         f"{config.probe.cache_dtype}: about {size / 1e9:.2g} GB in {cache.folder}",
         flush=True,
     )

@@ -14,6 +14,7 @@ from scalr_jax import build, interop
 from scalr_jax import workdir as workdir_of_run
 from scalr_jax.api import evaluated_classes, known_classes
 from scalr_jax.checkpoint import load_variables
+from scalr_jax.config import flatten
 from scalr_jax.data.scenes import InputError
 from scalr_jax.evaluation import report
 from scalr_jax.evaluation import robustness as robust
@@ -97,10 +98,15 @@ def load_backbone(config: Any) -> dict:
     )
 
 
+WAFFLEIRON = ("channels", "depth", "norm", "activation", "num_neighbors")
+
+
 def _check_model(path: Path, there: Any, here: Any) -> None:
     """Raises `InputError` that lists the settings in which a checkpoint's model and `config.model` differ."""
-    keys = [key for key in ("channels", "depth", "norm", "activation", "num_neighbors") if key in there]
-    wrong = [f"{key} is {there[key]} there, {here[key]} in config.model" for key in keys if there[key] != here[key]]
+    settings = [{"name": "waffleiron", **flatten(model)} for model in (there, here)]
+    keys = ("name", "minkunet.width") if build.is_sparse(here) else ("name", *WAFFLEIRON)
+    found = [(key, *(of.get(key) for of in settings)) for key in keys]
+    wrong = [f"{key} is {a} there, {b} in config.model" for key, a, b in found if a not in (None, b)]
     if wrong:
         raise InputError(f"{path} holds another student: {'; '.join(wrong)}")
 

@@ -168,7 +168,8 @@ class Program(NamedTuple):
 def make_program(config: Any, task: Task, batch: Any, mesh: Any, expected: float) -> Program:
     """The jitted step for batches like `batch` (arrays or shapes, with shardings) of `expected` scenes."""
     total = config.optimizer.total_updates or config.num_steps * expected / config.optimizer.batch_size
-    optimizer = optim.make_optimizer(config.optimizer, depth=config.model.depth)
+    depth, blocks = build.depth_of(config.model)
+    optimizer = optim.make_optimizer(config.optimizer, depth=depth, blocks=blocks)
     step = task.make_step(optimizer, optim.make_schedule(config.optimizer, total))
     if config.optimizer.ema:
         step = steps.averaged(step, config.optimizer.ema)
@@ -195,15 +196,14 @@ def make_program(config: Any, task: Task, batch: Any, mesh: Any, expected: float
 def choose_capacities(config: Any, sample: list[SceneView]) -> Capacities:
     """From the config where it gives them, else derived from a sample of scenes."""
     data = config.data
-    if not sample[0].planes:
-        return derive_capacities(sample, points=data.points_per_shard, scenes=data.scenes_per_shard)
     derived = derive_capacities(sample, points=data.points_per_shard, scenes=data.scenes_per_shard)
-    return Capacities(
-        derived.points,
-        derived.scenes,
-        tuple(data.cells_per_shard) or derived.cells,
-        tuple(data.halo_per_shard) or derived.halo,
-    )
+    tables = {}
+    for name in ("cells", "halo", "voxels", "pairs"):
+        given, needed = tuple(data[f"{name}_per_shard"]), getattr(derived, name)
+        if given and needed and len(given) != len(needed):
+            raise InputError(f"data.{name}_per_shard = {given} has {len(given)} numbers, and {len(needed)} are needed")
+        tables[name] = given if given and needed else needed
+    return derived._replace(**tables)
 
 
 def check_labels(sample: list[SceneView], class_names: Sequence[str], num_classes: int) -> None:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from scalr_jax.data.voxels import count_levels, sizes_for
 from scalr_jax.models import minkunet
-from scalr_jax.ops import sparse_conv
 
 VIEW = ((-3.2, -3.2, -1.6), (3.2, 3.2, 1.6))
 SMALL = minkunet.MinkUNet((1, 0, 0, 0, 1, 0, 0, 0), (4, 6, 8, 10, 8, 6, 6, 6), 4)
@@ -27,8 +27,8 @@ def scene(seed, number=POINTS):
 def sizes(num_scenes):
     """Room for so many scenes, and more."""
     each = [np.floor((scene(seed)[:, 2:] - VIEW[0]) / SIZE).astype(int) for seed in range(4)]
-    counts = np.max([sparse_conv.count_levels(ijk, minkunet.LEVELS) for ijk in each], axis=0)
-    return sparse_conv.sizes_for(num_scenes * (counts + 9))
+    counts = np.max([count_levels(ijk) for ijk in each], axis=0)
+    return sizes_for(num_scenes * (counts + 9))
 
 
 def pack(shards, num_scenes, num_points, padding=0.0):

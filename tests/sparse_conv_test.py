@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scalr_jax.data.voxels import Sizes, count_levels, sizes_for
 from scalr_jax.ops import cells, sparse_conv
 
 EXTENT, NUM_SCENES, NUM_POINTS, LEVELS = (8, 6, 4), 2, 160, 3
-SIZES = tuple(sparse_conv.Sizes(*size) for size in ((160, 28 * 256, 256), (64, 28 * 128, 128), (16, 28 * 128, 128)))
+SIZES = tuple(Sizes(*size) for size in ((160, 28 * 256, 256), (64, 28 * 128, 128), (16, 28 * 128, 128)))
 make = jax.jit(functools.partial(sparse_conv.make_levels, sizes=SIZES, num_scenes=NUM_SCENES, extent=EXTENT))
 
 
@@ -155,12 +156,12 @@ def test_equal_to_dense_convolutions_at_random(number, seed):
 def test_counts_say_what_is_needed_and_without_room_it_is_said():
     coordinates, scene = CASES["many"]
     inside = np.clip(coordinates, 0, np.array(EXTENT) - 1)
-    counts = sum(sparse_conv.count_levels(inside[scene == s], LEVELS) for s in range(NUM_SCENES))
+    counts = sum(count_levels(inside[scene == s], LEVELS) for s in range(NUM_SCENES))
     voxels = make(coordinates, scene)
     for level, (number, pairs) in zip(voxels.levels, counts, strict=True):
         assert int(level.number) == number
         assert int((np.asarray(level.near.source) < level.neighbors.shape[0]).sum()) == pairs
-    exact = sparse_conv.sizes_for(counts)
+    exact = sizes_for(counts)
 
     def missing(sizes):
         limits = {"sizes": sizes, "num_scenes": NUM_SCENES, "extent": EXTENT}
@@ -194,3 +195,43 @@ def test_the_gradient_only_gathers():
     scatters = [line for line in text.splitlines() if "scatter" in line.split("=")[-1].split("[")[0]]
     assert len(scatters) == 1
     assert "indices_are_sorted=True" in text.split("scatter-add")[1]
+
+
+def test_trilinear_reading():
+    """Where every voxel is there it is linear interpolation; elsewhere a weighted mean of those that are."""
+    rng = np.random.default_rng(0)
+    full = np.array([[x, y, z] for x in range(8) for y in range(5) for z in range(4)], np.float32)
+    offset = rng.uniform(-0.5, 0.5, (NUM_POINTS, 3)).astype(np.float32)
+    inner = ((full > 0) & (full < (7, 4, 3))).all(axis=1)
+    voxels = make(full.astype(np.int32), np.zeros(NUM_POINTS, np.int32))
+    weights = sparse_conv.trilinear_weights(voxels, offset)
+    rows = jnp.asarray(rng.normal(size=(SIZES[0].voxels, 3)), jnp.float32)
+    read = np.asarray(sparse_conv.read_trilinear(rows, voxels, weights))
+    grid = np.asarray(rows[: len(full)]).reshape(8, 5, 4, 3)
+    for c in range(3):
+        wanted = jax.scipy.ndimage.map_coordinates(jnp.asarray(grid[..., c]), list((full + offset).T), order=1)
+        np.testing.assert_allclose(read[inner, c], np.asarray(wanted)[inner], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["few", "many", "nothing"])
+def test_trilinear_reading_of_sparse_voxels_and_its_gradient(name):
+    coordinates, scene = CASES[name]
+    rng = np.random.default_rng(0)
+    offset = rng.uniform(-0.5, 0.5, (NUM_POINTS, 3)).astype(np.float32)
+    voxels = make(coordinates, scene)
+    weights = sparse_conv.trilinear_weights(voxels, offset)
+    valid = scene < NUM_SCENES
+    np.testing.assert_allclose(np.asarray(weights).sum(axis=1), valid, atol=1e-6)
+    ones = jnp.ones((SIZES[0].voxels, 2))
+    np.testing.assert_allclose(sparse_conv.read_trilinear(ones, voxels, weights)[:, 0], valid, atol=1e-6)
+
+    def plain(rows):
+        near = cells.take_rows(voxels.levels[0].neighbors, voxels.cell)
+        return (weights[..., None] * cells.take_rows(rows, near)).sum(axis=1)
+
+    rows = jnp.asarray(rng.normal(size=(SIZES[0].voxels, 3)), jnp.float32)
+    out, pull = jax.vjp(lambda rows: sparse_conv.read_trilinear(rows, voxels, weights), rows)
+    wanted, pull_wanted = jax.vjp(plain, rows)
+    np.testing.assert_allclose(out, wanted, atol=1e-5)
+    gradient = jnp.asarray(rng.normal(size=out.shape), jnp.float32)
+    np.testing.assert_allclose(pull(gradient)[0], pull_wanted(gradient)[0], atol=1e-5)

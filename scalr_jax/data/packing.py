@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scalr_jax.data.scenes import IGNORE, Batch, InputError, Plane, ScenePlane, SceneView
+from scalr_jax.data.scenes import IGNORE, Batch, InputError, PackedVoxels, Plane, ScenePlane, SceneView
+from scalr_jax.data.voxels import sizes_for
 
 
 class Capacities(NamedTuple):
@@ -21,9 +22,11 @@ class Capacities(NamedTuple):
     scenes: int  # S
     cells: tuple[int, ...]  # M of each plane
     halo: tuple[int, ...]  # H of each plane
+    voxels: tuple[int, ...] = ()  # of each level of a MinkUNet
+    pairs: tuple[int, ...] = ()  # of neighbours, likewise
 
 
-KEYS = Capacities("data.points_per_shard", "data.scenes_per_shard", "data.cells_per_shard", "data.halo_per_shard")  # type: ignore[arg-type]
+KEYS = Capacities(*(f"data.{name}_per_shard" for name in Capacities._fields))  # type: ignore[arg-type]
 
 SMALLEST = 4096  # points
 
@@ -38,12 +41,25 @@ class Pack(NamedTuple):
 def sizes(scene: SceneView) -> Capacities:
     """What one scene needs of each capacity."""
     cells = tuple(len(plane.position) for plane in scene.planes)
-    return Capacities(len(scene.feats), 1, cells, tuple(len(plane.halo_taps) for plane in scene.planes))
+    halo = tuple(len(plane.halo_taps) for plane in scene.planes)
+    voxels, pairs = scene.voxels.counts.T.tolist() if scene.voxels is not None else ((), ())
+    return Capacities(len(scene.feats), 1, cells, halo, tuple(voxels), tuple(pairs))
 
 
 def add(a: Capacities, b: Capacities) -> Capacities:
-    cells, halo = (tuple(x + y for x, y in zip(u, v, strict=True)) for u, v in ((a.cells, b.cells), (a.halo, b.halo)))
-    return Capacities(a.points + b.points, a.scenes + b.scenes, cells, halo)
+    tables = (tuple(x + y for x, y in zip(u, v, strict=True)) for u, v in zip(a[2:], b[2:], strict=True))
+    return Capacities(a.points + b.points, a.scenes + b.scenes, *tables)
+
+
+def largest(a: Capacities, b: Capacities) -> Capacities:
+    """The larger of each size: the least that hold what either does."""
+    tables = (tuple(max(x, y) for x, y in zip(u, v, strict=True)) for u, v in zip(a[2:], b[2:], strict=True))
+    return Capacities(max(a.points, b.points), max(a.scenes, b.scenes), *tables)
+
+
+def flat(sizes: Capacities) -> np.ndarray:
+    """Points and the sizes of all tables, but not the number of scenes."""
+    return np.concatenate([[sizes.points], *sizes[2:]])
 
 
 def overflow(need: Capacities, capacities: Capacities) -> list[str]:
@@ -68,10 +84,9 @@ def derive_capacities(sample: Sequence[SceneView], *, points: int, scenes: int, 
         need = max(margin * min(by_points, by_scenes), 2.5 * max(counts))
         return int(-(-need // 128) * 128)
 
-    num_planes = len(sample[0].planes)
-    cells = tuple(capacity([len(scene.planes[k].position) for scene in sample]) for k in range(num_planes))
-    halo = tuple(capacity([len(scene.planes[k].halo_taps) for scene in sample]) for k in range(num_planes))
-    return Capacities(points, scenes, cells, halo)
+    needs = [sizes(scene)[2:] for scene in sample]
+    tables = (tuple(capacity(list(counts)) for counts in zip(*of, strict=True)) for of in zip(*needs, strict=True))
+    return Capacities(points, scenes, *tables)
 
 
 def static_capacities(scene: SceneView, grids: Sequence[tuple[int, int]]) -> Capacities:
@@ -83,15 +98,22 @@ def round_up(need: Capacities, grids: Sequence[tuple[int, int]]) -> Capacities:
     """The least capacities of the list that hold one scene that needs `need`.
 
     Points are 8 to 15 times a power of two, from 4,096: at most an eighth is padding. Tables are an eighth, a quarter,
-    a half or all of what so many points can fill.
+    a half or all of what so many points can fill; a MinkUNet's voxels on each level the points over a power of two, and
+    their pairs a whole number of neighbours, 1, 2, 4, 8, 16 or 26.
     """
     step = 1 << (max(need.points, SMALLEST) - 1).bit_length() - 4
     points = max(SMALLEST, -(-need.points // step) * step)
+    halvings = range(points.bit_length())
+    voxels = tuple(next(points >> k for k in reversed(halvings) if points >> k >= number) for number in need.voxels)
+    pairs = tuple(
+        next(n * rows for n in (1, 2, 4, 8, 16, 26) if n * rows >= number)
+        for number, rows in zip(need.pairs, voxels, strict=True)
+    )
     areas = [int(h) * int(w) for h, w in grids]
     for parts in (8, 4, 2, 1):
         cells = tuple(-(-min(points, area) // parts) for area in areas)
         halo = tuple(-(-min(9 * points, area) // parts) for area in areas)
-        capacities = Capacities(points, 1, cells, halo)
+        capacities = Capacities(points, 1, cells, halo, voxels, pairs)
         if not overflow(need, capacities):
             return capacities
     raise AssertionError("more cells than points or than the grid has")
@@ -103,7 +125,7 @@ def pack_stream(scenes: Iterator[SceneView], capacities: Capacities, *, exactly:
     Raises `InputError` for a scene (or, with `exactly`, a group of scenes) that does not fit, naming what to raise.
     """
     held: list[SceneView] = []
-    empty = Capacities(0, 0, (0,) * len(capacities.cells), (0,) * len(capacities.halo))
+    empty = Capacities(0, 0, *((0,) * len(table) for table in capacities[2:]))
     need = empty
     for scene in scenes:
         size = sizes(scene)
@@ -153,6 +175,12 @@ def pack_shard(scenes: Sequence[SceneView], capacities: Capacities, template: Sc
         batch = batch._replace(
             images=images, pixels=_filled([scene.pixels for scene in scenes], capacity, 0, template.pixels)
         )
+    if template.voxels is not None:
+        parts = [scene.voxels.coordinates for scene in scenes if scene.voxels is not None]
+        coordinates = _filled(parts, capacity, 0.0, template.voxels.coordinates)
+        levels = sizes_for(np.array([capacities.voxels, capacities.pairs]).T)
+        room = tuple(np.zeros((0, size.voxels, size.pairs // size.block, size.block), np.int32) for size in levels)
+        batch = batch._replace(voxels=PackedVoxels(coordinates, room))
     if template.labels is not None:
         labels = _filled([scene.labels for scene in scenes], capacity, IGNORE, template.labels)
         batch = batch._replace(labels=labels.astype(np.int32))

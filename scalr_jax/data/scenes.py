@@ -3,7 +3,7 @@
 Dims legend, used in every shape comment of the project:
 
     D  data shards (one a device)          F  input features (5: intensity, x, y, z, radius)
-    S  scenes a shard (capacity)           K  neighbours of a point (16)
+    S  scenes a shard (capacity)           K  neighbours of a point (16; 0 for a MinkUNet)
     P  points a shard (capacity)           C  channels
     N  points of one scene or scan         M  occupied cells of a plane (capacity a shard)
     H  halo cells of a plane (capacity)    h, w  image rows and columns
@@ -84,6 +84,14 @@ class SceneView(NamedTuple):
     upsample: np.ndarray | None = None  # [N_raw] int32: for each raw point its nearest kept point (evaluation only)
     raw_labels: np.ndarray | None = None  # [N_raw] uint8
     raw_ranges: np.ndarray | None = None  # [N_raw] float32: metres from the origin of the student's frame
+    voxels: SceneVoxels | None = None  # for a MinkUNet, which needs no planes
+
+
+class SceneVoxels(NamedTuple):
+    """Where one scene's points are in the grid of voxels, and what its tables need (`data.voxels`)."""
+
+    coordinates: np.ndarray  # [N, 3] float32: in voxels, from the lower corner of the field of view
+    counts: np.ndarray  # [levels, 2] int64: occupied voxels, pairs of neighbours
 
 
 class ScenePlane(NamedTuple):
@@ -110,6 +118,15 @@ class Plane(NamedTuple):
     cell_taps: np.ndarray  # [D, M, 9] int32
 
 
+class PackedVoxels(NamedTuple):
+    """What the device makes a MinkUNet's tables from."""
+
+    coordinates: np.ndarray  # [D, P, 3] float32, as in `SceneVoxels`; 0 for padding
+    # [D, 0, voxels, pairs / block, block] of each level: empty arrays, whose shapes are the static sizes of the tables.
+    # The 0 is in front, because XLA's loops on a CPU run over what stands before it.
+    room: tuple[np.ndarray, ...]
+
+
 class Batch(NamedTuple):
     """What a step reads. `None` for what the task does not need."""
 
@@ -121,3 +138,4 @@ class Batch(NamedTuple):
     images: np.ndarray | None = None  # [D, S, h, w, 3] uint8
     pixels: np.ndarray | None = None  # [D, P, 2] int32
     labels: np.ndarray | None = None  # [D, P] int32
+    voxels: PackedVoxels | None = None  # for a MinkUNet; `planes` is then ()

@@ -15,7 +15,17 @@ import numpy as np
 from PIL import Image
 from pykdtree.kdtree import KDTree
 
-from scalr_jax.data.scenes import IGNORE, PLANE_AXES, BadFrameError, Frame, ScenePlane, SceneView, Voxels
+from scalr_jax.data.scenes import (
+    IGNORE,
+    PLANE_AXES,
+    BadFrameError,
+    Frame,
+    ScenePlane,
+    SceneView,
+    SceneVoxels,
+    Voxels,
+)
+from scalr_jax.data.voxels import coordinates_in, count_levels, extent_of
 
 FIELD_OF_VIEW_EPS = 1e-4  # metres
 FEATURES = ("intensity", "x", "y", "z", "radius")
@@ -38,6 +48,7 @@ class SceneSettings:
     fixed: bool = False  # the same random choices in every epoch
     mixing: Any = None  # `mixing.Mixing` of training scans for segmentation
     votes: bool = False  # evaluation: scans are augmented, to be voted on
+    student_voxel_size: float | None = None  # metres, of a MinkUNet, which takes voxels instead of planes
 
 
 def voxelize(points: np.ndarray, voxel_size: float, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -114,10 +125,12 @@ def inside(points: np.ndarray, field_of_view) -> np.ndarray:
 
 
 def in_view(xyz: np.ndarray, settings: SceneSettings) -> np.ndarray:
-    """Indices [n] of the points inside the field of view, ordered by their cell in the first plane: neighbours in the
-    grid are then near each other in memory."""
+    """Indices [n] of the points inside the field of view, ordered by their cell in the first plane (or their column of
+    voxels): neighbours in the grid are then near each other in memory."""
     kept = np.flatnonzero(inside(xyz, settings.field_of_view))
-    return kept[sort_by(cell_position(xyz[kept], PLANE_AXES[0], settings.grids[0], settings.field_of_view))]
+    size = settings.student_voxel_size
+    grid = settings.grids[0] if size is None else extent_of(settings.field_of_view, size)[:2]
+    return kept[sort_by(cell_position(xyz[kept], PLANE_AXES[0], grid, settings.field_of_view))]
 
 
 def rotation(angle: float) -> np.ndarray:
@@ -143,6 +156,8 @@ def make_features(xyz: np.ndarray, intensity: np.ndarray, statistics: tuple[floa
 
 def find_neighbors(xyz: np.ndarray, num_neighbors: int) -> np.ndarray:
     """[N, K] int32: the nearest other points, nearest first. Points that coincide may stand in any order."""
+    if num_neighbors == 0:
+        return np.zeros((len(xyz), 0), np.int32)
     xyz = np.ascontiguousarray(xyz)
     _, found = KDTree(xyz).query(xyz, k=num_neighbors + 1, sqr_dists=True)
     own = np.arange(len(xyz), dtype=found.dtype)
@@ -342,7 +357,11 @@ def _finish(name: str, index: int, xyz, feats, settings: SceneSettings, *, image
     xyz = xyz.astype(np.float32)
     planes = tuple(
         make_plane(xyz, axes, grid, settings.field_of_view)
-        for axes, grid in zip(PLANE_AXES, settings.grids, strict=True)
+        for axes, grid in zip(PLANE_AXES, settings.grids, strict=False)  # a MinkUNet has none
     )
     neighbors = find_neighbors(xyz, settings.num_neighbors)
-    return SceneView(name, index, feats, neighbors, planes, image, pixels, labels)
+    scene = SceneView(name, index, feats, neighbors, planes, image, pixels, labels)
+    if settings.student_voxel_size is None:
+        return scene
+    coordinates = coordinates_in(xyz, settings.field_of_view, settings.student_voxel_size)
+    return scene._replace(voxels=SceneVoxels(coordinates, count_levels(np.floor(coordinates))))

@@ -39,19 +39,22 @@ def whole_scan(points: np.ndarray, settings: Mapping[str, Any]) -> tuple[SceneVi
 
     Args:
       points: [N, 4] float32, of `check_points`.
-      settings: `intensity`, `voxel_size`, `field_of_view`, `grids` and `num_neighbors`, as in `Model.config`.
+      settings: `intensity`, `voxel_size`, `field_of_view`, `grids` and `num_neighbors`, as in `Model.config`; of a
+        MinkUNet, by its `name`, `minkunet` instead of the last two.
 
     Raises:
       InputError: too few points are left.
     """
     located = np.isfinite(points[:, :3]).all(axis=1)
     usable = located & np.isfinite(points[:, 3]) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1)
+    sparse = settings.get("name", "waffleiron") != "waffleiron"
     scene_settings = SceneSettings(
         task="segment",
         train=False,
         field_of_view=settings["field_of_view"],
-        grids=settings["grids"],
-        num_neighbors=settings["num_neighbors"],
+        grids=() if sparse else settings["grids"],
+        num_neighbors=0 if sparse else settings["num_neighbors"],
+        student_voxel_size=settings["minkunet"]["voxel_size"] if sparse else None,
         voxel_size=settings["voxel_size"],
         augmentation="none",
     )

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from scalr_jax import build, distributed, metrics, sharding, steps
-from scalr_jax.data.packing import Capacities, derive_capacities, sizes
+from scalr_jax.data.packing import Capacities, derive_capacities, flat, largest, sizes
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import InputError, SceneView
 from scalr_jax.logging import PROGRESS_SECONDS, format_seconds
@@ -156,15 +156,9 @@ class Evaluator:
         derived = derive_capacities(sample, points=points, scenes=data.scenes_per_shard)
         if held is None:
             return derived
-        flat = lambda of: np.array([of.points, *of.cells, *of.halo])  # noqa: E731
         if (HEADROOM * np.max([flat(sizes(scene)) for scene in sample], axis=0) <= flat(held)).all():
             return held
-        return Capacities(
-            max(held.points, derived.points),
-            held.scenes,
-            tuple(map(max, held.cells, derived.cells)),
-            tuple(map(max, held.halo, derived.halo)),
-        )
+        return largest(held, derived)
 
 
 def _scan(scene: SceneView, classes: np.ndarray) -> ScanClasses:

@@ -4,7 +4,8 @@
                -> four times (2x2x2 back, beside what was there on the way down, residual blocks)
 
 Every convolution but the 1x1x1 on a shortcut is of `ops.sparse_conv`, without bias, and a batch norm over the occupied
-voxels of the global batch follows. A voxel's features are the mean of its points', and a point reads its voxel.
+voxels of the global batch follows. A voxel's features are the mean of its points'. A point reads its voxel ("nearest")
+or, by its distances, that and the neighbours ("trilinear").
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from scalr_jax.data.voxels import Sizes
 from scalr_jax.models.layers import BatchNorm, per_shard, to_rows
 from scalr_jax.ops import cells, sparse_conv
+from scalr_jax.sharding import whole
 
 Array = jax.Array
 
@@ -27,7 +30,7 @@ BLOCKS = {
     "minkunet18": (2, 2, 2, 2, 2, 2, 2, 2),
     "minkunet34": (2, 3, 4, 6, 2, 2, 2, 2),
 }
-LEVELS = 5
+READINGS = ("nearest", "trilinear")
 
 
 def make_voxels(
@@ -46,6 +49,21 @@ def make_voxels(
     )
 
 
+def tables_of(packed: Any, scene: Array, extent: tuple, *, num_scenes: int) -> sparse_conv.Voxels:
+    """The tables of all levels of each shard, with their axis D.
+
+    packed: `scenes.PackedVoxels`; scene [D, P]; extent: voxels of the field of view along x, y, z.
+    """
+    sizes = tuple(Sizes(rows, blocks * block, block) for _, _, rows, blocks, block in (r.shape for r in packed.room))
+    return per_shard(
+        lambda coordinates, scene: sparse_conv.make_levels(
+            jnp.floor(coordinates).astype(jnp.int32), scene, sizes, num_scenes=num_scenes, extent=extent
+        ),
+        packed.coordinates,
+        scene,
+    )
+
+
 class Convolution(nn.Module):
     """`elements` matrices [C_in, features] without bias: 27 (3x3x3) or 8 (2x2x2)."""
 
@@ -56,7 +74,7 @@ class Convolution(nn.Module):
     def __call__(self, fan_in: int) -> Array:
         # He et al. 2015, by what leaves a row as in the published models.
         scale = (2.0 / (self.elements * self.features)) ** 0.5
-        return self.param("kernel", nn.initializers.normal(scale), (self.elements, fan_in, self.features))
+        return whole(self.param("kernel", nn.initializers.normal(scale), (self.elements, fan_in, self.features)))
 
 
 class NormReLU(nn.Module):
@@ -94,17 +112,20 @@ class Block(nn.Module):
 class MinkUNet(nn.Module):
     """feats [D, P, F], `make_voxels` of the same points -> [D * P, 96] float32; padding reads zero.
 
-    `blocks`: residual blocks of each of the eight stages, `BLOCKS[name]`; `stem_convolutions`: SPVNAS's stem has two.
+    `blocks`: residual blocks of each of the eight stages, `BLOCKS[name]`; `stem_convolutions`: SPVNAS's stem
+    has two. For `reading` "trilinear" `offset` [D, P, 3] is where each point is in its voxel, -0.5 to 0.5 from the
+    centre.
     """
 
     blocks: tuple[int, ...]
     widths: tuple[int, ...] = WIDTHS
     stem: int = STEM
     stem_convolutions: int = 1
+    reading: str = "nearest"
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, feats: Array, voxels: sparse_conv.Voxels, *, train: bool) -> Array:
+    def __call__(self, feats: Array, voxels: sparse_conv.Voxels, offset: Array | None = None, *, train: bool) -> Array:
         levels = voxels.levels
         masks = [to_rows(jnp.arange(level.neighbors.shape[1]) < level.number[:, None]) for level in levels]
         x = to_rows(per_shard(cells.flatten, feats.astype(jnp.float32), voxels))
@@ -125,7 +146,11 @@ class MinkUNet(nn.Module):
             x = NormReLU(name=f"up_{stage}_norm")(x, masks[depth], train=train)
             x = jnp.concatenate([x, skips[depth]], axis=-1)
             x = self._blocks(x, stage, levels[depth], masks[depth], train)
-        return to_rows(per_shard(cells.inflate, x.reshape(feats.shape[0], -1, x.shape[-1]), voxels))
+        x = x.reshape(feats.shape[0], -1, x.shape[-1])
+        if self.reading == "trilinear":
+            weights = per_shard(sparse_conv.trilinear_weights, voxels, offset)
+            return to_rows(per_shard(sparse_conv.read_trilinear, x, voxels, weights))
+        return to_rows(per_shard(cells.inflate, x, voxels))
 
     def _blocks(self, x: Array, stage: int, level: sparse_conv.Level, mask: Array, train: bool) -> Array:
         for number in range(self.blocks[stage]):

@@ -1,4 +1,4 @@
-"""The student: point embedding, WaffleIron backbone, head. A packed batch in, one row a point out."""
+"""The student: point embedding and WaffleIron, or a MinkUNet; then a head. A packed batch in, one row a point out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from scalr_jax.models.embedding import PointEmbedding
 from scalr_jax.models.heads import DistillationHead, SegmentationHead
 from scalr_jax.models.layers import Linear, to_rows
+from scalr_jax.models.minkunet import MinkUNet, tables_of
 from scalr_jax.models.waffleiron import WaffleIron
 
 Array = jax.Array
@@ -73,6 +74,38 @@ class Student(nn.Module):
         return x.astype(jnp.float32).reshape(*mask.shape, -1)
 
 
+class SparseStudent(Student):
+    """A student with a MinkUNet in place of embedding and WaffleIron: `channels` a point, the last of `widths`.
+
+    `depth`, `grids`, `norm`, `activation`, `drop_path`, `implementation` and `remat` are not used.
+    """
+
+    blocks: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
+    stem: int = 0
+    stem_convolutions: int = 1
+    extent: tuple[int, int, int] = (0, 0, 0)  # voxels of the field of view along x, y, z
+    reading: str = "nearest"  # nearest, trilinear
+
+    def _features(self, batch: Any, mask: Array, *, train: bool) -> Array:
+        del mask
+        voxels = tables_of(batch.voxels, batch.scene, self.extent, num_scenes=batch.scene_points.shape[1])
+        backbone = MinkUNet(
+            self.blocks,
+            self.widths,
+            self.stem,
+            self.stem_convolutions,
+            self.reading,
+            self.dtype,
+            name="backbone",
+        )
+        offset = batch.voxels.coordinates % 1.0 - 0.5
+        x = backbone(batch.feats, voxels, offset, train=train and not self.frozen_backbone)
+        # Sizes were counted on the host from the same coordinates: no room for a voxel is a defect, and must not pass.
+        x = jnp.where((voxels.missing == 0).all(), x, jnp.nan)
+        return jax.lax.stop_gradient(x) if self.frozen_backbone else x
+
+
 class Head(Student):
     """The student's head alone, on a batch whose `feats` [D, P, C] are the backbone's features."""
 
@@ -92,7 +125,7 @@ class StudentOnFeatures:
     backbone: Any  # {"params", "batch_stats"} of jax.ShapeDtypeStruct
 
     def _alone(self) -> Head:
-        fields = {field.name: getattr(self.student, field.name) for field in dataclasses.fields(self.student)}
+        fields = {field.name: getattr(self.student, field.name) for field in dataclasses.fields(Student)}
         return Head(**{name: value for name, value in fields.items() if name not in ("parent", "name")})
 
     def init(self, rngs: Any, batch: Any, *, train: bool) -> dict:

@@ -14,7 +14,7 @@ products and adds them up. With inputs and outputs exchanged the same table is t
 transposed convolution: features are gathered, never scattered, and sums have one order.
 
 `make_levels` finds the tables on the device, from integers alone; all functions work on one data shard, and the model
-maps them over D. Sizes are static (`Sizes`): `count_levels` says in NumPy what scenes need; counts of scenes add up.
+maps them over D. Sizes are static: `data.voxels.count_levels` says what scenes need.
 """
 
 from __future__ import annotations
@@ -23,25 +23,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from scalr_jax.data.voxels import CENTRE, NEIGHBORS, Sizes
+from scalr_jax.ops import cells
 from scalr_jax.ops.cells import take_rows
 
 Array = jax.Array
 F32 = jnp.float32
 
-BLOCKS = (512, 256, 128)  # pairs of one product: more are faster, and leave more slots unused
-NEIGHBORS = tuple((i, j, k) for i in (-1, 0, 1) for j in (-1, 0, 1) for k in (-1, 0, 1))
-CENTRE = NEIGHBORS.index((0, 0, 0))  # of 27: its pairs are the voxels themselves, and need no table
 CHILDREN = 8
-
-
-class Sizes(NamedTuple):
-    """Static sizes of a level: rows of its table, slots of its 3x3x3 pairs (whole blocks), pairs of a block."""
-
-    voxels: int
-    pairs: int
-    block: int
 
 
 class Pairs(NamedTuple):
@@ -102,8 +92,8 @@ def make_levels(
         neighbors = _find_neighbors(table[0], table[1], num_scenes, extent)
         near, without_room = _near_pairs(neighbors, size.pairs, size.block)
         level_scene, level_ijk = table
-        table, parent, _ = _unique(level_scene, level_ijk // 2, num_scenes, extent, following)
-        octant = level_ijk % 2 @ jnp.array([4, 2, 1])
+        table, parent, _ = _unique(level_scene, level_ijk >> 1, num_scenes, extent, following)
+        octant = (level_ijk & 1) @ jnp.array([4, 2, 1])
         down = _down_pairs(parent, octant, following, size.block)
         levels.append(Level(number, near, down, neighbors))
         number = (table[0] < num_scenes).sum(dtype=jnp.int32)
@@ -166,7 +156,7 @@ def _find_neighbors(scene: Array, ijk: Array, num_scenes: int, extent: tuple) ->
 
 def _slots(valid: Array, num_slots: int, block: int) -> tuple[Array, Array, Array]:
     """Where each pair goes. valid [V, T] -> slot [V, T] (the last: nowhere), element [Q / block], without room []."""
-    blocks = -(-valid.sum(axis=0) // block)
+    blocks = (valid.sum(axis=0) + block - 1) >> block.bit_length() - 1  # blocks are powers of two
     ends = jnp.cumsum(blocks) * block
     slot = jnp.where(valid, ends - blocks * block + jnp.cumsum(valid, axis=0) - 1, num_slots - 1)
     without_room = (valid & (slot >= num_slots - 1)).sum(dtype=jnp.int32)
@@ -212,36 +202,6 @@ def _down_pairs(parent: Array, octant: Array, num_parents: int, block: int) -> P
         slot[:, None],
         of_target,
     )
-
-
-def count_levels(coordinates: np.ndarray, num_levels: int) -> np.ndarray:
-    """What one scene needs: [levels, 2], voxels and pairs (3x3x3, without centres). coordinates [N, 3] integers.
-
-    Of several scenes in a pack these add up, and each of the 26 elements may leave a part of a block unused:
-    `sizes_for` adds that.
-    """
-    counts = []
-    coordinates = np.unique(np.asarray(coordinates, np.int64), axis=0)
-    for _ in range(num_levels):
-        low = coordinates.min(axis=0) - 1
-        extent = coordinates.max(axis=0) - low + 2
-        strides = np.array([extent[1] * extent[2], extent[2], 1])
-        keys = (coordinates - low) @ strides  # ascending, as np.unique sorts rows
-        steps = np.array(NEIGHBORS[CENTRE + 1 :]) @ strides
-        wanted = (keys[:, None] + steps).reshape(-1)
-        at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        counts.append((len(keys), 2 * int((keys[at] == wanted).sum())))
-        coordinates = np.unique(coordinates // 2, axis=0)
-    return np.array(counts)
-
-
-def sizes_for(counts: np.ndarray) -> tuple[Sizes, ...]:
-    """The smallest sizes with room for `counts` [levels, 2] of `count_levels`, whatever the pairs' elements are."""
-    sizes = []
-    for voxels, pairs in counts:
-        block = next((size for size in BLOCKS if 130 * size <= pairs), BLOCKS[-1])  # a tenth more slots at most
-        sizes.append(Sizes(int(voxels), (int(pairs) // block + 27) * block, block))
-    return tuple(sizes)
 
 
 # ----------------------------------------------------------------------------------------------------- the convolutions
@@ -299,3 +259,51 @@ def submanifold(rows: Array, level: Level, kernel: Array) -> Array:
     others = jnp.concatenate([kernel[:CENTRE], kernel[CENTRE + 1 :]])
     here = jnp.matmul(rows, kernel[CENTRE].astype(rows.dtype), preferred_element_type=F32)
     return here + convolve(rows, level.near, others)
+
+
+# ------------------------------------------------------------------------------------------------- back to the points
+
+
+def trilinear_weights(voxels: Voxels, offset: Array) -> Array:
+    """[P, 27]: what each point takes of its voxel and the neighbours of that, by their distance along each axis.
+
+    offset [P, 3]: the point's place relative to its voxel's centre, in voxels, -0.5 to 0.5. Voxels that are not there
+    get no weight, and the others' add up to 1; padding gets none at all.
+    """
+    steps = jnp.array(NEIGHBORS, F32)  # [27, 3]
+    near = take_rows(voxels.levels[0].neighbors, voxels.cell)  # of padding anything
+    there = (near < voxels.inverse_count.shape[0]) & (voxels.cell < voxels.inverse_count.shape[0])[:, None]
+    weights = jnp.where(there, jnp.maximum(1.0 - jnp.abs(offset[:, None] - steps), 0.0).prod(-1), 0.0)
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-6)
+
+
+@jax.custom_vjp
+def read_trilinear(rows: Array, voxels: Voxels, weights: Array) -> Array:
+    """Each point reads its voxel and the neighbours of that, by `trilinear_weights`. [V, C] -> [P, C] float32.
+
+    The gradient of `rows` gathers and sums runs; `weights` get none.
+    """
+    near = take_rows(voxels.levels[0].neighbors, voxels.cell)
+    total = jnp.zeros((voxels.cell.shape[0], rows.shape[-1]), F32)
+    for t in range(27):
+        total += weights[:, t, None] * take_rows(rows, near[:, t]).astype(F32)
+    return total
+
+
+def _read_forward(rows: Array, voxels: Voxels, weights: Array):
+    return read_trilinear(rows, voxels, weights), (rows, voxels, weights)
+
+
+def _read_backward(residuals: tuple, gradient: Array):
+    rows, voxels, weights = residuals
+
+    def add(total: Array, of_direction: tuple[Array, Array]):
+        weight, opposite = of_direction  # [P], [V]: rows from which direction d leads here
+        return total + take_rows(cells.sum_runs(gradient * weight[:, None], voxels), opposite), None
+
+    opposites = voxels.levels[0].neighbors.T[::-1]
+    total, _ = jax.lax.scan(add, jnp.zeros(rows.shape, F32), (weights.T, opposites))
+    return total.astype(rows.dtype), None, jnp.zeros_like(weights)
+
+
+read_trilinear.defvjp(_read_forward, _read_backward)

@@ -1,0 +1,177 @@
+"""A MinkUNet as the student: by `model.name` in any config, in the same tasks and packs as a WaffleIron."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from train_test import distill, small_config
+
+import scalr_jax
+from scalr_jax import build, optim, tasks
+from scalr_jax.checkpoint import load_variables
+from scalr_jax.data import packing
+from scalr_jax.data.pipeline import Pipeline
+from scalr_jax.data.scenes import InputError
+from scalr_jax.data.transforms import cell_position
+from scalr_jax.data.voxels import count_levels, extent_of
+from scalr_jax.export import export_model
+from scalr_jax.models import minkunet
+
+NARROW = {"model.name": "minkunet14", "model.minkunet.width": 0.1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_blocks():
+    """The same net with two residual blocks, one down and one up, which compiles in a third of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(minkunet.BLOCKS, "minkunet14", (1, 0, 0, 0, 0, 0, 0, 1))
+        yield
+
+
+@pytest.fixture(scope="module")
+def scenes(street_cache):
+    """Four training scenes for a probe, as a MinkUNet takes them, and the settings."""
+    config = small_config(street_cache, **NARROW, task="probe")
+    return _scenes(config)
+
+
+def _scenes(config):
+    dataset = build.make_dataset(config, "train", cache=None)
+    settings = build.make_settings(config, task="segment", train=True)
+    return Pipeline(dataset, settings, seed=1).sample(4), settings
+
+
+def test_voxels_are_those_of_the_augmented_points(scenes, street_cache):
+    """As the cells of a WaffleIron: the published augmentation turns coordinates and features by different angles."""
+    sparse, settings = scenes
+    planar, planar_settings = _scenes(small_config(street_cache, task="probe"))
+    low = np.array(settings.field_of_view[0])
+    for a, b in zip(sparse, planar, strict=True):
+        assert (a.neighbors.shape, a.planes) == ((len(a.feats), 0), ())
+        xyz = low + a.voxels.coordinates * settings.student_voxel_size
+        assert np.abs(xyz[:, :2] - a.feats[:, 1:3]).max() > 0.5
+        cells = cell_position(xyz, (0, 1), planar_settings.grids[0], settings.field_of_view)
+        assert len(a.feats) == len(b.feats)
+        assert (np.sort(cells) == np.sort(b.planes[0].position[b.planes[0].cell])).mean() > 0.999  # rounded to float32
+        np.testing.assert_array_equal(a.voxels.counts, count_levels(np.floor(a.voxels.coordinates)))
+
+
+def test_voxels_are_counted_as_by_looking_at_each():
+    rng = np.random.default_rng(0)
+    coordinates = rng.integers(-3, 5, (60, 3))
+    for voxels, pairs in count_levels(coordinates, 3):
+        occupied = {tuple(row) for row in coordinates.tolist()}
+        steps = [(x, y, z) for x in (-1, 0, 1) for y in (-1, 0, 1) for z in (-1, 0, 1) if (x, y, z) != (0, 0, 0)]
+        near = [tuple(np.add(voxel, step).tolist()) in occupied for voxel in occupied for step in steps]
+        assert (voxels, pairs) == (len(occupied), sum(near))
+        coordinates = coordinates // 2
+    assert extent_of(((-64, -64, -8), (64, 64, 8)), 0.1) == (1280, 1280, 160)
+
+
+def test_a_pack_that_is_full_of_pairs_is_followed_by_another(scenes):
+    """Nothing is dropped: what does not fit opens the next pack, and a scene that fits in none is named."""
+    members, _ = scenes
+    needs = [packing.sizes(scene) for scene in members]
+    roomy = packing.derive_capacities(members, points=6000, scenes=4)
+    assert len(list(packing.pack_stream(iter(members), roomy))) == 1
+    most = max(need.pairs[1] for need in needs)
+    tight = roomy._replace(pairs=(roomy.pairs[0], most, *roomy.pairs[2:]))
+    packs = list(packing.pack_stream(iter(members), tight))
+    assert len(packs) > 1
+    assert [scene.index for pack in packs for scene in pack.scenes] == [scene.index for scene in members]
+    with pytest.raises(InputError, match=r"pairs where data\.pairs_per_shard is .*; raise it"):
+        list(packing.pack_stream(iter(members), tight._replace(pairs=(*tight.pairs[:4], 1))))
+
+
+def test_one_scene_alone_gets_sizes_of_a_short_list(scenes):
+    members, _ = scenes
+    rounded = [packing.static_capacities(scene, ()) for scene in members]
+    for scene, capacities in zip(members, rounded, strict=True):
+        assert not packing.overflow(packing.sizes(scene), capacities)
+        for have, needed in zip(capacities.voxels, packing.sizes(scene).voxels, strict=True):
+            assert have < 2 * needed
+
+
+@pytest.fixture(scope="module")
+def run(street_cache, tmp_path_factory):
+    """Two steps of distillation, and what they left."""
+    workdir = tmp_path_factory.mktemp("distilled")
+    config = small_config(street_cache, **NARROW, num_steps=2)
+    state = distill(config, workdir)
+    return workdir, jax.device_get(state)
+
+
+@pytest.mark.slow
+def test_distilled_probed_and_loaded(run, street_cache, tmp_path):
+    workdir, state = run
+    losses = [json.loads(line)["train/loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite(losses).all()
+    config = small_config(street_cache, **NARROW, task="probe", checkpoint=str(workdir), num_steps=2)
+    config.data.points_per_shard = 16_384
+    results = tasks.probe(config, tmp_path)
+    assert 0 <= results["miou"] <= 1
+    probed = load_variables(tmp_path / "checkpoints")
+    for kind, tree in (("params", state.params), ("batch_stats", state.batch_stats)):
+        jax.tree.map(np.testing.assert_array_equal, tree["backbone"], probed[kind]["backbone"])
+
+    model = scalr_jax.load(tmp_path)
+    frame = build.make_dataset(config, "validation", cache=tmp_path).frame(0)
+    features = model.embed(frame.points)
+    assert features.shape == (len(frame.points), build.channels_of(config.model))
+    assert np.isfinite(features).all()
+    assert features.std(axis=0).max() > 0
+    with pytest.raises(InputError, match="the model is a minkunet14, and only WaffleIrons are exported"):
+        export_model(model, "onnx", tmp_path / "exported")
+
+
+def test_another_student_is_refused(run, street_cache):
+    workdir, _ = run
+    changes = {**NARROW, "model.minkunet.width": 0.2, "task": "probe", "checkpoint": str(workdir)}
+    with pytest.raises(InputError, match=r"another student: minkunet\.width is 0\.1 there, 0\.2 in config\.model"):
+        tasks.load_backbone(small_config(street_cache, **changes))
+    with pytest.raises(InputError, match=r"another student: name is minkunet14 there, waffleiron in config\.model"):
+        tasks.load_backbone(small_config(street_cache, task="probe", checkpoint=str(workdir)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model.name": "minkunet"}, "none of waffleiron, minkunet14, minkunet18, minkunet34"),
+        ({**NARROW, "model.minkunet.reading": "linear"}, "none of nearest, trilinear"),
+        ({**NARROW, "model.minkunet.voxel_size": 0.0}, "must be positive"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(street_cache, changes, said):
+    with pytest.raises(InputError, match=said):
+        build.make_student(small_config(street_cache, **changes), head="none", out_features=0)
+
+
+@pytest.mark.parametrize(("reading", "enough"), [("nearest", False), ("trilinear", True)])
+def test_without_room_for_a_voxel_nothing_passes_as_a_result(scenes, street_cache, reading, enough):
+    (scene, *_), _ = scenes
+    config = small_config(street_cache, **NARROW)
+    config.model.minkunet.reading = reading
+    student = build.make_student(config, head="none", out_features=0)
+    need = packing.sizes(scene)
+    room = need if enough else need._replace(voxels=(need.voxels[0] - 1, *need.voxels[1:]))
+    batch = jax.tree.map(lambda x: x[None], packing.pack_shard([scene], room, scene, ()))
+    shapes = jax.eval_shape(lambda: student.init(jax.random.key(0), batch, train=False))
+    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), shapes)
+    out = np.asarray(jax.jit(lambda variables: student.apply(variables, batch, train=False))(variables))
+    assert np.isfinite(out).all() == enough
+
+
+def test_layer_decay_counts_residual_blocks():
+    blocks = (2, 3, 4, 6, 2, 2, 2, 2)
+    number = lambda name: optim.layer_numbers(("backbone", name, "kernel"), 23, blocks)  # noqa: E731
+    names = ("stem", "stem_norm", "down_0", "stage_0_0", "stage_0_1", "down_1_norm", "stage_7_1")
+    assert [number(name) for name in names] == [0, 0, 1, 1, 2, 3, 23]
+    assert optim.layer_numbers(("head", "kernel"), 23, blocks) == 24
+
+
+def test_settings_without_voxels_are_a_waffleirons(street_cache):
+    settings = build.make_settings(small_config(street_cache), task="distill", train=True)
+    assert (settings.student_voxel_size, len(settings.grids)) == (None, 3)
+    sparse = build.make_settings(small_config(street_cache, **NARROW), task="distill", train=True)
+    assert (sparse.student_voxel_size, sparse.grids, sparse.num_neighbors) == (0.1, (), 0)
