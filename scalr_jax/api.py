@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from scalr_jax import build, interop, sensors
+from scalr_jax import build, interop, interop_minkunet, sensors
 from scalr_jax.checkpoint import load_variables
 from scalr_jax.config import get_config
 from scalr_jax.data.files import read_label_map
@@ -119,10 +119,11 @@ def load(
 
     Args:
       path: a workdir of distill, probe or finetune, a folder of `scalr_jax.export` (torch, safetensors or orbax), or a
-        published `.pth` or `.safetensors` (ScaLR, ScaLR+, WaffleIron; distilled or downstream).
+        published `.pth` or `.safetensors` (ScaLR, ScaLR+, WaffleIron; distilled or downstream; or a MinkUNet).
       sensor: whose intensity statistics, and for a published file whose field of view and grids, apply: nuscenes,
         semantic_kitti, pandar64 or pandargt. Not needed for a workdir of one sensor. For segmentation on PandaSet it
-        means 512 cells over +-128 m (but 384 over +-96 m in a model fine-tuned on PandarGT: give those).
+        means 512 cells over +-128 m (but 384 over +-96 m in a model fine-tuned on PandarGT: give those). Of a
+        published MinkUNet, which takes raw intensities, it only says the names of the classes.
       intensity: (mean, standard deviation) of the raw intensity, instead of the sensor's.
       field_of_view: ((x, y, z) min, (x, y, z) max) in metres, instead of the sensor's or the workdir's.
       grids: ((rows, columns) of the planes xy, xz, yz), likewise. Any grid goes with any weights.
@@ -155,6 +156,8 @@ def load(
 
 
 def _load_published(path: Path, sensor: str | None, given: dict, activation: str | None) -> tuple[dict, dict]:
+    if interop_minkunet.is_minkunet(path):
+        return _load_minkunet(path, sensor)
     config, variables = interop.load_torch_checkpoint(path, activation=activation)
     settings = {**config.to_dict(), "voxel_size": get_config().data.voxel_size}
     known = ", ".join(sensors.INTENSITY)
@@ -169,6 +172,17 @@ def _load_published(path: Path, sensor: str | None, given: dict, activation: str
     settings["class_names"] = _class_names(sensor, settings, [])
     if "field_of_view" not in given or "grids" not in given:
         settings["field_of_view"], settings["grids"] = sensors.published_view(sensor, settings)
+    return settings, variables
+
+
+def _load_minkunet(path: Path, sensor: str | None) -> tuple[dict, dict]:
+    """As it was trained: on raw intensities, of one point a voxel. Any field of view goes with it."""
+    there, variables = interop_minkunet.load_minkunet(path)
+    model = get_config().model.to_dict()
+    settings = {**model, **there, "minkunet": {**model["minkunet"], **there["minkunet"]}, "head_hidden": 0}
+    settings |= {"intensity": (0.0, 1.0), "num_features": len(FEATURES)}
+    settings["voxel_size"] = settings["minkunet"]["voxel_size"]
+    settings["class_names"] = _class_names(sensor or "", settings, [])
     return settings, variables
 
 

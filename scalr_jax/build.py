@@ -17,7 +17,7 @@ from scalr_jax.data.records import Records, is_begun
 from scalr_jax.data.scenes import InputError
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.data.voxels import extent_of
-from scalr_jax.models.minkunet import BLOCKS, READINGS, STEM, WIDTHS
+from scalr_jax.models.minkunet import BLOCKS, READINGS, scaled_widths
 from scalr_jax.models.student import SparseStudent, Student
 from scalr_jax.ops.positions import INTERPOLATIONS
 from scalr_jax.sensors import MERGED
@@ -323,11 +323,6 @@ def make_sparse_student(model: Any, *, head: str, out_features: int, frozen_back
         extent=extent_of((low, high), settings.voxel_size),
         reading=settings.reading,
     )
-
-
-def scaled_widths(width: float) -> tuple[int, ...]:
-    """Channels of a MinkUNet's stem and stages: the published ones times `width`, cut to integers as SPVNAS does."""
-    return tuple(max(1, int(width * channels)) for channels in (STEM, *WIDTHS))
 
 
 def num_features(params: dict) -> int:

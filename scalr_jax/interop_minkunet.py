@@ -25,7 +25,7 @@ import numpy as np
 from scalr_jax.data.scenes import InputError
 from scalr_jax.data.transforms import FEATURES
 from scalr_jax.data.voxels import NEIGHBORS
-from scalr_jax.models.minkunet import BLOCKS
+from scalr_jax.models.minkunet import BLOCKS, scaled_widths
 from scalr_jax.torch_file import read_weights_file
 
 CHILDREN = tuple((x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1))
@@ -109,6 +109,42 @@ def read_minkunet(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarra
         "unused": tuple(sorted(unused)),
     }
     return settings, weights
+
+
+def is_minkunet(path: str | Path) -> bool:
+    """Whether a checkpoint has the first convolution of a MinkUNet. Raises `InputError` when it cannot be read."""
+    content = read_weights_file(path)
+    parts = [content, *(part for part in content.values() if isinstance(part, Mapping))]
+    return any(str(key).endswith(tuple(STEMS.values())) for part in parts for key in part)
+
+
+def load_minkunet(path: str | Path) -> tuple[dict[str, Any], dict]:
+    """A published MinkUNet as a student of our features: (what `config.model` says of it, {"params", "batch_stats"}).
+
+    The first has `name`, `minkunet` (width, stem_convolutions, and voxel_size: 0.05 m as SPVNAS and OpenPCSeg train, or
+    0.1 m), `head` and `out_features`.
+
+    Raises:
+      InputError: as `read_minkunet`, `convert_minkunet` and `with_our_features`, or channels that are no multiple of
+        the published ones.
+    """
+    settings, weights = read_minkunet(path)
+    channels = (settings["stem"], *settings["widths"])
+    width = next((k / 100 for k in range(1, 1001) if scaled_widths(k / 100) == channels), None)
+    if width is None or not settings["name"]:
+        blocks = ", ".join(map(str, settings["blocks"]))
+        raise InputError(
+            f"{path}: a MinkUNet of {', '.join(map(str, channels))} channels and {blocks} residual blocks, and those "
+            f"known are {', '.join(BLOCKS)}, with channels times one factor"
+        )
+    variables = with_our_features(convert_minkunet(weights, settings, str(path)), settings, str(path))
+    minkunet = {
+        "width": width,
+        "stem_convolutions": settings["stem_convolutions"],
+        "voxel_size": 0.05 if settings["layout"] == "torchsparse" else 0.1,
+    }
+    model = {key: settings[key] for key in ("name", "head", "out_features")}
+    return {**model, "minkunet": minkunet}, variables
 
 
 def convert_minkunet(weights: Mapping[str, np.ndarray], settings: Mapping[str, Any], name: str) -> dict:

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from scalr_jax import build, interop
+from scalr_jax import build, interop, interop_minkunet
 from scalr_jax import workdir as workdir_of_run
 from scalr_jax.api import evaluated_classes, known_classes
 from scalr_jax.checkpoint import load_variables
@@ -83,6 +83,10 @@ def load_backbone(config: Any) -> dict:
     Raises `InputError` when it is neither, and with every setting in which it differs from `config.model`.
     """
     path = Path(config.checkpoint)
+    if config.checkpoint and path.is_file() and build.is_sparse(config.model):
+        there, variables = interop_minkunet.load_minkunet(path)
+        _check_model(path, there, config.model)
+        return variables
     if config.checkpoint and path.is_file():
         there, weights = interop.read_student(path)
         there.activation = there.activation or config.model.activation  # downstream files do not say theirs
@@ -104,7 +108,7 @@ WAFFLEIRON = ("channels", "depth", "norm", "activation", "num_neighbors")
 def _check_model(path: Path, there: Any, here: Any) -> None:
     """Raises `InputError` that lists the settings in which a checkpoint's model and `config.model` differ."""
     settings = [{"name": "waffleiron", **flatten(model)} for model in (there, here)]
-    keys = ("name", "minkunet.width") if build.is_sparse(here) else ("name", *WAFFLEIRON)
+    keys = ("name", "minkunet.width", "minkunet.stem_convolutions") if build.is_sparse(here) else ("name", *WAFFLEIRON)
     found = [(key, *(of.get(key) for of in settings)) for key in keys]
     wrong = [f"{key} is {a} there, {b} in config.model" for key, a, b in found if a not in (None, b)]
     if wrong:

@@ -61,6 +61,10 @@ def test_figures(root, tmp_path, capsys):
     np.testing.assert_allclose(entry["configured"], entry["measured"], rtol=1e-4)
     assert report["ground_height"] == pytest.approx(GROUND, abs=0.05)
     frame = Folder(root).frame(0)
+    levels = report["minkunet_levels"]
+    assert [level["voxels"]["max"] for level in levels] == sorted(level["voxels"]["max"] for level in levels)[::-1]
+    assert levels[0]["voxels"]["max"] <= report["voxels"]["max"] < 8 ** len(levels) * levels[-1]["voxels"]["max"]
+    assert all(level["pairs"]["max"] <= 26 * level["voxels"]["max"] for level in levels)
     assert 0 < report["voxels_in_one_image"]["max"] <= max(Folder(root).frame(i).visible.sum() for i in range(4))
     assert report["voxels"]["max"] <= 7000
     assert frame.visible.sum() < 7000

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from scalr_jax import torch_file
-from scalr_jax.data.scenes import InputError
+import scalr_jax
+from scalr_jax import tasks, torch_file
+from scalr_jax.config import get_config
+from scalr_jax.data.scenes import InputError, PackedVoxels
 from scalr_jax.data.transforms import make_features
-from scalr_jax.data.voxels import count_levels, sizes_for
+from scalr_jax.data.voxels import count_levels, extent_of, room_for, sizes_for
 from scalr_jax.interop_minkunet import convert_minkunet, element_order, read_minkunet, with_our_features
 from scalr_jax.models import minkunet
 from scalr_jax.ops import sparse_conv
@@ -132,7 +134,7 @@ class Interpreter:
 # ------------------------------------------------------------------------------------------------ files of weights
 
 
-def state_dict(layout):
+def state_dict(layout, stem=STEM, widths=WIDTHS, blocks=BLOCKS):
     """Random weights under the published names, which are written out here once more, from the published modules."""
     rng, state = np.random.default_rng(LAYOUTS.index(layout)), {}
     minkowski = layout == "minkowski"
@@ -159,13 +161,13 @@ def state_dict(layout):
             norm(f"{start}.downsample.1", width)
 
     for number in range(1 if minkowski else 2):
-        kernel("conv0p1s1" if minkowski else f"stem.{3 * number}", 27, STEM if number else FEATURES, STEM)
-        norm("bn0" if minkowski else f"stem.{3 * number + 1}", STEM)
-    width, skips = STEM, []
+        kernel("conv0p1s1" if minkowski else f"stem.{3 * number}", 27, stem if number else FEATURES, stem)
+        norm("bn0" if minkowski else f"stem.{3 * number + 1}", stem)
+    width, skips = stem, []
     between = ["conv1p1s2", "conv2p2s2", "conv3p4s2", "conv4p8s2"]
     between += ["convtr4p16s2", "convtr5p8s2", "convtr6p4s2", "convtr7p2s2"]
     norms = ["bn1", "bn2", "bn3", "bn4", "bntr4", "bntr5", "bntr6", "bntr7"]
-    for stage, out in enumerate(WIDTHS):
+    for stage, out in enumerate(widths):
         down = stage < 4
         inside = f"stage{stage + 1}.0.net" if down else f"up{stage - 3}.0.net"
         skips += [width] if down else []
@@ -173,7 +175,7 @@ def state_dict(layout):
         kernel(between[stage] if minkowski else f"{inside}.0", 8, width, new)
         norm(norms[stage] if minkowski else f"{inside}.1", new)
         width = new + (0 if down else skips[7 - stage])
-        for number in range(BLOCKS[stage]):
+        for number in range(blocks[stage]):
             start = f"stage{stage + 1}.{number + 1}" if down else f"up{stage - 3}.1.{number}"
             block(f"block{stage + 1}.{number}" if minkowski else start, width, out)
             width = out
@@ -183,7 +185,7 @@ def state_dict(layout):
     else:
         state["classifier.0.weight"] = rng.normal(size=(CLASSES, width))
         state["classifier.0.bias"] = rng.normal(size=CLASSES)
-        state["point_transforms.0.0.weight"] = rng.normal(size=(WIDTHS[3], STEM))  # SPVNAS makes them, for SPVCNN
+        state["point_transforms.0.0.weight"] = rng.normal(size=(widths[3], stem))  # SPVNAS makes them, for SPVCNN
     return {name: array.astype(np.int64 if array.ndim == 0 else np.float32) for name, array in state.items()}
 
 
@@ -197,15 +199,13 @@ def points():
 
 
 @functools.cache
-def sizes():
-    return sizes_for(count_levels(np.floor(points()[1][0] / SIZE).astype(int)))
-
-
-@functools.cache
 def voxels():
-    scene = np.zeros(points()[1].shape[:2], np.int32)
-    make = functools.partial(minkunet.make_voxels, voxel_size=SIZE, field_of_view=VIEW, sizes=sizes(), num_scenes=1)
-    return jax.jit(make, compiler_options=FAST)(points()[1], scene)
+    coordinates = points()[1] / SIZE
+    room = tuple(part[None] for part in room_for(count_levels(np.floor(coordinates[0]))))
+    make = functools.partial(minkunet.tables_of, extent=extent_of(VIEW, SIZE), num_scenes=1)
+    return jax.jit(make, compiler_options=FAST)(
+        PackedVoxels(coordinates, room), np.zeros(coordinates.shape[:2], np.int32)
+    )
 
 
 def ours(settings):
@@ -338,6 +338,32 @@ def test_published_sizes_are_recognised(tmp_path):
     settings, _ = read_minkunet(tmp_path / "net.pt")
     assert (settings["name"], settings["blocks"], settings["head"]) == ("minkunet34", blocks, "none")
     assert settings["features"] == ("intensity",)
+
+
+def test_a_published_file_is_a_student(tmp_path):
+    """By scalr_jax.load with its raw intensities, and as the start of a probe; another width is refused."""
+    stem, *widths = minkunet.scaled_widths(0.1)
+    state = state_dict("torchsparse", stem, tuple(widths), minkunet.BLOCKS["minkunet14"])
+    torch_file.write_torch_file(tmp_path / "net.pt", {"model": state})
+    model = scalr_jax.load(tmp_path / "net.pt")
+    config = model.config
+    assert (config.name, config.minkunet.width, config.minkunet.voxel_size) == ("minkunet14", 0.1, 0.05)
+    assert (config.minkunet.stem_convolutions, config.intensity, config.head) == (2, (0.0, 1.0), "linear")
+    assert model.class_names == tuple(f"class {k}" for k in range(CLASSES))
+    config = get_config()
+    config.model.name, config.checkpoint = "minkunet14", str(tmp_path / "net.pt")
+    config.model.minkunet.update(width=0.1, stem_convolutions=2)
+    jax.tree.map(np.testing.assert_array_equal, tasks.load_backbone(config), jax.device_get(model.variables))
+    config.model.minkunet.update(width=0.2, stem_convolutions=1)
+    with pytest.raises(
+        InputError, match=r"width is 0\.1 there, 0\.2 in config\.model; minkunet\.stem_convolutions is 2"
+    ):
+        tasks.load_backbone(config)
+    torch_file.write_torch_file(tmp_path / "odd.pt", {"model": state_dict("torchsparse")})
+    with pytest.raises(
+        InputError, match=r"odd\.pt: a MinkUNet of 4, 4, 6, .* channels and 1, 2, 1, .* residual blocks"
+    ):
+        scalr_jax.load(tmp_path / "odd.pt")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scalr_jax.data.voxels import count_levels, sizes_for
+from scalr_jax.data.scenes import PackedVoxels
+from scalr_jax.data.voxels import count_levels, extent_of, room_for
 from scalr_jax.models import minkunet
 
 VIEW = ((-3.2, -3.2, -1.6), (3.2, 3.2, 1.6))
 SMALL = minkunet.MinkUNet((1, 0, 0, 0, 1, 0, 0, 0), (4, 6, 8, 10, 8, 6, 6, 6), 4)
 SIZE, POINTS = 0.1, 200
+EXTENT = extent_of(VIEW, SIZE)
 
 
 def scene(seed, number=POINTS):
@@ -23,12 +25,15 @@ def scene(seed, number=POINTS):
     return np.concatenate([rng.normal(size=(number, 2)), xyz], axis=1).astype(np.float32)
 
 
+def coordinates(xyz):
+    return (xyz - np.float32(VIEW[0])) / SIZE
+
+
 @functools.lru_cache
-def sizes(num_scenes):
-    """Room for so many scenes, and more."""
-    each = [np.floor((scene(seed)[:, 2:] - VIEW[0]) / SIZE).astype(int) for seed in range(4)]
-    counts = np.max([count_levels(ijk) for ijk in each], axis=0)
-    return sizes_for(num_scenes * (counts + 9))
+def room(num_scenes):
+    """For so many scenes, and more."""
+    counts = np.max([count_levels(np.floor(coordinates(scene(seed)[:, 2:]))) for seed in range(4)], axis=0)
+    return room_for(num_scenes * (counts + 9))
 
 
 def pack(shards, num_scenes, num_points, padding=0.0):
@@ -44,9 +49,9 @@ def pack(shards, num_scenes, num_points, padding=0.0):
 
 @functools.partial(jax.jit, static_argnums=2)
 def voxels_of(feats, index, num_scenes):
-    return minkunet.make_voxels(
-        feats[..., 2:5], index, voxel_size=SIZE, field_of_view=VIEW, sizes=sizes(num_scenes), num_scenes=num_scenes
-    )
+    empty = tuple(jnp.zeros((len(feats), *part.shape)) for part in room(num_scenes))
+    packed = PackedVoxels(coordinates(feats[..., 2:5]), empty)
+    return minkunet.tables_of(packed, index, EXTENT, num_scenes=num_scenes)
 
 
 @functools.lru_cache

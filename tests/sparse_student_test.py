@@ -155,7 +155,7 @@ def test_without_room_for_a_voxel_nothing_passes_as_a_result(scenes, street_cach
     student = build.make_student(config, head="none", out_features=0)
     need = packing.sizes(scene)
     room = need if enough else need._replace(voxels=(need.voxels[0] - 1, *need.voxels[1:]))
-    batch = jax.tree.map(lambda x: x[None], packing.pack_shard([scene], room, scene, ()))
+    batch = jax.tree.map(lambda x: jax.numpy.asarray(x)[None], packing.pack_shard([scene], room, scene, ()))
     shapes = jax.eval_shape(lambda: student.init(jax.random.key(0), batch, train=False))
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), shapes)
     out = np.asarray(jax.jit(lambda variables: student.apply(variables, batch, train=False))(variables))

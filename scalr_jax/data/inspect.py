@@ -19,6 +19,7 @@ import numpy as np
 from scalr_jax.data import transforms
 from scalr_jax.data.joined import intensity_statistics
 from scalr_jax.data.scenes import BadFrameError, Frame, InputError
+from scalr_jax.data.voxels import count_levels
 
 VOXEL_SIZE = 0.1  # metres
 CELL = 0.5  # metres, of the published grids
@@ -39,6 +40,7 @@ class Seen(NamedTuple):
     num_dropped: int  # rows of the file that were no usable point
     num_voxels: int
     num_in_view: int | None  # voxels with a pixel; None without an image
+    levels: np.ndarray  # [levels, 2]: voxels and pairs of neighbours of the points in one image, or else of all
     extent: np.ndarray  # [2, 4] min and max of x, y, z, radius of all points
     moments: np.ndarray  # [5] of the intensity: count, sum, sum of squares, min, max
     statistics: tuple[float, float]  # configured mean and standard deviation
@@ -163,6 +165,7 @@ def look(dataset: Any, index: int, frame: Frame, rng: np.random.Generator) -> Se
     voxels = transforms.one_a_voxel(frame, VOXEL_SIZE, rng)
     some = rng.permutation(len(xyz))[:SAMPLE]
     with_radius = np.column_stack([xyz, radius])
+    used = voxels if frame.visible is None or not frame.visible[voxels].any() else voxels[frame.visible[voxels]]
     reader, local = locate(dataset, index)
     stored = len(reader.scan(local).points) if hasattr(reader, "scan") else len(xyz)
     return Seen(
@@ -173,6 +176,7 @@ def look(dataset: Any, index: int, frame: Frame, rng: np.random.Generator) -> Se
         num_dropped=stored - len(xyz),
         num_voxels=len(voxels),
         num_in_view=None if frame.visible is None else int(frame.visible[voxels].sum()),
+        levels=count_levels(np.floor(xyz[used] / VOXEL_SIZE)),
         extent=np.stack([with_radius.min(axis=0), with_radius.max(axis=0)]),
         moments=np.array([len(xyz), intensity.sum(), (intensity**2).sum(), intensity.min(), intensity.max()]),
         statistics=intensity_statistics(dataset, index),
@@ -206,6 +210,7 @@ def summarize(dataset: Any, seen: Sequence[Seen], bad: Mapping[str, str]) -> dic
         "rows_dropped": spread([frame.num_dropped for frame in seen]),
         "voxels": spread([frame.num_voxels for frame in seen]),
         "voxels_in_one_image": spread(in_view) if in_view else None,
+        "minkunet_levels": _levels(seen),
         "ranges": _ranges(seen),
         "intensity": _intensity(seen),
         "ground_height": round(float(np.median(grounds)), 2) if grounds else None,
@@ -254,6 +259,16 @@ def _ranges(seen: Sequence[Seen]) -> dict[str, dict[str, float]]:
         name: {key: round(float(table[row, k]), 3) for row, key in enumerate(PERCENTILES)}
         for k, name in enumerate(("x", "y", "z", "radius"))
     }
+
+
+def _levels(seen: Sequence[Seen]) -> list[dict[str, Any]]:
+    """Of each level of a MinkUNet: voxels a scene, and occupied neighbours of each voxel."""
+    counts = np.stack([frame.levels for frame in seen])  # [frames, levels, 2]
+    near = counts.sum(axis=0)[:, 1] / counts.sum(axis=0)[:, 0]
+    return [
+        {"voxels": spread(counts[:, k, 0].tolist()), "pairs": spread(counts[:, k, 1].tolist()), "neighbours": float(n)}
+        for k, n in enumerate(near.round(2))
+    ]
 
 
 def _intensity(seen: Sequence[Seen]) -> list[dict[str, Any]]:
@@ -327,6 +342,11 @@ def format_report(report: Mapping[str, Any]) -> str:
     for key, title in titles.items():
         if row := report[key]:
             lines.append(f"  {title:<21}" + "".join(f"{row[kind]:>10,}" for kind in ("min", "mean", "max")))
+    lines += ["", f"{'MinkUNet, a scene':<23}" + "".join(f"{key:>12}" for key in ("min", "mean", "max", "neighbours"))]
+    for k, level in enumerate(report["minkunet_levels"]):
+        row = (*level["voxels"].values(), level["neighbours"])
+        title = f"voxels of {VOXEL_SIZE * 2**k:g} m"
+        lines.append(f"  {title:<21}" + "".join(f"{value:>12,}" for value in row))
     lines.append("")
     for entry in report["intensity"]:
         (mean, std), (given_mean, given_std) = entry["measured"], entry["configured"]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scalr_jax.data.scenes import IGNORE, Batch, InputError, PackedVoxels, Plane, ScenePlane, SceneView
-from scalr_jax.data.voxels import sizes_for
+from scalr_jax.data.voxels import room_for
 
 
 class Capacities(NamedTuple):
@@ -178,8 +178,7 @@ def pack_shard(scenes: Sequence[SceneView], capacities: Capacities, template: Sc
     if template.voxels is not None:
         parts = [scene.voxels.coordinates for scene in scenes if scene.voxels is not None]
         coordinates = _filled(parts, capacity, 0.0, template.voxels.coordinates)
-        levels = sizes_for(np.array([capacities.voxels, capacities.pairs]).T)
-        room = tuple(np.zeros((0, size.voxels, size.pairs // size.block, size.block), np.int32) for size in levels)
+        room = room_for(np.array([capacities.voxels, capacities.pairs]).T)
         batch = batch._replace(voxels=PackedVoxels(coordinates, room))
     if template.labels is not None:
         labels = _filled([scene.labels for scene in scenes], capacity, IGNORE, template.labels)

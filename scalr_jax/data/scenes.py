@@ -122,9 +122,7 @@ class PackedVoxels(NamedTuple):
     """What the device makes a MinkUNet's tables from."""
 
     coordinates: np.ndarray  # [D, P, 3] float32, as in `SceneVoxels`; 0 for padding
-    # [D, 0, voxels, pairs / block, block] of each level: empty arrays, whose shapes are the static sizes of the tables.
-    # The 0 is in front, because XLA's loops on a CPU run over what stands before it.
-    room: tuple[np.ndarray, ...]
+    room: tuple[np.ndarray, ...]  # [D, 0, ...] of each level: `data.voxels.room_for`, the static sizes of the tables
 
 
 class Batch(NamedTuple):

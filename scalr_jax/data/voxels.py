@@ -68,3 +68,12 @@ def sizes_for(counts: np.ndarray) -> tuple[Sizes, ...]:
         block = next((size for size in BLOCKS if 130 * size <= pairs), BLOCKS[-1])  # a tenth more slots at most
         sizes.append(Sizes(int(voxels), (int(pairs) // block + 27) * block, block))
     return tuple(sizes)
+
+
+def room_for(counts: np.ndarray) -> tuple[np.ndarray, ...]:
+    """[0, voxels, pairs / block, block] of each level: empty arrays whose shapes are the sizes of `sizes_for(counts)`.
+
+    The 0 is in front, because XLA's loops on a CPU run over what stands before it.
+    """
+    shapes = [(0, size.voxels, size.pairs // size.block, size.block) for size in sizes_for(counts)]
+    return tuple(np.zeros(shape, np.int32) for shape in shapes)

@@ -33,20 +33,9 @@ BLOCKS = {
 READINGS = ("nearest", "trilinear")
 
 
-def make_voxels(
-    xyz: Array, scene: Array, *, voxel_size: float, field_of_view: tuple, sizes: tuple, num_scenes: int
-) -> sparse_conv.Voxels:
-    """The tables of all levels of each shard, with their axis D; `sizes` has one `sparse_conv.Sizes` a level.
-
-    xyz [D, P, 3] in metres; scene [D, P]; field_of_view ((low x, y, z), (high x, y, z)): points outside of it count as
-    the voxels at its border.
-    """
-    low, high = (jnp.asarray(corner, jnp.float32) for corner in field_of_view)
-    extent = tuple(round((b - a) / voxel_size) for a, b in zip(*field_of_view, strict=True))
-    ijk = jnp.floor((jnp.clip(xyz, low, high) - low) / voxel_size).astype(jnp.int32)
-    return per_shard(
-        lambda ijk, scene: sparse_conv.make_levels(ijk, scene, sizes, num_scenes=num_scenes, extent=extent), ijk, scene
-    )
+def scaled_widths(width: float) -> tuple[int, ...]:
+    """Channels of stem and stages: the published ones times `width`, cut to integers as SPVNAS does."""
+    return tuple(max(1, int(width * channels)) for channels in (STEM, *WIDTHS))
 
 
 def tables_of(packed: Any, scene: Array, extent: tuple, *, num_scenes: int) -> sparse_conv.Voxels:
@@ -110,7 +99,7 @@ class Block(nn.Module):
 
 
 class MinkUNet(nn.Module):
-    """feats [D, P, F], `make_voxels` of the same points -> [D * P, 96] float32; padding reads zero.
+    """feats [D, P, F], `tables_of` the same points -> [D * P, 96] float32; padding reads zero.
 
     `blocks`: residual blocks of each of the eight stages, `BLOCKS[name]`; `stem_convolutions`: SPVNAS's stem
     has two. For `reading` "trilinear" `offset` [D, P, 3] is where each point is in its voxel, -0.5 to 0.5 from the
