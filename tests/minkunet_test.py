@@ -15,6 +15,7 @@ VIEW = ((-3.2, -3.2, -1.6), (3.2, 3.2, 1.6))
 SMALL = minkunet.MinkUNet((1, 0, 0, 0, 1, 0, 0, 0), (4, 6, 8, 10, 8, 6, 6, 6), 4)
 SIZE, POINTS = 0.1, 200
 EXTENT = extent_of(VIEW, SIZE)
+FAST = {"xla_backend_optimization_level": 0}  # compiles faster, which is what these tests spend their time on
 
 
 def scene(seed, number=POINTS):
@@ -47,27 +48,29 @@ def pack(shards, num_scenes, num_points, padding=0.0):
     return feats, index
 
 
-@functools.partial(jax.jit, static_argnums=2)
 def voxels_of(feats, index, num_scenes):
     empty = tuple(jnp.zeros((len(feats), *part.shape)) for part in room(num_scenes))
     packed = PackedVoxels(coordinates(feats[..., 2:5]), empty)
     return minkunet.tables_of(packed, index, EXTENT, num_scenes=num_scenes)
 
 
-@functools.lru_cache
-def program(num_scenes, train):
-    def forward(variables, feats, index):
-        voxels = voxels_of(feats, index, num_scenes)
-        out, _ = SMALL.apply(variables, feats, voxels, train=train, mutable=["batch_stats"])
-        return out.reshape(*index.shape, -1), voxels.missing
+def forward(variables, feats, index, num_scenes, train):
+    voxels = voxels_of(feats, index, num_scenes)
+    out, _ = SMALL.apply(variables, feats, voxels, train=train, mutable=["batch_stats"])
+    return out.reshape(*index.shape, -1), voxels.missing
 
-    return jax.jit(forward)
+
+compiled = jax.jit(forward, static_argnums=(3, 4), compiler_options=FAST)
 
 
 @pytest.fixture(scope="module")
 def variables():
     feats, index = pack([[scene(0)]], 1, POINTS)
-    made = jax.jit(functools.partial(SMALL.init, train=False))(jax.random.key(0), feats, voxels_of(feats, index, 1))
+
+    def init(feats, index):
+        return SMALL.init(jax.random.key(0), feats, voxels_of(feats, index, 1), train=False)
+
+    made = jax.jit(init, compiler_options=FAST)(feats, index)
     rng = np.random.default_rng(0)  # norms that do something
     return jax.tree.map(lambda x: x + rng.uniform(0.0, 0.2, x.shape).astype(np.float32), made)
 
@@ -87,11 +90,11 @@ def test_as_many_parameters_as_published(name, millions):
 def test_packed_equals_apart(variables):
     members = [scene(seed, POINTS - 30 * seed) for seed in range(4)]
     feats, index = pack([members[:2], members[2:]], 2, 2 * POINTS + 17)
-    packed, missing = program(2, False)(variables, feats, index)
+    packed, missing = compiled(variables, feats, index, 2, False)
     assert not np.asarray(missing).any()
     assert (np.asarray(packed)[index == 2] == 0).all()
     for number, member in enumerate(members):
-        alone, _ = program(1, False)(variables, *pack([[member]], 1, POINTS))
+        alone, _ = compiled(variables, *pack([[member]], 1, POINTS), 1, False)
         shard, place = divmod(number, 2)
         np.testing.assert_allclose(
             np.asarray(packed)[shard][index[shard] == place], np.asarray(alone)[0, : len(member)], rtol=1e-4, atol=1e-4
@@ -101,10 +104,10 @@ def test_packed_equals_apart(variables):
 def test_padding_changes_nothing_and_gradients_are_finite(variables):
     members = [scene(0), scene(1)]
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FAST)
     @jax.value_and_grad
     def loss(params, feats, index):
-        out, _ = program(2, True)({**variables, "params": params}, feats, index)
+        out, _ = forward({**variables, "params": params}, feats, index, 2, True)
         return jnp.square(out).sum()
 
     tight = pack([members], 2, 2 * POINTS)
@@ -122,5 +125,5 @@ def test_points_far_outside_count_as_the_border(variables):
     near, far = scene(0), scene(0)
     near[0, 2:], far[0, 2:] = (3.19, 0.0, 0.0), (900.0, 0.0, 0.0)
     far[0, :2], near[0, :2] = 0.5, 0.5
-    cells = [voxels_of(*pack([[points]], 1, POINTS), 1).cell for points in (near, far)]
-    np.testing.assert_array_equal(*cells)
+    cell = jax.jit(lambda feats, index: voxels_of(feats, index, 1).cell, compiler_options=FAST)
+    np.testing.assert_array_equal(*(cell(*pack([[points]], 1, POINTS)) for points in (near, far)))

@@ -1,6 +1,7 @@
 """A MinkUNet as the student: by `model.name` in any config, in the same tasks and packs as a WaffleIron."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from train_test import distill, small_config
 
 import scalr_jax
-from scalr_jax import build, optim, tasks
+from scalr_jax import abstract, build, hlo, optim, sharding, tasks
 from scalr_jax.checkpoint import load_variables
 from scalr_jax.data import packing
 from scalr_jax.data.pipeline import Pipeline
@@ -160,6 +161,28 @@ def test_without_room_for_a_voxel_nothing_passes_as_a_result(scenes, street_cach
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), shapes)
     out = np.asarray(jax.jit(lambda variables: student.apply(variables, batch, train=False))(variables))
     assert np.isfinite(out).all() == enough
+
+
+def test_only_sums_cross_a_device(street_cache):
+    """Of gradients and batch norms, in the compiled gradient of eight shards on eight devices; no table, no rows."""
+    config = small_config(street_cache, **NARROW)
+    student = build.make_student(config, head="none", out_features=0)
+    mesh = sharding.make_mesh(8, 1)
+    batch = abstract.make_batch(config, "distill", abstract.choose_capacities(config), mesh)
+    shapes = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
+
+    def loss(params, statistics, batch):
+        variables = {"params": params, "batch_stats": statistics}
+        return student.apply(variables, batch, train=True, mutable=["batch_stats"])[0].sum()
+
+    variables = abstract.placed(shapes, sharding.parameter_shardings(shapes, mesh))
+    arguments = variables["params"], variables["batch_stats"], batch
+    text = jax.jit(jax.grad(loss)).lower(*arguments).compile({"xla_backend_optimization_level": 0}).as_text() or ""
+    found = {kind for kind in hlo.COLLECTIVES if re.search(rf" {kind}(-start)?\(", text)}
+    assert found == {"all-reduce"}
+    largest = max(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    for shape in re.findall(r"= f32\[([\d,]*)\][^=]*? all-reduce\(", text):
+        assert np.prod([int(n) for n in shape.split(",") if n]) <= largest
 
 
 def test_layer_decay_counts_residual_blocks():
