@@ -19,7 +19,8 @@ from scalr_jax.config import flatten, get_config
 from scalr_jax.data.scenes import InputError
 from scalr_jax.logging import write_json
 
-# Keys that may differ between a run and its resumption: they change neither the data order nor the parameters.
+# Keys that may differ between a run and its resumption: they change neither the data order nor the parameters. Sizes of
+# tables are among them because a run stops at the first scene that these do not hold, and goes on when they are raised.
 FREE_KEYS = (
     "log_every_steps",
     "checkpoint_every_steps",
@@ -27,6 +28,10 @@ FREE_KEYS = (
     "keep_every_steps",
     "data.num_workers",
     "data.prefetch",
+    "data.cells_per_shard",
+    "data.halo_per_shard",
+    "data.voxels_per_shard",
+    "data.pairs_per_shard",
 )
 
 LOCAL_KEYS = ("data.num_workers", "data.prefetch", "data.root")  # may differ between the processes of one run

@@ -120,6 +120,17 @@ def test_a_workdir_of_another_config_is_refused(whole_run, street_cache):
         distill(config, whole_run[0])
 
 
+def test_tables_that_were_too_small_are_raised_in_the_same_workdir(whole_run, tmp_path, street_cache):
+    """The run stops with the scene and the key, and goes on when that is raised: the result is that of larger ones."""
+    given = lambda halo: {"data.cells_per_shard": (3000,) * 3, "data.halo_per_shard": (halo,) * 3}  # noqa: E731
+    with pytest.raises(InputError, match=r"needs .* halo where data\.halo_per_shard is \(50, 50, 50\); raise it"):
+        distill(small_config(street_cache, **given(50)), tmp_path)
+    state = distill(small_config(street_cache, **given(5000)), tmp_path)
+    assert int(state.step) == 6
+    same = [losses(path) for path in (tmp_path, whole_run[0])]
+    np.testing.assert_allclose(list(same[0].values()), list(same[1].values()), atol=1e-5)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole_run, tmp_path, street_cache, caplog):
     import shutil
 

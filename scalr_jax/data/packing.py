@@ -130,7 +130,9 @@ def pack_stream(scenes: Iterator[SceneView], capacities: Capacities, *, exactly:
     for scene in scenes:
         size = sizes(scene)
         if exceeded := overflow(size, capacities):
-            raise InputError(f"the scene {scene.name} needs {', '.join(exceeded)}; raise it")
+            raise InputError(
+                f"the scene {scene.name} needs {', '.join(exceeded)}; raise it, and the same workdir resumes"
+            )
         if exceeded := overflow(add(need, size), capacities):
             if exactly:
                 group = f"a group of {exactly} scenes up to {scene.name}"
