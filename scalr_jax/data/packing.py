@@ -131,7 +131,7 @@ def pack_stream(scenes: Iterator[SceneView], capacities: Capacities, *, exactly:
         size = sizes(scene)
         if exceeded := overflow(size, capacities):
             raise InputError(
-                f"the scene {scene.name} needs {', '.join(exceeded)}; raise it, and the same workdir resumes"
+                f"the scene {scene.name} needs {', '.join(exceeded)}; raise it (a training resumes with it)"
             )
         if exceeded := overflow(add(need, size), capacities):
             if exactly:
