@@ -130,12 +130,13 @@ def assert_all_end(group):
     assert not members(group)
 
 
-def test_an_interrupt_is_one_sentence(tmp_path):
-    raw.write_semantic_kitti(tmp_path / "semantic_kitti", num_scans=10 * NUM_SCANS)  # so many that it comes in time
-    line = [sys.executable, "-m", "scalr_jax.prepare", *" ".join(arguments(tmp_path)).split(), "--num_processes=2"]
+def test_an_interrupt_is_one_sentence(kitti):
+    line = [sys.executable, "-m", "scalr_jax.prepare", *" ".join(arguments(kitti)).split(), "--num_processes=2"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit to ignore it
     process = subprocess.Popen(
         line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True
     )
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
     while len(members(process.pid)) < 4 and time.monotonic() < deadline:  # two workers, multiprocessing's tracker
         time.sleep(0.01)
