@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from scalr_jax import distributed
 from scalr_jax.data.instances import open_bank, write_bank
@@ -305,6 +306,8 @@ def make_sparse_student(model: Any, *, head: str, out_features: int, frozen_back
         raise InputError(f"model.minkunet.stem_convolutions = {settings.stem_convolutions} is neither 1 nor 2")
     if settings.reading not in READINGS:
         raise InputError(f"model.minkunet.reading = {settings.reading!r} is none of {', '.join(READINGS)}")
+    if model.drop_path:
+        logging.log_first_n(logging.WARNING, "model.drop_path = %g: a MinkUNet drops no path", 1, model.drop_path)
     low, high = (tuple(corner) for corner in model.field_of_view)
     stem, *widths = scaled_widths(settings.width)
     return SparseStudent(

@@ -181,6 +181,8 @@ def _evaluate() -> ConfigDict:
             # by data.augmentation (published, consistent); 1: the scan as it is, alone
             "votes": 1,
             "submission": False,  # nuscenes, semantic_kitti: write the benchmark's files, also of data.split = "test"
+            # what nuScenes is told that the model uses: some of camera, lidar, radar, map, external (data, weights)
+            "submission_uses": ("lidar",),
             # robustness
             "corruptions": (  # of Robo3D
                 *("fog", "wet_ground", "snow", "motion_blur", "beam_missing", "crosstalk"),
@@ -188,8 +190,8 @@ def _evaluate() -> ConfigDict:
             ),
             "severities": ("light", "moderate", "heavy"),
             "corrupted_root": "",  # the folder of the released nuScenes-C or SemanticKITTI-C; "": own generators
-            # of mCE: nuscenes_c, semantic_kitti_c (MinkUNet-18, published) or the robustness.json of another run;
-            # auto: the published one of the dataset, none elsewhere
+            # of mCE: nuscenes_c, semantic_kitti_c (MinkUNet-18, published) or the workdir of another robustness run;
+            # auto: the published one of a released set, else none
             "baseline": "auto",
         }
     )

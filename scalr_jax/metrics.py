@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from scalr_jax.data.scenes import IGNORE
+from scalr_jax.data.scenes import IGNORE, InputError
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts [classes, classes] int64 over the points whose label is not 255. labels, predictions [N] integers."""
+    """Counts [classes, classes] int64 over the points whose label is not 255. labels, predictions [N] integers.
+
+    Raises `InputError` for a label that is neither a class nor 255.
+    """
     valid = labels != IGNORE
+    if (labels[valid] >= num_classes).any():
+        raise InputError(
+            f"a label is {labels[valid].max()}, and there are {num_classes} classes; prepare the labels again"
+        )
     index = labels[valid].astype(np.int64) * num_classes + predictions[valid].astype(np.int64)
     return np.bincount(index, minlength=num_classes**2).reshape(num_classes, num_classes)
 

@@ -20,7 +20,6 @@ from scalr_jax.evaluation import report
 from scalr_jax.evaluation import robustness as robust
 from scalr_jax.evaluation.nearest_neighbors import nearest_neighbors
 from scalr_jax.evaluation.segmentation import Evaluator
-from scalr_jax.evaluation.segmentation import evaluate as evaluate_segmentation
 from scalr_jax.evaluation.submission import Submission
 from scalr_jax.evaluation.zero_shot import zero_shot
 from scalr_jax.features import checksum, make_cache
@@ -96,6 +95,11 @@ def load_backbone(config: Any) -> dict:
         if (path / "config.json").is_file():
             _check_model(path, json.loads((path / "config.json").read_text())["model"], config.model)
         return load_variables(path / "checkpoints")
+    if config.checkpoint and (path / "results.json").is_file():
+        raise InputError(
+            f"{path} keeps no weights: it is a probe of probe.method knn or zero_shot, an evaluation, or a run that "
+            "ended before its first checkpoint; give the run whose weights it used"
+        )
     raise InputError(
         f"config.checkpoint = {config.checkpoint!r} is neither the workdir of a run nor a published student; give one "
         "with --config.checkpoint=PATH (docs/weights.md says which files there are)"
@@ -132,12 +136,20 @@ def _segment(config: Any, workdir: Path, *, label: str, frozen: bool, initial: d
 
 def _report(config: Any, workdir: Path, validation: Any, student: Any, variables: Any, num_classes: int, label: str):
     """Evaluate and write results.json; `student` has `apply(variables, batch, train=False)` -> [D, P, classes]."""
-    confusion = evaluate_segmentation(config, validation, student, variables, num_classes)
-    results = report.results_of(confusion, validation.class_names)
+    evaluator = Evaluator(config, student, variables, num_classes)
+    confusion = evaluator.confusion(validation).sum(axis=0)
+    if confusion.sum() == 0:
+        raise InputError("the evaluation set has no labelled point; check data.split and the labels' folder")
+    results = {**report.results_of(confusion, validation.class_names), **_scans(evaluator, validation)}
     if jax.process_index() == 0:
         write_json(workdir / "results.json", results)
         print(f"{label}: mIoU {results['miou']:.4f}", flush=True)
     return results
+
+
+def _scans(evaluator: Evaluator, dataset: Any) -> dict[str, int]:
+    """How many scans were evaluated, and how many could not be read."""
+    return {"scans": evaluator.num_scans, "bad_scans": len(dataset) - evaluator.num_scans}
 
 
 def probe(config: Any, workdir: Path) -> dict:
@@ -205,31 +217,31 @@ def evaluate(config: Any, workdir: Path) -> dict:
     order = class_order(config, dataset, num_classes)
     rings = check_rings(config)
     evaluator = Evaluator(config, student, variables, num_classes, votes=config.evaluate.votes, order=order)
-    if config.evaluate.submission:
-        with Submission(dataset, workdir / "submission") as submission:
-            confusion = evaluator.confusion(dataset, rings=rings, keep=submission.add)
-            submission.finish()
-    else:
-        confusion = evaluator.confusion(dataset, rings=rings)
-    if confusion.sum() == 0:
+    with workdir_of_run.claim(config, workdir):
         if config.evaluate.submission:
-            return {}
-        raise InputError("the evaluation set has no labelled point; check data.split and the labels' folder")
-    results = report.results_by_range(confusion, rings, dataset.class_names)
-    results = {**results, "votes": config.evaluate.votes, "scans": len(dataset)}
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        report.write_confusion(workdir / "confusion.json", confusion, rings, dataset.class_names)
-        write_json(workdir / "results.json", results)
-        title = f"{config.data.dataset}, {config.data.split}: mIoU {results['miou']:.1%}"
-        report.draw_confusion(workdir / "figures" / "confusion.png", confusion.sum(axis=0), results, title)
-        print(report.confusion_table(confusion.sum(axis=0), dataset.class_names), flush=True)
-        print(f"\n{report.class_table(results)}", flush=True)
+            with Submission(dataset, workdir / "submission", config.evaluate.submission_uses) as submission:
+                confusion = evaluator.confusion(dataset, rings=rings, keep=submission.add)
+                submission.finish()
+        else:
+            confusion = evaluator.confusion(dataset, rings=rings)
+        if confusion.sum() == 0:
+            if config.evaluate.submission:
+                return {}
+            raise InputError("the evaluation set has no labelled point; check data.split and the labels' folder")
+        results = report.results_by_range(confusion, rings, dataset.class_names)
+        results = {**results, "votes": config.evaluate.votes, **_scans(evaluator, dataset)}
+        if jax.process_index() == 0:
+            report.write_confusion(workdir / "confusion.json", confusion, rings, dataset.class_names)
+            write_json(workdir / "results.json", results)
+            title = f"{config.data.dataset}, {config.data.split}: mIoU {results['miou']:.1%}"
+            report.draw_confusion(workdir / "figures" / "confusion.png", confusion.sum(axis=0), results, title)
+            print(report.confusion_table(confusion.sum(axis=0), dataset.class_names), flush=True)
+            print(f"\n{report.class_table(results)}", flush=True)
     return results
 
 
 def robustness(config: Any, workdir: Path) -> dict:
-    """What the run in `config.checkpoint` loses under `config.evaluate.corruptions`; see docs/evaluation.md."""
+    """What the run in `config.checkpoint` loses under `config.evaluate.corruptions`; see docs/robustness.md."""
     student, variables, num_classes = load_segmenter(config)
     dataset = _dataset(config, workdir, config.data.split)
     order = class_order(config, dataset, num_classes)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,12 +12,12 @@ from main_test import config_of
 from raw_datasets import given, write_nuscenes, write_semantic_kitti
 from tiny_student import write_workdir
 
-from scalr_jax import build, sharding, tasks
+from scalr_jax import build, load, metrics, sharding, tasks
 from scalr_jax.data.nuscenes import NuScenes
 from scalr_jax.data.pipeline import BuildScene
-from scalr_jax.data.scenes import IGNORE, Frame, InputError
+from scalr_jax.data.scenes import IGNORE, BadFrameError, Frame, InputError
 from scalr_jax.data.semantic_kitti import SemanticKITTI
-from scalr_jax.data.transforms import make_scene
+from scalr_jax.data.transforms import make_scene, to_ego
 from scalr_jax.evaluation import report
 from scalr_jax.evaluation.segmentation import Evaluator, ScanClasses, evaluate
 from scalr_jax.evaluation.submission import Submission
@@ -159,6 +161,83 @@ def test_a_run_leaves_results_confusion_matrix_and_picture(street_cache, probed,
     assert "0-8    8-16     >16" in printed
 
 
+def test_a_run_keeps_its_workdir(street_cache, probed, tmp_path):
+    """Neither another evaluation nor that of the probe's own workdir replaces results; the config lies beside them."""
+    config = evaluation_config(street_cache, probed, **{"data.num_scenes": 1})
+    results = tasks.evaluate(config, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["data"]["num_scenes"] == 1
+    assert (results["scans"], results["bad_scans"]) == (1, 0)
+    with pytest.raises(InputError, match=r"another config \(data\.num_scenes: 1 there, 2 now\)"):
+        tasks.evaluate(evaluation_config(street_cache, probed, **{"data.num_scenes": 2}), tmp_path)
+    with pytest.raises(InputError, match="another config"):
+        tasks.evaluate(config, probed)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_a_scan_that_cannot_be_read_is_counted_apart(street_cache, tmp_path, capsys):
+    config = evaluation_config(street_cache, **{"data.num_scenes": 3})
+    dataset = Labelled(build.make_dataset(config, "train", cache=tmp_path), lambda frame: frame.labels % 3)
+    good = Evaluator(config, ByHeight(), {}, 3)
+    good.confusion(dataset)
+    assert good.num_scans == 3
+    assert "could not be read" not in capsys.readouterr().out
+
+    def frame(index, rng=None, frame=dataset.frame):
+        if index == 1:
+            raise BadFrameError("streets/1: damaged")
+        return frame(index, rng)
+
+    dataset.frame = frame
+    bad = Evaluator(config, ByHeight(), {}, 3)
+    bad.confusion(dataset)
+    assert bad.num_scans == 2
+    assert "1 of 3 scans could not be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("votes", [1, 2])
+def test_an_output_that_is_not_finite_is_no_class(street_cache, tmp_path, votes):
+    config = evaluation_config(street_cache, **{"data.num_scenes": 1})
+    dataset = build.make_dataset(config, "train", cache=tmp_path)
+
+    class Diverged(ByHeight):
+        WEIGHTS = ByHeight.WEIGHTS * np.nan
+
+    with pytest.raises(InputError, match=r"not finite for \d+ points of streets/train/0; its weights"):
+        Evaluator(config, Diverged(), {}, 3, votes=votes).confusion(dataset)
+
+
+def test_tables_hold_what_comes_late_and_may_be_given(street_cache, tmp_path):
+    """The sample is from all over the set; `data.cells_per_shard` raises what is derived from it."""
+    config = evaluation_config(street_cache, **{"data.cells_per_shard": (50_000, 9, 9)})
+    evaluator = Evaluator(config, ByHeight(), {}, 3)
+    dataset = build.make_dataset(config, "train", cache=tmp_path)
+    sample = evaluator._pipeline(dataset).sample(3)
+    assert [scene.index for scene in sample] == [0, 2, 4]
+    cells = evaluator._choose_capacities(sample).cells
+    assert cells[0] == 50_000
+    assert cells[1] > 9
+
+
+def test_a_probe_of_one_sensor_on_another(street_cache, probed, tmp_path):
+    """By configs/evaluate.py, with the other sensor's intensity: each scan has the classes that `load` gives it."""
+    script = Path(__file__).parents[1] / "configs" / "evaluate.py"
+    config = runpy.run_path(str(script))["get_config"](str(probed))
+    config.data.update(root=str(street_cache), num_validation_scenes=2, image_size=(112, 224), num_workers=0)
+    expected = {}
+    for sensor in ("beams32", "solid"):
+        config.data.sensors = (sensor,)
+        dataset = build.make_dataset(config, "validation", cache=tmp_path)
+        model, expected[sensor] = load(probed, intensity=dataset.intensity(0)), np.zeros((12, 12), np.int64)
+        for index in range(2):
+            frame = dataset.frame(index)
+            points = np.concatenate([to_ego(frame.points, frame.to_ego), frame.points[:, 3:]], axis=1)
+            expected[sensor] += metrics.confusion_matrix(frame.labels, model.segment(points), 12)
+        tasks.evaluate(config, tmp_path / sensor)
+        found = json.loads((tmp_path / sensor / "confusion.json").read_text())
+        np.testing.assert_array_equal(found["counts"], expected[sensor])
+    assert expected["beams32"].sum() != expected["solid"].sum()
+
+
 def test_an_empty_class_is_named_and_not_in_the_mean():
     confusion = np.array([[3, 1, 0, 0], [0, 0, 0, 0], [2, 0, 4, 0], [0, 0, 0, 0]])
     results = report.results_of(confusion, ["road", "car", "tree", "bus"])
@@ -247,6 +326,13 @@ def test_nuscenes_submission(tmp_path, street_cache):
     found = np.fromfile(files[0], np.uint8)
     assert len(found) == 50
     np.testing.assert_array_equal(found, classes[0] + 1)
+    with pytest.raises(InputError, match="submission_uses has sonar; it takes some of camera, lidar"):
+        Submission(dataset, tmp_path / "other", ("lidar", "sonar"))
+    with Submission(dataset, tmp_path / "other", ("lidar", "external")) as submission:
+        submission.add(ScanClasses(0, classes[0], classes[0], classes[0].astype(np.float32)))
+        submission.finish()
+    meta = json.loads((tmp_path / "other" / "mini_val" / "submission.json").read_text())["meta"]
+    assert [name for name, used in meta.items() if used] == ["use_lidar", "use_external"]
 
 
 def test_half_a_submission_is_none(tmp_path):

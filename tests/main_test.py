@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from raw_datasets import write_semantic_kitti
+from tiny_student import write_workdir
 
 from scalr_jax import tasks
 from scalr_jax.data.scenes import InputError
@@ -92,6 +94,27 @@ def test_a_wrong_config_is_one_sentence(changes, words, tmp_path, street_cache):
         from scalr_jax.main import run
 
         run(config, tmp_path / "run")
+
+
+def test_bad_labels_and_weights_exit_with_2_and_one_sentence(tmp_path):
+    """A probe on a checkpoint of another width; scans without a labelled point; labels outside the map."""
+    write_workdir(tmp_path / "run", "probe", "segment", 19, dataset="semantic_kitti")
+    write_semantic_kitti(tmp_path, "08")
+    evaluate = ["--config=configs/evaluate.py:" + str(tmp_path / "run"), "--config.data.root=" + str(tmp_path)]
+    probe = ["--config=configs/smoke.py", "--config.task=probe", "--config.checkpoint=" + str(tmp_path / "run")]
+    labels = list((tmp_path / "dataset" / "sequences" / "08" / "labels").iterdir())
+    for arguments, label, words in (
+        (probe, 10, "channels is 8 there, 32 in config.model"),
+        (evaluate, 0, "the evaluation set has no labelled point"),
+        (evaluate, 77, "labels [77] are in no class"),
+    ):
+        for path in labels:
+            path.write_bytes(np.full(50, label, "<u4").tobytes())
+        result = command(*arguments, f"--workdir={tmp_path / str(label)}", "--config.data.num_workers=0")
+        assert result.returncode == 2, result.stderr
+        assert words in result.stderr.strip().splitlines()[-1]
+        assert "Traceback" not in result.stderr
+        assert not (tmp_path / str(label) / "results.json").exists()
 
 
 def test_one_truncated_scan_is_skipped_and_many_stop(tmp_path, street_cache):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from scalr_jax.data import pandaset
 from scalr_jax.data.joined import Joined, Subset, intensity_statistics
 from scalr_jax.data.scenes import IGNORE, BadFrameError, Frame, InputError
 from scalr_jax.data.street_sensors import SENSORS as STREETS
@@ -47,7 +48,7 @@ ELEVATIONS = {
     **{name: _linear(*sensor.elevation, sensor.num_beams) for name, sensor in STREETS.items()},
     "nuscenes": _linear(-30.67, 10.67, 32),  # HDL-32E
     "semantic_kitti": np.concatenate([_linear(-24.33, -8.83, 32), _linear(-8.33, 2.0, 32)]),  # HDL-64E
-    "pandar64": np.concatenate([[-25, -19], _linear(-14, -7, 8), _linear(-6, 2, 49), [3, 5, 8, 11, 15]]),
+    "pandar64": pandaset.ELEVATIONS,
 }
 
 
@@ -81,9 +82,8 @@ def motion_blur(points, labels, level: int, rng, **_: Any):
     return points, labels
 
 
-def beam_missing(points, labels, level: int, rng, *, sensor: str, **_: Any):
+def beam_missing(points, labels, level: int, rng, *, sensor: str, beam: np.ndarray, **_: Any):
     """A quarter, half or three quarters of the beams, drawn at random, return nothing (8, 16, 24 of 32)."""
-    beam = beams_of(points[:, :3], sensor)
     number = len(ELEVATIONS.get(sensor, range(UNKNOWN_BEAMS)))
     lost = rng.choice(number, round(MISSING[level] * number), replace=False)
     kept = ~np.isin(beam, lost)
@@ -107,9 +107,8 @@ def incomplete_echo(points, labels, level: int, rng, *, class_names: Sequence[st
     return points[kept], labels[kept]
 
 
-def cross_sensor(points, labels, level: int, rng, *, sensor: str, **_: Any):
+def cross_sensor(points, labels, level: int, rng, *, sensor: str, beam: np.ndarray, **_: Any):
     """A sensor with 3/4, 1/2 or 1/4 of the beams, evenly spread, of which every second point is kept."""
-    beam = beams_of(points[:, :3], sensor)
     number = len(ELEVATIONS.get(sensor, range(UNKNOWN_BEAMS)))
     left = np.floor((np.arange(round(OTHER_SENSOR[level] * number)) + 0.5) / OTHER_SENSOR[level]).astype(int)
     order = np.lexsort((np.arctan2(points[:, 1], points[:, 0]), beam))
@@ -143,16 +142,18 @@ def corrupt(
     *,
     name: str,
     sensor: str = "",
+    beams: np.ndarray | None = None,
     class_names: Sequence[str] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """A corrupted scan, and the labels of its points.
 
     Args:
-      points: [N, 4]: x, y, z in metres from the sensor (x ahead, z up), raw intensity.
+      points: [N, 4]: x, y, z in metres from the sensor (z up), raw intensity.
       labels: [N] uint8.
       corruption, severity: of `CORRUPTIONS` and `SEVERITIES`.
       name: the frame's; with the corruption and the severity it seeds what is random.
       sensor: which beams there are, a key of `ELEVATIONS`; others are guessed from the scan.
+      beams: [N], the beam of each point, 0 the lowest; None: the one of the nearest elevation.
       class_names: of the labels; says which are vehicles.
 
     Returns:
@@ -165,8 +166,9 @@ def corrupt(
     if len(points) == 0:
         raise BadFrameError(f"{name}: no point of the scan is farther than {NEAREST} m from the sensor")
     rng = np.random.default_rng(zlib.crc32(f"{name}/{corruption}/{severity}".encode()))
+    beam = beams_of(points[:, :3], sensor) if beams is None else beams[~near]
     function: Any = FUNCTIONS[corruption]
-    return function(points, labels, SEVERITIES.index(severity), rng, sensor=sensor, class_names=class_names)
+    return function(points, labels, SEVERITIES.index(severity), rng, sensor=sensor, beam=beam, class_names=class_names)
 
 
 def sensor_of(dataset: Any, index: int) -> str:
@@ -211,7 +213,8 @@ class Corrupted:
     def frame(self, index: int, rng: np.random.Generator | None = None) -> Frame:
         """The corrupted scan, in the reader's own coordinates. Raises `BadFrameError`."""
         clear = self.dataset.frame(index, rng)
-        turn, shift = clear.to_ego[:3, :3], clear.to_ego[:3, 3]
+        to_sensor = clear.to_ego if clear.to_sensor is None else clear.to_sensor
+        turn, shift = to_sensor[:3, :3], to_sensor[:3, 3]
         points = clear.points.astype(np.float64)
         points[:, :3] = points[:, :3] @ turn.T + shift
         labels = clear.labels if clear.labels is not None else np.full(len(points), IGNORE, np.uint8)
@@ -222,6 +225,7 @@ class Corrupted:
             self.severity,
             name=self.dataset.name(index),
             sensor=sensor_of(self.dataset, index),
+            beams=clear.beams,
             class_names=self.class_names,
         )
         points[:, :3] = (points[:, :3] - shift) @ np.linalg.inv(turn).T

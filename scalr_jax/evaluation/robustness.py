@@ -21,7 +21,7 @@ import numpy as np
 from scalr_jax.config import flatten
 from scalr_jax.data.released import open_released
 from scalr_jax.data.scenes import InputError
-from scalr_jax.evaluation.corruptions import CORRUPTIONS, Corrupted, check_corruption
+from scalr_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corrupted, check_corruption
 from scalr_jax.evaluation.report import results_of
 from scalr_jax.logging import write_json
 from scalr_jax.workdir import FREE_KEYS
@@ -34,6 +34,7 @@ class Baseline(NamedTuple):
 
     name: str
     miou: dict[str, float]  # by corruption, 0 to 1: the mean over the severities
+    support: dict[str, int] | None = None  # labelled points of its clear scans by class; None: not known
 
 
 def _published(dataset: str, *percent: float) -> Baseline:
@@ -87,17 +88,30 @@ def summarize(miou: Mapping[str, Mapping[str, float]], clear: float, baseline: B
 def find_baseline(config: Any, corrupted_by: str) -> Baseline | None:
     """What `evaluate.baseline` names: a published one, another run's results, or by the dataset ("auto").
 
+    The published ones are means over three severities of a released set: "auto" takes them for nothing else.
+
     Raises:
-        InputError: none of these, or a run on other scans or with fewer corruptions or other severities.
+        InputError: none of these, a published one of another dataset or of other severities, or a run on other scans or
+          with fewer corruptions or other severities.
     """
     given, wanted = config.evaluate.baseline, tuple(config.evaluate.corruptions)
+    all_severities = sorted(config.evaluate.severities) == sorted(SEVERITIES)
     if given == "auto":
-        return PUBLISHED.get(f"{config.data.dataset}_c")
+        released = corrupted_by != OWN and all_severities
+        return PUBLISHED.get(f"{config.data.dataset}_c") if released else None
     if given in PUBLISHED:
+        if given != f"{config.data.dataset}_c" or not all_severities:
+            published = f"the mean over {', '.join(SEVERITIES)} on {given.removesuffix('_c')}"
+            here = f"{', '.join(config.evaluate.severities)} on {config.data.dataset}"
+            raise InputError(
+                f"evaluate.baseline = {given!r} is {published}, and this run has {here}; give the workdir of another "
+                "robustness run, or leave it out"
+            )
         return PUBLISHED[given]
     path = Path(given) / "results.json" if Path(given).is_dir() else Path(given)
     try:
-        found = json.loads(path.read_text())["robustness"]
+        content = json.loads(path.read_text())
+        found, support = content["robustness"], dict(content["support"])
         rows = {name: row["miou"] for name, row in found["corruptions"].items()}
         there = (found["dataset"], found["corrupted_by"], tuple(found["severities"]))
     except OSError:
@@ -113,7 +127,7 @@ def find_baseline(config: Any, corrupted_by: str) -> Baseline | None:
             f"evaluate.baseline = {given}: its scans are {', '.join(map(str, there))} with {', '.join(rows)}, and this "
             f"run's are {', '.join(map(str, here))} with {', '.join(wanted)}; evaluate the baseline in the same way"
         )
-    return Baseline(str(given), {name: float(np.mean(list(rows[name].values()))) for name in wanted})
+    return Baseline(str(given), {name: float(np.mean(list(rows[name].values()))) for name in wanted}, support)
 
 
 def _dataset_of(config: Any) -> str:
@@ -178,6 +192,11 @@ def measure(config: Any, workdir: Path, evaluator: Any, dataset: Any, weights: s
     if not all(_read_part(path_of(" ".join(kind)), key, len(names)) is not None for kind in scans):
         evaluator.reserve([dataset, *(scans[corruption, given.severities[-1]] for corruption in given.corruptions)])
     clear = results_of(part("clear", dataset), names)
+    if baseline is not None and baseline.support is not None and baseline.support != clear["support"]:
+        raise InputError(
+            f"evaluate.baseline = {given.baseline}: its clear scans have {sum(baseline.support.values())} labelled "
+            f"points, and this run's {sum(clear['support'].values())}; evaluate the baseline on the same scans"
+        )
     miou: dict[str, dict[str, float]] = {}
     by_class: dict[str, dict[str, Any]] = {}
     for corruption in given.corruptions:

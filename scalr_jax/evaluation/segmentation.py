@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from scalr_jax import build, distributed, metrics, sharding, steps
-from scalr_jax.data.packing import Capacities, derive_capacities, flat, largest, sizes
+from scalr_jax.data.packing import Capacities, derive_capacities, flat, given_tables, largest, sizes
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import InputError, SceneView
 from scalr_jax.logging import PROGRESS_SECONDS, format_seconds
@@ -86,17 +86,19 @@ class Evaluator:
         self._step = jax.jit(make_step(student), out_shardings=outputs)
         self._variables = jax.device_put(variables, sharding.replicated(self._mesh))
         self._capacities: Capacities | None = None
+        self.num_scans = 0  # of the last `confusion`, over all processes: those that could be read
 
     def confusion(
         self, dataset: Any, *, rings: Sequence[float] = (), keep: Callable[[ScanClasses], None] | None = None
     ) -> np.ndarray:
         """Confusion matrices [len(rings) + 1, classes, classes] int64, over all processes, of the labelled points by
-        their distance: below rings[0], from there to rings[1], ..., beyond the last (metres, ascending).
+        their distance: below rings[0], from there to rings[1], ..., beyond the last (metres, ascending). Scans that
+        cannot be read are in none; `num_scans` is the number of the others.
 
         `keep` sees every scan of this process, in the order of the dataset's frames on each of its shards.
         """
         confusion = np.zeros((len(rings) + 1, self.num_classes, self.num_classes), np.int64)
-        progress = _Progress(len(dataset))
+        progress, number = _Progress(len(dataset)), 0
         for found in self.scans(dataset):
             scan = found._replace(classes=self._order[found.classes].astype(np.uint8))
             ring = np.searchsorted(rings, scan.ranges, side="right")
@@ -107,6 +109,11 @@ class Evaluator:
             if keep is not None:
                 keep(scan)
             progress.add()
+            number += 1
+        self.num_scans = int(distributed.sum_over_processes(np.array([number]))[0])
+        if self.num_scans < len(dataset) and jax.process_index() == 0:
+            bad = len(dataset) - self.num_scans
+            print(f"{bad} of {len(dataset)} scans could not be read: they count nowhere", flush=True)
         return distributed.sum_over_processes(confusion)
 
     def reserve(self, datasets: Sequence[Any], number: int = 4) -> None:
@@ -123,9 +130,16 @@ class Evaluator:
         steps_ahead = prefetch(iter(pipeline.steps(self._capacities, sample[0])), self.config.data.prefetch)
         with contextlib.closing(steps_ahead) as items:
             for item in items:
-                rows, num_scenes = self._step(self._variables, sharding.put_batch(item.batch, self._mesh))
-                if int(num_scenes) == 0:  # on no process is one left
+                rows, counts = self._step(self._variables, sharding.put_batch(item.batch, self._mesh))
+                num_scenes, without_class = np.asarray(counts)
+                if num_scenes == 0:  # on no process is one left
                     break
+                if without_class:
+                    names = ", ".join(scene.name for scenes in item.scenes for scene in scenes)
+                    raise InputError(
+                        f"the model's output is not finite for {without_class} points of {names}; its weights "
+                        "(config.checkpoint) are damaged, or training diverged"
+                    )
                 rows = sharding.local_rows(rows)  # [D_local, P] classes, or [D_local, P, classes] probabilities
                 for shard, scenes in enumerate(item.scenes):
                     start = 0
@@ -149,11 +163,12 @@ class Evaluator:
         )
 
     def _choose_capacities(self, sample: Sequence[SceneView]) -> Capacities:
-        """Those of the last dataset as long as the first scenes fit with room to spare, so that nothing is compiled
-        again; else larger ones."""
+        """Those of the last dataset as long as the sample fits with room to spare, so that nothing is compiled again;
+        else larger ones. Tables are at least as large as `config.data` gives them."""
         held, data = self._capacities, self.config.data
         points = max(data.points_per_shard, int(HEADROOM * max(len(scene.feats) for scene in sample)))
         derived = derive_capacities(sample, points=points, scenes=data.scenes_per_shard)
+        derived = largest(derived, given_tables(derived, data))
         if held is None:
             return derived
         if (HEADROOM * np.max([flat(sizes(scene)) for scene in sample], axis=0) <= flat(held)).all():

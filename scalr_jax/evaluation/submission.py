@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,7 +35,7 @@ SETS = {
     ("v1.0-mini", "validation"): "mini_val",
     ("v1.0-test", "all"): "test",
 }
-INPUTS = {"use_camera": False, "use_lidar": True, "use_radar": False, "use_map": False, "use_external": False}
+USES = ("camera", "lidar", "radar", "map", "external")
 
 
 class Submission:
@@ -43,12 +44,15 @@ class Submission:
     Args:
         dataset: `NuScenes` or `SemanticKITTI`, as it was downloaded.
         folder: where the files go; must not be there yet.
+        uses: some of `USES`, what nuScenes asks to be told.
 
     Raises:
-        InputError: another dataset, or a folder that is there.
+        InputError: another dataset, a folder that is there, or a use that nuScenes does not know.
     """
 
-    def __init__(self, dataset: Any, folder: Path):
+    def __init__(self, dataset: Any, folder: Path, uses: Sequence[str] = ("lidar",)):
+        if unknown := sorted(set(uses) - set(USES)):
+            raise InputError(f"evaluate.submission_uses has {', '.join(unknown)}; it takes some of {', '.join(USES)}")
         if isinstance(dataset, Joined) and len(dataset.datasets) == 1:
             dataset = dataset.datasets[0]
         if not isinstance(dataset, NuScenes | SemanticKITTI):
@@ -60,7 +64,7 @@ class Submission:
             raise InputError(f"split {dataset.split!r} of {dataset.version} is no evaluation set of nuScenes-lidarseg")
         if folder.exists():
             raise InputError(f"{folder} is there already; remove it, or give another --workdir")
-        self._dataset, self.folder = dataset, folder
+        self._dataset, self.folder, self._uses = dataset, folder, uses
         self._partial = folder.with_name(f".{folder.name}.partial")
         self._checksums: dict[Path, int] = {}  # of this process's files
 
@@ -101,7 +105,7 @@ class Submission:
         if isinstance(self._dataset, NuScenes) and jax.process_index() == 0:
             path = self._partial / self._set() / "submission.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"meta": INPUTS}, indent=2) + "\n")
+            path.write_text(json.dumps({"meta": {f"use_{name}": name in self._uses for name in USES}}, indent=2) + "\n")
         damaged = [f for f, crc in self._checksums.items() if zlib.crc32((self._partial / f).read_bytes()) != crc]
         distributed.barrier(f"submission {self.folder} written")
         expected = [self._file(index) for index in range(len(self._dataset))]

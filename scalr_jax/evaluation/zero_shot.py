@@ -12,6 +12,7 @@ no zero-shot figure.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -80,7 +81,8 @@ def zero_shot(config: Any, dataset: Any, variables: dict, num_classes: int) -> t
     """The classifier of `config.probe` and its variables. `variables`: of a distilled student, with its head.
 
     Raises:
-        InputError: no distillation head, a teacher of another width, or prototypes that are missing or unreadable.
+        InputError: no distillation head, a teacher of another width or (where the run's config says which it had) of
+          another file or feature, or prototypes that are missing or unreadable.
     """
     head = variables["params"].get("head", {})
     if "out" not in head:
@@ -94,6 +96,7 @@ def zero_shot(config: Any, dataset: Any, variables: dict, num_classes: int) -> t
             f"{config.checkpoint} was distilled from a teacher {width} wide, and teacher.checkpoint = "
             f"{config.teacher.checkpoint!r} is {vit_config.width} wide; give the one it was distilled from"
         )
+    _check_teacher(config)
     features, labels = gather_prototypes(config, dataset, vit_config, teacher)
     counts = np.bincount(labels, minlength=num_classes)
     missing = [name for name, count in zip(dataset.class_names, counts, strict=True) if not count]
@@ -104,6 +107,21 @@ def zero_shot(config: Any, dataset: Any, variables: dict, num_classes: int) -> t
     weights, bias = fit_logistic(features, labels, num_classes, config.probe.inverse_regularization)
     student = build.make_student(config, head="distill", out_features=width).clone(head_hidden=hidden)
     return ZeroShot(student), {"student": variables, "weights": weights, "bias": bias}
+
+
+def _check_teacher(config: Any) -> None:
+    """Raises `InputError` with what differs between `config.teacher` and the distillation's; files go by their name."""
+    path = Path(config.checkpoint) / "config.json"
+    if not path.is_file():
+        return
+    there, here = json.loads(path.read_text())["teacher"], config.teacher.to_dict()
+    there["checkpoint"], here["checkpoint"] = Path(there["checkpoint"]).name, Path(here["checkpoint"]).name
+    keys = ("checkpoint", "feature", "position_interpolation")
+    if wrong := [f"{key} is {there[key]} there, {here[key]} here" for key in keys if there.get(key) != here[key]]:
+        raise InputError(
+            f"{config.checkpoint} was distilled from another teacher than config.teacher ({'; '.join(wrong)}); give "
+            "the one it was distilled from"
+        )
 
 
 def gather_prototypes(config: Any, dataset: Any, vit_config: Any, teacher: Any) -> tuple[np.ndarray, np.ndarray]:
