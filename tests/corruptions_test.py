@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from scalr_jax.data.scenes import IGNORE, InputError
+from scalr_jax.data.scenes import IGNORE, Frame, InputError
 from scalr_jax.data.streets import Streets
 from scalr_jax.evaluation import weather
 from scalr_jax.evaluation.corruptions import (
@@ -174,6 +174,52 @@ def test_a_dataset_of_corrupted_streets(street_cache):
     assert snowy.intensity(0) == streets.intensity(0)
     still = Corrupted(streets, "incomplete_echo", "light").frame(1)
     assert {p.tobytes() for p in still.points} < {p.tobytes() for p in clear.points}
+
+
+class OnACar:
+    """One scan of a Pandar64 that stands 2 m above the frame's origin and leans by 3 degrees; x, y and z in the car's
+    frame, the student's 1 m above that. `beams` are told or left to be found."""
+
+    class_names = NAMES
+    sensor = "pandar64"
+
+    def __init__(self, *, told):
+        rng = np.random.default_rng(0)
+        self.beams = rng.integers(64, size=4000).astype(np.uint8)
+        elevation, azimuth = np.radians(ELEVATIONS["pandar64"][self.beams]), rng.uniform(-np.pi, np.pi, 4000)
+        flat, distance = np.cos(elevation), rng.uniform(3, 60, (4000, 1))
+        rays = np.stack([flat * np.cos(azimuth), flat * np.sin(azimuth), np.sin(elevation)], axis=1) * distance
+        lean, to_ego, to_car = np.radians(3.0), np.eye(4), np.eye(4)
+        to_ego[2, 3], to_car[2, 3] = -1.0, 2.0
+        to_car[:3, :3] = [[np.cos(lean), 0, np.sin(lean)], [0, 1, 0], [-np.sin(lean), 0, np.cos(lean)]]
+        self.xyz = rays @ to_car[:3, :3].T + to_car[:3, 3]
+        points = np.concatenate([self.xyz, rng.uniform(5, 60, (4000, 1))], axis=1)
+        beams = self.beams if told else None
+        labels = rng.integers(3, size=4000).astype(np.uint8)
+        self.clear = Frame("car/0/0", points, to_ego, labels=labels, to_sensor=np.linalg.inv(to_car), beams=beams)
+
+    def __len__(self):
+        return 1
+
+    def name(self, index):
+        return self.clear.name
+
+    def frame(self, index, rng=None):
+        return self.clear
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(("corruption", "kept", "of_a_beam"), [("beam_missing", 16, 1.0), ("cross_sensor", 16, 0.5)])
+def test_beams_of_a_lidar_away_from_the_students_origin(told, corruption, kept, of_a_beam):
+    """Whole beams are lost, and the others keep all their points or every second one; in the car's coordinates."""
+    scan = OnACar(told=told)
+    frame = Corrupted(scan, corruption, "heavy").frame(0)
+    places = {tuple(xyz): n for n, xyz in enumerate(np.round(scan.xyz, 6))}
+    left = np.array([places[tuple(xyz)] for xyz in np.round(frame.points[:, :3], 6)])
+    before, after = np.bincount(scan.beams, minlength=64), np.bincount(scan.beams[left], minlength=64)
+    assert (after > 0).sum() == kept
+    assert (np.abs(after - of_a_beam * before)[after > 0] <= (0.5 if of_a_beam < 1 else 0)).all()
+    np.testing.assert_array_equal(frame.labels, scan.clear.labels[left])
 
 
 def test_a_corruption_takes_less_than_a_second():

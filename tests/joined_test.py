@@ -4,6 +4,7 @@ import pytest
 
 from scalr_jax.data.joined import every_nth, listed
 from scalr_jax.data.scenes import InputError
+from scalr_jax.data.streets import Streets
 
 
 class Scans:
@@ -30,6 +31,14 @@ def used(subset):
 
 def test_every_nth():
     assert used(every_nth(Scans(), 5)) == [0, 5, 10]
+
+
+def test_every_nth_of_each_street_sensor(tmp_path):
+    """Their frames take turns: with two sensors every tenth frame would always be the first one's."""
+    streets = Streets(tmp_path, split="train", num_scenes=40, sensors=("beams32", "solid"))
+    chosen = every_nth(streets, 10)
+    assert list(chosen.indices) == [0, 1, 20, 21]
+    assert [streets.sensor(i) for i in chosen.indices] == ["beams32", "solid"] * 2
 
 
 @pytest.mark.parametrize("line", ["scans/1/2", "1/2", "lidar/008.bin", "008.bin"])

@@ -220,6 +220,14 @@ def test_nothing_usable_at_the_beginning_is_said():
         pipeline(dataset=Clouds(0))
 
 
+def test_few_frames_are_sampled_in_several_augmentations():
+    """Four frames' tables are as large as their largest turn, which four scenes need not show."""
+    found = pipeline(dataset=Clouds(4)).sample()
+    assert Counter(scene.name for scene in found) == {f"clouds/{i}": 8 for i in range(4)}
+    assert len({float(scene.feats.sum()) for scene in found}) == 32
+    assert len(pipeline(dataset=Clouds(4), epochs=1).sample()) == 4
+
+
 @pytest.mark.parametrize("num_shards", [1, 3, 8])
 def test_evaluation_sees_every_frame_once_and_ends(num_shards):
     p = pipeline(epochs=1, num_shards=num_shards, shards=range(num_shards))

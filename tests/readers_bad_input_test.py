@@ -45,6 +45,7 @@ DAMAGE = [
     ("pandaset", "001/lidar/poses.json", lambda p: raw.write_json(p, [raw.pandaset_pose(0)]), "none for frame 2"),
     ("pandaset", "001/lidar/poses.json", lambda p: raw.write_json(p, [{"position": {}}]), "entry 0 is no pose"),
     ("pandaset", "001/lidar/poses.json", lambda p: p.unlink(), "cannot be read"),
+    ("pandaset", "001/lidar/timestamps.json", lambda p: raw.write_json(p, ["now"]), "no list of seconds"),
     ("pandaset", "001/camera/front_camera/poses.json", lambda p: cut(p, 50), "not valid JSON"),
     ("pandaset", "001/camera/front_camera/intrinsics.json", lambda p: raw.write_json(p, {"fx": 1}), "no numbers fx"),
     ("pandaset", "001/camera/front_camera/02.jpg", lambda p: cut(p, 3000), "unreadable image"),

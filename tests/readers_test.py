@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import raw_datasets as raw
 
+from scalr_jax.data import files
 from scalr_jax.data.files import LABEL_MAPS, read_label_map
 from scalr_jax.data.nuscenes import NuScenes
-from scalr_jax.data.pandaset import PandaSet
+from scalr_jax.data.pandaset import ELEVATIONS, MOUNT_PLACE, MOUNT_ROTATION, PandaSet
 from scalr_jax.data.scenes import IGNORE, Frame, InputError
 from scalr_jax.data.semantic_kitti import SemanticKITTI
+from scalr_jax.evaluation.corruptions import beams_of
 
 GOLDEN = raw.SHARED / "golden" / "readers_real_samples.npz"
 needs_samples = [
@@ -72,6 +74,14 @@ class TestGolden:
         labels, points = golden[f"{key}/labels"], golden[f"{key}/points"]
         np.testing.assert_array_equal(every(found, len(labels)), labels)
         np.testing.assert_allclose(every(ego_points(frame), len(points)), points, rtol=0, atol=1e-13)
+
+    def test_pandaset_beams(self):
+        """The lidar fires from the highest beam to the lowest, and its files keep that order: nothing of this is used
+        to find the beams."""
+        dataset = PandaSet(raw.SAMPLES / "pandaset", frames=[0, 45, 54], labels=True)
+        for index in range(3):
+            step = np.diff(raw.given(dataset.frame(index).beams).astype(int))
+            assert ((step < 0) | (step > 30)).mean() > 0.999  # the next lower beam, or the next firing's highest
 
     @pytest.mark.parametrize("sequence", ["00", "01", "02"])
     def test_semantic_kitti_pairs(self, golden, sequence):
@@ -135,6 +145,34 @@ def test_pandaset_uses_the_poses_of_the_frame_number(pandaset):
             image = raw.given(frame.image)
             assert image.shape == (1080, 1920, 3)
             np.testing.assert_allclose(image[0, 0], 10 * number, atol=2)
+
+
+def test_pandaset_knows_the_beam_of_each_point_while_the_car_moves(pandaset):
+    """A sweep at 100 m/s: by the car's pose in its middle alone many points would lie between other beams."""
+    rng = np.random.default_rng(0)
+    beam, share = rng.integers(64, size=500).astype(np.uint8), rng.uniform(0, 1, 500)
+    elevation, azimuth, distance = np.radians(ELEVATIONS[beam]), rng.uniform(-3, 3, 500), rng.uniform(5, 60, 500)
+    flat = np.cos(elevation)
+    rays = np.stack([flat * np.cos(azimuth), flat * np.sin(azimuth), np.sin(elevation)], axis=1) * distance[:, None]
+    start = raw.pandaset_pose(1)["position"]
+    car = np.array([start["x"], start["y"], start["z"]]) + np.array([10.0, 0, 0]) * share[:, None]
+    world = car + MOUNT_PLACE + rays @ files.rotation(MOUNT_ROTATION).T
+    table = dict(zip("xyz", world.T, strict=True)) | {"i": rng.uniform(0, 90, 500)}
+    table |= {"t": 50.0 + 0.1 * (1 + share), "d": np.zeros(500, int)}
+    raw.write_gzip(pandaset / "001" / "lidar" / "02.pkl.gz", raw.table_pickle(table))
+    raw.write_gzip(
+        pandaset / "001" / "annotations" / "semseg" / "02.pkl.gz", raw.table_pickle({"class": np.arange(500) % 43})
+    )
+    assert PandaSet(pandaset, labels=True).frame(0).beams is None  # without timestamps.json
+    raw.write_json(pandaset / "001" / "lidar" / "timestamps.json", [50.0 + 0.1 * number for number in range(6)])
+    assert PandaSet(pandaset).frame(0, camera=None).beams is None  # without labels nobody asks
+    frame = PandaSet(pandaset, labels=True).frame(0)
+    np.testing.assert_array_equal(frame.beams, beam)
+    to_sensor = raw.given(frame.to_sensor)
+    middle = np.abs(share - 0.5) < 0.01
+    np.testing.assert_allclose((world @ to_sensor[:3, :3].T + to_sensor[:3, 3])[middle], rays[middle], atol=0.11)
+    found = beams_of(world @ to_sensor[:3, :3].T + to_sensor[:3, 3], "pandar64")
+    assert (found == beam).mean() < 0.8
 
 
 def test_pandaset_splits_by_latitude_and_keeps_to_what_is_asked_for(tmp_path):
@@ -210,6 +248,21 @@ def test_nuscenes_goes_through_both_times(nuscenes):
     pixels, visible = seen(points[:, :3] - [1.0, 0, 0], (700, 700, 400, 220), (800, 450), margin=1)
     np.testing.assert_array_equal(frame.visible, visible)
     np.testing.assert_allclose(raw.given(frame.pixels), pixels, atol=0.1)  # float32 in global coordinates
+
+
+def test_nuscenes_numbers_its_beams(nuscenes):
+    path = next((nuscenes / "samples" / "LIDAR_TOP").iterdir())
+    rows = np.fromfile(path, np.float32).reshape(-1, 5)
+    for rings, expected in ((np.arange(len(rows)) % 32, True), (np.full(len(rows), 32), False)):
+        rows[:, 4] = rings
+        rows.tofile(path)
+        dataset = NuScenes(nuscenes, version="v1.0-mini", split="all")
+        frames = [dataset.frame(i, camera=None) for i in range(len(dataset))]
+        (frame,) = [frame for frame in frames if np.array_equal(frame.points, rows[:, :4])]
+        if expected:
+            np.testing.assert_array_equal(frame.beams, rings)
+        else:
+            assert frame.beams is None
 
 
 def test_nuscenes_splits_by_scene_and_reads_lidarseg(nuscenes):

@@ -69,6 +69,19 @@ def test_evaluation_sees_every_point_in_its_order(tiny, name):
         assert_equal(*pair)
 
 
+def test_a_prepared_scan_keeps_its_lidar(tmp_path):
+    """Corruptions of prepared records find the beams that those of the raw files find."""
+    raw.write_pandaset(tmp_path / "pandaset", numbers=(2, 5))
+    raw.write_json(tmp_path / "pandaset" / "001" / "lidar" / "timestamps.json", list(range(0, 60, 10)))
+    folder = make("pandaset", tmp_path, tmp_path / "records", "--labels")
+    plain = PandaSet(tmp_path / "pandaset", split="train", labels=True).frame(0)
+    record = Records(folder, split="train", labels=True).frame(0)
+    assert len(np.unique(raw.given(plain.beams))) > 5
+    np.testing.assert_array_equal(record.beams, plain.beams)
+    seen, again = (transforms.to_ego(frame.points, raw.given(frame.to_sensor)) for frame in (plain, record))
+    np.testing.assert_allclose(seen, again, atol=1e-5)
+
+
 @pytest.mark.samples
 @pytest.mark.skipif(not raw.SAMPLES.is_dir(), reason="needs the real frames")
 @pytest.mark.parametrize("name", ["pandaset", "semantic_kitti", "nuscenes"])

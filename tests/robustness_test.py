@@ -134,10 +134,30 @@ def test_another_run_as_baseline(finished, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"miou": 0.5}))
     with pytest.raises(InputError, match="holds no results of task robustness"):
         robustness.find_baseline(make_config(baseline=str(tmp_path)), robustness.OWN)
-    nuscenes = make_config()
-    nuscenes.data.dataset = "nuscenes"
-    assert robustness.find_baseline(nuscenes, robustness.OWN) == robustness.PUBLISHED["nuscenes_c"]
     assert results["robustness"]["corrupted_by"] == robustness.OWN
+    fewer = json.loads((workdir / "results.json").read_text())
+    fewer["support"]["road"] -= 1
+    (tmp_path / "results.json").write_text(json.dumps(fewer))
+    with pytest.raises(InputError, match="evaluate the baseline on the same scans"):
+        robustness.measure(make_config(baseline=str(tmp_path)), workdir, FakeEvaluator(), streets, "weights")
+
+
+def test_published_baselines_are_of_released_sets():
+    """Not of one's own generators unless they are asked for, nor of other datasets or fewer severities."""
+    config = make_config()
+    config.data.dataset = "nuscenes"
+    assert robustness.find_baseline(config, robustness.OWN) is None
+    assert robustness.find_baseline(config, "nuScenes-C") == robustness.PUBLISHED["nuscenes_c"]
+    config.evaluate.baseline = "nuscenes_c"
+    assert robustness.find_baseline(config, robustness.OWN) == robustness.PUBLISHED["nuscenes_c"]
+    config.evaluate.baseline = "semantic_kitti_c"
+    with pytest.raises(InputError, match=r"moderate, heavy on semantic_kitti, and this run has .* on nuscenes"):
+        robustness.find_baseline(config, "nuScenes-C")
+    config.evaluate.update(baseline="nuscenes_c", severities=("heavy",))
+    with pytest.raises(InputError, match="this run has heavy on nuscenes"):
+        robustness.find_baseline(config, "nuScenes-C")
+    config.evaluate.baseline = "auto"
+    assert robustness.find_baseline(config, "nuScenes-C") is None
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from tensorflow_datasets.core import splits as splits_lib
 
 NAME = "lidar_frames"  # of the files: lidar_frames-train.array_record-00000-of-00012
 FORMAT = "array_record"
-VERSION = "1.0.0"  # raise it when the features change
+VERSION = "1.1.0"  # raise it when the features change
 FEATURES = {
     "name": "what logs call the frame or view, utf-8",
     "camera": "its name, utf-8; empty for a scan",
@@ -33,6 +33,8 @@ FEATURES = {
     "voxel_order": "[n] int32: points sorted by voxel; empty when they are stored so (views)",
     "voxel_start": "[v + 1] int32: where each voxel's run begins",
     "labels": "[n] uint8: class, or 255; scans only",
+    "beams": "[n] uint8: the beam of each point, 0 the lowest; scans of nuScenes and of the Pandar64 only",
+    "to_sensor": "[4, 4] float64: the student's frame -> the lidar's; scans of PandaSet only",
     "visible": "[n] uint8: 1 where the camera sees the point; views only",
     "pixels": "[n, 2] float64: row, column in the original image; views only",
     "image": "the original file, or resized as metadata's image_format says; views only",

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from scalr_jax.data.scenes import Frame, InputError
+from scalr_jax.data.streets import Streets
 
 
 def intensity_statistics(dataset: Any, index: int) -> tuple[float, float]:
@@ -98,8 +99,10 @@ class Subset:
 
 
 def every_nth(dataset: Any, n: int) -> Subset:
-    """Frames 0, n, 2n, ...: the published way to train with few labels (1 %: every 100th)."""
-    return Subset(dataset, range(0, len(dataset), n))
+    """Frames 0, n, 2n, ...: the published way to train with few labels (1 %: every 100th). Of streets, whose sensors
+    take turns, the same of each sensor."""
+    turn = len(dataset.sensors) if isinstance(dataset, Streets) else 1
+    return Subset(dataset, [i for i in range(len(dataset)) if i // turn % n == 0])
 
 
 def listed(dataset: Any, path: Path) -> Subset:

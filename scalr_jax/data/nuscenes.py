@@ -22,6 +22,7 @@ from scalr_jax.data.scenes import BadFrameError, Frame, InputError
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 LIDAR = "LIDAR_TOP"
 MIN_DEPTH = 1.0  # metres before the camera, of a visible point
+NUM_RINGS = 32
 VERSIONS = ("v1.0-trainval", "v1.0-mini", "v1.0-test")
 
 
@@ -133,11 +134,14 @@ class NuScenes:
         entry = self._entries[index]
         camera = files.pick_camera(camera, self._drawn(entry), CAMERAS, rng)
         path = self.root / entry.scan.file
-        points = np.ascontiguousarray(files.read_floats(path, 5)[:, :4])  # [N, 4]; the fifth column is the ring
+        rows = files.read_floats(path, 5)  # [N, 5]; the fifth column is the ring, 0 the lowest
+        points = np.ascontiguousarray(rows[:, :4])
+        rings = rows[:, 4].astype(np.uint8) if np.isin(rows[:, 4], np.arange(NUM_RINGS)).all() else None
         labels = self._read_labels(entry, len(points)) if self.labels else None
         good = files.finite_points(points, path)
         points, labels = points[good], labels[good] if labels is not None else None
-        frame = Frame(name=self.name(index), points=points, to_ego=np.eye(4), labels=labels)
+        beams = rings[good] if rings is not None else None
+        frame = Frame(name=self.name(index), points=points, to_ego=np.eye(4), labels=labels, beams=beams)
         return frame if camera is None else self._pair(frame, entry, camera)
 
     def cameras_of(self, index: int) -> tuple[str, ...]:

@@ -89,6 +89,18 @@ def derive_capacities(sample: Sequence[SceneView], *, points: int, scenes: int, 
     return Capacities(points, scenes, *tables)
 
 
+def given_tables(derived: Capacities, data: Any) -> Capacities:
+    """`derived` with the tables that `data.cells_per_shard` and its like give. Raises `InputError` for a wrong number
+    of them."""
+    tables = {}
+    for name in ("cells", "halo", "voxels", "pairs"):
+        given, needed = tuple(data[f"{name}_per_shard"]), getattr(derived, name)
+        if given and needed and len(given) != len(needed):
+            raise InputError(f"data.{name}_per_shard = {given} has {len(given)} numbers, and {len(needed)} are needed")
+        tables[name] = given if given and needed else needed
+    return derived._replace(**tables)
+
+
 def static_capacities(scene: SceneView, grids: Sequence[tuple[int, int]]) -> Capacities:
     """Capacities of one scene alone, from a short list, so that scenes of all sizes compile few programs."""
     return round_up(sizes(scene), grids)

@@ -190,10 +190,17 @@ class Pipeline:
             iterator.close()
 
     def sample(self, number: int = SAMPLE_SIZE) -> list[SceneView]:
-        """The first good scenes of the order, the same on every process."""
-        order, scenes, error = self.order(), [], "it is empty"
-        for i in range(min(2 * number, len(self.dataset))):
-            scene = order[i]
+        """Good scenes, the same on every process: the first of the shuffled order, of few frames several augmentations;
+        in an evaluation, which is not shuffled, from all over the dataset."""
+        order, scenes, error, length = self.order(), [], "it is empty", len(self.dataset)
+        if self.epochs is None:
+            augmented = self.settings.augmentation != "none"
+            places = list(range(2 * number if augmented else min(2 * number, length)))
+        else:
+            spread = np.linspace(0, length - 1, min(number, length)).astype(int).tolist()
+            places = list(dict.fromkeys([*spread, *range(min(2 * number, length))]))
+        for place in places:
+            scene = order[place]
             if scene.error is None:
                 scenes.append(scene)
             else:

@@ -172,12 +172,15 @@ def student_points(frame: Frame) -> np.ndarray:
 
 def scan_example(scan: Frame, points: np.ndarray, voxels: Voxels) -> dict[str, bytes]:
     """A whole scan: every point, in its order. points [N, 4]: `student_points(scan)`."""
+    to_sensor = None if scan.to_sensor is None else scan.to_sensor @ np.linalg.inv(scan.to_ego)
     return {
         "name": scan.name.encode(),
         "points": to_bytes(points, "f4"),
         "voxel_order": to_bytes(voxels.order, "i4"),
         "voxel_start": to_bytes(voxels.start, "i4"),
         "labels": b"" if scan.labels is None else to_bytes(scan.labels, "u1"),
+        "beams": b"" if scan.beams is None else to_bytes(scan.beams, "u1"),
+        "to_sensor": b"" if to_sensor is None else to_bytes(to_sensor, "f8"),
     }
 
 

@@ -182,7 +182,9 @@ class Records:
         order, start = _array(parts, "voxel_order", "<i4"), _array(parts, "voxel_start", "<i4")
         labels = _array(parts, "labels", "u1") if self.labels else None
         voxels = Voxels(self.metadata["voxel_size"], order, start)
-        return Frame(name=name, points=points, to_ego=np.eye(4), labels=labels, voxels=voxels)
+        beams = _array(parts, "beams", "u1") if parts.get("beams") else None  # not in records before 2026-11-23
+        to_sensor = _array(parts, "to_sensor", "<f8").reshape(4, 4) if parts.get("to_sensor") else None
+        return Frame(name, points, np.eye(4), labels=labels, voxels=voxels, to_sensor=to_sensor, beams=beams)
 
     def _view(self, parts: dict[str, memoryview], name: str) -> Frame:
         name = str(parts["name"], "utf-8")

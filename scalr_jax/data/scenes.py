@@ -59,6 +59,8 @@ class Frame(NamedTuple):
     voxels: Voxels | None = None  # found when the frame was prepared; None: not yet
     image_shape: tuple[int, int] | None = None  # rows, columns that `pixels` count in; None: those of `image`
     instances: np.ndarray | None = None  # [N] integers: the object of each point; None: not numbered
+    to_sensor: np.ndarray | None = None  # [4, 4] float64: native frame -> the lidar, z up its axis; None: `to_ego`
+    beams: np.ndarray | None = None  # [N] uint8: the beam of each point, 0 the lowest; None: see its elevation
 
 
 class Voxels(NamedTuple):
