@@ -11,7 +11,8 @@ then moved; a difference above 1e-4 (of the largest value, or of 1) is refused. 
 Flags:
 {model}
     --format         torch (the published layout), safetensors (its names), orbax (parameters alone): read by
-                     scalr_jax.load; stablehlo (for JAX on CPU, CUDA and TPU), onnx (for onnxruntime): programs
+                     scalr_jax.load; stablehlo (for JAX on CPU, CUDA and TPU), onnx (for onnxruntime): programs;
+                     of a MinkUNet orbax or stablehlo
     --output         the folder to write
     --fold           fold batch norms and merge layer scales where that is exact; outputs are equal
     --overwrite      replace an exported folder of that name
@@ -42,8 +43,10 @@ from scalr_jax.data.whole_scan import whole_scan
 from scalr_jax.export_folder import FILES, READABLE, check_output, checksums, new_folder, save_example, write_weights
 from scalr_jax.export_inputs import HEADS, pad_inputs, scene_inputs
 from scalr_jax.fold import fold
+from scalr_jax.models.minkunet import MinkUNet
 from scalr_jax.models.waffleiron import WaffleIron
 
+SPARSE_FORMS = ("stablehlo", "orbax")  # of a MinkUNet
 LARGEST_DIFFERENCE = 1e-4
 CHECK_POINTS = 1_500
 
@@ -137,10 +140,13 @@ def export_model(
     Raises:
       InputError: `output` cannot be written, the exported model differs, or a package is missing.
     """
-    if build.is_sparse(model.config):
-        raise InputError(f"the model is a {model.config.name}, and only WaffleIrons are exported; use scalr_jax.load")
     if form not in FILES:
         raise InputError(f"format = {form!r} is none of {', '.join(FILES)}")
+    if build.is_sparse(model.config) and (folded or form not in SPARSE_FORMS):
+        raise InputError(
+            f"a {model.config.name} is exported as {' or '.join(SPARSE_FORMS)}, and not folded; give one of these as "
+            "--format, and no --fold"
+        )
     _need_packages(form)
     settings = {**model.config.to_dict(), "format": form, "implementation": "cells"}
     original: dict = jax.tree.map(np.asarray, model.variables)
@@ -207,11 +213,17 @@ def example_scan(settings: Mapping[str, Any], num_points: int = CHECK_POINTS) ->
 def make_reference(settings_json: str) -> Callable[[Any, SceneView], Outputs]:
     """The model itself in float32: (variables, scene) -> features [N, C] and the head's output by its name."""
     settings = json.loads(settings_json)
-    grids = [tuple(grid) for grid in settings["grids"]]
-    student = interop.make_student(settings, implementation="cells")
+    sparse = build.is_sparse(settings)
+    grids = [] if sparse else [tuple(grid) for grid in settings["grids"]]
+    student: Any = (
+        interop.make_sparse_student(settings) if sparse else interop.make_student(settings, implementation="cells")
+    )
     apply = jax.jit(
         lambda variables, batch: student.apply(
-            variables, batch, train=False, capture_intermediates=lambda module, _: isinstance(module, WaffleIron)
+            variables,
+            batch,
+            train=False,
+            capture_intermediates=lambda module, _: isinstance(module, WaffleIron | MinkUNet),
         )
     )
 
@@ -227,7 +239,7 @@ def make_reference(settings_json: str) -> Callable[[Any, SceneView], Outputs]:
 
 
 def _inputs(form: str, scene: SceneView, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    inputs = scene_inputs(scene, form)
+    inputs = scene_inputs(scene, {**settings, "format": form})
     return pad_inputs(inputs, settings) if form == "stablehlo" else inputs
 
 

@@ -13,6 +13,7 @@ import jax
 from scalr_jax import sensors
 from scalr_jax.export_folder import FILES, VERSION
 from scalr_jax.export_inputs import HEADS, PLANES
+from scalr_jax.models.minkunet import scaled_widths
 
 # Terms of the training data, as their providers state them: what bears on a licence of weights.
 TERMS = {
@@ -99,15 +100,16 @@ def readme(content: Mapping[str, Any], name: str) -> str:
     mean, deviation = settings["intensity"]
     rows = [
         ("source", content["source"]),
-        ("student", f"WaffleIron, {settings['depth']} layers, {settings['channels']} wide, {settings['norm']} norm, "
-         f"{settings['activation']}"),
+        ("student", _student_text(settings)),
         ("parameters", f"{content['parameters']:,}"),
         ("output", _output_text(settings)),
         *([("classes", ", ".join(settings["class_names"]))] if settings.get("class_names") else []),
         ("folded", "batch norms folded, layer scales merged" if content["folded"] else "no"),
         ("field of view", ", ".join(f"{x} {low:g} to {high:g}" for x, low, high in view) + " metres"),
-        ("grids", "; ".join(f"{p} {h} x {w}" for p, (h, w) in zip(PLANES, settings["grids"], strict=True))),
-        ("voxel", f"{settings['voxel_size']:g} metres, {settings['num_neighbors']} neighbours a point"),
+        *([] if _is_sparse(settings) else
+          [("grids", "; ".join(f"{p} {h} x {w}" for p, (h, w) in zip(PLANES, settings["grids"], strict=True)))]),
+        ("points", f"one a voxel of {settings['voxel_size']:g} metres"
+         + ("" if _is_sparse(settings) else f", {settings['num_neighbors']} neighbours each")),
         ("raw intensity", f"mean {mean:g}, standard deviation {deviation:g}"),
         ("training data", _training_text(content["training"])),
         ("licence of the weights", content["licence"]),
@@ -127,10 +129,26 @@ def readme(content: Mapping[str, Any], name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _is_sparse(settings: Mapping[str, Any]) -> bool:
+    return settings.get("name", "waffleiron") != "waffleiron"
+
+
+def _student_text(settings: Mapping[str, Any]) -> str:
+    if _is_sparse(settings):
+        given = settings["minkunet"]
+        reading = f"read by {given['reading']}"
+        return f"{settings['name']}, width {given['width']:g}, voxels of {given['voxel_size']:g} metres, {reading}"
+    return (
+        f"WaffleIron, {settings['depth']} layers, {settings['channels']} wide, {settings['norm']} norm, "
+        f"{settings['activation']}"
+    )
+
+
 def _output_text(settings: Mapping[str, Any]) -> str:
     what = {"distill": "features in the teacher's space"}
     what |= dict.fromkeys(("segment", "mlp", "linear"), "class logits")
-    text = f"backbone features [N, {settings['channels']}]"
+    width = scaled_widths(settings["minkunet"]["width"])[-1] if _is_sparse(settings) else settings["channels"]
+    text = f"backbone features [N, {width}]"
     if settings["head"] in what:
         text += f", {what[settings['head']]} [N, {settings['out_features']}]"
     return text

@@ -18,6 +18,9 @@ H halo cells and Q partial sums. Index -1 reads a zero row.
     sums_p           [Q, 8] int32    the tree of sums, see `sum_tree` (onnx)
     levels_p         [7] int64       where each of its six levels begins, and Q (onnx)
     roots_p          [M] int32       which of its sums is the cell's (onnx)
+
+A MinkUNet's (stablehlo) are feats, offset [N, 3] float32, where each point is in its voxel, -0.5 to 0.5 from the centre
+in voxels, and the tables of `data.voxel_tables.voxel_tables`.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ import numpy as np
 
 from scalr_jax.data.packing import Capacities, round_up
 from scalr_jax.data.scenes import InputError, SceneView
+from scalr_jax.data.voxel_tables import BLOCK, voxel_tables
+from scalr_jax.data.voxels import LEVELS as VOXEL_LEVELS
+from scalr_jax.data.voxels import extent_of
 from scalr_jax.data.whole_scan import check_points, whole_scan
 
 PLANES = ("xy", "xz", "yz")
@@ -47,11 +53,16 @@ def make_inputs(points: Any, settings: Mapping[str, Any]) -> tuple[dict[str, np.
       InputError: points that are none, or too few of them in the field of view.
     """
     scene, nearest = whole_scan(check_points(points), settings)
-    return scene_inputs(scene, settings["format"]), nearest
+    return scene_inputs(scene, settings), nearest
 
 
-def scene_inputs(scene: SceneView, form: str) -> dict[str, np.ndarray]:
+def scene_inputs(scene: SceneView, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The inputs of an "onnx" or "stablehlo" program, of a prepared scene."""
+    form = settings["format"]
+    if scene.voxels is not None:
+        coordinates = scene.voxels.coordinates
+        tables = voxel_tables(coordinates, extent_of(settings["field_of_view"], settings["minkunet"]["voxel_size"]))
+        return {"feats": scene.feats, "offset": coordinates % 1.0 - 0.5, **tables}
     inputs = {"feats": scene.feats, "neighbors": scene.neighbors}
     for name, plane in zip(PLANES, scene.planes, strict=True):
         count = np.bincount(plane.cell, minlength=len(plane.position))
@@ -108,6 +119,8 @@ def pad_inputs(inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]) ->
     Padded rows come last and nothing that is not padding reads them; the first N rows of a result are the points'.
     """
     num_points = len(inputs["feats"])
+    if "offset" in inputs:
+        return _pad_voxels(inputs)
     cells, halo = (tuple(len(inputs[f"{taps}_taps_{p}"]) for p in PLANES) for taps in ("cell", "halo"))
     capacities = round_up(Capacities(num_points, 1, cells, halo), settings["grids"])
     padded = {name: _pad(inputs[name], capacities.points, 0) for name in ("feats", "neighbors")}
@@ -118,6 +131,32 @@ def pad_inputs(inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]) ->
         padded[f"cell_taps_{p}"] = _pad(inputs[f"cell_taps_{p}"], capacities.cells[k], -1)
         last = np.arange(num_points, capacities.points, dtype=np.int32)
         padded[f"order_{p}"] = np.concatenate([inputs[f"order_{p}"], last])
+    return padded
+
+
+def _pad_voxels(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`pad_inputs` of a MinkUNet. A slot at the end of every list of pairs stays unused: it is the zero row."""
+    num_points = len(inputs["feats"])
+    pairs = tuple(int((inputs[f"near_source_{level}"] >= 0).sum()) for level in range(VOXEL_LEVELS))
+    capacities = round_up(Capacities(num_points, 1, (), (), tuple(inputs["number"].tolist()), pairs), ())
+    points, rows = capacities.points, capacities.voxels
+    padded = {name: _pad(inputs[name], points, 0) for name in ("feats", "offset")} | {"number": inputs["number"]}
+    padded["cell"] = _pad(inputs["cell"], points, -1)
+    padded["order"] = np.concatenate([inputs["order"], np.arange(num_points, points, dtype=np.int32)])
+    padded["inverse_count"] = _pad(inputs["inverse_count"], rows[0], 0)
+    padded["neighbors"] = _pad(inputs["neighbors"], rows[0], -1)
+    for level in range(VOXEL_LEVELS):
+        near = capacities.pairs[level] // BLOCK + 27  # 26 elements, each with a part of a block unused, and one more
+        padded[f"near_source_{level}"] = _pad(inputs[f"near_source_{level}"], BLOCK * near, -1)
+        padded[f"near_element_{level}"] = _pad(inputs[f"near_element_{level}"], near, 25)
+        padded[f"near_slots_{level}"] = _pad(inputs[f"near_slots_{level}"], rows[level], -1)
+        if level + 1 < VOXEL_LEVELS:
+            down = rows[level] // BLOCK + 9
+            padded[f"down_source_{level}"] = _pad(inputs[f"down_source_{level}"], BLOCK * down, -1)
+            padded[f"up_source_{level}"] = _pad(inputs[f"up_source_{level}"], BLOCK * down, -1)
+            padded[f"down_element_{level}"] = _pad(inputs[f"down_element_{level}"], down, 7)
+            padded[f"down_slots_{level}"] = _pad(inputs[f"down_slots_{level}"], rows[level + 1], -1)
+            padded[f"up_slots_{level}"] = _pad(inputs[f"up_slots_{level}"], rows[level], -1)
     return padded
 
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from scalr_jax.data.packing import Capacities, pack_shard
-from scalr_jax.data.scenes import Batch, InputError, SceneView
+from scalr_jax.data.scenes import Batch, InputError, SceneView, SceneVoxels
 from scalr_jax.data.transforms import plane_tables
+from scalr_jax.data.voxels import LEVELS
 from scalr_jax.interop_names import NUM_PLANES
 from scalr_jax.models.student import Student
 
@@ -42,10 +43,14 @@ def make_student(
 
 
 def empty_batch(num_features: int, grids: Any) -> Batch:
-    """The smallest batch, all padding: what shapes of parameters are derived from."""
+    """The smallest batch, all padding: what shapes of parameters are derived from. Without `grids` a MinkUNet's."""
     scene = SceneView("", 0, np.zeros((0, num_features), np.float32), np.zeros((0, 1), np.int32), (), None, None, None)
-    shard = pack_shard((), Capacities(2, 1, (2,) * NUM_PLANES, (2,) * NUM_PLANES), scene, grids)
-    return jax.tree.map(lambda x: x[None], shard)
+    if grids:
+        capacities = Capacities(2, 1, (2,) * NUM_PLANES, (2,) * NUM_PLANES)
+    else:
+        scene = scene._replace(voxels=SceneVoxels(np.zeros((0, 3), np.float32), np.zeros((LEVELS, 2), np.int64)))
+        capacities = Capacities(2, 1, (), (), (2,) * LEVELS, (2,) * LEVELS)
+    return jax.tree.map(lambda x: x[None], pack_shard((), capacities, scene, grids))
 
 
 def published_batch(feat, cell_ind, occupied_cells, neighbors_emb, grids, *, padding: str = "masked") -> Batch:
