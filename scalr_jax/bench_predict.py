@@ -202,7 +202,7 @@ def _onnxruntime(model: Model, scene: SceneView, network: Callable[[], np.ndarra
         raise InputError(f'onnxruntime is what is compared with: pip install "scalr_jax[export]" ({error})') from error
     variables = fold(jax.tree.map(np.asarray, model.variables))
     session = open_session(serialize(model.config.to_dict(), variables), threads=_threads())
-    inputs = scene_inputs(scene, "onnx")
+    inputs = scene_inputs(scene, {"format": "onnx"})
     ours, theirs = network()[: len(scene.feats)], session.run(None, inputs)[0]
     difference = float(np.abs(ours - theirs).max() / max(1.0, np.abs(ours).max()))
     if not difference <= 1e-4:

@@ -152,23 +152,30 @@ def make_segment_step(
 
 
 def make_classify_step(student: Any) -> Callable:
-    """variables, batch -> each point's class [D, P] int32, and the number of scenes over all shards."""
+    """variables, batch -> each point's class [D, P] int32, and `_count` of the batch."""
 
     def classify(variables: Any, batch: Any) -> tuple[Array, Array]:
         logits = student.apply(variables, batch, train=False)
-        return logits.argmax(-1).astype(jnp.int32), jnp.sum(batch.scene_points > 0, dtype=jnp.int32)
+        return logits.argmax(-1).astype(jnp.int32), _count(logits, batch)
 
     return classify
 
 
 def make_probability_step(student: Any) -> Callable:
-    """variables, batch -> each point's probabilities [D, P, classes] float32, and the number of scenes."""
+    """variables, batch -> each point's probabilities [D, P, classes] float32, and `_count` of the batch."""
 
     def classify(variables: Any, batch: Any) -> tuple[Array, Array]:
         logits = student.apply(variables, batch, train=False).astype(jnp.float32)
-        return jax.nn.softmax(logits), jnp.sum(batch.scene_points > 0, dtype=jnp.int32)
+        return jax.nn.softmax(logits), _count(logits, batch)
 
     return classify
+
+
+def _count(logits: Array, batch: Any) -> Array:
+    """[2] int32 over all shards: scenes, and points without a class (argmax of NaN would be the first)."""
+    points = batch.scene < batch.scene_points.shape[1]
+    without = points & ~jnp.isfinite(logits.max(-1))
+    return jnp.stack([jnp.sum(batch.scene_points > 0, dtype=jnp.int32), jnp.sum(without, dtype=jnp.int32)])
 
 
 def make_predict_step(student: Any) -> Callable:

@@ -21,7 +21,7 @@ import numpy as np
 from scalr_jax import build, distributed, optim, sharding, steps
 from scalr_jax import workdir as workdir_of_run
 from scalr_jax.checkpoint import Checkpoints
-from scalr_jax.data.packing import Capacities, derive_capacities
+from scalr_jax.data.packing import Capacities, derive_capacities, given_tables
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import IGNORE, InputError, SceneView
 from scalr_jax.logging import MetricWriter
@@ -197,13 +197,7 @@ def choose_capacities(config: Any, sample: list[SceneView]) -> Capacities:
     """From the config where it gives them, else derived from a sample of scenes."""
     data = config.data
     derived = derive_capacities(sample, points=data.points_per_shard, scenes=data.scenes_per_shard)
-    tables = {}
-    for name in ("cells", "halo", "voxels", "pairs"):
-        given, needed = tuple(data[f"{name}_per_shard"]), getattr(derived, name)
-        if given and needed and len(given) != len(needed):
-            raise InputError(f"data.{name}_per_shard = {given} has {len(given)} numbers, and {len(needed)} are needed")
-        tables[name] = given if given and needed else needed
-    return derived._replace(**tables)
+    return given_tables(derived, data)
 
 
 def check_labels(sample: list[SceneView], class_names: Sequence[str], num_classes: int) -> None:

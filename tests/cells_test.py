@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.data.scenes import SceneView
 from scalr_jax.data.transforms import plane_tables
+from scalr_jax.models.layers import normalize
+from scalr_jax.models.waffleiron import flatten_normalized
 from scalr_jax.ops import cell_conv, cells
 from scalr_jax.ops.neighbors import neighbor_max, neighbor_max_reference
 
@@ -117,6 +119,35 @@ def test_flatten_is_the_mean():
     table = np.asarray(cells.flatten(points, plane))
     np.testing.assert_allclose(table[:3], [points[:2].mean(0), points[2], points[3]], rtol=1e-5)
     assert np.all(table[3:] == 0)
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_normalized_rows_are_summed_in_blocks_as_at_once(norm):
+    """Outputs and gradients; padded rows may hold anything."""
+    plane = packed_plane(([4, 4, 9, 4, 29], [4, 0, 0]))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(POINTS, CHANNELS)).astype(np.float32)
+    mask = jnp.arange(POINTS) < 8
+    x[8:] = np.nan
+    x = jnp.asarray(x)
+    statistics = (rng.normal(size=CHANNELS), rng.uniform(0.5, 2, size=CHANNELS)) if norm == "batch" else None
+    statistics = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), statistics)
+    weights = rng.normal(size=(CELLS, CHANNELS)).astype(np.float32)
+
+    def plain(x, statistics):
+        return cells.flatten(normalize(x, mask, statistics), plane)
+
+    def in_blocks(x, statistics):
+        return flatten_normalized(x, mask, statistics, plane, jnp.float32, 6)
+
+    np.testing.assert_allclose(in_blocks(x, statistics), plain(x, statistics), rtol=1e-5, atol=1e-5)
+    found, wanted = (
+        jax.grad(lambda *a, function=function: jnp.sum(weights * function(*a)), argnums=(0, 1))(x, statistics)
+        for function in (in_blocks, plain)
+    )
+    assert np.abs(np.asarray(wanted[0])).max() > 0.1
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=15, deadline=None)

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from scalr_jax import losses, metrics
+from scalr_jax.data.scenes import InputError
 
 
 def test_published_distillation_loss(golden):
@@ -44,6 +46,12 @@ def test_best_constant_is_the_best():
     np.testing.assert_allclose(losses.best_constant(q, mask), best, rtol=1e-3)
     for constant in rng.normal(size=(200, 5)) * 0.3 + np.array([2, 0, 0, 1, 0]):
         assert losses.distillation(np.broadcast_to(constant.astype(np.float32), q.shape), q, mask) >= best - 1e-6
+
+
+def test_a_label_outside_the_classes_is_named():
+    labels, classes = np.array([0, 2, 255, 3], np.uint8), np.zeros(4, np.uint8)
+    with pytest.raises(InputError, match="a label is 3, and there are 3 classes"):
+        metrics.confusion_matrix(labels, classes, 3)
 
 
 def test_published_segmentation_losses_and_metrics(golden):

@@ -241,6 +241,10 @@ def test_zero_shot_from_image_regions_and_from_a_folder(tmp_path, street_cache, 
         ({"data.label_fraction": 0.4}, "it is 1/n, as 0.01"),
         ({"probe.method": "knn", "probe.temperature": 0.0}, r"probe\.temperature = 0\.0 above 0"),
         ({"probe.method": "zero_shot", "teacher.checkpoint": "x.pth"}, "x.pth' is not a file"),
+        (
+            {"probe.method": "zero_shot", "teacher.feature": "x"},
+            r"another teacher .*feature is x_pre_norm there, x here",
+        ),
         ({"probe.features": "cached", "probe.cache_dtype": "int8"}, "'int8' is none of float32, float16"),
     ],
 )

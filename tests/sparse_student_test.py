@@ -19,6 +19,7 @@ from scalr_jax.data.voxels import count_levels, extent_of
 from scalr_jax.export import export_model
 from scalr_jax.models import minkunet
 
+FAST = {"xla_backend_optimization_level": 0}  # compiles faster, which is what these tests spend their time on
 NARROW = {"model.name": "minkunet14", "model.minkunet.width": 0.1}
 
 
@@ -159,7 +160,8 @@ def test_without_room_for_a_voxel_nothing_passes_as_a_result(scenes, street_cach
     batch = jax.tree.map(lambda x: jax.numpy.asarray(x)[None], packing.pack_shard([scene], room, scene, ()))
     shapes = jax.eval_shape(lambda: student.init(jax.random.key(0), batch, train=False))
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), shapes)
-    out = np.asarray(jax.jit(lambda variables: student.apply(variables, batch, train=False))(variables))
+    program = jax.jit(lambda variables: student.apply(variables, batch, train=False), compiler_options=FAST)
+    out = np.asarray(program(variables))
     assert np.isfinite(out).all() == enough
 
 
@@ -177,7 +179,7 @@ def test_only_sums_cross_a_device(street_cache):
 
     variables = abstract.placed(shapes, sharding.parameter_shardings(shapes, mesh))
     arguments = variables["params"], variables["batch_stats"], batch
-    text = jax.jit(jax.grad(loss)).lower(*arguments).compile({"xla_backend_optimization_level": 0}).as_text() or ""
+    text = jax.jit(jax.grad(loss)).lower(*arguments).compile(FAST).as_text() or ""
     found = {kind for kind in hlo.COLLECTIVES if re.search(rf" {kind}(-start)?\(", text)}
     assert found == {"all-reduce"}
     largest = max(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

@@ -1,5 +1,7 @@
 """The student: published numbers, and the laws of packing and padding."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,10 @@ def small_student(**changes):
     return Student(**settings)
 
 
+# Compiles faster, which is what these tests spend their time on.
+fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def init(student, batch):
     """Random variables without compiling the initialisers."""
     shapes = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
@@ -30,7 +36,7 @@ def init(student, batch):
 def apply(student, variables, batch, *, train=False):
     """Jitted: run operation by operation, the scan would be compiled again and again."""
     mutable = ["batch_stats"] if train else False
-    return jax.jit(lambda v, b: student.apply(v, b, train=train, mutable=mutable))(variables, batch)
+    return fast_jit(lambda v, b: student.apply(v, b, train=train, mutable=mutable))(variables, batch)
 
 
 def load_golden(arrays, kind):
@@ -114,7 +120,7 @@ def test_padding_changes_nothing(implementation):
             out = jnp.where(valid[:, None], out[0], 0.0)
             return jnp.sum(jnp.sin(out)), (out, updated)
 
-        return jax.jit(jax.value_and_grad(loss_of, has_aux=True))(variables["params"])
+        return fast_jit(jax.value_and_grad(loss_of, has_aux=True))(variables["params"])
 
     (_, (out, statistics)), gradients = run(tight)
     (_, (padded_out, padded_statistics)), padded_gradients = run(loose)
@@ -168,7 +174,7 @@ def test_remat_changes_nothing(remat):
 
     def gradient(student):
         loss_of = lambda p: student.apply({**variables, "params": p}, batch, train=False).sum()  # noqa: E731
-        return jax.jit(jax.grad(loss_of))(variables["params"])
+        return fast_jit(jax.grad(loss_of))(variables["params"])
 
     plain, again = gradient(small_student()), gradient(small_student(remat=remat))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):

@@ -26,7 +26,7 @@ def tiny_model(head, out_features, **changes):
 def write_workdir(path, task, head, out_features, **data):
     """A run's folder, as training leaves it."""
     config = get_config()
-    config.task = task
+    config.task, config.teacher.checkpoint = task, "demo"
     config.data.update(data)
     model, variables = tiny_model(head, out_features)
     config.model.update({key: model[key] for key in config.model if key in ("channels", "depth")})

@@ -14,6 +14,7 @@ from scalr_jax.models.heads import DistillationHead, SegmentationHead
 from scalr_jax.models.layers import Linear, to_rows
 from scalr_jax.models.minkunet import MinkUNet, tables_of
 from scalr_jax.models.waffleiron import WaffleIron
+from scalr_jax.ops import sparse_conv
 
 Array = jax.Array
 
@@ -89,7 +90,7 @@ class SparseStudent(Student):
 
     def _features(self, batch: Any, mask: Array, *, train: bool) -> Array:
         del mask
-        voxels = tables_of(batch.voxels, batch.scene, self.extent, num_scenes=batch.scene_points.shape[1])
+        voxels, offset = self._tables(batch)
         backbone = MinkUNet(
             self.blocks,
             self.widths,
@@ -99,11 +100,22 @@ class SparseStudent(Student):
             self.dtype,
             name="backbone",
         )
-        offset = batch.voxels.coordinates % 1.0 - 0.5
         x = backbone(batch.feats, voxels, offset, train=train and not self.frozen_backbone)
         # Sizes were counted on the host from the same coordinates: no room for a voxel is a defect, and must not pass.
         x = jnp.where((voxels.missing == 0).all(), x, jnp.nan)
         return jax.lax.stop_gradient(x) if self.frozen_backbone else x
+
+    def _tables(self, batch: Any) -> tuple[sparse_conv.Voxels, Array]:
+        """And where each point is in its voxel, [D, P, 3], -0.5 to 0.5."""
+        voxels = tables_of(batch.voxels, batch.scene, self.extent, num_scenes=batch.scene_points.shape[1])
+        return voxels, batch.voxels.coordinates % 1.0 - 0.5
+
+
+class SparseStudentOnTables(SparseStudent):
+    """A sparse student whose tables come with the batch: `batch.voxels` is (tables, places in the voxels)."""
+
+    def _tables(self, batch: Any) -> tuple[sparse_conv.Voxels, Array]:
+        return batch.voxels
 
 
 class Head(Student):

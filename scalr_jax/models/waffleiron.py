@@ -37,6 +37,37 @@ def save_only(*names: str) -> Callable:
     return functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)  # type: ignore[arg-type]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def flatten_normalized(x: Array, mask: Array, statistics: Any, plane: Any, dtype: Any, block: int) -> Array:
+    """`cells.flatten(normalize(x, mask, statistics), plane)`, [P, C] -> [M, C], `block` rows at a time in the order of
+    their cells: normalised rows are summed while they are in the cache, and no [P, C] is written."""
+
+    def add(table: Array, rows: tuple[Array, Array]) -> tuple[Array, None]:
+        row, cell = rows
+        points = normalize(x[row], mask[row], statistics).astype(dtype).astype(jnp.float32)
+        return table.at[cell].add(points, mode="drop", indices_are_sorted=True), None
+
+    empty = jnp.zeros((plane.inverse_count.shape[0], x.shape[-1]), jnp.float32)
+    in_order = plane.order.reshape(-1, block), plane.cell[plane.order].reshape(-1, block)
+    table, _ = jax.lax.scan(add, empty, in_order)
+    return (table * plane.inverse_count[:, None]).astype(dtype)
+
+
+def _flatten_normalized_forward(x: Array, mask: Array, statistics: Any, plane: Any, dtype: Any, block: int):
+    return flatten_normalized(x, mask, statistics, plane, dtype, block), (x, mask, statistics, plane)
+
+
+def _flatten_normalized_backward(dtype: Any, block: int, residuals: tuple, gradient: Array):
+    x, mask, statistics, plane = residuals
+    plain = lambda x, statistics: cells.flatten(normalize(x, mask, statistics).astype(dtype), plane)  # noqa: E731
+    _, pull_back = jax.vjp(plain, x, statistics)
+    x_gradient, statistics_gradient = pull_back(gradient)
+    return x_gradient, None, statistics_gradient, None
+
+
+flatten_normalized.defvjp(_flatten_normalized_forward, _flatten_normalized_backward)
+
+
 class SpatialMix(nn.Module):
     """x [D * P, C], plane [D, ...], mask [D * P] -> [D * P, C], what is added to the residual stream.
 
@@ -48,6 +79,7 @@ class SpatialMix(nn.Module):
     activation: str
     implementation: str
     dtype: Any
+    block: int = 0  # rows worked on at a time; 0: all
 
     @nn.compact
     def __call__(self, x: Array, plane: Any, mask: Array, num_scenes: int, *, train: bool) -> Array:
@@ -62,9 +94,12 @@ class SpatialMix(nn.Module):
         activation = ACTIVATIONS[self.activation]
 
         def mix_cells(points: Array, plane: Any) -> Array:
+            return mix_table(cells.flatten(points, plane), plane)
+
+        def mix_table(table: Array, plane: Any) -> Array:
             # The mean of a cell's points goes before the norm's scale and bias: on cells these cost nothing.
             filled = cells.filled(plane)[:, None]  # [M, 1]
-            table = checkpoint_name(cells.flatten(points, plane), "cells")  # [M, C]
+            table = checkpoint_name(table, "cells")  # [M, C]
             table = (table * norm_scale + norm_bias * filled).astype(self.dtype)
             halo = checkpoint_name(cell_conv.conv_taps(table, plane.halo_taps, plane.cell_taps, kernel1), "halo")
             table = cell_conv.conv_taps(activation(halo + bias1), plane.cell_taps, plane.halo_taps, kernel2)
@@ -87,6 +122,10 @@ class SpatialMix(nn.Module):
 
         @save_only("cells", "halo")
         def mix(x: Array) -> Array:
+            block = block_of(x.shape[0], self.block)
+            if block and self.implementation == "cells":
+                plane_0 = jax.tree.map(lambda leaf: leaf[0], plane)
+                return mix_table(flatten_normalized(x, mask, statistics, plane_0, self.dtype, block), plane_0)
             points = normalize(x, mask, statistics).astype(self.dtype).reshape(plane.cell.shape[0], -1, channels)
             if self.implementation == "windows":
                 return to_rows(mix_windows(points, plane))
@@ -130,17 +169,20 @@ class ChannelMix(nn.Module):
         return map_blocks(mix, (x, mask, keep), self.block)
 
 
-def map_blocks(function: Callable, rows: Any, block: int) -> Array:
-    """`function` of [N, ...] arrays, at most `block` rows at a time (0: all): what it makes stays in the cache.
-
-    Blocks are equal, so as large as a divisor of N; where that is less than an eighth of `block`, or N is a symbol (in
-    an exported program), all rows at once.
-    """
-    num_rows = jax.tree.leaves(rows)[0].shape[0]
+def block_of(num_rows: int, block: int) -> int:
+    """The largest divisor of `num_rows` up to `block`; 0 (all rows at once) where it is less than an eighth of
+    `ROW_BLOCK` or all rows, and where the number of rows is a symbol (in an exported program)."""
     if not isinstance(num_rows, int):
-        return function(rows)
+        return 0
     block = next((size for size in range(min(block, num_rows), 0, -1) if num_rows % size == 0), 0)
-    if block < ROW_BLOCK // 8 or block == num_rows:
+    return 0 if block < ROW_BLOCK // 8 or block == num_rows else block
+
+
+def map_blocks(function: Callable, rows: Any, block: int) -> Array:
+    """`function` of [N, ...] arrays, about `block` rows at a time (`block_of`): what it makes stays in the cache."""
+    num_rows = jax.tree.leaves(rows)[0].shape[0]
+    block = block_of(num_rows, block)
+    if not block:
         return function(rows)
     blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), rows)
     _, out = jax.lax.scan(lambda _, rows: (None, function(rows)), None, blocks)
@@ -169,15 +211,15 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, plane: Any, scene: Array, num_scenes: int, train: bool) -> Array:
         mask = to_rows(scene < num_scenes)
-        settings = {"norm": self.norm, "activation": self.activation, "dtype": self.dtype}
+        settings: dict[str, Any] = {"norm": self.norm, "activation": self.activation, "dtype": self.dtype}
+        # In blocks on one CPU only: a loop over rows that lie on several devices would move them.
+        settings["block"] = ROW_BLOCK if scene.shape[0] == 1 and windows.platform_of(scene) == "cpu" else 0
         spatial = SpatialMix(self.grid, implementation=self.implementation, name="spatial", **settings)
         branch = spatial(x, plane, mask, num_scenes, train=train).astype(x.dtype)
         keep = keep_scenes(self, scene, num_scenes, self.drop_path, train)
         x += branch if keep is None else branch * keep[:, None]
         keep = keep_scenes(self, scene, num_scenes, self.drop_path, train)
-        # In blocks on one CPU only: a loop over rows that lie on several devices would move them.
-        block = ROW_BLOCK if scene.shape[0] == 1 and windows.platform_of(scene) == "cpu" else 0
-        return ChannelMix(name="channel", block=block, **settings)(x, mask, keep, train=train)
+        return ChannelMix(name="channel", **settings)(x, mask, keep, train=train)
 
 
 class Group(nn.Module):
