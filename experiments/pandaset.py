@@ -41,6 +41,7 @@ def parts(seed: int, root: Path, folder: Path) -> Iterator[Part]:
         probe = _segment(base, "probe")
         probe.checkpoint, probe.num_steps, probe.probe.features = str(folder / name), PROBE_STEPS, "cached"
         probe.optimizer.learning_rate = 2e-2
+        probe.data.update(max_points=80_000, points_per_shard=81_920, scenes_per_shard=1)  # whole turns, as validated
         yield Part(GROUP, f"probe_{start}_100p", lambda probe=probe: probe)
     for rate in RATES:
         config = _segment(base, "finetune")

@@ -135,57 +135,60 @@ def sensor_table(seeds: Sequence[dict]) -> str:
     return table(["sensors in pretraining", "probe on 32 beams", "on 64 beams", "on solid state"], rows)
 
 
-def sweep(seeds: Sequence[dict], points: dict[Any, str]) -> dict[Any, list[float]]:
-    """mIoU of each value of a sweep that has been run; `points`: value -> part."""
-    found = {value: mious(seeds, name) for value, name in points.items()}
-    return {value: values for value, values in found.items() if values}
+_DISTILLED = "probe_distilled_100p"  # 64 channels, 6 layers, the packaged teacher
+SWEEPS = {  # by the label of their axis: value -> part
+    "channels of the student": {16: "probe_width16", 32: "probe_width32", 64: _DISTILLED, 96: "probe_width96"},
+    "layers of the student": {3: "probe_depth3", 6: _DISTILLED, 12: "probe_depth12"},
+    "channels of the teacher (300 steps each)": {width: f"probe_by_teacher{width}" for width in (16, 32, 64, 128)},
+}
 
 
-def pillars(seeds: Sequence[dict]) -> dict[str, dict[Any, list[float]]]:
-    """The sweeps, by the label of their axis: value -> mIoU of the linear probe, of each seed."""
-    distilled = "probe_distilled_100p"  # 64 channels, 6 layers, the packaged teacher
-    widths = {16: "probe_width16", 32: "probe_width32", 64: distilled, 96: "probe_width96"}
-    depths = {3: "probe_depth3", 6: distilled, 12: "probe_depth12"}
-    teachers: dict[Any, str] = {width: f"probe_by_teacher{width}" for width in (16, 32, 64, 128)}
-    return {
-        "channels of the student": sweep(seeds, widths),
-        "layers of the student": sweep(seeds, depths),
-        "channels of the teacher (300 steps each)": sweep(seeds, teachers),
-    }
+def sweep_table(seeds: Sequence[dict], label: str) -> str:
+    """A column each seed that has the whole sweep, and their mean."""
+    points = SWEEPS[label]
+    whole = {number: seed for number, seed in enumerate(seeds) if all(name in seed for name in points.values())}
+    rows = []
+    for value, name in points.items():
+        found = mious(list(whole.values()), name)
+        rows.append([str(value), *(f"{one:.1f}" for one in found), f"{np.mean(found):.1f}" if found else "-"])
+    return table([label, *(f"seed {number}" for number in whole), "mean, mIoU % of a linear probe"], rows)
 
 
-def draw_sweeps(sweeps: dict[str, dict[Any, list[float]]], output: Path) -> None:
-    """One panel a sweep: every seed a point, their mean a line."""
-    figure, all_axes = plt.subplots(1, len(sweeps), figsize=(3.6 * len(sweeps), 3.2), layout="constrained", sharey=True)
-    for axes, (label, found) in zip(np.atleast_1d(all_axes), sweeps.items(), strict=True):
-        places = range(len(found))
-        axes.plot(places, [np.mean(values) for values in found.values()], "-", color="C0")
-        for place, values in zip(places, found.values(), strict=True):
-            axes.plot([place] * len(values), values, "o", color="C0", alpha=0.6)
-        axes.set(xlabel=label, xticks=list(places), xticklabels=[str(value) for value in found])
+def draw_sweeps(seeds: Sequence[dict], output: Path) -> None:
+    """One panel a sweep, a line for each seed."""
+    figure, all_axes = plt.subplots(1, len(SWEEPS), figsize=(3.6 * len(SWEEPS), 3.2), layout="constrained", sharey=True)
+    for axes, (label, points) in zip(all_axes, SWEEPS.items(), strict=True):
+        for number, seed in enumerate(seeds):
+            if all(name in seed for name in points.values()):
+                axes.plot([mious([seed], name)[0] for name in points.values()], "o-", alpha=0.7, label=f"seed {number}")
+        axes.set(xlabel=label, xticks=range(len(points)), xticklabels=[str(value) for value in points])
         axes.grid(alpha=0.3)
-    np.atleast_1d(all_axes)[0].set_ylabel("mIoU of a linear probe, %")
+        if axes.lines:
+            axes.legend()
+    all_axes[0].set_ylabel("mIoU of a linear probe, %")
     _save(figure, output)
 
 
 def draw_labels(seeds: Sequence[dict], output: Path) -> None:
     """mIoU over the share of the labels, a line for each kind of training."""
-    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.2, 4.0), layout="constrained")
     for color, (kind, text) in enumerate(KINDS.items()):
         found = {p: values for p in PERCENTS if (values := best_mious(seeds, kind, p))}
+        if not found:
+            continue
         axes.plot(list(found), [np.mean(values) for values in found.values()], "-", color=f"C{color}", label=text)
         for percent, values in found.items():
             axes.plot([percent] * len(values), values, "o", color=f"C{color}", alpha=0.6)
     axes.set(xscale="log", xlabel="labelled scans, % of 400", ylabel="mIoU, %", xticks=PERCENTS, xticklabels=PERCENTS)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     _save(figure, output)
 
 
 def draw_sensors(seeds: Sequence[dict], output: Path) -> None:
     """A group of bars for each sensor that is probed, a bar for each number of sensors in pretraining."""
-    figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.4, 3.9), layout="constrained")
     for k, number in enumerate(("random", "1", "2", "3")):
         found = [mious(seeds, f"probe_sensors_{number}_{sensor}") for sensor in ("beams32", "beams64", "solid")]
         places = np.arange(3) + 0.2 * (k - 1.5)
@@ -195,7 +198,7 @@ def draw_sensors(seeds: Sequence[dict], output: Path) -> None:
         for place, values in zip(places, found, strict=True):
             axes.plot([place] * len(values), values, ".", color="k")
     axes.set(xticks=range(3), xticklabels=["32 beams", "64 beams", "solid state"], ylabel="mIoU of a linear probe, %")
-    axes.legend(title="pretraining")
+    figure.legend(loc="outside lower center", ncols=4, title="pretraining", columnspacing=1.0)
     axes.grid(axis="y", alpha=0.3)
     _save(figure, output)
 
@@ -208,17 +211,14 @@ def _save(figure: Any, output: Path) -> None:
 
 def report(seeds: Sequence[dict], figures: Path | None) -> str:
     """All tables as Markdown; the plots go into `figures`."""
-    sweeps = pillars(seeds)
     texts = [label_table(seeds), class_table(seeds), probe_table(seeds), gap_table(seeds), corruption_table(seeds)]
-    for label, found in sweeps.items():
-        rows = [[str(value), cell(values)] for value, values in found.items()]
-        texts.append(table([label, "mIoU % of a linear probe"], rows))
+    texts += [sweep_table(seeds, label) for label in SWEEPS]
     texts.append(sensor_table(seeds))
     seconds = sum(part["seconds"] or 0 for seed in seeds for part in seed.values())
     texts.append(f"{sum(map(len, seeds))} parts of {len(seeds)} seeds, {seconds / 3600:.1f} hours in all.")
     if figures is not None:
         draw_labels(seeds, figures / "results_labels.png")
-        draw_sweeps(sweeps, figures / "results_pillars.png")
+        draw_sweeps(seeds, figures / "results_pillars.png")
         draw_sensors(seeds, figures / "results_sensors.png")
     return "\n\n".join(texts)
 

@@ -108,12 +108,12 @@ def same_parameters(a, b, **tolerance):
 def test_one_two_or_four_processes_give_the_same_run(start, tmp_path):
     """Eight devices each; the losses depend on which scenes are in which pack, so the order of data is the same too."""
     for number in (1, 2, 4):
-        flags = ("--config.mesh.data=8", "--config.num_steps=12")
-        ended = [end_of(p) for p in group(start, number, 8 // number, tmp_path / str(number), *flags)]
+        processes = group(start, number, 8 // number, tmp_path / str(number), "--config.mesh.data=8")
+        ended = [end_of(process) for process in processes]
         assert [code for code, _ in ended] == [0] * number, "\n".join(output for _, output in ended)
-        assert sum("step 12/12" in output for _, output in ended) == 1  # one process reports and writes
+        assert sum("step 20/20" in output for _, output in ended) == 1  # one process reports and writes
     one = losses(tmp_path / "1")
-    assert sorted(one) == list(range(1, 13))
+    assert sorted(one) == list(range(1, 21))
     for number in ("2", "4"):
         other = losses(tmp_path / number)
         np.testing.assert_allclose([other[k] for k in one], list(one.values()), rtol=0, atol=1e-5)
