@@ -123,7 +123,7 @@ def test_distilled_probed_and_loaded(run, street_cache, tmp_path):
     assert features.shape == (len(frame.points), build.channels_of(config.model))
     assert np.isfinite(features).all()
     assert features.std(axis=0).max() > 0
-    with pytest.raises(InputError, match="the model is a minkunet14, and only WaffleIrons are exported"):
+    with pytest.raises(InputError, match="a minkunet14 is exported as stablehlo or orbax, and not folded"):
         export_model(model, "onnx", tmp_path / "exported")
 
 
