@@ -119,19 +119,19 @@ WHOLE = table_pickle(COLUMNS)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "empty file"),
-        (gzip.compress(b""), "empty file"),
-        (gzip.compress(WHOLE)[:-20], "cut short or damaged gzip"),
-        (gzip.compress(WHOLE)[:40], "cut short or damaged gzip"),
-        (b"\x1f\x8b" + b"junk" * 20, "cut short or damaged gzip"),
-        (WHOLE[:-30], "not a whole pickled table"),
-        (gzip.compress(WHOLE[:-30]), "not a whole pickled table"),
-        (b"version https://git-lfs.github.com/spec/v1", "neither gzip nor a pickle"),
-        (pickle.dumps([1, 2]), "no DataFrame"),
-        (b"\x80\x03" + array_opcodes(np.arange(3)) + b".", "no DataFrame"),
-        (table_pickle({"x": np.array(["a", "b"], dtype="S1")}), "dtype 'S1'"),
-        (WHOLE.replace(plain((1, 7)), plain((1, 8))), "not a whole pickled table"),
-    ],
+        pytest.param(b"", "empty file", id="empty"),
+        pytest.param(gzip.compress(b""), "empty file", id="empty gzip"),
+        pytest.param(gzip.compress(WHOLE)[:-20], "cut short or damaged gzip", id="gzip without its end"),
+        pytest.param(gzip.compress(WHOLE)[:40], "cut short or damaged gzip", id="start of a gzip"),
+        pytest.param(b"\x1f\x8b" + b"junk" * 20, "cut short or damaged gzip", id="junk as gzip"),
+        pytest.param(WHOLE[:-30], "not a whole pickled table", id="without its end"),
+        pytest.param(gzip.compress(WHOLE[:-30]), "not a whole pickled table", id="without its end, gzip"),
+        pytest.param(b"version https://git-lfs.github.com/spec/v1", "neither gzip nor a pickle", id="LFS pointer"),
+        pytest.param(pickle.dumps([1, 2]), "no DataFrame", id="list"),
+        pytest.param(b"\x80\x03" + array_opcodes(np.arange(3)) + b".", "no DataFrame", id="array"),
+        pytest.param(table_pickle({"x": np.array(["a", "b"], dtype="S1")}), "dtype 'S1'", id="bytes column"),
+        pytest.param(WHOLE.replace(plain((1, 7)), plain((1, 8))), "not a whole pickled table", id="wrong shape"),
+    ],  # gzip writes the time: without ids, two workers could collect different names
 )
 def test_damaged_files_are_named(tmp_path, content, message):
     path = tmp_path / "damaged.pkl.gz"
