@@ -104,15 +104,15 @@ python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu]'}"
 start="set -e
 cd ~/scalr_jax
 rm -f run.pid run.code
+: >run.log
 export CONFIG=$(printf %q "$CONFIG") WORKDIR=$(printf %q "$WORKDIR") PYTHON=.venv/bin/python
 nohup setsid bash -c 'echo \$\$ >run.pid; launch/worker.sh \"\$@\" >run.log 2>&1; echo \$? >run.code' run \
-    $(printf '%q ' "$@") >/dev/null 2>&1 </dev/null &"
+    $(printf '%q ' "$@") >/dev/null 2>&1 </dev/null &
+while [ ! -s run.pid ]; do sleep 0.1; done" # a run that fails at once is followed, too
 follow="cd ~/scalr_jax
 $going
-tail -n 20 -F run.log 2>/dev/null &
-while [ ! -e run.code ] && going; do sleep 2; done
-sleep 1
-kill \$!"
+while [ ! -e run.code ] && going; do sleep 2; done &
+tail -n 20 -F --pid=\$! run.log 2>/dev/null" # reads to the end of the file after that loop
 exit_code="cat scalr_jax/run.code 2>/dev/null"
 
 on() { # on WHICH COMMAND: one shell command on the first worker or on all
