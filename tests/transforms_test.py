@@ -142,15 +142,26 @@ def test_the_same_rng_gives_the_same_scene():
 
 
 def test_published_augmentation_moves_coordinates_and_features_apart():
-    """x, y of the features are rotated by another angle than the coordinates, z of the features only scaled."""
-    published = transforms.make_scene(frame(), 0, (0, 1), settings_of("segment"), np.random.default_rng(1))
-    consistent = transforms.make_scene(
-        frame(), 0, (0, 1), settings_of("segment", augmentation="consistent"), np.random.default_rng(1)
-    )
-    radius = np.linalg.norm(published.feats[:, 1:4], axis=1) / published.feats[:, 4]
-    np.testing.assert_allclose(radius, radius[0], rtol=1e-4)  # one scale for all, and not the radius' own
-    assert abs(radius[0] - 1) > 1e-3
-    np.testing.assert_allclose(np.linalg.norm(consistent.feats[:, 1:4], axis=1), consistent.feats[:, 4], rtol=1e-5)
+    """As the released configs say it: x and y of the features turn by an angle of their own; x, y, z and radius are
+    scaled, the coordinates are not."""
+    source = frame(labels=np.arange(200, dtype=np.uint8))
+    scenes = {
+        kind: transforms.make_scene(
+            source, 0, (0, 1), settings_of("segment", augmentation=kind, voxel_size=1e-3), np.random.default_rng(1)
+        )
+        for kind in ("published", "consistent")
+    }
+    published = scenes["published"]
+    before = transforms.make_features(source.points[:, :3], source.points[:, 3], (0, 1))[published.labels]
+    scale = published.feats[0, 4] / before[0, 4]
+    assert 0.9 <= scale <= 1.1
+    assert abs(scale - 1) > 1e-3
+    np.testing.assert_array_equal(published.feats[:, 0], before[:, 0])
+    np.testing.assert_allclose(published.feats[:, 3:], scale * before[:, 3:], rtol=1e-5)
+    lengths, old_lengths = (np.linalg.norm(feats[:, 1:3], axis=1) for feats in (published.feats, before))
+    np.testing.assert_allclose(lengths, scale * old_lengths, rtol=1e-5)
+    for scene in scenes.values():
+        np.testing.assert_allclose(np.linalg.norm(scene.feats[:, 1:4], axis=1), scene.feats[:, 4], rtol=1e-5)
 
 
 def test_evaluation_maps_every_point_to_its_nearest_kept_point():

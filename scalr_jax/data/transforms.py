@@ -339,13 +339,14 @@ def _with_raw(scene: SceneView, xyz: np.ndarray, raw: np.ndarray, labels: np.nda
 
 
 def _augment_published(xyz: np.ndarray, feats: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:
-    """As released: two rotations by different angles, flips of coordinates only, scaling of features only."""
+    """As released: two rotations by different angles, flips of coordinates only, scaling of features only (x, y, z and
+    radius)."""
     xyz, feats = xyz.copy(), feats.copy()
     xyz[:, :2] = xyz[:, :2] @ rotation(rng.uniform(-np.pi, np.pi))
     feats[:, 1:3] = feats[:, 1:3] @ rotation(rng.uniform(-np.pi, np.pi))
     if rng.random() < 2 / 3:
         xyz[:, rng.integers(2)] *= -1.0
-    feats[:, 1:4] *= rng.uniform(0.9, 1.1)
+    feats[:, 1:5] *= rng.uniform(0.9, 1.1)
     return xyz, feats
 
 
