@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import raw_datasets as raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalr_jax.data import transforms
+from scalr_jax.data.pandaset import PandaSet
 from scalr_jax.data.scenes import PLANE_AXES, BadFrameError, Frame
+from scalr_jax.data.whole_scan import check_points, whole_scan
 
 FIELD_OF_VIEW = ((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0))
 GRIDS = ((256, 256), (256, 32), (256, 32))
@@ -172,6 +175,52 @@ def test_evaluation_maps_every_point_to_its_nearest_kept_point():
     kept = scene.feats[:, 1:4]
     distance = np.linalg.norm(source.points[:, None, :3] - kept[None], axis=-1)
     np.testing.assert_allclose(distance[np.arange(300), scene.upsample], distance.min(1), rtol=1e-5)
+
+
+def in_students_frame(source):
+    """The frame as `scalr_jax.load(...).segment()` gets it: float32, moved."""
+    xyz = transforms.to_ego(source.points, source.to_ego)
+    return source._replace(points=np.column_stack([xyz, source.points[:, 3]]).astype(np.float32), to_ego=np.eye(4))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_segmentation_voxelises_and_limits_in_the_students_frame(train):
+    """As published; distillation does both where the reader's points are, on PandaSet the world."""
+    to_ego = np.eye(4)
+    to_ego[:2, :2], to_ego[:3, 3] = transforms.rotation(0.6), (3.0, -2.0, -1.6)
+    source = frame(2000, to_ego=to_ego, pixels=np.ones((2000, 2)), visible=np.ones(2000, bool))
+
+    def scenes(task):
+        settings = settings_of(task, train=train, voxel_size=0.7, max_points=300, augmentation="none")
+        frames = (source, in_students_frame(source))
+        return [transforms.make_scene(f, 0, (0, 1), settings, np.random.default_rng(3)) for f in frames]
+
+    one, other = scenes("segment")
+    for field in ("feats", "labels", "neighbors", "upsample"):
+        np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
+    one, other = scenes("distill")
+    assert not np.array_equal(np.sort(one.feats, axis=0), np.sort(other.feats, axis=0))
+
+
+@pytest.mark.samples
+@pytest.mark.skipif(not raw.SAMPLES.is_dir(), reason="needs the real frames")
+def test_a_real_pandaset_frame_is_evaluated_as_it_is_predicted():
+    dataset = PandaSet(raw.SAMPLES / "pandaset", split="all", frames=[45], labels=True)
+    source = dataset.frame(0)
+    settings = settings_of("segment", train=False)
+    scene = transforms.make_scene(source, 0, dataset.intensity, settings, np.random.default_rng(0))
+    model = {"intensity": dataset.intensity, "field_of_view": FIELD_OF_VIEW, "grids": GRIDS}
+    points = check_points(in_students_frame(source).points)
+    predicted, nearest = whole_scan(points, model | {"voxel_size": 0.1, "num_neighbors": 16})
+    np.testing.assert_array_equal(predicted.feats[:, 1:4], scene.feats[:, 1:4])
+    np.testing.assert_allclose(predicted.feats, scene.feats, rtol=1e-6, atol=1e-6)  # intensities, from float64
+    np.testing.assert_array_equal(nearest, scene.upsample)
+    in_doubles = source.points[:, :3] @ source.to_ego[:3, :3].T + source.to_ego[:3, 3]  # as published
+    published = transforms.voxelize(in_doubles, 0.1)
+    kept = transforms.voxelize(transforms.to_ego(source.points, source.to_ego), 0.1)
+    assert len(np.setxor1d(published, kept)) < 1e-4 * len(kept)  # points on an edge, rounded to float32
+    world = transforms.voxelize(source.points, 0.1)
+    assert len(np.setxor1d(published, world)) > 0.1 * len(kept)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What a prepared record holds, as a TFDS builder: features, metadata, the TFDS layout of the files.
 
-A frame becomes several records, one after the other: with labels the *scan* (every point in its order, labels, voxels),
+A frame becomes several records, one after the other: with labels the *scan* (every point in its order, and its label),
 then for each camera that sees something a *view*. A view holds just what distillation needs of that camera: the points
 of the voxels that it sees, voxel by voxel, so that reading needs no sort and no pairing. A sample reads one record: on
 PandaSet a view has 0.8 MB where a record of all six cameras has 5.2 MB and takes 2 to 3 ms to read (2026-11-22).
@@ -25,13 +25,12 @@ from tensorflow_datasets.core import splits as splits_lib
 
 NAME = "lidar_frames"  # of the files: lidar_frames-train.array_record-00000-of-00012
 FORMAT = "array_record"
-VERSION = "1.1.0"  # raise it when the features change
+VERSION = "1.2.0"  # raise it when the features change
 FEATURES = {
     "name": "what logs call the frame or view, utf-8",
     "camera": "its name, utf-8; empty for a scan",
     "points": "[n, 4] float32: x, y, z in the student's frame (metres), raw intensity",
-    "voxel_order": "[n] int32: points sorted by voxel; empty when they are stored so (views)",
-    "voxel_start": "[v + 1] int32: where each voxel's run begins",
+    "voxel_start": "[v + 1] int32: where each voxel's run begins; views only",
     "labels": "[n] uint8: class, or 255; scans only",
     "beams": "[n] uint8: the beam of each point, 0 the lowest; scans of nuScenes and of the Pandar64 only",
     "to_sensor": "[4, 4] float64: the student's frame -> the lidar's; scans of PandaSet only",

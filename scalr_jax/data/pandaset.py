@@ -6,7 +6,8 @@ Points are stored in world coordinates, both lidars in one table. With the poses
     to_ego    = shift(z - 1.6 m) * inverse(T_lidar[n])   the student's frame
     to_sensor = inverse(T_lidar(t) * MOUNT)              the Pandar64 at time t
 
-The published readers voxelise in world coordinates, before `to_ego`; so `Frame.points` stay in the world. T_lidar is no
+The published distillation voxelises in world coordinates, before `to_ego`, so `Frame.points` stay in the world; the
+published segmentation does after it. T_lidar is no
 pose of a lidar but of the car, as it was when the sweep ended; the Pandar64 stands higher and further ahead on it.
 Files have gaps (some frames may be absent); poses.json has one pose a frame *number*, not one a file.
 """

@@ -102,7 +102,7 @@ class Source:
         voxels, points = transforms.find_voxels(scan.points, self.voxel_size), student_points(scan)
         prepared = Prepared(name, [], labelled >= 0, [], [], scan.points.dtype.name)
         if labelled >= 0:
-            prepared.examples.append(scan_example(scan, points, voxels))
+            prepared.examples.append(scan_example(scan, points))
         for camera in self.reader.cameras_of(plain) if plain >= 0 else ():
             try:
                 view = self.reader.view(scan, plain, camera)
@@ -133,7 +133,7 @@ class Source:
         if frame.image is None or len(frame.points) == 0:
             raise BadFrameError(f"{name}: no image, or no points")
         voxels, points = transforms.find_voxels(frame.points, self.voxel_size), student_points(frame)
-        examples = [scan_example(frame, points, voxels)] if with_scan else []
+        examples = [scan_example(frame, points)] if with_scan else []
         examples.append(view_example(frame, points, voxels, "camera", self._image(frame)))
         return Prepared(name, examples, with_scan, ["camera"], [], frame.points.dtype.name)
 
@@ -170,14 +170,15 @@ def student_points(frame: Frame) -> np.ndarray:
     return np.concatenate([xyz, frame.points[:, 3:4].astype(np.float32)], axis=1)
 
 
-def scan_example(scan: Frame, points: np.ndarray, voxels: Voxels) -> dict[str, bytes]:
-    """A whole scan: every point, in its order. points [N, 4]: `student_points(scan)`."""
+def scan_example(scan: Frame, points: np.ndarray) -> dict[str, bytes]:
+    """A whole scan: every point, in its order. points [N, 4]: `student_points(scan)`.
+
+    Without voxels: finding those of the student's frame takes 5 ms of the scan's 35 to 180 (Pandar64, 2026-11-27).
+    """
     to_sensor = None if scan.to_sensor is None else scan.to_sensor @ np.linalg.inv(scan.to_ego)
     return {
         "name": scan.name.encode(),
         "points": to_bytes(points, "f4"),
-        "voxel_order": to_bytes(voxels.order, "i4"),
-        "voxel_start": to_bytes(voxels.start, "i4"),
         "labels": b"" if scan.labels is None else to_bytes(scan.labels, "u1"),
         "beams": b"" if scan.beams is None else to_bytes(scan.beams, "u1"),
         "to_sensor": b"" if to_sensor is None else to_bytes(to_sensor, "f8"),

@@ -155,7 +155,8 @@ class Records:
             opened with `labels`.
 
         Returns:
-          A view [n, 4] or a whole scan [N, 4], points in the student's frame (`to_ego` is the identity), with voxels.
+          A view [n, 4] or a whole scan [N, 4], points in the student's frame (`to_ego` is the identity); a view with
+          its voxels.
 
         Raises:
           BadFrameError: the record is damaged.
@@ -179,12 +180,10 @@ class Records:
 
     def _scan(self, parts: dict[str, memoryview], name: str) -> Frame:
         points = self._points(parts, name)
-        order, start = _array(parts, "voxel_order", "<i4"), _array(parts, "voxel_start", "<i4")
         labels = _array(parts, "labels", "u1") if self.labels else None
-        voxels = Voxels(self.metadata["voxel_size"], order, start)
         beams = _array(parts, "beams", "u1") if parts.get("beams") else None  # not in records before 2026-11-23
         to_sensor = _array(parts, "to_sensor", "<f8").reshape(4, 4) if parts.get("to_sensor") else None
-        return Frame(name, points, np.eye(4), labels=labels, voxels=voxels, to_sensor=to_sensor, beams=beams)
+        return Frame(name, points, np.eye(4), labels=labels, to_sensor=to_sensor, beams=beams)
 
     def _view(self, parts: dict[str, memoryview], name: str) -> Frame:
         name = str(parts["name"], "utf-8")

@@ -44,9 +44,10 @@ class InputError(ValueError):
 class Frame(NamedTuple):
     """One scan, paired with one camera image when there is one, as a reader returns it.
 
-    Points stay in the reader's native frame, where the published code voxelises (the world for PandaSet, the lidar
-    for the others), and `to_ego` moves them to the frame the student sees. Pairing is done by the reader, on every
-    point of the scan, because each dataset has its own chain of frames and its own visibility rule.
+    Points stay in the reader's native frame (the world for PandaSet, the lidar for the others), where the published
+    distillation voxelises, and `to_ego` moves them to the frame the student sees, where segmentation does. Pairing is
+    done by the reader, on every point of the scan, because each dataset has its own chain of frames and its own
+    visibility rule.
     """
 
     name: str  # "pandaset/002/45/front_camera": what errors and logs call it
@@ -56,7 +57,7 @@ class Frame(NamedTuple):
     pixels: np.ndarray | None = None  # [N, 2] float64: row, column in `image`; any value where not visible
     visible: np.ndarray | None = None  # [N] bool: the point projects inside the image by the dataset's rule
     labels: np.ndarray | None = None  # [N] uint8: class, or 255
-    voxels: Voxels | None = None  # found when the frame was prepared; None: not yet
+    voxels: Voxels | None = None  # of a camera's view, found when the frame was prepared; None: not yet
     image_shape: tuple[int, int] | None = None  # rows, columns that `pixels` count in; None: those of `image`
     instances: np.ndarray | None = None  # [N] integers: the object of each point; None: not numbered
     to_sensor: np.ndarray | None = None  # [4, 4] float64: native frame -> the lidar, z up its axis; None: `to_ego`

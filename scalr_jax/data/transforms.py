@@ -1,8 +1,10 @@
 """From a frame to a scene, as published (ScaLR, section 3 and its released code), in NumPy.
 
-Distillation: voxelise, keep what the camera sees, limit, rotate/flip/scale, cut to the field of view, features,
-neighbours, cells. Segmentation: the same without a camera; with `augmentation="published"` the features are computed
-before the augmentation, whose rotations of coordinates and of features then differ (a quirk of the published code).
+Distillation: voxelise in the reader's frame, keep what the camera sees, limit, move to the student's frame,
+rotate/flip/scale, cut to the field of view, features, neighbours, cells. Segmentation: the same without a camera, all
+of it in the student's frame (on PandaSet the voxels are others); with `augmentation="published"` the features are
+computed before the augmentation, whose rotations of coordinates and of features then differ (a quirk of the published
+code).
 Every random choice comes from the `rng` argument.
 """
 
@@ -97,7 +99,7 @@ def draw_voxels(voxels: Voxels, rng: np.random.Generator | None = None) -> np.nd
 
 
 def one_a_voxel(frame: Frame, voxel_size: float, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Indices of one point a voxel of a frame, by its prepared voxels where they have this size."""
+    """Indices of one point a voxel of the reader's frame, by its prepared voxels where they have this size."""
     if frame.voxels is not None and frame.voxels.size == voxel_size:
         return draw_voxels(frame.voxels, rng)
     return voxelize(frame.points, voxel_size, rng)
@@ -290,11 +292,11 @@ def labels_of(frame: Frame) -> np.ndarray:
 def _segmentation_scene(frame: Frame, index: int, intensity, settings: SceneSettings, rng) -> SceneView:
     if settings.votes:
         return _vote_scene(frame, index, intensity, settings, rng)
-    labels = labels_of(frame)
-    kept = one_a_voxel(frame, settings.voxel_size, rng if settings.train else None)
+    labels, raw = labels_of(frame), to_ego(frame.points, frame.to_ego)
+    kept = voxelize(raw, settings.voxel_size, rng if settings.train else None)
     if settings.train:
-        kept = kept[limit(frame.points[kept], settings.max_points, rng)]
-    xyz = to_ego(frame.points[kept], frame.to_ego)
+        kept = kept[limit(raw[kept], settings.max_points, rng)]
+    xyz = raw[kept]
     feats = make_features(xyz, frame.points[kept, 3], intensity)
     if settings.train and settings.augmentation == "published":
         xyz, feats = _augment_published(xyz, feats, rng)
@@ -306,7 +308,6 @@ def _segmentation_scene(frame: Frame, index: int, intensity, settings: SceneSett
     scene = _finish(frame.name, index, xyz, feats, settings, labels=labels[kept])
     if settings.train:
         return scene
-    raw = to_ego(frame.points, frame.to_ego)
     return _with_raw(scene, xyz, raw, labels, np.linalg.norm(raw, axis=1))
 
 
