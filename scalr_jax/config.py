@@ -138,7 +138,7 @@ def _optimizer() -> ConfigDict:
     return ConfigDict(
         {
             "name": "adamw",  # adamw; lamb: for batches many times the published one
-            "learning_rate": 2e-3,
+            "learning_rate": 2e-3,  # 0 with schedule constant: only batch norms see the data
             "final_learning_rate": 1e-5,
             "weight_decay": 0.03,
             "ema": 0.0,  # moving average of the weights: what it keeps of itself at each step, as 0.999; 0: none

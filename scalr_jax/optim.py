@@ -39,8 +39,16 @@ def warmup_rsqrt_cooldown(t: Array, *, warmup: float, cooldown: float, timescale
 
 
 def make_schedule(config: Any, total: float) -> Callable[[Array], Array]:
-    """progress (updates of the published batch, float32) -> learning rate. `config` is `config.optimizer`."""
+    """progress (updates of the published batch, float32) -> learning rate. `config` is `config.optimizer`.
+
+    Raises `InputError` for an unknown schedule, and for a rate below 0, or of 0 where a cosine would end above it.
+    """
     peak = config.learning_rate
+    if not peak >= 0 or (peak == 0 and config.schedule == "cosine"):
+        raise InputError(
+            f"optimizer.learning_rate = {peak} with optimizer.schedule = {config.schedule!r}: give a positive one, or 0 "
+            "with the schedule 'constant', which trains nothing but the batch norms' statistics"
+        )
     warmup = config.warmup_share * total
     if config.schedule == "cosine":
         final = config.final_learning_rate / peak

@@ -41,6 +41,17 @@ def test_the_config_chooses_the_schedule():
         optim.make_schedule(config, 100.0)
 
 
+def test_a_learning_rate_of_zero_is_constant():
+    """A cosine from 0 to `final_learning_rate` would be a warm-up; without training, batch norms still see the data."""
+    config = get_config().optimizer
+    for rate, schedule in ((0.0, "cosine"), (-1e-3, "rsqrt"), (-1e-3, "constant"), (float("nan"), "cosine")):
+        config.update(learning_rate=rate, schedule=schedule)
+        with pytest.raises(InputError, match=r"optimizer\.learning_rate = \S+ with .* give a positive one, or 0"):
+            optim.make_schedule(config, 100.0)
+    config.update(learning_rate=0.0, schedule="constant")
+    assert optim.make_schedule(config, 100.0)(jnp.float32(5)) == 0
+
+
 def test_adamw_decays_every_parameter():
     """One step equals AdamW's formula (decoupled weight decay), biases included."""
     config = get_config().optimizer
