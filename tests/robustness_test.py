@@ -230,6 +230,14 @@ def test_semantic_kitti_c(tmp_path):
     labels.unlink()
     with pytest.raises(InputError, match="1 of 3 scans have no label file"):
         open_released(clear, tmp_path / "c", "fog", "light")
+    scan.unlink()
+    with pytest.raises(InputError, match=r"fog/light: 1 of the clear set's 3 scans are missing \(08/000001\)"):
+        open_released(clear, tmp_path / "c", "fog", "light")
+    (source / "labels" / "000001.label").unlink()
+    (source / "labels" / "000002.label").unlink()
+    fewer = SemanticKITTI(tmp_path / "clear", split="validation", labels=True)
+    with pytest.raises(InputError, match=r"1 of its 2 scans, as 08/000002, are not in the clear set"):
+        open_released(fewer, tmp_path / "c", "fog", "light")
 
 
 def test_nuscenes_c(tmp_path):
@@ -246,6 +254,9 @@ def test_nuscenes_c(tmp_path):
     assert len(snowy) == len(clear)
     with pytest.raises(InputError, match="fog/light/samples/LIDAR_TOP: no such folder"):
         open_released(clear, tmp_path / "c", "fog", "light")
+    scan.unlink()
+    with pytest.raises(InputError, match=r"snow/heavy: 1 of the clear set's 2 scans are missing"):
+        open_released(clear, tmp_path / "c", "snow", "heavy")
 
 
 # ---- configs/evaluate.py

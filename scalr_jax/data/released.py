@@ -3,13 +3,15 @@
     SemanticKITTI-C   <root>/<corruption>/<severity>/velodyne/*.bin and labels/*.label, sequence 08
     nuScenes-C        <root>/<corruption>/<severity>/samples/LIDAR_TOP/*.bin and lidarseg/v1.0-trainval/*.bin
 
-Both are the files of the clear set with other contents, so its readers, tables and label maps serve here too.
+Both are the files of the clear set with other contents, so its readers, tables and label maps serve here too, and a
+set with fewer scans than the clear one is refused: what is published is of them all.
 Corruptions and severities are named as in `evaluation/corruptions.py`.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from scalr_jax.data.nuscenes import NuScenes
 from scalr_jax.data.scenes import Frame, InputError
 from scalr_jax.data.semantic_kitti import SemanticKITTI
 
+SEQUENCE = "08"  # of SemanticKITTI-C
+
 
 def open_released(clear: Any, root: Path, corruption: str, severity: str) -> Any:
     """The corrupted scans of a dataset.
@@ -31,7 +35,7 @@ def open_released(clear: Any, root: Path, corruption: str, severity: str) -> Any
         corruption, severity: names of its folders.
 
     Raises:
-        InputError: another dataset, or no such folder.
+        InputError: another dataset, no such folder, or other scans than the clear set's.
     """
     if isinstance(clear, Joined) and len(clear.datasets) == 1:
         clear = clear.datasets[0]
@@ -41,6 +45,9 @@ def open_released(clear: Any, root: Path, corruption: str, severity: str) -> Any
     if isinstance(clear, NuScenes):
         files.check_folder(folder / "samples" / "LIDAR_TOP", f"{root}/CORRUPTION/SEVERITY/samples/LIDAR_TOP")
         files.check_folder(folder / "lidarseg", f"{root}/CORRUPTION/SEVERITY/lidarseg/v1.0-trainval")
+        scans = [clear.scan_file(k) for k in range(len(clear))]
+        there = {name for parent in {Path(s).parent for s in scans} for name in files.listing(folder / parent)}
+        _check_complete(folder, {Path(scan).name for scan in scans}, there)
         corrupted = copy.copy(clear)
         corrupted.root = folder  # where scans and labels are read; tables and what there is are the clear set's
         return corrupted
@@ -50,11 +57,21 @@ def open_released(clear: Any, root: Path, corruption: str, severity: str) -> Any
     )
 
 
+def _check_complete(folder: Path, wanted: set[str], there: Collection[str]) -> None:
+    """Raises `InputError` that says how many of the clear set's scans are missing, and names three."""
+    if missing := sorted(wanted.difference(there)):
+        named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise InputError(
+            f"{folder}: {len(missing)} of the clear set's {len(wanted)} scans are missing ({named}), and the published "
+            "figures are of all; unpack the set again"
+        )
+
+
 class SemanticKITTIC:
     """The scans of one corruption and severity: `folder`/velodyne/NNNNNN.bin and `folder`/labels/NNNNNN.label.
 
     Raises:
-        InputError: a folder is missing, or a scan has no label file.
+        InputError: a folder is missing, a scan has no label file, or the scans are not those of the clear set.
     """
 
     def __init__(self, clear: SemanticKITTI, folder: Path):
@@ -68,6 +85,14 @@ class SemanticKITTIC:
         if missing or not scans:
             what = f"{len(missing)} of {len(scans)} scans have no label file in labels/" if scans else "no scan"
             raise InputError(f"{folder}: {what}; unpack the set again")
+        wanted = {clear.name(k).removeprefix("semantic_kitti/") for k in range(len(clear))}
+        there = {f"{SEQUENCE}/{number}" for number in self._numbers}
+        _check_complete(folder, wanted, there)
+        if more := sorted(there - wanted):
+            raise InputError(
+                f"{folder}: {len(more)} of its {len(there)} scans, as {more[0]}, are not in the clear set or have no "
+                f"labels there; complete {clear.root}"
+            )
 
     def __len__(self) -> int:
         return len(self._numbers)
