@@ -46,8 +46,8 @@ def make_schedule(config: Any, total: float) -> Callable[[Array], Array]:
     peak = config.learning_rate
     if not peak >= 0 or (peak == 0 and config.schedule == "cosine"):
         raise InputError(
-            f"optimizer.learning_rate = {peak} with optimizer.schedule = {config.schedule!r}: give a positive one, or 0 "
-            "with the schedule 'constant', which trains nothing but the batch norms' statistics"
+            f"optimizer.learning_rate = {peak} with optimizer.schedule = {config.schedule!r}: give a positive one, or "
+            "0 with the schedule 'constant', which trains nothing but the batch norms' statistics"
         )
     warmup = config.warmup_share * total
     if config.schedule == "cosine":
