@@ -145,16 +145,19 @@ def num_classes(config: Any) -> int:
 
 
 def choose_capacities(config: Any) -> Capacities:
-    """From the config where it gives them, else tables as full as those of the published mixture."""
+    """From the config where it gives them, else tables as full as those of the published mixture, or, where every step
+    holds so many scenes, as of its largest."""
     data = config.data
 
-    def tables(given: Any, packed: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(given) or tuple(-(-data.points_per_shard * n // recipes.PACK_POINTS // 128) * 128 for n in packed)
+    def tables(given: Any, packed: tuple[int, ...], of_points: int = recipes.PACK_POINTS) -> tuple[int, ...]:
+        return tuple(given) or tuple(-(-data.points_per_shard * n // of_points // 128) * 128 for n in packed)
 
     points, scenes = data.points_per_shard, data.scenes_per_shard
     if build.is_sparse(config.model):
-        voxels, pairs = data.voxels_per_shard, data.pairs_per_shard
-        sparse = tables(voxels, recipes.PACK_VOXELS), tables(pairs, recipes.PACK_PAIRS)
+        voxels, pairs, of_points = recipes.PACK_VOXELS, recipes.PACK_PAIRS, recipes.PACK_POINTS
+        if data.scenes_per_step:
+            voxels, pairs, of_points = recipes.SCENE_VOXELS, recipes.SCENE_PAIRS, recipes.MAX_POINTS
+        sparse = tables(data.voxels_per_shard, voxels, of_points), tables(data.pairs_per_shard, pairs, of_points)
         return Capacities(points, scenes, (), (), *sparse)
     cells, halo = tables(data.cells_per_shard, recipes.PACK_CELLS), tables(data.halo_per_shard, recipes.PACK_HALO)
     return Capacities(points, scenes, cells, halo)

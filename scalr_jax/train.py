@@ -99,7 +99,7 @@ def _train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
     sample = pipeline.sample()
     if task.num_classes:
         check_labels(sample, dataset.class_names, task.num_classes)
-    capacities = choose_capacities(config, sample)
+    capacities = choose_capacities(config, sample, exactly=pipeline.exactly)
     expected = expected_scenes(sample, capacities, config.data.scenes_per_step, mesh.size)
 
     # The step, and where its state lies.
@@ -193,10 +193,10 @@ def make_program(config: Any, task: Task, batch: Any, mesh: Any, expected: float
     return Program(fresh, state, shardings, step)
 
 
-def choose_capacities(config: Any, sample: list[SceneView]) -> Capacities:
-    """From the config where it gives them, else derived from a sample of scenes."""
+def choose_capacities(config: Any, sample: list[SceneView], *, exactly: int | None = None) -> Capacities:
+    """From the config where it gives them, else derived from a sample; `exactly`: of packs of so many scenes."""
     data = config.data
-    derived = derive_capacities(sample, points=data.points_per_shard, scenes=data.scenes_per_shard)
+    derived = derive_capacities(sample, points=data.points_per_shard, scenes=data.scenes_per_shard, exactly=exactly)
     return given_tables(derived, data)
 
 

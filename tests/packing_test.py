@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from random_scenes import GRIDS, random_scene
 
 from scalr_jax.data.packing import Capacities, derive_capacities, overflow, pack_shard, pack_stream, round_up, sizes
-from scalr_jax.data.scenes import InputError
+from scalr_jax.data.scenes import InputError, SceneVoxels
+from scalr_jax.data.voxels import count_levels
 
 ROOMY = Capacities(400, 5, (400,) * 3, (1200,) * 3)
 
@@ -96,6 +97,25 @@ def test_derived_capacities_hold_full_packs_of_such_scenes():
     packs = list(pack_stream(iter(scenes), capacities))
     assert all(not overflow(sizes(scene), capacities) for scene in scenes)
     assert np.mean([len(pack.scenes) for pack in packs[:-1]]) >= 4.5
+
+
+@pytest.mark.parametrize("exactly", [1, 2, 8])
+def test_derived_capacities_hold_every_group_of_an_exact_number(exactly):
+    """Of few large scenes among small ones, some groups hold the large ones alone: a pack cannot end before them."""
+    scenes = [_scene_of_voxels(index, 200 if index % 8 == 0 else 20 + index % 5) for index in range(32)]
+    points = exactly * 200
+    capacities = derive_capacities(scenes, points=points, scenes=exactly, exactly=exactly)
+    assert max(*capacities.cells, *capacities.voxels) <= -(-points // 128) * 128
+    largest = [scene for scene in scenes if len(scene.feats) == 200] * exactly
+    packs = list(pack_stream(iter(largest + scenes), capacities, exactly=exactly))
+    assert {len(pack.scenes) for pack in packs} == {exactly}
+
+
+def _scene_of_voxels(index, num_points):
+    """With the tables of both students."""
+    scene = random_scene(index, num_points, index=index)
+    coordinates = np.random.default_rng(index).uniform(0, 12, (num_points, 3)).astype(np.float32)
+    return scene._replace(voxels=SceneVoxels(coordinates, count_levels(np.floor(coordinates))))
 
 
 @given(st.integers(1, 300_000), st.integers(1, 40_000))

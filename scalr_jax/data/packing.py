@@ -71,22 +71,39 @@ def overflow(need: Capacities, capacities: Capacities) -> list[str]:
     return found
 
 
-def derive_capacities(sample: Sequence[SceneView], *, points: int, scenes: int, margin: float = 1.25) -> Capacities:
+def derive_capacities(
+    sample: Sequence[SceneView], *, points: int, scenes: int, exactly: int | None = None
+) -> Capacities:
     """Table capacities for packs of `points` points and `scenes` scenes, from a sample of scenes.
 
     A pack holds at most `scenes` scenes and `points` points; its cells are estimated from the sample's cells a point
-    and cells a scene, with a margin, and never below two and a half times the largest scene seen.
+    and cells a scene, with a margin, and never below two and a half times the largest scene seen. With `exactly` a pack
+    cannot end before it is full: there is room for that many scenes, each a tenth larger than the largest seen.
     """
 
     def capacity(counts: list[int]) -> int:
-        by_points = points * sum(counts) / sum(len(scene.feats) for scene in sample)
-        by_scenes = scenes * sum(counts) / len(counts)
-        need = max(margin * min(by_points, by_scenes), 2.5 * max(counts))
-        return int(-(-need // 128) * 128)
+        return table_size(counts, num_points, points=points, scenes=scenes, exactly=exactly)
 
+    num_points = [len(scene.feats) for scene in sample]
     needs = [sizes(scene)[2:] for scene in sample]
-    tables = (tuple(capacity(list(counts)) for counts in zip(*of, strict=True)) for of in zip(*needs, strict=True))
-    return Capacities(points, scenes, *tables)
+    tables = [[capacity(list(counts)) for counts in zip(*of, strict=True)] for of in zip(*needs, strict=True)]
+    cells, halo, voxels, pairs = tables
+    most = -(-points // 128) * 128  # a point is in one cell of a plane and in one voxel
+    cells, voxels = ([min(size, most) for size in table] for table in (cells, voxels))
+    return Capacities(points, scenes, tuple(cells), tuple(halo), tuple(voxels), tuple(pairs))
+
+
+def table_size(
+    counts: Sequence[int], num_points: Sequence[int], *, points: int, scenes: int, exactly: int | None = None
+) -> int:
+    """Of one table, a multiple of 128: from what each scene of a sample needs of it, and how many points each has."""
+    if exactly:
+        need = max(1.1 * exactly, 2.5) * max(counts)
+    else:
+        by_points = points * sum(counts) / sum(num_points)
+        by_scenes = scenes * sum(counts) / len(counts)
+        need = max(1.25 * min(by_points, by_scenes), 2.5 * max(counts))
+    return int(-(-need // 128) * 128)
 
 
 def given_tables(derived: Capacities, data: Any) -> Capacities:

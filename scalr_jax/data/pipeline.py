@@ -143,6 +143,11 @@ class Pipeline:
                 f"data.scenes_per_step = {self.scenes_per_step} does not divide among {self.num_shards} data shards"
             )
 
+    @property
+    def exactly(self) -> int | None:
+        """Scenes of every pack; None: as many as fit."""
+        return self.scenes_per_step // self.num_shards if self.scenes_per_step else None
+
     def order(self) -> Any:
         """The global order, a grain.MapDataset: element i is the scene at position i."""
         draw = self._draw()
@@ -225,9 +230,8 @@ class Pipeline:
         """
         positions = list(self.shards) if positions is None else list(positions)
         bad: dict[str, str] = {}
-        exactly = self.scenes_per_step // self.num_shards if self.scenes_per_step else None
         streams = [
-            packing.pack_stream(self._good(self.stream(shard, first), bad), capacities, exactly=exactly)
+            packing.pack_stream(self._good(self.stream(shard, first), bad), capacities, exactly=self.exactly)
             for shard, first in zip(self.shards, positions, strict=True)
         ]
         while True:
