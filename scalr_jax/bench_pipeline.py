@@ -88,13 +88,16 @@ def _settings(arguments: argparse.Namespace) -> tuple[Any, transforms.SceneSetti
     config.data.split = "all"
     config.data.scaled_decode = not arguments.full_decode
     config.data.dataset, config.data.root = arguments.dataset, arguments.root
-    config.data.sensors = (arguments.sensor,)
+    if "pandaset" in arguments.dataset:  # others have no choice of sensors
+        config.data.sensors = (arguments.sensor,)
     return config, build.make_settings(config, task="distill", train=True)
 
 
 def _dataset(config: Any, name: str, root: str, *, several: bool) -> Any:
     config = config.copy_and_resolve_references()
     config.data.dataset, config.data.root = name, str(Path(root) / name) if several else root
+    if name != "pandaset":
+        config.data.sensors = get_config().data.sensors
     return build.make_dataset(config, "all", cache=Path(root))
 
 

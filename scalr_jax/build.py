@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from scalr_jax import distributed
+from scalr_jax.config import get_config
 from scalr_jax.data.instances import open_bank, write_bank
 from scalr_jax.data.joined import Joined, every_nth, listed
 from scalr_jax.data.mixing import Mixing
@@ -41,6 +43,7 @@ def make_dataset(config: Any, split: str, *, cache: Path) -> Any:
         )
     if len(names) > 1 and config.task != "distill":
         raise InputError(f"data.dataset = {data.dataset!r}: several datasets have several classes; give one of them")
+    _check_sensors(data, names)
     if data.frame_list and data.label_fraction < 1:
         raise InputError("data.frame_list and data.label_fraction both choose training frames; give one of them")
     roots = [_root(data.root, name) if len(names) > 1 else data.root for name in names]
@@ -57,6 +60,18 @@ def make_dataset(config: Any, split: str, *, cache: Path) -> Any:
     if split == "train" and data.frame_list:
         return listed(dataset, Path(data.frame_list))
     return dataset
+
+
+def _check_sensors(data: Any, names: Sequence[str]) -> None:
+    """Raises `InputError` for `data.sensors` that nothing would read: only streets and pandaset have several."""
+    chosen = tuple(data.sensors)
+    if {"streets", "pandaset"} & set(names) or chosen == tuple(get_config().data.sensors) or set(chosen) <= set(names):
+        return
+    remedy = f"data.dataset = {chosen[0]!r}" if chosen[0] in ("pandar64", "pandargt") else "a dataset that has them"
+    raise InputError(
+        f"data.sensors = {chosen} with data.dataset = {data.dataset!r}: sensors are chosen of streets and pandaset "
+        f"alone; give {remedy}, or leave data.sensors out"
+    )
 
 
 def _root(root: str, name: str) -> str | Path:

@@ -59,7 +59,7 @@ def _data() -> ConfigDict:
             "dataset": "streets",
             "weights": (),  # of several: the proportions of their scenes; (): an epoch has every frame once
             "root": "",  # the raw dataset, or the folder of several, by name; for streets the cache (default: workdir)
-            "sensors": ("beams32",),  # streets, pandaset
+            "sensors": ("beams32",),  # of streets or pandaset; refused for other datasets
             "num_scenes": 64,  # streets: scenes to render
             "num_validation_scenes": 32,
             "scenes": (),  # subset of the dataset's scenes, () for all

@@ -173,6 +173,17 @@ def test_one_scene_can_be_trained_and_validated_on_by_frame(tiny, tmp_path):
                 build.make_dataset(config, "validation", cache=tmp_path)
 
 
+def test_sensors_that_nothing_would_read_are_refused(tiny, tmp_path):
+    root = tiny["pandaset"][1].parent
+    config = make_config(root, dataset="pandar64", sensors=("pandargt",))
+    with pytest.raises(InputError, match=r"'pandar64': sensors are .* give data.dataset = 'pandargt', or leave"):
+        build.make_dataset(config, "train", cache=tmp_path)
+    config.data.sensors = ("pandar64",)
+    assert len(build.make_dataset(config, "train", cache=tmp_path)) == 3
+    with pytest.raises(InputError, match="give a dataset that has them, or leave"):
+        build.make_dataset(make_config(root, dataset="nuscenes", sensors=("solid",)), "train", cache=tmp_path)
+
+
 def test_what_a_config_asks_for_must_be_what_is_prepared(tiny, tmp_path):
     for changes, match in (
         (
