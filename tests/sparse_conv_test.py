@@ -195,7 +195,7 @@ def test_keys_that_do_not_fit_are_refused():
 
 
 def test_the_gradient_only_gathers():
-    """The one scatter adds up the kernel's blocks, which are sorted: deterministic."""
+    """No order in which something is added up may vary."""
     voxels = make(*CASES["many"])
     level = voxels.levels[0]
     x, kernel = jnp.ones((SIZES[0].voxels, 4)), jnp.ones((27, 4, 4))
@@ -204,9 +204,8 @@ def test_the_gradient_only_gathers():
         return jnp.square(sparse_conv.submanifold(x, level, kernel)).sum()
 
     text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, kernel))
-    scatters = [line for line in text.splitlines() if "scatter" in line.split("=")[-1].split("[")[0]]
-    assert len(scatters) == 1
-    assert "indices_are_sorted=True" in text.split("scatter-add")[1]
+    assert "gather" in text
+    assert "scatter" not in text
 
 
 def test_trilinear_reading():

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 LEVELS = 5  # of a MinkUNet
-# Pairs of one product: more are faster (of 512 by 128 channels XLA makes a product on one core, of 1,024 on all), and
-# leave more slots unused.
-BLOCKS = (1024, 512, 256, 128)
+# Pairs of one product: more are faster (on CPU XLA makes one of 1,024 by 64 channels, or 512 by 128, on one core, and
+# those of 2,048 or 1,024 on all), and leave more slots unused.
+BLOCKS = (2048, 1024, 512, 256, 128)
 NEIGHBORS = tuple((i, j, k) for i in (-1, 0, 1) for j in (-1, 0, 1) for k in (-1, 0, 1))
 CENTRE = NEIGHBORS.index((0, 0, 0))  # of 27: its pairs are the voxels themselves, and need no table
 
@@ -67,7 +67,7 @@ def sizes_for(counts: np.ndarray) -> tuple[Sizes, ...]:
     """The smallest sizes with room for `counts` [levels, 2] of `count_levels`, whatever the pairs' elements are."""
     sizes = []
     for voxels, pairs in counts:
-        block = next((size for size in BLOCKS if 100 * size <= pairs), BLOCKS[-1])  # an eighth of the slots at most
+        block = next((size for size in BLOCKS if 80 * size <= pairs), BLOCKS[-1])  # a sixth unused, on average
         sizes.append(Sizes(int(voxels), (int(pairs) // block + 27) * block, block))
     return tuple(sizes)
 

@@ -214,14 +214,22 @@ def convolve(rows: Array, pairs: Pairs, kernel: Array) -> Array:
     rows [V_in, C_in]; kernel [T, C_in, C_out]. Returns [V_out, C_out] float32: products are made in the dtype of `rows`
     and summed in float32. Its gradients gather as well.
     """
-    blocks = _blocks(rows, pairs.source, pairs)
-    products = jnp.einsum("bnc,bcd->bnd", blocks, kernel.astype(rows.dtype)[pairs.element], preferred_element_type=F32)
-    return _sum_slots(products.reshape(-1, kernel.shape[-1]), pairs.of_target)
+    products = _multiply(_blocks(rows, pairs.source, pairs), kernel, pairs)
+    # An unused slot holds the product of some row. Only the last of them is read, by outputs that lack a neighbour.
+    none = jnp.zeros((1, kernel.shape[-1]), F32)
+    products = jax.lax.dynamic_update_slice_in_dim(products, none, products.shape[0] - 1, axis=0)
+    return _sum_slots(products, pairs.of_target)
 
 
 def _blocks(rows: Array, at: Array, pairs: Pairs) -> Array:
-    """[V, C], [Q] -> [B, Q / B, C]: the row of each slot, zero where there is none."""
-    return take_rows(rows, at).reshape(*pairs.element.shape, -1, rows.shape[-1])
+    """[V, C], [Q] -> [B, Q / B, C]: the row of each slot; of an unused one the last row, which is faster than zero."""
+    return jnp.take(rows, at, axis=0, mode="clip").reshape(*pairs.element.shape, -1, rows.shape[-1])
+
+
+def _multiply(blocks: Array, kernel: Array, pairs: Pairs) -> Array:
+    """[B, Q / B, C_in], [T, C_in, C_out] -> [Q, C_out] float32: each block by its kernel element."""
+    products = jnp.einsum("bnc,bcd->bnd", blocks, kernel.astype(blocks.dtype)[pairs.element], preferred_element_type=F32)
+    return products.reshape(-1, kernel.shape[-1])
 
 
 def _sum_slots(products: Array, slots: Array) -> Array:
@@ -244,10 +252,12 @@ def _convolve_forward(rows: Array, pairs: Pairs, kernel: Array):
 def _convolve_backward(residuals: tuple, gradient: Array):
     rows, pairs, kernel = residuals
     gradient = gradient.astype(rows.dtype)
-    back = convolve(gradient, exchange(pairs), kernel.swapaxes(1, 2))
-    inputs, outputs = _blocks(rows, pairs.source, pairs), _blocks(gradient, pairs.target, pairs)
+    inputs = _blocks(rows, pairs.source, pairs)
+    outputs = take_rows(gradient, pairs.target).reshape(*inputs.shape[:2], -1)  # zero in unused slots
+    back = _sum_slots(_multiply(outputs, kernel.swapaxes(1, 2), pairs), pairs.of_source)
     by_block = jnp.einsum("bnc,bnd->bcd", inputs, outputs, preferred_element_type=F32)
-    kernel_gradient = jax.ops.segment_sum(by_block, pairs.element, kernel.shape[0], indices_are_sorted=True)
+    of_element = (jnp.arange(kernel.shape[0])[:, None] == pairs.element).astype(F32)  # [T, B]
+    kernel_gradient = jnp.einsum("tb,bcd->tcd", of_element, by_block, precision="highest")
     return back.astype(rows.dtype), None, kernel_gradient.astype(kernel.dtype)
 
 
