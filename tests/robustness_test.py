@@ -57,7 +57,7 @@ class FakeEvaluator:
     """Predicts class 0 everywhere, and counts the calls."""
 
     def __init__(self):
-        self.calls = 0
+        self.calls = self.num_scans = 0
 
     def reserve(self, datasets):
         assert [name.split("(")[-1] for name in (d.name(0) for d in datasets)][1:] == [
@@ -65,13 +65,18 @@ class FakeEvaluator:
             "incomplete_echo, heavy)",
         ]
 
-    def confusion(self, dataset):
+    def confusion(self, dataset, rings=()):
         self.calls += 1
-        number = len(dataset.class_names)
-        confusion = np.zeros((1, number, number), np.int64)
+        number, self.num_scans = len(dataset.class_names), 0
+        confusion = np.zeros((len(rings) + 1, number, number), np.int64)
         for index in range(len(dataset)):
-            labels = dataset.frame(index, np.random.default_rng(0)).labels
-            np.add.at(confusion[0, :, 0], labels[labels < number].astype(int), 1)
+            if "fog, heavy" in dataset.name(index) and index == 0:  # a scan that cannot be read
+                continue
+            frame = dataset.frame(index, np.random.default_rng(0))
+            ring = np.searchsorted(rings, np.linalg.norm(frame.points[:, :3], axis=1), side="right")
+            good = frame.labels < number
+            np.add.at(confusion, (ring[good], frame.labels[good].astype(int), 0), 1)
+            self.num_scans += 1
         return confusion
 
 
@@ -102,6 +107,12 @@ def test_a_run_on_streets_resumes_part_by_part(finished, tmp_path):
         100 * np.mean(list(echo.values())) / results["miou"]
     )
     assert results["iou"]["car"] == 0  # never predicted
+    assert (results["scans"], results["bad_scans"], results["votes"]) == (2, 0, 1)
+    assert (len(results["by_range"]), list(results["by_range"])[-1]) == (6, "beyond 50 m")
+    assert sum(ring["support"]["road"] for ring in results["by_range"].values()) == results["support"]["road"]
+    fog = found["corruptions"]["fog"]
+    assert fog["bad_scans"] == {"light": 0, "moderate": 0, "heavy": 1}
+    assert fog["scans"] == {"light": 2, "moderate": 2, "heavy": 1}
     shutil.copytree(workdir / "robustness", tmp_path / "robustness")
     (tmp_path / "robustness" / "fog_heavy.json").write_text("{")  # cut short
     evaluator = FakeEvaluator()
@@ -165,6 +176,7 @@ def test_published_baselines_are_of_released_sets():
     [
         ({"severities": ("light", "huge")}, "'huge' is none of light"),
         ({"severities": ()}, "give one of each at least"),
+        ({"rings": (20, 10)}, "positive and ascending"),
         ({"corrupted_root": "/nowhere"}, "as downloaded; leave it empty"),
     ],
 )

@@ -22,7 +22,7 @@ from scalr_jax.config import flatten
 from scalr_jax.data.released import open_released
 from scalr_jax.data.scenes import InputError
 from scalr_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corrupted, check_corruption
-from scalr_jax.evaluation.report import results_of
+from scalr_jax.evaluation.report import check_rings, results_by_range, results_of
 from scalr_jax.logging import write_json
 from scalr_jax.workdir import FREE_KEYS
 
@@ -35,6 +35,14 @@ class Baseline(NamedTuple):
     name: str
     miou: dict[str, float]  # by corruption, 0 to 1: the mean over the severities
     support: dict[str, int] | None = None  # labelled points of its clear scans by class; None: not known
+
+
+class Part(NamedTuple):
+    """One evaluation of clear scans, or of one corruption at one severity."""
+
+    confusion: np.ndarray  # [rings + 1, classes, classes] int64
+    scans: int  # that were evaluated
+    bad_scans: int  # that could not be read
 
 
 def _published(dataset: str, *percent: float) -> Baseline:
@@ -147,10 +155,12 @@ def measure(config: Any, workdir: Path, evaluator: Any, dataset: Any, weights: s
         weights: a checksum: parts of another model are computed again.
 
     Raises:
-        InputError: unknown corruptions or severities, a baseline that does not fit, no labelled points, or a released
-          set that is not there.
+        InputError: unknown corruptions or severities, rings that do not ascend, a baseline that does not fit, no
+          labelled points, or a released set that is not there.
     """
     given, names = config.evaluate, tuple(dataset.class_names)
+    rings = check_rings(given.rings)
+    shape = (len(rings) + 1, len(names), len(names))
     corrupted_by = str(given.corrupted_root) or OWN
     if not given.corruptions or not given.severities:
         raise InputError(
@@ -165,22 +175,24 @@ def measure(config: Any, workdir: Path, evaluator: Any, dataset: Any, weights: s
     def path_of(name: str) -> Path:
         return workdir / "robustness" / f"{name.replace(' ', '_')}.json"
 
-    def part(name: str, scans: Any) -> np.ndarray:
+    def part(name: str, scans: Any) -> Part:
         path = path_of(name)
-        confusion = _read_part(path, key, len(names))
-        if confusion is None:
-            confusion = evaluator.confusion(scans).sum(axis=0)
+        found = _read_part(path, key, shape)
+        if found is None:
+            confusion = evaluator.confusion(scans, rings=rings)
+            found = Part(confusion, evaluator.num_scans, len(scans) - evaluator.num_scans)
             if jax.process_index() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, {"key": key, "classes": names, "confusion": confusion.tolist()})
-        if confusion.sum() == 0:
+                counts = {"scans": found.scans, "bad_scans": found.bad_scans}
+                write_json(path, {"key": key, "classes": names, "confusion": confusion.tolist(), **counts})
+        if found.confusion.sum() == 0:
             raise InputError(
                 f"{name}: no labelled point is left; check data.split and the labels, or leave it out of "
                 "evaluate.corruptions"
             )
         if jax.process_index() == 0:
-            print(f"{name}: mIoU {100 * results_of(confusion, names)['miou']:.2f} %", flush=True)
-        return confusion
+            print(f"{name}: mIoU {100 * results_of(found.confusion.sum(axis=0), names)['miou']:.2f} %", flush=True)
+        return found
 
     scans = {
         (corruption, severity): open_released(dataset, Path(given.corrupted_root), corruption, severity)
@@ -189,24 +201,29 @@ def measure(config: Any, workdir: Path, evaluator: Any, dataset: Any, weights: s
         for corruption in given.corruptions
         for severity in given.severities
     }
-    if not all(_read_part(path_of(" ".join(kind)), key, len(names)) is not None for kind in scans):
+    if not all(_read_part(path_of(" ".join(kind)), key, shape) is not None for kind in scans):
         evaluator.reserve([dataset, *(scans[corruption, given.severities[-1]] for corruption in given.corruptions)])
-    clear = results_of(part("clear", dataset), names)
+    whole = part("clear", dataset)
+    clear = results_by_range(whole.confusion, rings, names)
+    clear |= {"votes": given.votes, "scans": whole.scans, "bad_scans": whole.bad_scans}
     if baseline is not None and baseline.support is not None and baseline.support != clear["support"]:
         raise InputError(
             f"evaluate.baseline = {given.baseline}: its clear scans have {sum(baseline.support.values())} labelled "
             f"points, and this run's {sum(clear['support'].values())}; evaluate the baseline on the same scans"
         )
     miou: dict[str, dict[str, float]] = {}
-    by_class: dict[str, dict[str, Any]] = {}
+    more: dict[str, dict[str, dict[str, Any]]] = {}  # corruption -> iou, scans or bad_scans -> severity
     for corruption in given.corruptions:
         for severity in given.severities:
-            found = results_of(part(f"{corruption} {severity}", scans[corruption, severity]), names)
+            measured = part(f"{corruption} {severity}", scans[corruption, severity])
+            found = results_of(measured.confusion.sum(axis=0), names)
             miou.setdefault(corruption, {})[severity] = found["miou"]
-            by_class.setdefault(corruption, {})[severity] = found["iou"]
+            row = {"iou": found["iou"], "scans": measured.scans, "bad_scans": measured.bad_scans}
+            for name, value in row.items():
+                more.setdefault(corruption, {}).setdefault(name, {})[severity] = value
     summary = summarize(miou, clear["miou"], baseline)
     for corruption, row in summary["corruptions"].items():
-        row["iou"] = by_class[corruption]
+        row |= more[corruption]
     described = {"dataset": _dataset_of(config), "corrupted_by": corrupted_by, "severities": list(given.severities)}
     return {**clear, "robustness": {**described, **summary}}
 
@@ -215,19 +232,19 @@ def _key(config: Any, weights: str) -> str:
     """What a part depends on: the weights and every setting of scans and model."""
     settings = flatten(json.loads(config.to_json_best_effort()))
     kept = {name: value for name, value in settings.items() if name.startswith(("data.", "model."))}
-    kept |= {name: settings[name] for name in ("seed", "evaluate.votes", "evaluate.corrupted_root")}
+    kept |= {name: settings[name] for name in ("seed", "evaluate.votes", "evaluate.rings", "evaluate.corrupted_root")}
     kept = {name: value for name, value in kept.items() if name not in FREE_KEYS}
     return hashlib.sha256(json.dumps([weights, kept], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_part(path: Path, key: str, num_classes: int) -> np.ndarray | None:
-    """A finished part's confusion matrix; None when it is not there, cut short or of something else."""
+def _read_part(path: Path, key: str, shape: tuple[int, int, int]) -> Part | None:
+    """A finished part; None when it is not there, cut short or of something else."""
     try:
         content = json.loads(path.read_text())
-        confusion = np.array(content["confusion"], np.int64)
+        part = Part(np.array(content["confusion"], np.int64), int(content["scans"]), int(content["bad_scans"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return confusion if content.get("key") == key and confusion.shape == (num_classes, num_classes) else None
+    return part if content.get("key") == key and part.confusion.shape == shape else None
 
 
 def table(results: Mapping[str, Any]) -> str:
