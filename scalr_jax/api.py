@@ -180,7 +180,7 @@ def _load_minkunet(path: Path, sensor: str | None) -> tuple[dict, dict]:
     there, variables = interop_minkunet.load_minkunet(path)
     model = get_config().model.to_dict()
     settings = {**model, **there, "minkunet": {**model["minkunet"], **there["minkunet"]}, "head_hidden": 0}
-    settings |= {"intensity": (0.0, 1.0), "num_features": len(FEATURES)}
+    settings |= {"intensity": interop_minkunet.INTENSITY, "num_features": len(FEATURES)}
     settings["voxel_size"] = settings["minkunet"]["voxel_size"]
     settings["class_names"] = _class_names(sensor or "", settings, [])
     return settings, variables
@@ -243,7 +243,9 @@ def evaluated_classes(path: Path) -> list[str]:
 
 
 def _trained_intensity(path: Path, data: dict, sensor: str | None) -> tuple[float, float]:
-    """The statistics of `sensor`, or of the only one that the run was trained on."""
+    """Those that the run was given; else those of `sensor`, or of the only one that it was trained on."""
+    if data["intensity"]:
+        return build.given_intensity(data)
     trained = sensors.trained_sensors(data)
     if sensor is None and len(trained) != 1:
         raise InputError(f"{path} was trained on several sensors ({', '.join(trained)}); give sensor=, one of them")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from scalr_jax import distributed
@@ -47,7 +48,10 @@ def make_dataset(config: Any, split: str, *, cache: Path) -> Any:
     if data.frame_list and data.label_fraction < 1:
         raise InputError("data.frame_list and data.label_fraction both choose training frames; give one of them")
     roots = [_root(data.root, name) if len(names) > 1 else data.root for name in names]
-    datasets = [_make_one(config, split, name, root, cache) for name, root in zip(names, roots, strict=True)]
+    datasets: list[Any] = [_make_one(config, split, name, root, cache) for name, root in zip(names, roots, strict=True)]
+    if data.intensity:
+        for dataset in datasets:
+            dataset.intensity = given_intensity(data)
     dataset = datasets[0] if len(datasets) == 1 and not data.weights else Joined(datasets, data.weights or None)
     if split == "train" and data.label_fraction < 1:
         n = round(1 / data.label_fraction)
@@ -72,6 +76,17 @@ def _check_sensors(data: Any, names: Sequence[str]) -> None:
         f"data.sensors = {chosen} with data.dataset = {data.dataset!r}: sensors are chosen of streets and pandaset "
         f"alone; give {remedy}, or leave data.sensors out"
     )
+
+
+def given_intensity(data: Any) -> tuple[float, float]:
+    """`data.intensity`, where it is given. Raises `InputError` when it is no mean and deviation."""
+    given = tuple(data["intensity"])
+    if len(given) != 2 or not all(isinstance(number, int | float) for number in given) or not 0 < given[1] < np.inf:
+        raise InputError(
+            f"data.intensity = {given} is no (mean, standard deviation) of the raw intensity; give two numbers, the "
+            "second above 0, or leave it out for the sensor's own"
+        )
+    return float(given[0]), float(given[1])
 
 
 def _root(root: str, name: str) -> str | Path:

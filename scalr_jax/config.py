@@ -69,6 +69,8 @@ def _data() -> ConfigDict:
             "frame_list": "",  # a text file that names the training frames to use, one a line
             "label_fraction": 1.0,  # probe, finetune: 0.01 trains on every 100th frame of the list, 0.1 on every 10th
             "voxel_size": 0.1,  # metres
+            # (mean, standard deviation) by which raw intensities are normalised; (): those of each sensor
+            "intensity": (),
             "max_points": 20_000,  # the nearest to a random point
             "image_size": (224, 448),
             "antialias": True,  # False: torchvision 0.12's resize, as ScaLR pinned

@@ -35,6 +35,7 @@ PUBLISHED_FEATURES = {  # by layout and number
     ("torchsparse", 3): ("x", "y", "z"),  # OpenPCSeg, the one of coordinates alone
     ("torchsparse", 4): ("x", "y", "z", "intensity"),  # SPVNAS and OpenPCSeg on SemanticKITTI
 }
+INTENSITY = (0.0, 1.0)  # the statistics of raw intensities, which all of these take
 _HEADS = ("final.", "classifier.")
 CONTAINERS = ("model_points", "model_point", "state_dict", "model_state", "model")
 

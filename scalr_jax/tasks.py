@@ -16,6 +16,7 @@ from scalr_jax.api import evaluated_classes, known_classes
 from scalr_jax.checkpoint import load_variables
 from scalr_jax.config import flatten
 from scalr_jax.data.scenes import InputError
+from scalr_jax.data.transforms import FEATURES
 from scalr_jax.evaluation import report
 from scalr_jax.evaluation import robustness as robust
 from scalr_jax.evaluation.nearest_neighbors import nearest_neighbors
@@ -23,9 +24,10 @@ from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.evaluation.submission import Submission
 from scalr_jax.evaluation.zero_shot import zero_shot
 from scalr_jax.features import checksum, make_cache
+from scalr_jax.interop_layout import empty_batch
 from scalr_jax.logging import write_json
 from scalr_jax.models.student import StudentOnFeatures
-from scalr_jax.train import distillation_task, segmentation_task, train
+from scalr_jax.train import distillation_task, segmentation_task, train, without_head
 from scalr_jax.train_state import TrainState, variables_of
 
 PROBE_CHOICES = {
@@ -84,17 +86,23 @@ def load_backbone(config: Any) -> dict:
     path = Path(config.checkpoint)
     if config.checkpoint and path.is_file() and build.is_sparse(config.model):
         there, variables = interop_minkunet.load_minkunet(path)
-        _check_model(path, there, config.model)
+        inputs = {"intensity": interop_minkunet.INTENSITY, "voxel_size": there["minkunet"]["voxel_size"]}
+        _check_model(path, there, inputs, config)
         return variables
     if config.checkpoint and path.is_file():
         there, weights = interop.read_student(path)
         there.activation = there.activation or config.model.activation  # downstream files do not say theirs
-        _check_model(path, there, config.model)
+        _check_model(path, there, {}, config)
         return interop.convert_weights(weights, there, str(path))
     if config.checkpoint and (path / "checkpoints").is_dir():
         if (path / "config.json").is_file():
-            _check_model(path, json.loads((path / "config.json").read_text())["model"], config.model)
-        return load_variables(path / "checkpoints")
+            written = json.loads((path / "config.json").read_text())
+            inputs = {"intensity": tuple(written["data"].get("intensity", ()))}
+            _check_model(path, written["model"], inputs, config)
+            return load_variables(path / "checkpoints")
+        variables = load_variables(path / "checkpoints")
+        _check_shapes(path, variables, config)
+        return variables
     if config.checkpoint and (path / "results.json").is_file():
         raise InputError(
             f"{path} keeps no weights: it is a probe of probe.method knn or zero_shot, an evaluation, or a run that "
@@ -107,16 +115,34 @@ def load_backbone(config: Any) -> dict:
 
 
 WAFFLEIRON = ("channels", "depth", "norm", "activation", "num_neighbors")
+MINKUNET = tuple(f"minkunet.{key}" for key in ("width", "stem_convolutions", "voxel_size", "reading"))
 
 
-def _check_model(path: Path, there: Any, here: Any) -> None:
-    """Raises `InputError` that lists the settings in which a checkpoint's model and `config.model` differ."""
-    settings = [{"name": "waffleiron", **flatten(model)} for model in (there, here)]
-    keys = ("name", "minkunet.width", "minkunet.stem_convolutions") if build.is_sparse(here) else ("name", *WAFFLEIRON)
+def _check_model(path: Path, there: Any, inputs: dict[str, Any], config: Any) -> None:
+    """Raises `InputError` that lists the settings in which a checkpoint's model (`config.model`) and the points that it
+    was trained on (`inputs`, of `config.data`) differ from the config's."""
+    settings = [{"name": "waffleiron", **flatten(model)} for model in (there, config.model)]
+    keys = ("name", *(MINKUNET if build.is_sparse(config.model) else WAFFLEIRON))
     found = [(key, *(of.get(key) for of in settings)) for key in keys]
     wrong = [f"{key} is {a} there, {b} in config.model" for key, a, b in found if a not in (None, b)]
+    for key, value in inputs.items():
+        here = config.data[key]
+        if value != (tuple(here) if isinstance(value, tuple) else here):
+            wrong.append(f"{key} is {value} there, {here} in config.data")
     if wrong:
-        raise InputError(f"{path} holds another student: {'; '.join(wrong)}")
+        raise InputError(f"{path} holds another student: {'; '.join(wrong)}; set these keys as they are there")
+
+
+def _check_shapes(path: Path, variables: dict, config: Any) -> None:
+    """The like of a folder without config.json, of which only the weights' shapes tell."""
+    student = build.make_student(config, head="none", out_features=0)
+    batch = empty_batch(len(FEATURES), build.grids_of(config))
+    wanted = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
+    if jax.tree.map(np.shape, without_head(variables)) != jax.tree.map(np.shape, dict(wanted)):
+        raise InputError(
+            f"{path} holds a backbone of other shapes than config.model, and no config.json that says which; give the "
+            "model it was made with"
+        )
 
 
 def _segment(config: Any, workdir: Path, *, label: str, frozen: bool, initial: dict | None) -> dict:

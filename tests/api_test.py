@@ -172,6 +172,8 @@ def test_a_workdir_has_its_settings(tmp_path):
     probe = write_workdir(tmp_path / "probe", "probe", "segment", 7, dataset="streets", sensors=("solid",))
     model = scalr_jax.load(probe, grids=EXPLICIT["grids"])
     assert model.config.intensity == sensors.STREETS_INTENSITY["solid"]
+    path = write_workdir(tmp_path / "raw", "distill", "distill", 6, dataset="nuscenes", intensity=(0.0, 1.0))
+    assert scalr_jax.load(path).config.intensity == (0.0, 1.0)
     assert model.config.head_hidden == 0
     assert model.segment(random_points(60)).shape == (len(random_points(60)),)
 

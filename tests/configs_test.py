@@ -11,7 +11,7 @@ from tiny_student import tiny_model
 
 from scalr_jax import build, interop, optim, tasks
 from scalr_jax import config as defaults
-from scalr_jax.data.joined import every_nth
+from scalr_jax.data.joined import every_nth, intensity_statistics
 from scalr_jax.data.scenes import InputError
 from scalr_jax.interop_layout import empty_batch
 from scalr_jax.train_state import init_state
@@ -206,6 +206,21 @@ def test_data_that_cannot_be_meant(tmp_path, task, data, message):
     config.data.update(data)
     with pytest.raises(InputError, match=message):
         build.make_dataset(config, "train", cache=tmp_path)
+
+
+def test_given_intensities_are_those_of_every_frame(street_cache):
+    """Raw ones, as published MinkUNets take them, also of joined datasets and of some frames."""
+    config = defaults.get_config()
+    config.task = "probe"
+    config.data.update(root=str(street_cache), num_scenes=8, image_size=(112, 224), label_fraction=0.5)
+    for given in ((), (0, 1)):
+        config.data.intensity = given
+        dataset = build.make_dataset(config, "train", cache=street_cache)
+        assert (intensity_statistics(dataset, 1) == (0.0, 1.0)) == bool(given)
+    for given in ((1.0,), (0.0, 0.0), "ab"):
+        config.data.update(intensity=tuple(given))
+        with pytest.raises(InputError, match=r"data\.intensity = .* is no \(mean, standard deviation\)"):
+            build.make_dataset(config, "train", cache=street_cache)
 
 
 def test_the_teachers_positions_by_name():

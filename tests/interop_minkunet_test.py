@@ -353,6 +353,14 @@ def test_a_published_file_is_a_student(tmp_path):
     config = get_config()
     config.model.name, config.checkpoint = "minkunet14", str(tmp_path / "net.pt")
     config.model.minkunet.update(width=0.1, stem_convolutions=2)
+    with pytest.raises(
+        InputError,
+        match=r"minkunet\.voxel_size is 0\.05 there, 0\.1 in config\.model; intensity is \(0\.0, 1\.0\) there, \(\) in "
+        r"config\.data; voxel_size is 0\.05 there, 0\.1 in config\.data; set these keys",
+    ):
+        tasks.load_backbone(config)  # it would be run on other inputs than load() gives it
+    config.model.minkunet.voxel_size = config.data.voxel_size = model.config.voxel_size
+    config.data.intensity = model.config.intensity
     jax.tree.map(np.testing.assert_array_equal, tasks.load_backbone(config), jax.device_get(model.variables))
     config.model.minkunet.update(width=0.2, stem_convolutions=1)
     with pytest.raises(

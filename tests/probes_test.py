@@ -229,6 +229,16 @@ def test_zero_shot_from_image_regions_and_from_a_folder(tmp_path, street_cache, 
     assert all(np.isnan(value) or value == 0 for name, value in results["iou"].items() if name not in ("car", "road"))
 
 
+def test_a_folder_without_config_of_another_width(tmp_path, street_cache, backbone):
+    """Only the shapes of its weights tell."""
+    shutil.copytree(backbone / "checkpoints", tmp_path / "copy" / "checkpoints")
+    knn = {"probe.method": "knn"}
+    same = tasks.load_backbone(probe_config(street_cache, tmp_path / "copy", **knn))
+    jax.tree.map(np.testing.assert_array_equal, same, load_variables(backbone / "checkpoints"))
+    with pytest.raises(InputError, match=r"copy holds a backbone of other shapes than config\.model, and no config\.json"):
+        tasks.probe(probe_config(street_cache, tmp_path / "copy", **knn, **{"model.channels": 16}), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

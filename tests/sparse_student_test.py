@@ -137,6 +137,23 @@ def test_another_student_is_refused(run, street_cache):
 
 
 @pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model.minkunet.voxel_size": 0.3}, r"minkunet\.voxel_size is 0\.1 there, 0\.3 in config\.model"),
+        ({"model.minkunet.reading": "trilinear"}, r"reading is nearest there, trilinear in config\.model"),
+        ({"data.intensity": (0.0, 1.0)}, r"intensity is \(\) there, \(0\.0, 1\.0\) in config\.data"),
+    ],
+)
+def test_the_same_weights_on_other_inputs_are_refused(run, street_cache, change, said):
+    config = small_config(street_cache, **NARROW, task="probe", checkpoint=str(run[0]))
+    assert set(tasks.load_backbone(config)) == {"params", "batch_stats"}
+    config.update_from_flattened_dict(change)
+    with pytest.raises(InputError, match=said):
+        tasks.load_backbone(config)
+
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"model.name": "minkunet"}, "none of waffleiron, minkunet14, minkunet18, minkunet34"),
