@@ -295,17 +295,18 @@ def compute_dtype(name: str) -> Any:
 def make_student(config: Any, *, head: str, out_features: int, frozen_backbone: bool = False) -> Student:
     """The student of `config.model`; `head` and `out_features` as `Student` takes them."""
     model = config.model
+    _check_choices(model, {"segmentation_head": ("segment", "linear")})
     if is_sparse(model):
         return make_sparse_student(model, head=head, out_features=out_features, frozen_backbone=frozen_backbone)
-    for key, known in (
-        ("norm", ("layer", "batch")),
-        ("activation", ("relu", "gelu")),
-        ("segmentation_head", ("segment", "linear")),
-        ("implementation", ("auto", "cells", "windows", "dense")),
-        ("remat", ("none", "layer", "group")),
-    ):
-        if model[key] not in known:
-            raise InputError(f"model.{key} = {model[key]!r} is none of {', '.join(known)}")
+    _check_choices(
+        model,
+        {
+            "norm": ("layer", "batch"),
+            "activation": ("relu", "gelu"),
+            "implementation": ("auto", "cells", "windows", "dense"),
+            "remat": ("none", "layer", "group"),
+        },
+    )
     if len(model.grids) != 3:
         raise InputError(f"model.grids has {len(model.grids)} planes, and the three planes xy, xz, yz need one each")
     return Student(
@@ -323,6 +324,12 @@ def make_student(config: Any, *, head: str, out_features: int, frozen_backbone: 
         frozen_backbone=frozen_backbone,
         dtype=compute_dtype(model.dtype),
     )
+
+
+def _check_choices(model: Any, choices: dict[str, tuple[str, ...]]) -> None:
+    for key, known in choices.items():
+        if model[key] not in known:
+            raise InputError(f"model.{key} = {model[key]!r} is none of {', '.join(known)}")
 
 
 def make_sparse_student(model: Any, *, head: str, out_features: int, frozen_backbone: bool = False) -> SparseStudent:

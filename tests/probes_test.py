@@ -235,7 +235,9 @@ def test_a_folder_without_config_of_another_width(tmp_path, street_cache, backbo
     knn = {"probe.method": "knn"}
     same = tasks.load_backbone(probe_config(street_cache, tmp_path / "copy", **knn))
     jax.tree.map(np.testing.assert_array_equal, same, load_variables(backbone / "checkpoints"))
-    with pytest.raises(InputError, match=r"copy holds a backbone of other shapes than config\.model, and no config\.json"):
+    with pytest.raises(
+        InputError, match=r"copy holds a backbone of other shapes than config\.model, and no config\.json"
+    ):
         tasks.probe(probe_config(street_cache, tmp_path / "copy", **knn, **{"model.channels": 16}), tmp_path / "out")
 
 

@@ -152,13 +152,16 @@ def test_the_same_weights_on_other_inputs_are_refused(run, street_cache, change,
         tasks.load_backbone(config)
 
 
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"model.name": "minkunet"}, "none of waffleiron, minkunet14, minkunet18, minkunet34"),
         ({**NARROW, "model.minkunet.reading": "linear"}, "none of nearest, trilinear"),
         ({**NARROW, "model.minkunet.voxel_size": 0.0}, "must be positive"),
+        (
+            {**NARROW, "model.segmentation_head": "segmnt"},
+            r"model\.segmentation_head = 'segmnt' is none of segment, linear",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(street_cache, changes, said):
