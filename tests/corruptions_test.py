@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from scalr_jax.data.files import read_label_map
 from scalr_jax.data.scenes import IGNORE, Frame, InputError
 from scalr_jax.data.streets import Streets
 from scalr_jax.evaluation import weather
@@ -15,6 +16,7 @@ from scalr_jax.evaluation.corruptions import (
     Corrupted,
     beams_of,
     corrupt,
+    is_vehicle,
     sensor_of,
 )
 
@@ -58,6 +60,16 @@ def test_the_name_seeds_a_corruption_and_labels_follow_their_points(corruption):
         kept = once[1] != IGNORE
         known = {(*np.round(p, 6), k) for p, k in zip(points[:, :3], labels, strict=True)}
         assert all((*np.round(p, 6), k) in known for p, k in zip(once[0][kept, :3], once[1][kept], strict=True))
+
+
+def test_vehicles_are_known_by_whole_words():
+    names = ("bush", "carriageway", "carpet", "bicyclist", "motorcyclist", "road", "vegetation", "scar", "traffic cone")
+    assert not [name for name in names if is_vehicle(name)]
+    datasets = ("nuscenes", "semantic_kitti", "pandaset")
+    found = {name for dataset in datasets for name in read_label_map(dataset).class_names if is_vehicle(name)}
+    several_words = {"construction_vehicle", "other-vehicle", "oth. vehicle"}
+    assert found == {"bicycle", "bus", "car", "motorcycle", "trailer", "truck", *several_words}
+    assert all(map(is_vehicle, ("cars", "Buses", "PickupTruck", "BUS", "parked_car2", "Other Vehicle")))
 
 
 @pytest.mark.parametrize("corruption", ["fog", "wet_ground", "snow", "beam_missing", "incomplete_echo", "cross_sensor"])

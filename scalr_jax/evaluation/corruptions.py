@@ -9,6 +9,7 @@ it, so every run, process and model sees the same scans. NumPy only: data worker
 from __future__ import annotations
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -100,9 +101,15 @@ def crosstalk(points, labels, level: int, rng, *, sensor: str, **_: Any):
     return points, labels
 
 
+def is_vehicle(class_name: str) -> bool:
+    """Whether one of the name's words ("oth. vehicle", "PickupTruck", "cars") is a vehicle: no bush, no carriageway."""
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", class_name)]
+    return any({word, word.removesuffix("s"), word.removesuffix("es")} & set(VEHICLES) for word in words)
+
+
 def incomplete_echo(points, labels, level: int, rng, *, class_names: Sequence[str], **_: Any):
     """75, 85 or 95 % of the points of vehicles return nothing, as dark paint does."""
-    vehicles = [k for k, name in enumerate(class_names) if any(word in name.lower() for word in VEHICLES)]
+    vehicles = [k for k, name in enumerate(class_names) if is_vehicle(name)]
     kept = ~np.isin(labels, vehicles) | (rng.random(len(labels)) >= MISSING_ECHO[level])
     return points[kept], labels[kept]
 
