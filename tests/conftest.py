@@ -38,6 +38,13 @@ def _compilation_cache(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """What a file's tests compiled is of no use to the next file's, and would fill the memory."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def street_cache(tmp_path_factory):
     """Eight training and two validation streets, rendered once a session."""
