@@ -206,6 +206,8 @@ def make_settings(config: Any, *, task: str, train: bool) -> SceneSettings:
     low, high = model.field_of_view
     fixed = train and config.task == "probe" and config.probe.features != "augmented"
     sparse = is_sparse(model)
+    if sparse:
+        _check_keys_fit(config)
     return SceneSettings(
         task=task,
         train=train,
@@ -220,6 +222,21 @@ def make_settings(config: Any, *, task: str, train: bool) -> SceneSettings:
         augmentation="none" if fixed else data.augmentation,
         fixed=fixed,
     )
+
+
+def _check_keys_fit(config: Any) -> None:
+    """Raises `InputError` when a pack has more places for voxels than 32-bit keys tell apart (`ops.sparse_conv`)."""
+    data, size = config.data, config.model.minkunet.voxel_size
+    low, high = (tuple(corner) for corner in config.model.field_of_view)
+    if size <= 0:
+        return  # refused with the student
+    x, y, z = extent_of((low, high), size)
+    if data.scenes_per_shard * (x + 2) * (y + 2) >= 2**31 or data.points_per_shard * (z + 2) >= 2**31:
+        raise InputError(
+            f"model.minkunet.voxel_size = {size} makes {x} x {y} x {z} voxels of model.field_of_view, and "
+            f"data.scenes_per_shard = {data.scenes_per_shard} of these are too many for 32-bit keys; take larger "
+            "voxels or a smaller field of view"
+        )
 
 
 def make_mixing(config: Any, dataset: Any, folder: Path) -> Mixing | None:

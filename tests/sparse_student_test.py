@@ -169,6 +169,17 @@ def test_a_wrong_setting_is_one_sentence(street_cache, changes, said):
         build.make_student(small_config(street_cache, **changes), head="none", out_features=0)
 
 
+def test_voxels_too_many_for_their_keys_are_one_sentence(street_cache):
+    config = small_config(street_cache, **NARROW)
+    config.model.minkunet.voxel_size = 0.01
+    build.make_settings(config, task="distill", train=True)
+    config.model.minkunet.voxel_size = 0.003
+    with pytest.raises(
+        InputError, match=r"voxel_size = 0\.003 makes 42667 x 42667 x 5334 voxels of model\.field_of_view"
+    ):
+        build.make_settings(config, task="distill", train=True)
+
+
 @pytest.mark.parametrize(("reading", "enough"), [("nearest", False), ("trilinear", True)])
 def test_without_room_for_a_voxel_nothing_passes_as_a_result(scenes, street_cache, reading, enough):
     (scene, *_), _ = scenes
