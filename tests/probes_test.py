@@ -12,7 +12,7 @@ from tiny_student import write_workdir
 
 from scalr_jax import build, features, sharding, tasks
 from scalr_jax.checkpoint import load_variables
-from scalr_jax.data.scenes import InputError, SceneView
+from scalr_jax.data.scenes import IGNORE, InputError, SceneView
 from scalr_jax.evaluation import nearest_neighbors, zero_shot
 from scalr_jax.train import segmentation_task, train
 from scalr_jax.train_state import variables_of
@@ -227,6 +227,25 @@ def test_zero_shot_from_image_regions_and_from_a_folder(tmp_path, street_cache, 
     results = tasks.probe(probe_config(street_cache, backbone, **changes), tmp_path / "folder")
     assert "2 prototypes of 2 classes" in capsys.readouterr().out
     assert all(np.isnan(value) or value == 0 for name, value in results["iou"].items() if name not in ("car", "road"))
+
+
+def test_zero_shot_without_a_labelled_point_in_any_image(tmp_path, street_cache, backbone):
+    config = probe_config(street_cache, backbone, **{"data.num_scenes": 3})
+    dataset = build.make_dataset(config, "train", cache=tmp_path)
+
+    class Unlabelled:
+        class_names = dataset.class_names
+
+        def __len__(self):
+            return len(dataset)
+
+        def frame(self, index, rng):
+            frame = dataset.frame(index, rng)
+            return frame._replace(labels=np.where(frame.visible, IGNORE, frame.labels))
+
+    vit_config, teacher = build.make_teacher(config)
+    with pytest.raises(InputError, match="none of the 3 training images shows a labelled point; check data"):
+        zero_shot.gather_prototypes(config, Unlabelled(), vit_config, teacher)
 
 
 def test_a_folder_without_config_of_another_width(tmp_path, street_cache, backbone):

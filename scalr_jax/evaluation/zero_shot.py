@@ -125,7 +125,10 @@ def _check_teacher(config: Any) -> None:
 
 
 def gather_prototypes(config: Any, dataset: Any, vit_config: Any, teacher: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Unit prototypes [n, C_teacher] float32 and their classes [n]. Every process computes them all."""
+    """Unit prototypes [n, C_teacher] float32 and their classes [n]. Every process computes them all.
+
+    Raises `InputError` when there is none.
+    """
     rows, columns = (int(n) for n in config.data.image_size)
     size = (rows, rows) if config.probe.prototypes else (rows, columns)
     grid = vit.patch_grid(vit_config, size)
@@ -141,6 +144,11 @@ def gather_prototypes(config: Any, dataset: Any, vit_config: Any, teacher: Any) 
         found = list(_from_folder(folder, dataset.class_names, size, config.data.antialias, tokens_of))
     else:
         found = list(_from_labels(config, dataset, size, tokens_of))
+        if not found:
+            raise InputError(
+                f"none of the {len(dataset)} training images shows a labelled point; check data.root's labels, or give "
+                "a folder of prototype images by class, --config.probe.prototypes=DIR"
+            )
     features = np.stack([feature for feature, _ in found])
     features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     return features, np.array([label for _, label in found])
