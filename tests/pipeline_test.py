@@ -208,6 +208,32 @@ def test_a_bad_frame_is_dropped_named_and_counted(caplog):
     assert sum("clouds/3: cannot be read" in record.getMessage() for record in caplog.records) == 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Labelled(Clouds):
+    """Frame 17 has a label of no class."""
+
+    class_names = ("road", "car", "tree")
+
+    def frame(self, index, rng):
+        frame = super().frame(index, rng)
+        labels = np.resize([0, 1, 2, 255], len(frame.points)).astype(np.uint8)
+        labels[5] = 7 if index == 17 else 255
+        return frame._replace(labels=labels)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_scene_with_labels_outside_the_classes_is_a_bad_frame(train, caplog):
+    """Also when it comes after the scenes that are looked at before training."""
+    settings = dataclasses.replace(SETTINGS, task="segment", train=train)
+    loader = pipeline(dataset=Labelled(), settings=settings, epochs=None if train else 1)
+    steps = loader.steps(CAPACITIES, loader.sample()[0])
+    found = [next(steps) for _ in range(12)]
+    assert found[-1].bad_frames == 1
+    assert "clouds/17: 1 labels are up to 7, and the classes are 0 to 2; write or prepare" in caplog.text
+    labels = [step.batch.labels for step in found] if train else [s.raw_labels for t in found for s in t.scenes[0]]
+    assert set(np.unique(np.concatenate([np.ravel(part) for part in labels]))) == {0, 1, 2, 255}
+
+
 def test_more_than_one_percent_of_bad_frames_stops():
     with pytest.raises(InputError, match=r"2 of 23 frames are bad, more than 1 %"):
         run(dataset=Clouds(bad=(3, 8)))

@@ -25,7 +25,7 @@ from absl import flags, logging
 from scalr_jax.data import packing
 from scalr_jax.data.joined import intensity_statistics
 from scalr_jax.data.scenes import BadFrameError, Batch, InputError, SceneView, too_many_bad
-from scalr_jax.data.transforms import SceneSettings, make_scene
+from scalr_jax.data.transforms import SceneSettings, check_classes, make_scene
 
 SAMPLE_SIZE = 32  # scenes looked at to derive capacities
 
@@ -57,6 +57,8 @@ class BuildScene:
             frame = self.dataset.frame(record, rng)
             if self.settings.mixing is not None:
                 frame = self.settings.mixing(frame, record, self.dataset, rng)
+            if self.settings.task == "segment" and hasattr(self.dataset, "class_names"):
+                check_classes(frame, len(self.dataset.class_names))
             statistics = intensity_statistics(self.dataset, record)
             return make_scene(frame, position, statistics, self.settings, rng)
         except BadFrameError as error:
@@ -113,7 +115,7 @@ class Pipeline:
     """One dataset's batches for this process's shards.
 
     Args:
-        dataset: has `__len__`, `frame(index, rng)` and `intensity`.
+        dataset: has `__len__`, `frame(index, rng)` and `intensity`; with labels, `class_names` too.
         settings: how a frame becomes a scene.
         seed: of the order and of every random choice.
         num_shards: D, over all processes.

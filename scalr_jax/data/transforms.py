@@ -284,6 +284,18 @@ def _distillation_scene(frame: Frame, index: int, intensity, settings: SceneSett
     return _finish(frame.name, index, xyz, feats, settings, image=image, pixels=pixels)
 
 
+def check_classes(frame: Frame, num_classes: int) -> None:
+    """Raises `BadFrameError` for a label that is neither a class nor 255: it would reach the loss as none."""
+    if frame.labels is None:
+        return
+    outside = frame.labels[(frame.labels >= num_classes) & (frame.labels != IGNORE)]
+    if len(outside):
+        raise BadFrameError(
+            f"{frame.name}: {len(outside)} labels are up to {outside.max()}, and the classes are 0 to "
+            f"{num_classes - 1}; write or prepare its labels again"
+        )
+
+
 def labels_of(frame: Frame) -> np.ndarray:
     """[N] uint8, 255 where the frame has none."""
     return frame.labels if frame.labels is not None else np.full(len(frame.points), IGNORE, np.uint8)

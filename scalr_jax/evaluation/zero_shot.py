@@ -27,7 +27,7 @@ import scipy.special
 from scalr_jax import build
 from scalr_jax.data import files
 from scalr_jax.data.scenes import IGNORE, BadFrameError, InputError, too_many_bad
-from scalr_jax.data.transforms import resize_image
+from scalr_jax.data.transforms import check_classes, resize_image
 from scalr_jax.losses import normalize
 from scalr_jax.models import vit
 from scalr_jax.ops.bilinear import sample_tokens
@@ -215,6 +215,7 @@ def _from_labels(
     for index in range(len(dataset)):
         try:
             frame = dataset.frame(index, np.random.default_rng((config.seed, 2, index)))
+            check_classes(frame, len(dataset.class_names))
         except BadFrameError as error:
             bad += 1
             if too_many_bad(bad, len(dataset)):
