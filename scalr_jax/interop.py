@@ -52,7 +52,9 @@ def infer_model(weights: Mapping[str, np.ndarray], activation: str | None, name:
     depth = 1 + max((int(match.group(1)) for match in layers if match), default=-1)
     if first is None or first.ndim < 2 or not 0 < depth <= len(weights):
         what = "embed.conv1.weight" if first is None or first.ndim < 2 else "waffleiron.spatial_mix.N"
-        raise InputError(f"{name} holds no WaffleIron student (no {what} among its {len(weights)} weights)")
+        raise InputError(
+            f"{name} holds no WaffleIron student (no {what} among its {len(weights)} weights){_hint(weights)}"
+        )
     model = get_config().model
     model.unlock()
     model.channels, model.num_features = (int(n) for n in first.shape[:2])
@@ -76,6 +78,14 @@ def infer_model(weights: Mapping[str, np.ndarray], activation: str | None, name:
         raise InputError(f"activation = {activation!r} is none of 'relu', 'gelu'")
     model.activation = activation or implied
     return model
+
+
+def _hint(weights: Mapping[Any, Any]) -> str:
+    """What to say of a file with kernels of 3x3x3, as a sparse network's are: a list of 27 matrices, or five axes."""
+    shapes = [array.shape for array in weights.values() if isinstance(array, np.ndarray)]
+    if not any(len(shape) == 5 or (len(shape) == 3 and shape[0] == 27) for shape in shapes):
+        return ""
+    return "; it looks like a MinkUNet whose names are not known here (docs/weights.md, MinkUNets, says which are)"
 
 
 def convert_weights(weights: Mapping[str, np.ndarray], model: Mapping[str, Any], name: str) -> dict:
@@ -153,7 +163,8 @@ def published_weights(content: Mapping[str, Any], name: str) -> tuple[dict[str, 
     content = content[container] if container else content
     arrays = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, np.ndarray)}
     if not arrays:
-        raise InputError(f"{name} holds no weights, neither under {', '.join(CONTAINERS)} nor at its top")
+        hint = next(filter(None, (_hint(part) for part in content.values() if isinstance(part, Mapping))), "")
+        raise InputError(f"{name} holds no weights, neither under {', '.join(CONTAINERS)} nor at its top{hint}")
     return {key.removeprefix("module."): value for key, value in arrays.items()}, container
 
 

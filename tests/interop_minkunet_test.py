@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 import scalr_jax
-from scalr_jax import tasks, torch_file
+from scalr_jax import predict, tasks, torch_file
 from scalr_jax.config import get_config
 from scalr_jax.data.scenes import InputError, PackedVoxels
 from scalr_jax.data.transforms import make_features
@@ -350,6 +350,13 @@ def test_a_published_file_is_a_student(tmp_path):
     assert (config.name, config.minkunet.width, config.minkunet.voxel_size) == ("minkunet14", 0.1, 0.05)
     assert (config.minkunet.stem_convolutions, config.intensity, config.head) == (2, (0.0, 1.0), "linear")
     assert model.class_names == tuple(f"class {k}" for k in range(CLASSES))
+    predict.parse_flags(["predict", "--model=net.pt", "--input=scans"])
+    written = predict.settings_of(model, "features")  # other voxels of the same weights are other features
+    assert (written["name"], written["minkunet"]["voxel_size"], written["minkunet"]["reading"]) == (
+        "minkunet14",
+        0.05,
+        "nearest",
+    )
     config = get_config()
     config.model.name, config.checkpoint = "minkunet14", str(tmp_path / "net.pt")
     config.model.minkunet.update(width=0.1, stem_convolutions=2)
@@ -421,6 +428,11 @@ def test_other_models_are_refused(tmp_path):
     assert "no MinkUNet" in reading(path, {})
     twice = state | {f"ema.{name}": array for name, array in state.items()}
     assert "2 weights" in reading(path, twice)
+    unknown = {f"backbone.{name.replace('conv0p1s1', 'conv_input.0.0')}": array for name, array in state.items()}
+    for content in (unknown, {"state_dict": unknown}):  # MMDetection3D names them like this
+        torch_file.write_torch_file(path, content)
+        with pytest.raises(InputError, match=r"holds no .*; it looks like a MinkUNet whose names are not known here"):
+            scalr_jax.load(path, sensor="nuscenes")
     del state["block6.0.conv1.kernel"]
     assert "block6.0.conv1.kernel" in reading(path, state)
     flat = state_dict("minkowski") | {"conv0p1s1.kernel": np.zeros(3, np.float32)}
