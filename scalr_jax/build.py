@@ -18,7 +18,7 @@ from scalr_jax.data.instances import open_bank, write_bank
 from scalr_jax.data.joined import Joined, every_nth, listed
 from scalr_jax.data.mixing import Mixing
 from scalr_jax.data.records import Records, is_begun
-from scalr_jax.data.scenes import InputError
+from scalr_jax.data.scenes import IGNORE, BadFrameError, InputError
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.data.voxels import extent_of
 from scalr_jax.models.minkunet import BLOCKS, READINGS, scaled_widths
@@ -63,7 +63,26 @@ def make_dataset(config: Any, split: str, *, cache: Path) -> Any:
         return every_nth(dataset, n)
     if split == "train" and data.frame_list:
         return listed(dataset, Path(data.frame_list))
+    if split == "validation" and config.task in ("probe", "finetune"):
+        check_labelled(dataset)
     return dataset
+
+
+def check_labelled(dataset: Any) -> None:
+    """Raises `InputError` when no frame of up to 32, from all over a validation set, has a labelled point, which would
+    be found out after training. Reads until one has."""
+    number, last = min(32, len(dataset)), len(dataset) - 1
+    for k in range(number):
+        try:
+            labels = dataset.frame(last * k // max(number - 1, 1), np.random.default_rng(0)).labels
+        except BadFrameError:
+            continue
+        if labels is not None and (labels != IGNORE).any():
+            return
+    raise InputError(
+        f"none of {number} validation scans looked at ({len(dataset)} in all) has a labelled point; check the label "
+        "files, data.root and data.validation_frames"
+    )
 
 
 def _check_sensors(data: Any, names: Sequence[str]) -> None:

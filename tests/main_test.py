@@ -11,7 +11,7 @@ import pytest
 from raw_datasets import write_semantic_kitti
 from tiny_student import write_workdir
 
-from scalr_jax import tasks
+from scalr_jax import build, tasks
 from scalr_jax.data.scenes import InputError
 from scalr_jax.data.streets import Streets
 
@@ -115,6 +115,24 @@ def test_bad_labels_and_weights_exit_with_2_and_one_sentence(tmp_path):
         assert words in result.stderr.strip().splitlines()[-1]
         assert "Traceback" not in result.stderr
         assert not (tmp_path / str(label) / "results.json").exists()
+
+
+@pytest.mark.parametrize("task", ["probe", "finetune"])
+def test_a_validation_set_without_labels_is_refused_before_training(task, tmp_path):
+    write_semantic_kitti(tmp_path, "00", num_scans=3)
+    write_semantic_kitti(tmp_path, "08", num_scans=3)
+    labels = sorted((tmp_path / "dataset" / "sequences" / "08" / "labels").iterdir())
+    config = config_of("smoke")
+    config.task = task
+    config.data.update(dataset="semantic_kitti", root=str(tmp_path))
+    for scans in (labels[:2], labels):  # one that is left is enough
+        for path in scans:
+            path.write_bytes(np.zeros(50, "<u4").tobytes())
+        if len(scans) < 3:
+            assert len(build.make_dataset(config, "validation", cache=tmp_path)) == 3
+    with pytest.raises(InputError, match=r"none of 3 validation scans looked at \(3 in all\) has a labelled point"):
+        build.make_dataset(config, "validation", cache=tmp_path)
+    assert len(build.make_dataset(config, "train", cache=tmp_path)) == 3
 
 
 def test_one_truncated_scan_is_skipped_and_many_stop(tmp_path, street_cache):
