@@ -65,6 +65,10 @@ def test_figures(root, tmp_path, capsys):
     assert [level["voxels"]["max"] for level in levels] == sorted(level["voxels"]["max"] for level in levels)[::-1]
     assert levels[0]["voxels"]["max"] <= report["voxels"]["max"] < 8 ** len(levels) * levels[-1]["voxels"]["max"]
     assert all(level["pairs"]["max"] <= 26 * level["voxels"]["max"] for level in levels)
+    for key, kind in (("voxels_per_shard", "voxels"), ("pairs_per_shard", "pairs")):
+        room = report["suggestion"][key]
+        for size, level in zip(room, levels, strict=True):
+            assert 2.5 * level[kind]["max"] <= size < 20 * level[kind]["max"] + 128
     assert 0 < report["voxels_in_one_image"]["max"] <= max(Folder(root).frame(i).visible.sum() for i in range(4))
     assert report["voxels"]["max"] <= 7000
     assert frame.visible.sum() < 7000
@@ -73,6 +77,7 @@ def test_figures(root, tmp_path, capsys):
     assert written == json.loads(json.dumps(report))
     printed = capsys.readouterr()
     assert "config.model.field_of_view = ((-48.0, -48.0, -4.0), (48.0, 48.0, 4.0))" in printed.out
+    assert f"config.data.voxels_per_shard = {report['suggestion']['voxels_per_shard']}" in printed.out
     assert "inspect: 4 of 4 frames" in printed.err
     for name in ("over_front_0.png", "over_front_1.png", "top_view.png", "histograms.png"):
         assert name in report["pictures"]

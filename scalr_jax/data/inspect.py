@@ -18,6 +18,7 @@ import numpy as np
 
 from scalr_jax.data import transforms
 from scalr_jax.data.joined import intensity_statistics
+from scalr_jax.data.packing import table_size
 from scalr_jax.data.scenes import BadFrameError, Frame, InputError
 from scalr_jax.data.voxels import count_levels
 
@@ -218,6 +219,7 @@ def summarize(dataset: Any, seen: Sequence[Seen], bad: Mapping[str, str]) -> dic
         "published_view_covers": round(covered(voxels, *PUBLISHED_VIEW), 4),
         "labels": _labels(dataset, seen),
     }
+    report["suggestion"] |= suggest_levels(seen, report["suggestion"])
     report["warnings"] = _warnings(report, [text for r in readers(dataset) for text in getattr(r, "warnings", ())])
     return report
 
@@ -242,6 +244,16 @@ def suggest(voxels: np.ndarray, counts: Sequence[int]) -> dict[str, Any]:
         "points_per_shard": 1_024 * int(np.ceil(max(8 * min(float(np.mean(counts)), limit), limit) / 1_024)),
         "scenes_per_shard": 12,
     }
+
+
+def suggest_levels(seen: Sequence[Seen], best: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Room of a MinkUNet's levels in packs of the suggested points and scenes, as a run derives it from its sample."""
+    counts = np.stack([frame.levels for frame in seen], axis=-1)  # [levels, 2, frames]: voxels and pairs
+    points, scenes = best["points_per_shard"], best["scenes_per_shard"]
+    num_points = counts[0, 0].tolist()  # one a voxel of the finest level
+    sizes = [[table_size(row.tolist(), num_points, points=points, scenes=scenes) for row in level] for level in counts]
+    voxels, pairs = (tuple(of) for of in zip(*sizes, strict=True))
+    return {"voxels_per_shard": tuple(min(size, points) for size in voxels), "pairs_per_shard": pairs}
 
 
 def covered(voxels: np.ndarray, half: float, height: float) -> float:
@@ -363,5 +375,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines[-1] += f"{report['published_view_covers']:.1%}):"
     lines += [f"  config.model.{key} = {best[key]}" for key in ("field_of_view", "grids")]
     lines += [f"  config.data.{key} = {best[key]:_}" for key in ("max_points", "points_per_shard", "scenes_per_shard")]
+    lines.append(f"a MinkUNet's levels from {VOXEL_SIZE} m on, with data.scenes_per_step = 0 (left out, a run derives the like):")
+    lines += [f"  config.data.{key} = {best[key]}" for key in ("voxels_per_shard", "pairs_per_shard")]
     lines += [f"WARNING: {text}" for text in report["warnings"]]
     return "\n".join(lines)
