@@ -11,6 +11,7 @@ NAME:
     formulations  the forms of spatial mixing, one beside the other
     predict       one whole scan from file to features, by stage, beside onnxruntime
     sparse_conv   sparse 3D convolutions beside their matrix products and dense ones
+    published     the published PyTorch student, from a clone of it, beside ours
 
 Exit codes: 0 done; 2 bad arguments or input (one sentence on stderr); 1 a defect.
 """
@@ -24,7 +25,7 @@ from typing import NoReturn
 
 from scalr_jax.data.scenes import BadFrameError, InputError
 
-NAMES = ("student", "step", "teacher", "pipeline", "formulations", "predict", "sparse_conv")
+NAMES = ("student", "step", "teacher", "pipeline", "formulations", "predict", "sparse_conv", "published")
 
 
 def fail(message: str) -> NoReturn:

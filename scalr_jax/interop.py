@@ -19,7 +19,7 @@ from scalr_jax import build
 from scalr_jax.config import get_config
 from scalr_jax.data.scenes import InputError
 from scalr_jax.interop_layout import apply_published_layout, empty_batch, make_student, published_batch
-from scalr_jax.interop_names import NUM_PLANES, theirs_shape, to_ours, to_theirs, weight_table
+from scalr_jax.interop_names import NUM_PLANES, published_state_dict, theirs_shape, to_ours, weight_table
 from scalr_jax.interop_vit import load_dinov2
 from scalr_jax.models.student import SparseStudent
 from scalr_jax.torch_file import read_weights_file, write_torch_file
@@ -191,20 +191,6 @@ def load_torch_checkpoint(path: str | Path, *, activation: str | None = None) ->
             "names and shapes; give activation='relu' or activation='gelu'"
         )
     return model, convert_weights(weights, model, str(path))
-
-
-def published_state_dict(model: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our variables under PyTorch's names and shapes, complete for a strict `load_state_dict`."""
-    state: dict[str, np.ndarray] = {}
-    for entry in weight_table(model):
-        node: Any = variables["batch_stats" if entry.weight.stats else "params"]
-        for folder in entry.ours.split("/"):
-            node = node[folder]
-        array = np.asarray(node) if entry.row is None else np.asarray(node)[entry.row]
-        state[entry.weight.theirs] = to_theirs(array, entry.weight)
-        if entry.weight.theirs.endswith("running_var"):
-            state[entry.weight.theirs.replace("running_var", "num_batches_tracked")] = np.asarray(0, np.int64)
-    return state
 
 
 def save_torch_checkpoint(path: str | Path, model: Mapping[str, Any], variables: Mapping[str, Any]) -> None:

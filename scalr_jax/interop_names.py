@@ -131,3 +131,17 @@ def to_theirs(array: np.ndarray, weight: Weight) -> np.ndarray:
     """The inverse of `to_ours`, float32."""
     array = np.asarray(array, np.float32)
     return np.ascontiguousarray(array.T).reshape(theirs_shape(array.shape, weight))
+
+
+def published_state_dict(model: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Our variables under PyTorch's names and shapes, complete for a strict `load_state_dict`."""
+    state: dict[str, np.ndarray] = {}
+    for entry in weight_table(model):
+        node: Any = variables["batch_stats" if entry.weight.stats else "params"]
+        for folder in entry.ours.split("/"):
+            node = node[folder]
+        array = np.asarray(node) if entry.row is None else np.asarray(node)[entry.row]
+        state[entry.weight.theirs] = to_theirs(array, entry.weight)
+        if entry.weight.theirs.endswith("running_var"):
+            state[entry.weight.theirs.replace("running_var", "num_batches_tracked")] = np.asarray(0, np.int64)
+    return state

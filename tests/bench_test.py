@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 from random_scenes import GRIDS, random_scene
 
-from scalr_jax import bench, bench_flops, bench_products, bench_programs, bench_scenes, bench_timing, optim, steps
+from scalr_jax import (
+    bench,
+    bench_flops,
+    bench_products,
+    bench_programs,
+    bench_published,
+    bench_scenes,
+    bench_timing,
+    optim,
+    steps,
+)
+from scalr_jax.interop_layout import published_batch
 from scalr_jax.models import vit
 from scalr_jax.models.student import Student
 from scalr_jax.models.waffleiron import WaffleIron
@@ -98,10 +109,26 @@ def test_a_batch_comes_back_as_it_was(batch_file, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, scenes.batch, again.batch)
 
 
+def test_what_the_published_student_is_given_are_the_same_scenes(batch_file):
+    """Padded for it and packed again they are what they were; the outputs of both are compared by the bench itself."""
+    scenes = bench_scenes.load(batch_file)
+    arrays = bench_published.padded(scenes.batch, scenes.grids)
+    assert arrays.feat.shape == (2, 5, 42)
+    again = published_batch(*arrays, scenes.grids)
+    for name in ("feats", "scene", "neighbors"):
+        wanted = getattr(scenes.batch, name)[:, :83]  # without the shard's padding
+        np.testing.assert_array_equal(np.asarray(getattr(again, name)), wanted, err_msg=name)
+    for mine, theirs in zip(scenes.batch.planes, again.planes, strict=True):
+        cells = [plane.grid_index[0][plane.cell[0, :83]] for plane in (mine, theirs)]
+        np.testing.assert_array_equal(*cells)
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["nothing"], "there is no bench 'nothing'"),
+        (["published", "--clone=absent"], "absent holds no waffleiron/segmenter.py"),
+        (["published"], "--clone"),
         (["student", "--channels=0"], "'0' is not a number from 1"),
         (["student", "--scenes=many"], "invalid choice: 'many'"),
         (["student", "--batch=absent.npz"], "absent.npz is not there"),

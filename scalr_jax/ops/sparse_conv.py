@@ -228,7 +228,9 @@ def _blocks(rows: Array, at: Array, pairs: Pairs) -> Array:
 
 def _multiply(blocks: Array, kernel: Array, pairs: Pairs) -> Array:
     """[B, Q / B, C_in], [T, C_in, C_out] -> [Q, C_out] float32: each block by its kernel element."""
-    products = jnp.einsum("bnc,bcd->bnd", blocks, kernel.astype(blocks.dtype)[pairs.element], preferred_element_type=F32)
+    products = jnp.einsum(
+        "bnc,bcd->bnd", blocks, kernel.astype(blocks.dtype)[pairs.element], preferred_element_type=F32
+    )
     return products.reshape(-1, kernel.shape[-1])
 
 
