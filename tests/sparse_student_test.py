@@ -1,12 +1,11 @@
 """A MinkUNet as the student: by `model.name` in any config, in the same tasks and packs as a WaffleIron."""
 
-import json
 import re
 
 import jax
 import numpy as np
 import pytest
-from train_test import distill, small_config
+from train_test import distill, losses, small_config
 
 import scalr_jax
 from scalr_jax import abstract, build, hlo, optim, sharding, tasks
@@ -107,8 +106,7 @@ def run(street_cache, tmp_path_factory):
 @pytest.mark.slow
 def test_distilled_probed_and_loaded(run, street_cache, tmp_path):
     workdir, state = run
-    losses = [json.loads(line)["train/loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert np.isfinite(losses).all()
+    assert np.isfinite(list(losses(workdir).values())).all()
     config = small_config(street_cache, **NARROW, task="probe", checkpoint=str(workdir), num_steps=2)
     config.data.points_per_shard = 16_384
     results = tasks.probe(config, tmp_path)
@@ -125,6 +123,37 @@ def test_distilled_probed_and_loaded(run, street_cache, tmp_path):
     assert features.std(axis=0).max() > 0
     with pytest.raises(InputError, match="a minkunet14 is exported as stablehlo or orbax, and not folded"):
         export_model(model, "onnx", tmp_path / "exported")
+
+
+@pytest.mark.slow
+def test_the_same_run_twice_is_bit_identical(run, street_cache, tmp_path):
+    workdir, state = run
+    again = jax.device_get(distill(small_config(street_cache, **NARROW, num_steps=2), tmp_path))
+    assert losses(tmp_path) == losses(workdir)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+@pytest.mark.slow
+def test_finetuned_with_layer_decay(run, street_cache, tmp_path):
+    """How far AdamW goes, by formula and by layer. The head begins at zero, so the backbone's first gradient is that of
+    the second step, when its moments are (1 - beta1) g and (1 - beta2) g^2, over 1 - beta1^2 and 1 - beta2^2."""
+    config = small_config(street_cache, **NARROW, task="finetune", checkpoint=str(run[0]), num_steps=2)
+    config.data.points_per_shard = 16_384
+    config.optimizer.update(layer_decay=0.5, weight_decay=0.0, schedule="constant", warmup_share=0.0)
+    config.optimizer.learning_rate = 1e-2
+    results = tasks.finetune(config, tmp_path)
+    assert 0 <= results["miou"] <= 1
+    far = 1e-2 * (1 + config.optimizer.beta2) ** 0.5 / (1 + config.optimizer.beta1)
+    depth, blocks = build.depth_of(config.model)
+    before, after = run[1].params["backbone"], load_variables(tmp_path / "checkpoints")["params"]["backbone"]
+
+    def check(path, old, new):
+        names = ("backbone", *(key.key for key in path))
+        if old.ndim == 3:
+            wanted = far * 0.5 ** (depth + 1 - optim.layer_numbers(names, depth, blocks))
+            assert np.median(np.abs(new - old)) == pytest.approx(wanted, rel=0.02), names
+
+    jax.tree_util.tree_map_with_path(check, before, after)
 
 
 def test_another_student_is_refused(run, street_cache):

@@ -375,7 +375,9 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines[-1] += f"{report['published_view_covers']:.1%}):"
     lines += [f"  config.model.{key} = {best[key]}" for key in ("field_of_view", "grids")]
     lines += [f"  config.data.{key} = {best[key]:_}" for key in ("max_points", "points_per_shard", "scenes_per_shard")]
-    lines.append(f"a MinkUNet's levels from {VOXEL_SIZE} m on, with data.scenes_per_step = 0 (left out, a run derives the like):")
+    lines.append(
+        f"a MinkUNet's levels from {VOXEL_SIZE} m on, with data.scenes_per_step = 0 (left out, a run derives the like):"
+    )
     lines += [f"  config.data.{key} = {best[key]}" for key in ("voxels_per_shard", "pairs_per_shard")]
     lines += [f"WARNING: {text}" for text in report["warnings"]]
     return "\n".join(lines)
