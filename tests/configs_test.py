@@ -3,13 +3,14 @@
 import importlib.util
 import inspect
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from tiny_student import tiny_model
 
-from scalr_jax import build, interop, optim, tasks
+from scalr_jax import abstract, build, interop, optim, recipes, tasks
 from scalr_jax import config as defaults
 from scalr_jax.data.joined import every_nth, intensity_statistics
 from scalr_jax.data.scenes import InputError
@@ -79,6 +80,32 @@ def test_every_config_builds_its_state(name, method):
     build.make_settings(config, task="distill" if config.task == "distill" else "segment", train=True)
     if config.data.scenes_per_step:
         assert config.data.points_per_shard == config.data.scenes_per_shard * config.data.max_points
+
+
+@pytest.mark.parametrize(("name", "method"), list(variants()))
+def test_every_config_takes_a_minkunet(name, method):
+    """Scenes, room of its tables (that of the largest scenes where a step holds so many) and the student; no array."""
+    config = get_config(name, method)
+    config.model.name = "minkunet34"
+    settings = build.make_settings(config, task="distill" if config.task == "distill" else "segment", train=True)
+    assert (settings.student_voxel_size, settings.grids) == (0.1, ())
+    student: Any = build.make_student(config, head=config.model.segmentation_head, out_features=16)
+    assert (sum(student.blocks), student.widths[-1]) == (23, 96)
+    optim.make_optimizer(config.optimizer, depth=sum(student.blocks), blocks=student.blocks)
+    room = abstract.choose_capacities(config)
+    scenes = config.data.scenes_per_step
+    assert room.pairs[0] >= (scenes * recipes.SCENE_PAIRS[0] if scenes else recipes.PACK_PAIRS[0])
+
+
+@pytest.mark.parametrize("head", ["distill", "segment"])
+def test_a_minkunet34_has_the_published_size(head):
+    config = get_config("probe/nuscenes.py", "scalr")
+    config.model.name = "minkunet34"
+    student = build.make_student(config, head=head, out_features=16)
+    shapes = jax.eval_shape(
+        lambda batch: student.init(jax.random.key(0), batch, train=False), empty_batch(5, build.grids_of(config))
+    )
+    assert count(shapes["params"]["backbone"]) / 1e6 == pytest.approx(37.86, abs=0.02)
 
 
 @pytest.mark.parametrize(("channels", "millions"), [(256, 6.84), (384, 15.1), (768, 59.4)])
