@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from main_test import config_of
 
-from scalr_jax import build, tasks
+from scalr_jax import build, sharding, tasks
 from scalr_jax.checkpoint import load_variables
 from scalr_jax.data.scenes import InputError
 from scalr_jax.train import distillation_task, train
@@ -162,6 +162,28 @@ def test_probe_leaves_the_backbone_as_it_was(whole_run, tmp_path, street_cache):
             for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
                 np.testing.assert_array_equal(a, b)
     assert np.abs(probed["params"]["head"]["kernel"]).max() > 0
+
+
+def test_finetuning_with_all_that_belongs_to_it(whole_run, tmp_path, street_cache, monkeypatch):
+    """Every parameter is trained, the first layers the least; what is evaluated and loaded is the average."""
+    make_mesh = sharding.make_mesh  # of one device, which compiles and runs faster
+    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, devices=jax.devices()[:1]))
+    config = small_config(street_cache, **{"task": "finetune", "checkpoint": str(whole_run[0]), "num_steps": 3})
+    config.mesh.data = 1
+    config.data.update(points_per_shard=16_384, label_fraction=0.5, polarmix=("car",), augmentation="consistent")
+    config.model.drop_path = 0.2
+    config.optimizer.update(layer_decay=0.5, ema=0.5, weight_decay=0.0, schedule="constant", warmup_share=0.0)
+    results = tasks.finetune(config, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert 0 <= results["miou"] <= 1
+    assert np.isfinite(list(losses(tmp_path).values())).all()
+    tuned = load_variables(tmp_path / "checkpoints")["params"]
+    moved = jax.tree.map(
+        lambda a, b: float(np.abs(a - b).mean()), tuned, {**whole_run[1].params, "head": tuned["head"]}
+    )
+    assert np.abs(tuned["head"]["kernel"]).max() > 0
+    first, last = moved["embedding"]["point"]["kernel"], moved["backbone"]["groups"]["plane_2"]
+    assert 0 < 2 * first < max(jax.tree.leaves(last))
 
 
 def test_no_gather_or_scatter_crosses_a_device(street_cache, tmp_path):
