@@ -19,6 +19,7 @@ call:
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import time
@@ -93,11 +94,9 @@ def _import(clone: Path) -> tuple[types.ModuleType, types.ModuleType]:
         raise InputError(f"{clone} holds no waffleiron/segmenter.py; --clone names a clone of valeoai/WaffleIron")
     sys.path.insert(0, str(clone))
     try:
-        import torch
-        import waffleiron  # type: ignore[import-not-found]
+        return importlib.import_module("torch"), importlib.import_module("waffleiron")
     except ImportError as error:
         raise InputError(f"the published student needs PyTorch: pip install torch ({error})") from error
-    return torch, waffleiron
 
 
 def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace, torch: Any, package: Any) -> dict[str, Any]:
