@@ -241,7 +241,7 @@ def evaluate(config: Any, workdir: Path) -> dict:
     student, variables, num_classes = load_segmenter(config)
     dataset = _dataset(config, workdir, config.data.split)
     order = class_order(config, dataset, num_classes)
-    rings = check_rings(config)
+    rings = report.check_rings(config.evaluate.rings)
     evaluator = Evaluator(config, student, variables, num_classes, votes=config.evaluate.votes, order=order)
     with workdir_of_run.claim(config, workdir):
         if config.evaluate.submission:
@@ -280,14 +280,6 @@ def robustness(config: Any, workdir: Path) -> dict:
             robust.draw(workdir / "figures" / "robustness.png", results, f"{config.data.dataset}: {config.checkpoint}")
             print(robust.table(results), flush=True)
     return results
-
-
-def check_rings(config: Any) -> tuple[float, ...]:
-    """`evaluate.rings` as numbers; `InputError` unless they are positive and ascend."""
-    rings = tuple(config.evaluate.rings)
-    if not all(isinstance(edge, int | float) and edge > 0 for edge in rings) or list(rings) != sorted(set(rings)):
-        raise InputError(f"evaluate.rings = {rings} must be distances in metres, positive and ascending")
-    return tuple(float(edge) for edge in rings)
 
 
 def demo(config: ml_collections.ConfigDict, workdir: Path) -> None:
