@@ -61,9 +61,12 @@ def start(tmp_path_factory, street_cache):
         process.output.close()
 
 
-def end_of(process, timeout=480):
+def end_of(process, timeout=240):
     """Exit code and output of a process that ends by itself."""
-    code = process.wait(timeout)
+    try:
+        code = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        code = f"none after {timeout} s"
     process.output.seek(0)
     return code, process.output.read()
 
@@ -84,7 +87,7 @@ def losses(workdir):
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
-def wait_for_step(workdir, step, resumes=None, timeout=480):
+def wait_for_step(workdir, step, resumes=None, timeout=240):
     """Until step `step` is logged, after `resumes` resumptions: before, a line may be of a run that went on further."""
     limit = time.monotonic() + timeout
     while time.monotonic() < limit:
