@@ -4,8 +4,8 @@
     python experiments/report.py --output=runs/results_pandaset --classes
 
 One scene, 002: frames up to 42 are trained on, frames from 48 on are validated on, Pandar64's whole turn. The teacher
-is the packaged one, which has only seen generated streets. The same command goes on where it stopped. About half an
-hour a seed on 2 idle cores.
+is the packaged one, which has only seen generated streets. Then all models are evaluated on the PandarGT's points. The
+same command goes on where it stopped. About half an hour a seed on 2 idle cores.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SCENE = "002"
 TRAIN, VALIDATION = tuple(range(43)), tuple(range(48, 80))  # of those numbers the frames that are there
 RATES = (4e-3, 1e-2, 2.5e-2)  # of supervised training
 DISTILL_STEPS, RANDOM_STEPS, PROBE_STEPS, SUPERVISED_STEPS = 200, 20, 600, 300
-GROUP = "pandaset"
+GROUP, GAP = "pandaset", "gap"  # gap: the same models, trained on the Pandar64, on the PandarGT's points
 
 
 def parts(seed: int, root: Path, folder: Path) -> Iterator[Part]:
-    """Distil, probe, train with labels; all on the frames of `TRAIN`."""
+    """Distil, probe, train with labels; all on the frames of `TRAIN`. Then the other sensor."""
     base = _load("pandaset_mini.py")
     base.seed, base.num_steps, base.checkpoint_every_steps = seed, DISTILL_STEPS, 50
     base.data.update(root=str(root), scenes=(SCENE,), frames=TRAIN)
@@ -47,6 +47,12 @@ def parts(seed: int, root: Path, folder: Path) -> Iterator[Part]:
         config = _segment(base, "finetune")
         config.num_steps, config.optimizer.learning_rate = SUPERVISED_STEPS, rate
         yield Part(GROUP, f"supervised_100p_{rate:g}", lambda config=config: config)
+    trained = ["probe_random_100p", "probe_distilled_100p", *(f"supervised_100p_{rate:g}" for rate in RATES)]
+    for name in trained:
+        other = _segment(base, "evaluate")
+        other.checkpoint = str(folder / name)
+        other.data.update(split="validation", sensors=("pandargt",), points_per_shard=81_920, scenes_per_shard=1)
+        yield Part(GAP, f"gap_{name}_pandargt", lambda other=other: other)
 
 
 def _segment(base: Any, task: str) -> Any:
@@ -60,7 +66,7 @@ def _segment(base: Any, task: str) -> Any:
 
 
 def main() -> None:
-    parser = make_parser(__doc__ or "", (GROUP,))
+    parser = make_parser(__doc__ or "", (GROUP, GAP))
     parser.add_argument("--root", required=True, type=Path, help="the folder of PandaSet's scenes")
     arguments = parser.parse_args()
     folder = arguments.output.absolute() / f"seed_{arguments.seed}"

@@ -37,6 +37,7 @@ def test_every_part_starts_from_an_earlier_one(tmp_path):
 def test_pandaset_is_validated_on_later_frames_of_its_scene(tmp_path):
     made = {part.name: part.make() for part in pandaset.parts(1, tmp_path / "raw", tmp_path)}
     assert {"distill", "probe_random_100p", "probe_distilled_100p", "supervised_100p_0.01"} <= set(made)
+    assert made["gap_supervised_100p_0.01_pandargt"].data.sensors == ("pandargt",)
     for name, config in made.items():
         assert config.seed == 1
         assert max(config.data.frames) == 42
@@ -44,7 +45,7 @@ def test_pandaset_is_validated_on_later_frames_of_its_scene(tmp_path):
             assert min(config.data.validation_frames) == 48
         if config.checkpoint:
             assert Path(config.checkpoint).name in made
-            assert name.startswith("probe")
+            assert name.startswith(("probe", "gap"))
 
 
 def test_the_best_learning_rate_needs_all_of_them(tmp_path):
