@@ -114,7 +114,7 @@ def test_each_of_n_processes_reads_an_nth_of_the_bytes(number, tmp_path):
         while next(steps).num_scenes:
             pass
         # Before new workers start: the resource tracker of CPython 3.12.1 complains when old ones are freed meanwhile.
-        steps.close()
+        del steps
         gc.collect()
         lines = [line.split() for line in log.read_text().splitlines()]
         log.unlink()
