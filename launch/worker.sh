@@ -18,10 +18,11 @@ fail() {
 [[ -n ${WORKDIR:-} ]] || fail "set WORKDIR to a folder on storage that all processes share, as in WORKDIR=/shared/run"
 
 # A signal ends `wait`, so the shell waits again until the program itself has ended.
-child=
-trap '[[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
+child='' asked=''
+trap 'asked=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
 "${PYTHON:-python}" -m scalr_jax.main --config="$CONFIG" --workdir="$WORKDIR" "$@" &
 child=$!
+[[ -z $asked ]] || kill -TERM "$child" 2>/dev/null || true # it came before the line above
 code=0
 wait "$child" || code=$?
 while kill -0 "$child" 2>/dev/null; do

@@ -4,8 +4,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jsonschema
@@ -306,13 +308,18 @@ def worker(tmp_path, train, *, stop=False):
         env={**os.environ, "CONFIG": "c.py", "WORKDIR": str(tmp_path), "PYTHON": str(tmp_path / "python")},
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     with process:
+        overdue = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
+        overdue.start()
         if stop:
             assert process.stdout.readline() == "ready\n"
             process.terminate()
         output = process.stdout.read()
-        return process.wait(timeout=60), output
+        code = process.wait()
+        overdue.cancel()
+        return code, output
 
 
 @pytest.mark.parametrize(("train", "code"), [(FINISH, 0), ("exit 2", 2), ("exit 1", 1), ("kill -ABRT $$", 134)])
