@@ -76,8 +76,9 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace) -> dict[
     print(f"{len(inside)} {scenes.source} scenes, {scenes.num_points} points; {arguments.voxel_size} m voxels")
     rows, shown = [], {"tables": (tables, "")}
     for depth, (level, size) in enumerate(zip(voxels.levels, sizes, strict=True)):
-        number, pairs = (int(n) for n in np.asarray(counts)[depth])
-        print(f"level {depth}: {number} voxels, {pairs / number:.1f} neighbours each, {size.pairs} slots")
+        number, pairs = int(np.asarray(counts)[depth, 0]), 2 * int(np.asarray(counts)[depth, 1:].sum())
+        slots = 2 * sum(size.pairs)
+        print(f"level {depth}: {number} voxels, {pairs / number:.1f} neighbours each, {slots} slots for {pairs} pairs")
         for channels in arguments.channels:
             programs, taken = convolutions(level, size, channels, number + pairs)
             times, dense_taken = interleave(programs, runs=runs), None

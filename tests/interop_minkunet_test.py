@@ -201,7 +201,7 @@ def points():
 @functools.cache
 def voxels():
     coordinates = points()[1] / SIZE
-    room = tuple(part[None] for part in room_for(count_levels(np.floor(coordinates[0]))))
+    room = jax.tree.map(lambda part: part[None], room_for(count_levels(np.floor(coordinates[0]))))
     make = functools.partial(minkunet.tables_of, extent=extent_of(VIEW, SIZE), num_scenes=1)
     return jax.jit(make, compiler_options=FAST)(
         PackedVoxels(coordinates, room), np.zeros(coordinates.shape[:2], np.int32)

@@ -49,7 +49,7 @@ def pack(shards, num_scenes, num_points, padding=0.0):
 
 
 def voxels_of(feats, index, num_scenes):
-    empty = tuple(jnp.zeros((len(feats), *part.shape)) for part in room(num_scenes))
+    empty = jax.tree.map(lambda part: jnp.zeros((len(feats), *part.shape)), room(num_scenes))
     packed = PackedVoxels(coordinates(feats[..., 2:5]), empty)
     return minkunet.tables_of(packed, index, EXTENT, num_scenes=num_scenes)
 

@@ -13,7 +13,7 @@ from scalr_jax.data.voxels import Sizes, count_levels, sizes_for
 from scalr_jax.ops import cells, sparse_conv
 
 EXTENT, NUM_SCENES, NUM_POINTS, LEVELS = (8, 6, 4), 2, 160, 3
-SIZES = tuple(Sizes(*size) for size in ((160, 28 * 256, 256), (64, 28 * 128, 128), (16, 28 * 128, 128)))
+SIZES = tuple(Sizes(*size) for size in ((160, (256,) * 13), (64, (128,) * 13), (16, (128, *(256,) * 12))))
 FAST = {"xla_backend_optimization_level": 0}  # compiles faster, which is what these tests spend their time on
 fast_jit = functools.partial(jax.jit, compiler_options=FAST)
 make = fast_jit(functools.partial(sparse_conv.make_levels, sizes=SIZES, num_scenes=NUM_SCENES, extent=EXTENT))
@@ -170,9 +170,10 @@ def test_counts_say_what_is_needed_and_without_room_it_is_said():
     inside = np.clip(coordinates, 0, np.array(EXTENT) - 1)
     counts = sum(count_levels(inside[scene == s], LEVELS) for s in range(NUM_SCENES))
     voxels = make(coordinates, scene)
-    for level, (number, pairs) in zip(voxels.levels, counts, strict=True):
+    for level, (number, *pairs) in zip(voxels.levels, counts, strict=True):
         assert int(level.number) == number
-        assert int((np.asarray(level.near.source) < level.neighbors.shape[0]).sum()) == pairs
+        for rows in (level.near.low, level.near.high):
+            assert [int((each < level.neighbors.shape[0]).sum()) for each in rows] == pairs
     exact = sizes_for(counts)
 
     def missing(sizes):
@@ -184,8 +185,10 @@ def test_counts_say_what_is_needed_and_without_room_it_is_said():
         fewer = list(exact)
         fewer[level] = exact[level]._replace(voxels=exact[level].voxels - 1)
         assert missing(tuple(fewer)) > 0
-    fewer = (exact[0]._replace(pairs=26 * exact[0].block // 2), *exact[1:])
-    assert missing(fewer) > 0
+    fullest = int(np.argmax(counts[0, 1:]))
+    pairs = list(exact[0].pairs)
+    pairs[fullest] = counts[0, 1 + fullest]  # one slot is to stay unused
+    assert missing((exact[0]._replace(pairs=tuple(pairs)), *exact[1:])) == 1
 
 
 def test_keys_that_do_not_fit_are_refused():

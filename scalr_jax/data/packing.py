@@ -6,13 +6,14 @@ is dropped and the order is that of the stream. All in NumPy, in the main proces
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from scalr_jax.data.scenes import IGNORE, Batch, InputError, PackedVoxels, Plane, ScenePlane, SceneView
-from scalr_jax.data.voxels import room_for
+from scalr_jax.data.voxels import DIRECTIONS, room_for, spread
 
 
 class Capacities(NamedTuple):
@@ -23,7 +24,7 @@ class Capacities(NamedTuple):
     cells: tuple[int, ...]  # M of each plane
     halo: tuple[int, ...]  # H of each plane
     voxels: tuple[int, ...] = ()  # of each level of a MinkUNet
-    pairs: tuple[int, ...] = ()  # of neighbours, likewise
+    pairs: tuple[int, ...] = ()  # of neighbours, of each level in each of 13 directions
 
 
 KEYS = Capacities(*(f"data.{name}_per_shard" for name in Capacities._fields))  # type: ignore[arg-type]
@@ -42,8 +43,10 @@ def sizes(scene: SceneView) -> Capacities:
     """What one scene needs of each capacity."""
     cells = tuple(len(plane.position) for plane in scene.planes)
     halo = tuple(len(plane.halo_taps) for plane in scene.planes)
-    voxels, pairs = scene.voxels.counts.T.tolist() if scene.voxels is not None else ((), ())
-    return Capacities(len(scene.feats), 1, cells, halo, tuple(voxels), tuple(pairs))
+    if scene.voxels is None:
+        return Capacities(len(scene.feats), 1, cells, halo)
+    counts = scene.voxels.counts
+    return Capacities(len(scene.feats), 1, cells, halo, tuple(counts[:, 0].tolist()), tuple(counts[:, 1:].flat))
 
 
 def add(a: Capacities, b: Capacities) -> Capacities:
@@ -67,8 +70,19 @@ def overflow(need: Capacities, capacities: Capacities) -> list[str]:
     found = []
     for key, name, needed, given in zip(KEYS, Capacities._fields, need, capacities, strict=True):
         if any(x > y for x, y in zip(np.atleast_1d(needed), np.atleast_1d(given), strict=True)):
+            if name == "pairs":
+                needed, given = _pairs_of_levels(need.pairs, capacities.pairs)
             found.append(f"{needed} {name} where {key} is {given}")
     return found
+
+
+def _pairs_of_levels(need: tuple[int, ...], given: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """As the config counts them, each pair both ways: what each level would need to be given, and what it is given."""
+    needed, room = (np.reshape(sizes, (-1, len(DIRECTIONS))) for sizes in (need, given))
+    totals = 2 * room.sum(axis=1)
+    fuller = (needed / np.maximum(room, 1)).max(axis=1)  # the fullest direction counts: all are scaled alike
+    enough = np.where(fuller > 1, np.ceil(1.01 * totals * fuller), 2 * needed.sum(axis=1))
+    return tuple(enough.astype(int).tolist()), tuple(totals.tolist())
 
 
 def derive_capacities(
@@ -88,6 +102,7 @@ def derive_capacities(
     needs = [sizes(scene)[2:] for scene in sample]
     tables = [[capacity(list(counts)) for counts in zip(*of, strict=True)] for of in zip(*needs, strict=True)]
     cells, halo, voxels, pairs = tables
+    pairs = [max(size, 128) - 1 for size in pairs]  # a slot of each direction stays unused
     most = -(-points // 128) * 128  # a point is in one cell of a plane and in one voxel
     cells, voxels = ([min(size, most) for size in table] for table in (cells, voxels))
     return Capacities(points, scenes, tuple(cells), tuple(halo), tuple(voxels), tuple(pairs))
@@ -108,9 +123,16 @@ def table_size(
 
 def given_tables(derived: Capacities, data: Any) -> Capacities:
     """`derived` with the tables that `data.cells_per_shard` and its like give. Raises `InputError` for a wrong number
-    of them."""
+    of them. `data.pairs_per_shard` is one number a level, spread over the directions like the derived ones."""
     tables = {}
-    for name in ("cells", "halo", "voxels", "pairs"):
+    pairs = tuple(data.pairs_per_shard)
+    if pairs and derived.pairs:
+        by_level = np.reshape(derived.pairs, (-1, len(DIRECTIONS)))
+        if len(pairs) != len(by_level):
+            raise InputError(f"data.pairs_per_shard = {pairs} has {len(pairs)} numbers, and {len(by_level)} are needed")
+        scaled = np.ceil(by_level * (np.array(pairs) / (2 * by_level.sum(axis=1)))[:, None])
+        tables["pairs"] = tuple(scaled.astype(int).flat)
+    for name in ("cells", "halo", "voxels"):
         given, needed = tuple(data[f"{name}_per_shard"]), getattr(derived, name)
         if given and needed and len(given) != len(needed):
             raise InputError(f"data.{name}_per_shard = {given} has {len(given)} numbers, and {len(needed)} are needed")
@@ -128,16 +150,16 @@ def round_up(need: Capacities, grids: Sequence[tuple[int, int]]) -> Capacities:
 
     Points are 8 to 15 times a power of two, from 4,096: at most an eighth is padding. Tables are an eighth, a quarter,
     a half or all of what so many points can fill; a MinkUNet's voxels on each level the points over a power of two, and
-    their pairs a whole number of neighbours, 1, 2, 4, 8, 16 or 26.
+    their pairs those of a power of two of neighbours, as lidar has them in each direction.
     """
     step = 1 << (max(need.points, SMALLEST) - 1).bit_length() - 4
     points = max(SMALLEST, -(-need.points // step) * step)
     halvings = range(points.bit_length())
     voxels = tuple(next(points >> k for k in reversed(halvings) if points >> k >= number) for number in need.voxels)
-    pairs = tuple(
-        next(n * rows for n in (1, 2, 4, 8, 16, 26) if n * rows >= number)
-        for number, rows in zip(need.pairs, voxels, strict=True)
-    )
+    pairs: tuple[int, ...] = ()
+    for needed, rows in zip(np.reshape(need.pairs, (-1, len(DIRECTIONS))), voxels, strict=True):
+        lists = (tuple(min(rows, size) for size in spread(2.0**k * rows)) for k in itertools.count())
+        pairs += next(sizes for sizes in lists if (needed <= sizes).all())
     areas = [int(h) * int(w) for h, w in grids]
     for parts in (8, 4, 2, 1):
         cells = tuple(-(-min(points, area) // parts) for area in areas)
@@ -209,8 +231,8 @@ def pack_shard(scenes: Sequence[SceneView], capacities: Capacities, template: Sc
     if template.voxels is not None:
         parts = [scene.voxels.coordinates for scene in scenes if scene.voxels is not None]
         coordinates = _filled(parts, capacity, 0.0, template.voxels.coordinates)
-        room = room_for(np.array([capacities.voxels, capacities.pairs]).T)
-        batch = batch._replace(voxels=PackedVoxels(coordinates, room))
+        counts = np.column_stack([capacities.voxels, np.reshape(capacities.pairs, (-1, len(DIRECTIONS)))])
+        batch = batch._replace(voxels=PackedVoxels(coordinates, room_for(counts)))
     if template.labels is not None:
         labels = _filled([scene.labels for scene in scenes], capacity, IGNORE, template.labels)
         batch = batch._replace(labels=labels.astype(np.int32))

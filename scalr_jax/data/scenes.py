@@ -94,7 +94,7 @@ class SceneVoxels(NamedTuple):
     """Where one scene's points are in the grid of voxels, and what its tables need (`data.voxels`)."""
 
     coordinates: np.ndarray  # [N, 3] float32: in voxels, from the lower corner of the field of view
-    counts: np.ndarray  # [levels, 2] int64: occupied voxels, pairs of neighbours
+    counts: np.ndarray  # [levels, 1 + 13] int64: occupied voxels, pairs of neighbours by direction
 
 
 class ScenePlane(NamedTuple):
@@ -125,7 +125,7 @@ class PackedVoxels(NamedTuple):
     """What the device makes a MinkUNet's tables from."""
 
     coordinates: np.ndarray  # [D, P, 3] float32, as in `SceneVoxels`; 0 for padding
-    room: tuple[np.ndarray, ...]  # [D, 0, ...] of each level: `data.voxels.room_for`, the static sizes of the tables
+    room: tuple[tuple[np.ndarray, ...], ...]  # [D, 0, ...] of each level: static sizes, see `data.voxels.room_for`
 
 
 class Batch(NamedTuple):

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.data.voxels import Sizes
+from scalr_jax.data.voxels import sizes_of
 from scalr_jax.models.layers import BatchNorm, per_shard, to_rows
 from scalr_jax.ops import cells, sparse_conv
 from scalr_jax.sharding import whole
@@ -43,7 +43,7 @@ def tables_of(packed: Any, scene: Array, extent: tuple, *, num_scenes: int) -> s
 
     packed: `scenes.PackedVoxels`; scene [D, P]; extent: voxels of the field of view along x, y, z.
     """
-    sizes = tuple(Sizes(rows, blocks * block, block) for _, _, rows, blocks, block in (r.shape for r in packed.room))
+    sizes = sizes_of(packed.room)
     return per_shard(
         lambda coordinates, scene: sparse_conv.make_levels(
             jnp.floor(coordinates).astype(jnp.int32), scene, sizes, num_scenes=num_scenes, extent=extent
