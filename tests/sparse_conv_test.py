@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalr_jax.data.voxels import Sizes, count_levels, sizes_for
+from scalr_jax.data.voxels import Sizes, count_levels, room_for, sizes_for, sizes_of
 from scalr_jax.ops import cells, sparse_conv
 
 EXTENT, NUM_SCENES, NUM_POINTS, LEVELS = (8, 6, 4), 2, 160, 3
@@ -189,6 +189,48 @@ def test_counts_say_what_is_needed_and_without_room_it_is_said():
     pairs = list(exact[0].pairs)
     pairs[fullest] = counts[0, 1 + fullest]  # one slot is to stay unused
     assert missing((exact[0]._replace(pairs=tuple(pairs)), *exact[1:])) == 1
+
+
+@pytest.mark.parametrize("name", ["nothing", "many", "a full slab"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_plain_products_of_directions_are_those_of_blocks(name, dtype):
+    """Forward, and with the gradient of the kernel. The blocks are compared with dense convolutions above."""
+    rng = np.random.default_rng(0)
+    for size, level in zip(SIZES, make(*CASES[name]).levels, strict=True):
+        gradients, inputs = (jnp.asarray(draw(rng, (size.voxels, n)), dtype) for n in (7, 5))
+        kernel = draw(rng, (27, 7, 5))
+        for others in (None, inputs):
+            wanted, found = (
+                fast_jit(form)(gradients, level.near, kernel, others)
+                for form in (sparse_conv._by_block, sparse_conv._by_direction)
+            )
+            assert [part.shape for part in found[0]] == [(2, slots, 5) for slots in size.pairs]
+            assert others is None or (found[1].shape, found[1].dtype) == ((27, 5, 7), jnp.float32)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, wanted)
+        assert name == "nothing" or np.abs(found[1]).max() > 0
+
+
+@pytest.mark.parametrize(("slots", "on_cpu"), [(sparse_conv.LARGE, 14), (sparse_conv.LARGE // 2, 2)])
+def test_large_tables_are_plain_products_on_a_cpu_and_batches_elsewhere(slots, on_cpu):
+    make = functools.partial(
+        sparse_conv.make_levels, sizes=(Sizes(NUM_POINTS, (slots,) * 13),), num_scenes=NUM_SCENES, extent=EXTENT
+    )
+    traced = jax.jit(
+        lambda coordinates, scene, x, kernel: sparse_conv.submanifold(x, make(coordinates, scene).levels[0], kernel)
+    ).trace(*CASES["few"], np.ones((NUM_POINTS, 4), np.float32), np.ones((27, 4, 4), np.float32))
+    for platform, products in (("cpu", on_cpu), ("tpu", 2), ("cuda", 2)):  # one is the centre's
+        assert traced.lower(lowering_platforms=(platform,)).as_text().count("dot_general") == products
+
+
+def test_sizes_travel_as_shapes():
+    counts = np.array([[2**20, *range(0, 13 * 70_000, 70_000)], [3, *[0] * 13]])
+    room = jax.tree.map(lambda part: jnp.zeros((2, *part.shape)), room_for(counts))
+    assert sizes_of(room) == sizes_for(counts)
+    assert sum(part.size for part in jax.tree.leaves(room)) == 0
+    for (voxels, *pairs), size in zip(counts.tolist(), sizes_for(counts), strict=True):
+        assert size.voxels == voxels
+        assert all(number < slots <= number + 1024 for number, slots in zip(pairs, size.pairs, strict=True))
+    assert sizes_for(counts)[1].pairs == (128,) * 13
 
 
 def test_keys_that_do_not_fit_are_refused():

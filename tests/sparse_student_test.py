@@ -87,6 +87,27 @@ def test_a_pack_that_is_full_of_pairs_is_followed_by_another(scenes):
         list(packing.pack_stream(iter(members), tight._replace(pairs=(*tight.pairs[:-1], 1))))
 
 
+def test_what_a_scene_is_said_to_need_is_enough(scenes, street_cache):
+    """`data.pairs_per_shard` is a number a level, both ways, that is spread over the directions as the derived ones."""
+    members, _ = scenes
+    roomy = packing.derive_capacities(members, points=6000, scenes=4)
+    data = small_config(street_cache, **NARROW).data
+    data.pairs_per_shard = (1500, 900, 2**20, 300, 100)
+    tight = packing.given_tables(roomy, data)
+    for k, number in enumerate(data.pairs_per_shard):
+        level = slice(13 * k, 13 * k + 13)
+        assert number <= 2 * sum(tight.pairs[level]) <= number + 26
+        shares = [np.array(capacities.pairs[level]) / sum(capacities.pairs[level]) for capacities in (tight, roomy)]
+        np.testing.assert_allclose(*shares, atol=2 * 26 / number)
+    for scene in members:
+        (text,) = packing.overflow(packing.sizes(scene), tight)
+        data.pairs_per_shard = tuple(int(n) for n in re.findall(r"\d+", text.partition(" pairs where ")[0]))
+        assert not packing.overflow(packing.sizes(scene), packing.given_tables(roomy, data))
+    data.pairs_per_shard = (1500, 900)
+    with pytest.raises(InputError, match=r"data\.pairs_per_shard = \(1500, 900\) has 2 numbers, and 5 are needed"):
+        packing.given_tables(roomy, data)
+
+
 def test_one_scene_alone_gets_sizes_of_a_short_list(scenes):
     members, _ = scenes
     rounded = [packing.static_capacities(scene, ()) for scene in members]

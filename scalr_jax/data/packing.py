@@ -46,7 +46,7 @@ def sizes(scene: SceneView) -> Capacities:
     if scene.voxels is None:
         return Capacities(len(scene.feats), 1, cells, halo)
     counts = scene.voxels.counts
-    return Capacities(len(scene.feats), 1, cells, halo, tuple(counts[:, 0].tolist()), tuple(counts[:, 1:].flat))
+    return Capacities(len(scene.feats), 1, cells, halo, tuple(counts[:, 0].tolist()), tuple(counts[:, 1:].ravel().tolist()))
 
 
 def add(a: Capacities, b: Capacities) -> Capacities:
@@ -77,11 +77,12 @@ def overflow(need: Capacities, capacities: Capacities) -> list[str]:
 
 
 def _pairs_of_levels(need: tuple[int, ...], given: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """As the config counts them, each pair both ways: what each level would need to be given, and what it is given."""
+    """As the config counts them, each pair both ways: what would have to be given each level, and what is given it."""
     needed, room = (np.reshape(sizes, (-1, len(DIRECTIONS))) for sizes in (need, given))
     totals = 2 * room.sum(axis=1)
-    fuller = (needed / np.maximum(room, 1)).max(axis=1)  # the fullest direction counts: all are scaled alike
-    enough = np.where(fuller > 1, np.ceil(1.01 * totals * fuller), 2 * needed.sum(axis=1))
+    # All directions are scaled alike, and rounded up, which what is given already was.
+    enough = np.ceil(totals * (needed / np.maximum(room - 1, 1)).max(axis=1))
+    enough = np.where((needed > room).any(axis=1), enough, totals)
     return tuple(enough.astype(int).tolist()), tuple(totals.tolist())
 
 
@@ -131,7 +132,7 @@ def given_tables(derived: Capacities, data: Any) -> Capacities:
         if len(pairs) != len(by_level):
             raise InputError(f"data.pairs_per_shard = {pairs} has {len(pairs)} numbers, and {len(by_level)} are needed")
         scaled = np.ceil(by_level * (np.array(pairs) / (2 * by_level.sum(axis=1)))[:, None])
-        tables["pairs"] = tuple(scaled.astype(int).flat)
+        tables["pairs"] = tuple(scaled.astype(int).ravel().tolist())
     for name in ("cells", "halo", "voxels"):
         given, needed = tuple(data[f"{name}_per_shard"]), getattr(derived, name)
         if given and needed and len(given) != len(needed):
@@ -157,7 +158,7 @@ def round_up(need: Capacities, grids: Sequence[tuple[int, int]]) -> Capacities:
     halvings = range(points.bit_length())
     voxels = tuple(next(points >> k for k in reversed(halvings) if points >> k >= number) for number in need.voxels)
     pairs: tuple[int, ...] = ()
-    for needed, rows in zip(np.reshape(need.pairs, (-1, len(DIRECTIONS))), voxels, strict=True):
+    for needed, rows in zip(np.reshape(need.pairs, (-1, len(DIRECTIONS))), voxels, strict=False):  # or none of pairs
         lists = (tuple(min(rows, size) for size in spread(2.0**k * rows)) for k in itertools.count())
         pairs += next(sizes for sizes in lists if (needed <= sizes).all())
     areas = [int(h) * int(w) for h, w in grids]
