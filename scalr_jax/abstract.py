@@ -19,7 +19,7 @@ from scalr_jax import bench_teacher, build, recipes, sharding, train
 from scalr_jax.data.files import read_label_map
 from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.data.scenes import Batch, InputError, SceneView, SceneVoxels
-from scalr_jax.data.voxels import DIRECTIONS, LEVELS, spread
+from scalr_jax.data.voxels import DIRECTIONS, LEVELS, pooled
 from scalr_jax.models import vit
 from scalr_jax.models.vit import ViTConfig
 
@@ -158,7 +158,7 @@ def choose_capacities(config: Any) -> Capacities:
         if data.scenes_per_step:
             voxels, pairs, of_points = recipes.SCENE_VOXELS, recipes.SCENE_PAIRS, recipes.MAX_POINTS
         voxels, pairs = tables(data.voxels_per_shard, voxels, of_points), tables(data.pairs_per_shard, pairs, of_points)
-        return Capacities(points, scenes, (), (), voxels, tuple(size for number in pairs for size in spread(number)))
+        return Capacities(points, scenes, (), (), voxels, pairs, pooled(pairs))
     cells, halo = tables(data.cells_per_shard, recipes.PACK_CELLS), tables(data.halo_per_shard, recipes.PACK_HALO)
     return Capacities(points, scenes, cells, halo)
 
@@ -178,7 +178,7 @@ def make_batch(config: Any, scene_task: str, capacities: Capacities, mesh: Any) 
         labels=None if distill else np.zeros(0, np.uint8),
         voxels=None
         if settings.grids
-        else SceneVoxels(np.zeros((0, 3), np.float32), np.zeros((LEVELS, 1 + len(DIRECTIONS)), int)),
+        else SceneVoxels(np.zeros((0, 3), np.float32), np.zeros((LEVELS, 2 + len(DIRECTIONS)), int)),
     )
     place = sharding.batch_sharding(mesh)
     shard = pack_shard((), capacities, nothing, settings.grids)

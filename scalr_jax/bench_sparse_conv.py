@@ -31,7 +31,7 @@ import numpy as np
 from scalr_jax import bench_scenes
 from scalr_jax.bench_timing import Parser, header, interleave, positive, show_times, working_bytes
 from scalr_jax.data.scenes import InputError
-from scalr_jax.data.voxels import count_levels, sizes_for
+from scalr_jax.data.voxels import count_levels, pooled, sizes_for
 from scalr_jax.ops import sparse_conv
 
 LOW, HIGH = np.array([-64.0, -64.0, -8.0]), np.array([64.0, 64.0, 8.0])  # metres
@@ -65,8 +65,10 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace) -> dict[
     coordinates = np.floor((batch.feats[0, :, 1:4] - LOW) / arguments.voxel_size).astype(np.int32)
     coordinates, scene = np.clip(coordinates, 0, np.array(extent) - 1), np.asarray(batch.scene[0])
     inside = [coordinates[scene == s] for s in range(num_scenes)]
-    counts = sum(count_levels(each, arguments.levels) for each in inside if len(each))
-    sizes = sizes_for(np.asarray(counts))
+    counts = np.sum([count_levels(each, arguments.levels) for each in inside if len(each)], axis=0)
+    if jax.default_backend() != "cpu":  # as a run derives them
+        counts[:, 2:] = np.reshape(pooled(counts[:, 1]), (arguments.levels, -1))
+    sizes = sizes_for(counts)
     limits = {"num_scenes": num_scenes, "extent": extent}
     make = jax.jit(functools.partial(sparse_conv.make_levels, sizes=sizes, **limits))
     voxels = jax.block_until_ready(make(coordinates, scene))
@@ -76,8 +78,8 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace) -> dict[
     print(f"{len(inside)} {scenes.source} scenes, {scenes.num_points} points; {arguments.voxel_size} m voxels")
     rows, shown = [], {"tables": (tables, "")}
     for depth, (level, size) in enumerate(zip(voxels.levels, sizes, strict=True)):
-        number, pairs = int(np.asarray(counts)[depth, 0]), 2 * int(np.asarray(counts)[depth, 1:].sum())
-        slots = 2 * sum(size.pairs)
+        number, pairs = (int(n) for n in counts[depth, :2])
+        slots = size.pairs or 2 * sum(size.directions)
         print(f"level {depth}: {number} voxels, {pairs / number:.1f} neighbours each, {slots} slots for {pairs} pairs")
         for channels in arguments.channels:
             programs, taken = convolutions(level, size, channels, number + pairs)

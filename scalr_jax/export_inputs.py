@@ -34,7 +34,7 @@ from scalr_jax.data.packing import Capacities, round_up
 from scalr_jax.data.scenes import InputError, SceneView
 from scalr_jax.data.voxel_tables import BLOCK, voxel_tables
 from scalr_jax.data.voxels import LEVELS as VOXEL_LEVELS
-from scalr_jax.data.voxels import extent_of
+from scalr_jax.data.voxels import extent_of, pooled
 from scalr_jax.data.whole_scan import check_points, whole_scan
 
 PLANES = ("xy", "xz", "yz")
@@ -137,7 +137,9 @@ def pad_inputs(inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]) ->
 def _pad_voxels(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """`pad_inputs` of a MinkUNet. A slot at the end of every list of pairs stays unused: it is the zero row."""
     num_points = len(inputs["feats"])
-    capacities = round_up(Capacities(num_points, 1, (), (), tuple(inputs["number"].tolist())), ())
+    pairs = tuple(int((inputs[f"near_source_{level}"] >= 0).sum()) for level in range(VOXEL_LEVELS))
+    need = Capacities(num_points, 1, (), (), tuple(inputs["number"].tolist()), pairs, pooled(pairs))
+    capacities = round_up(need, ())
     points, rows = capacities.points, capacities.voxels
     padded = {name: _pad(inputs[name], points, 0) for name in ("feats", "offset")} | {"number": inputs["number"]}
     padded["cell"] = _pad(inputs["cell"], points, -1)
@@ -145,9 +147,7 @@ def _pad_voxels(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     padded["inverse_count"] = _pad(inputs["inverse_count"], rows[0], 0)
     padded["neighbors"] = _pad(inputs["neighbors"], rows[0], -1)
     for level in range(VOXEL_LEVELS):
-        pairs = int((inputs[f"near_source_{level}"] >= 0).sum())
-        pairs = next(n * rows[level] for n in (1, 2, 4, 8, 16, 26) if n * rows[level] >= pairs)
-        near = pairs // BLOCK + 27  # 26 elements, each with a part of a block unused, and one more
+        near = capacities.pairs[level] // BLOCK + 27  # 26 elements, each with a part of a block unused, and one more
         padded[f"near_source_{level}"] = _pad(inputs[f"near_source_{level}"], BLOCK * near, -1)
         padded[f"near_element_{level}"] = _pad(inputs[f"near_element_{level}"], near, 25)
         padded[f"near_slots_{level}"] = _pad(inputs[f"near_slots_{level}"], rows[level], -1)

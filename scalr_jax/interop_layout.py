@@ -16,7 +16,7 @@ import numpy as np
 from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.data.scenes import Batch, InputError, SceneView, SceneVoxels
 from scalr_jax.data.transforms import plane_tables
-from scalr_jax.data.voxels import DIRECTIONS, LEVELS
+from scalr_jax.data.voxels import DIRECTIONS, LEVELS, pooled
 from scalr_jax.interop_names import NUM_PLANES
 from scalr_jax.models.student import Student
 
@@ -48,9 +48,9 @@ def empty_batch(num_features: int, grids: Any) -> Batch:
     if grids:
         capacities = Capacities(2, 1, (2,) * NUM_PLANES, (2,) * NUM_PLANES)
     else:
-        counts = np.zeros((LEVELS, 1 + len(DIRECTIONS)), np.int64)
+        counts = np.zeros((LEVELS, 2 + len(DIRECTIONS)), np.int64)
         scene = scene._replace(voxels=SceneVoxels(np.zeros((0, 3), np.float32), counts))
-        capacities = Capacities(2, 1, (), (), (2,) * LEVELS, (2,) * (LEVELS * len(DIRECTIONS)))
+        capacities = Capacities(2, 1, (), (), (2,) * LEVELS, (2,) * LEVELS, pooled((2,) * LEVELS))
     return jax.tree.map(lambda x: x[None], pack_shard((), capacities, scene, grids))
 
 

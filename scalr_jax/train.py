@@ -196,7 +196,13 @@ def make_program(config: Any, task: Task, batch: Any, mesh: Any, expected: float
 def choose_capacities(config: Any, sample: list[SceneView], *, exactly: int | None = None) -> Capacities:
     """From the config where it gives them, else derived from a sample; `exactly`: of packs of so many scenes."""
     data = config.data
-    derived = derive_capacities(sample, points=data.points_per_shard, scenes=data.scenes_per_shard, exactly=exactly)
+    derived = derive_capacities(
+        sample,
+        points=data.points_per_shard,
+        scenes=data.scenes_per_shard,
+        exactly=exactly,
+        directions=jax.default_backend() == "cpu",
+    )
     return given_tables(derived, data)
 
 

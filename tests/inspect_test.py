@@ -68,8 +68,7 @@ def test_figures(root, tmp_path, capsys):
     for key, kind in (("voxels_per_shard", "voxels"), ("pairs_per_shard", "pairs")):
         room = report["suggestion"][key]
         for size, level in zip(room, levels, strict=True):
-            tables = 26 if kind == "pairs" else 1  # each is rounded up
-            assert 2.5 * level[kind]["max"] <= size < 20 * level[kind]["max"] + 128 * tables
+            assert 2.5 * level[kind]["max"] <= size < 20 * level[kind]["max"] + 128
     assert 0 < report["voxels_in_one_image"]["max"] <= max(Folder(root).frame(i).visible.sum() for i in range(4))
     assert report["voxels"]["max"] <= 7000
     assert frame.visible.sum() < 7000

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalr_jax.data.voxels import Sizes, count_levels, room_for, sizes_for, sizes_of
+from scalr_jax.data.voxels import Sizes, count_levels, pooled, room_for, sizes_for, sizes_of
 from scalr_jax.ops import cells, sparse_conv
 
 EXTENT, NUM_SCENES, NUM_POINTS, LEVELS = (8, 6, 4), 2, 160, 3
-SIZES = tuple(Sizes(*size) for size in ((160, (256,) * 13), (64, (128,) * 13), (16, (128, *(256,) * 12))))
+# On the second level the pairs have room by direction.
+SIZES = (Sizes(160, 28 * 256, 256), Sizes(64, 0, 128, tuple(range(48, 61))), Sizes(16, 28 * 128, 128))
 FAST = {"xla_backend_optimization_level": 0}  # compiles faster, which is what these tests spend their time on
 fast_jit = functools.partial(jax.jit, compiler_options=FAST)
 make = fast_jit(functools.partial(sparse_conv.make_levels, sizes=SIZES, num_scenes=NUM_SCENES, extent=EXTENT))
@@ -168,12 +169,13 @@ def test_equal_to_dense_convolutions_at_random(number, seed):
 def test_counts_say_what_is_needed_and_without_room_it_is_said():
     coordinates, scene = CASES["many"]
     inside = np.clip(coordinates, 0, np.array(EXTENT) - 1)
-    counts = sum(count_levels(inside[scene == s], LEVELS) for s in range(NUM_SCENES))
+    counts = np.sum([count_levels(inside[scene == s], LEVELS) for s in range(NUM_SCENES)], axis=0)
     voxels = make(coordinates, scene)
-    for level, (number, *pairs) in zip(voxels.levels, counts, strict=True):
+    for level, (number, pairs, *directions) in zip(voxels.levels, counts, strict=True):
         assert int(level.number) == number
-        for rows in (level.near.low, level.near.high):
-            assert [int((each < level.neighbors.shape[0]).sum()) for each in rows] == pairs
+        lists = level.near.low + level.near.high if level is voxels.levels[1] else (level.near.source,)
+        used = [int((rows < level.neighbors.shape[0]).sum()) for rows in lists]
+        assert used == (2 * directions if level is voxels.levels[1] else [pairs])
     exact = sizes_for(counts)
 
     def missing(sizes):
@@ -185,52 +187,25 @@ def test_counts_say_what_is_needed_and_without_room_it_is_said():
         fewer = list(exact)
         fewer[level] = exact[level]._replace(voxels=exact[level].voxels - 1)
         assert missing(tuple(fewer)) > 0
-    fullest = int(np.argmax(counts[0, 1:]))
-    pairs = list(exact[0].pairs)
-    pairs[fullest] = counts[0, 1 + fullest]  # one slot is to stay unused
-    assert missing((exact[0]._replace(pairs=tuple(pairs)), *exact[1:])) == 1
-
-
-@pytest.mark.parametrize("name", ["nothing", "many", "a full slab"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_plain_products_of_directions_are_those_of_blocks(name, dtype):
-    """Forward, and with the gradient of the kernel. The blocks are compared with dense convolutions above."""
-    rng = np.random.default_rng(0)
-    for size, level in zip(SIZES, make(*CASES[name]).levels, strict=True):
-        gradients, inputs = (jnp.asarray(draw(rng, (size.voxels, n)), dtype) for n in (7, 5))
-        kernel = draw(rng, (27, 7, 5))
-        for others in (None, inputs):
-            wanted, found = (
-                fast_jit(form)(gradients, level.near, kernel, others)
-                for form in (sparse_conv._by_block, sparse_conv._by_direction)
-            )
-            assert [part.shape for part in found[0]] == [(2, slots, 5) for slots in size.pairs]
-            assert others is None or (found[1].shape, found[1].dtype) == ((27, 5, 7), jnp.float32)
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, wanted)
-        assert name == "nothing" or np.abs(found[1]).max() > 0
-
-
-@pytest.mark.parametrize(("slots", "on_cpu"), [(sparse_conv.LARGE, 14), (sparse_conv.LARGE // 2, 2)])
-def test_large_tables_are_plain_products_on_a_cpu_and_batches_elsewhere(slots, on_cpu):
-    make = functools.partial(
-        sparse_conv.make_levels, sizes=(Sizes(NUM_POINTS, (slots,) * 13),), num_scenes=NUM_SCENES, extent=EXTENT
-    )
-    traced = jax.jit(
-        lambda coordinates, scene, x, kernel: sparse_conv.submanifold(x, make(coordinates, scene).levels[0], kernel)
-    ).trace(*CASES["few"], np.ones((NUM_POINTS, 4), np.float32), np.ones((27, 4, 4), np.float32))
-    for platform, products in (("cpu", on_cpu), ("tpu", 2), ("cuda", 2)):  # one is the centre's
-        assert traced.lower(lowering_platforms=(platform,)).as_text().count("dot_general") == products
+    fewer = (exact[0]._replace(pairs=26 * exact[0].block // 2), *exact[1:])
+    assert missing(fewer) > 0
+    directions = counts[0, 2:].tolist()
+    assert missing((exact[0]._replace(directions=tuple(number + 1 for number in directions)), *exact[1:])) == 0
+    assert missing((exact[0]._replace(directions=tuple(directions)), *exact[1:])) == 13  # one slot is to stay unused
 
 
 def test_sizes_travel_as_shapes():
-    counts = np.array([[2**20, *range(0, 13 * 70_000, 70_000)], [3, *[0] * 13]])
+    many = [70_000 + k for k in range(13)]
+    counts = np.array([[2**20, 2 * sum(many), *many], [2**20, 2**22, *pooled([2**22])], [3, 2, 1, *[0] * 12]])
     room = jax.tree.map(lambda part: jnp.zeros((2, *part.shape)), room_for(counts))
-    assert sizes_of(room) == sizes_for(counts)
+    sizes = sizes_of(room)
+    assert sizes == sizes_for(counts)
     assert sum(part.size for part in jax.tree.leaves(room)) == 0
-    for (voxels, *pairs), size in zip(counts.tolist(), sizes_for(counts), strict=True):
-        assert size.voxels == voxels
-        assert all(number < slots <= number + 1024 for number, slots in zip(pairs, size.pairs, strict=True))
-    assert sizes_for(counts)[1].pairs == (128,) * 13
+    assert [size.voxels for size in sizes] == counts[:, 0].tolist()
+    assert [bool(size.directions) for size in sizes] == [True, False, False]  # of few pairs it is not worth it
+    assert all(number < slots <= number + 16 for number, slots in zip(many, sizes[0].directions, strict=True))
+    for size, pairs in zip(sizes[1:], counts[1:, 1], strict=True):
+        assert size.pairs >= pairs + 27 * (size.block - 1)  # 26 blocks may be nearly empty, and a slot stays unused
 
 
 def test_keys_that_do_not_fit_are_refused():

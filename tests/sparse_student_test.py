@@ -1,5 +1,6 @@
 """A MinkUNet as the student: by `model.name` in any config, in the same tasks and packs as a WaffleIron."""
 
+import functools
 import re
 
 import jax
@@ -10,7 +11,7 @@ from train_test import distill, losses, small_config
 import scalr_jax
 from scalr_jax import abstract, build, hlo, optim, sharding, tasks
 from scalr_jax.checkpoint import load_variables
-from scalr_jax.data import packing
+from scalr_jax.data import packing, voxels
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.scenes import InputError
 from scalr_jax.data.transforms import cell_position
@@ -61,11 +62,11 @@ def test_voxels_are_those_of_the_augmented_points(scenes, street_cache):
 def test_voxels_are_counted_as_by_looking_at_each():
     rng = np.random.default_rng(0)
     coordinates = rng.integers(-3, 5, (60, 3))
-    for voxels, *pairs in count_levels(coordinates, 3):
+    for number, pairs, *directions in count_levels(coordinates, 3):
         occupied = {tuple(row) for row in coordinates.tolist()}
         steps = [(x, y, z) for x in (-1, 0, 1) for y in (-1, 0, 1) for z in (-1, 0, 1) if (x, y, z) != (0, 0, 0)]
         near = [sum(tuple(np.add(voxel, step).tolist()) in occupied for voxel in occupied) for step in steps]
-        assert (voxels, pairs) == (len(occupied), near[13:])
+        assert (number, pairs, directions) == (len(occupied), sum(near), near[13:])
         assert near[:13] == near[:12:-1]  # in the opposite directions, which are the same pairs
         coordinates = coordinates // 2
     assert extent_of(((-64, -64, -8), (64, 64, 8)), 0.1) == (1280, 1280, 160)
@@ -77,32 +78,57 @@ def test_a_pack_that_is_full_of_pairs_is_followed_by_another(scenes):
     needs = [packing.sizes(scene) for scene in members]
     roomy = packing.derive_capacities(members, points=6000, scenes=4)
     assert len(list(packing.pack_stream(iter(members), roomy))) == 1
-    level = slice(13, 26)
-    most = np.max([need.pairs[level] for need in needs], axis=0).tolist()
-    tight = roomy._replace(pairs=(*roomy.pairs[:13], *most, *roomy.pairs[26:]))
+    most = max(need.pairs[1] for need in needs)
+    tight = roomy._replace(pairs=(roomy.pairs[0], most, *roomy.pairs[2:]))
     packs = list(packing.pack_stream(iter(members), tight))
     assert len(packs) > 1
     assert [scene.index for pack in packs for scene in pack.scenes] == [scene.index for scene in members]
     with pytest.raises(InputError, match=r"pairs where data\.pairs_per_shard is .*; raise it"):
-        list(packing.pack_stream(iter(members), tight._replace(pairs=(*tight.pairs[:-1], 1))))
+        list(packing.pack_stream(iter(members), tight._replace(pairs=(*tight.pairs[:4], 1))))
 
 
-def test_what_a_scene_is_said_to_need_is_enough(scenes, street_cache):
-    """`data.pairs_per_shard` is a number a level, both ways, that is spread over the directions as the derived ones."""
+def test_room_by_direction_is_taken_where_it_costs_little(scenes, monkeypatch):
+    """Else any direction may have all pairs. It holds every scene of the sample, turned by right angles too."""
     members, _ = scenes
-    roomy = packing.derive_capacities(members, points=6000, scenes=4)
-    data = small_config(street_cache, **NARROW).data
-    data.pairs_per_shard = (1500, 900, 2**20, 300, 100)
-    tight = packing.given_tables(roomy, data)
-    for k, number in enumerate(data.pairs_per_shard):
-        level = slice(13 * k, 13 * k + 13)
-        assert number <= 2 * sum(tight.pairs[level]) <= number + 26
-        shares = [np.array(capacities.pairs[level]) / sum(capacities.pairs[level]) for capacities in (tight, roomy)]
-        np.testing.assert_allclose(*shares, atol=2 * 26 / number)
-    for scene in members:
-        (text,) = packing.overflow(packing.sizes(scene), tight)
-        data.pairs_per_shard = tuple(int(n) for n in re.findall(r"\d+", text.partition(" pairs where ")[0]))
-        assert not packing.overflow(packing.sizes(scene), packing.given_tables(roomy, data))
+    monkeypatch.setattr(voxels, "LARGE", 1)
+    derive = functools.partial(packing.derive_capacities, members, points=6000, scenes=4, directions=True)
+    assert packing.derive_capacities(members, points=6000, scenes=4).directions == voxels.pooled(derive().pairs)
+    chosen = {}
+    for more in (0.5, 4.0):
+        monkeypatch.setattr(voxels, "MORE", more)
+        capacities = derive()
+        sizes = voxels.sizes_of(
+            jax.tree.map(lambda part: part[None], packing.pack_shard([], capacities, members[0], ()).voxels.room)
+        )
+        chosen[more] = [bool(size.directions) for size in sizes]
+        for scene in members:
+            for turned in (
+                scene,
+                scene._replace(voxels=scene.voxels._replace(counts=voxels.turned(scene.voxels.counts))),
+            ):
+                assert not packing.overflow(
+                    packing.sizes(turned)._replace(pairs=packing.sizes(scene).pairs), capacities
+                )
+        for size, directions in zip(sizes, np.reshape(capacities.directions, (5, 13)), strict=True):
+            assert not size.directions or (np.array(size.directions) > directions).all()
+    assert chosen == {0.5: [False] * 5, 4.0: [True] * 5}
+
+
+def test_what_a_scene_is_said_to_need_is_enough(scenes, street_cache, monkeypatch):
+    """By `data.pairs_per_shard`, a number a level, with which room by direction grows and shrinks."""
+    members, _ = scenes
+    monkeypatch.setattr(voxels, "LARGE", 1)
+    monkeypatch.setattr(voxels, "MORE", 4.0)
+    for directions in (False, True):
+        roomy = packing.derive_capacities(members, points=6000, scenes=4, directions=directions)
+        data = small_config(street_cache, **NARROW).data
+        data.pairs_per_shard = (1500, 900, 2**20, 300, 100)
+        tight = packing.given_tables(roomy, data)
+        assert tight.pairs == data.pairs_per_shard
+        for scene in members:
+            (text,) = packing.overflow(packing.sizes(scene), tight)
+            data.pairs_per_shard = tuple(int(n) for n in re.findall(r"\d+", text.partition(" pairs where ")[0]))
+            assert not packing.overflow(packing.sizes(scene), packing.given_tables(roomy, data))
     data.pairs_per_shard = (1500, 900)
     with pytest.raises(InputError, match=r"data\.pairs_per_shard = \(1500, 900\) has 2 numbers, and 5 are needed"):
         packing.given_tables(roomy, data)

@@ -41,7 +41,7 @@ class Seen(NamedTuple):
     num_dropped: int  # rows of the file that were no usable point
     num_voxels: int
     num_in_view: int | None  # voxels with a pixel; None without an image
-    levels: np.ndarray  # [levels, 14]: `count_levels` of the points in one image, or else of all
+    levels: np.ndarray  # [levels, 2]: voxels and pairs of neighbours of the points in one image, or else of all
     extent: np.ndarray  # [2, 4] min and max of x, y, z, radius of all points
     moments: np.ndarray  # [5] of the intensity: count, sum, sum of squares, min, max
     statistics: tuple[float, float]  # configured mean and standard deviation
@@ -177,7 +177,7 @@ def look(dataset: Any, index: int, frame: Frame, rng: np.random.Generator) -> Se
         num_dropped=stored - len(xyz),
         num_voxels=len(voxels),
         num_in_view=None if frame.visible is None else int(frame.visible[voxels].sum()),
-        levels=count_levels(np.floor(xyz[used] / VOXEL_SIZE)),
+        levels=count_levels(np.floor(xyz[used] / VOXEL_SIZE))[:, :2],
         extent=np.stack([with_radius.min(axis=0), with_radius.max(axis=0)]),
         moments=np.array([len(xyz), intensity.sum(), (intensity**2).sum(), intensity.min(), intensity.max()]),
         statistics=intensity_statistics(dataset, index),
@@ -248,12 +248,12 @@ def suggest(voxels: np.ndarray, counts: Sequence[int]) -> dict[str, Any]:
 
 def suggest_levels(seen: Sequence[Seen], best: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Room of a MinkUNet's levels in packs of the suggested points and scenes, as a run derives it from its sample."""
-    counts = np.stack([frame.levels for frame in seen], axis=-1)  # [levels, 1 + 13, frames]
+    counts = np.stack([frame.levels for frame in seen], axis=-1)  # [levels, 2, frames]: voxels and pairs
     points, scenes = best["points_per_shard"], best["scenes_per_shard"]
     num_points = counts[0, 0].tolist()  # one a voxel of the finest level
     sizes = [[table_size(row.tolist(), num_points, points=points, scenes=scenes) for row in level] for level in counts]
-    pairs = tuple(2 * sum(of_directions) for _, *of_directions in sizes)
-    return {"voxels_per_shard": tuple(min(voxels, points) for voxels, *_ in sizes), "pairs_per_shard": pairs}
+    voxels, pairs = (tuple(of) for of in zip(*sizes, strict=True))
+    return {"voxels_per_shard": tuple(min(size, points) for size in voxels), "pairs_per_shard": pairs}
 
 
 def covered(voxels: np.ndarray, half: float, height: float) -> float:
@@ -275,8 +275,7 @@ def _ranges(seen: Sequence[Seen]) -> dict[str, dict[str, float]]:
 
 def _levels(seen: Sequence[Seen]) -> list[dict[str, Any]]:
     """Of each level of a MinkUNet: voxels a scene, and occupied neighbours of each voxel."""
-    counts = np.stack([frame.levels for frame in seen])  # [frames, levels, 1 + 13]
-    counts = np.stack([counts[..., 0], 2 * counts[..., 1:].sum(axis=-1)], axis=-1)  # [frames, levels, 2]
+    counts = np.stack([frame.levels for frame in seen])  # [frames, levels, 2]
     near = counts.sum(axis=0)[:, 1] / counts.sum(axis=0)[:, 0]
     return [
         {"voxels": spread(counts[:, k, 0].tolist()), "pairs": spread(counts[:, k, 1].tolist()), "neighbours": float(n)}

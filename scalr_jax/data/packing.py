@@ -6,14 +6,13 @@ is dropped and the order is that of the stream. All in NumPy, in the main proces
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from scalr_jax.data.scenes import IGNORE, Batch, InputError, PackedVoxels, Plane, ScenePlane, SceneView
-from scalr_jax.data.voxels import DIRECTIONS, room_for, spread
+from scalr_jax.data.voxels import DIRECTIONS, by_direction, pooled, room_for, turned
 
 
 class Capacities(NamedTuple):
@@ -24,10 +23,13 @@ class Capacities(NamedTuple):
     cells: tuple[int, ...]  # M of each plane
     halo: tuple[int, ...]  # H of each plane
     voxels: tuple[int, ...] = ()  # of each level of a MinkUNet
-    pairs: tuple[int, ...] = ()  # of neighbours, of each level in each of 13 directions
+    pairs: tuple[int, ...] = ()  # of neighbours, likewise
+    directions: tuple[int, ...] = ()  # of the pairs, 13 a level, or `pooled`
 
 
-KEYS = Capacities(*(f"data.{name}_per_shard" for name in Capacities._fields))  # type: ignore[arg-type]
+KEYS = Capacities(*(f"data.{name}_per_shard" for name in Capacities._fields))._replace(  # type: ignore[arg-type]
+    directions="data.pairs_per_shard"  # type: ignore[arg-type]
+)
 
 SMALLEST = 4096  # points
 
@@ -46,7 +48,8 @@ def sizes(scene: SceneView) -> Capacities:
     if scene.voxels is None:
         return Capacities(len(scene.feats), 1, cells, halo)
     counts = scene.voxels.counts
-    return Capacities(len(scene.feats), 1, cells, halo, tuple(counts[:, 0].tolist()), tuple(counts[:, 1:].ravel().tolist()))
+    voxels, pairs, directions = (tuple(part.ravel().tolist()) for part in np.split(counts, [1, 2], axis=1))
+    return Capacities(len(scene.feats), 1, cells, halo, voxels, pairs, directions)
 
 
 def add(a: Capacities, b: Capacities) -> Capacities:
@@ -68,32 +71,31 @@ def flat(sizes: Capacities) -> np.ndarray:
 def overflow(need: Capacities, capacities: Capacities) -> list[str]:
     """One text for each capacity that is exceeded."""
     found = []
-    for key, name, needed, given in zip(KEYS, Capacities._fields, need, capacities, strict=True):
+    enough = need._replace(pairs=_enough_pairs(need, capacities))
+    for key, name, needed, given in zip(KEYS[:-1], Capacities._fields[:-1], enough, capacities, strict=False):
         if any(x > y for x, y in zip(np.atleast_1d(needed), np.atleast_1d(given), strict=True)):
-            if name == "pairs":
-                needed, given = _pairs_of_levels(need.pairs, capacities.pairs)
             found.append(f"{needed} {name} where {key} is {given}")
     return found
 
 
-def _pairs_of_levels(need: tuple[int, ...], given: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """As the config counts them, each pair both ways: what would have to be given each level, and what is given it."""
-    needed, room = (np.reshape(sizes, (-1, len(DIRECTIONS))) for sizes in (need, given))
-    totals = 2 * room.sum(axis=1)
-    # All directions are scaled alike, and rounded up, which what is given already was.
-    enough = np.ceil(totals * (needed / np.maximum(room - 1, 1)).max(axis=1))
-    enough = np.where((needed > room).any(axis=1), enough, totals)
-    return tuple(enough.astype(int).tolist()), tuple(totals.tolist())
+def _enough_pairs(need: Capacities, capacities: Capacities) -> tuple[int, ...]:
+    """What would have to be given each level, of which `given_tables` makes all directions' room larger alike."""
+    needed, room = (np.reshape(sizes.directions, (-1, len(DIRECTIONS))) for sizes in (need, capacities))
+    larger = (needed / np.maximum(room - 1, 1)).max(axis=1)  # room was rounded up
+    pairs = np.maximum(need.pairs, capacities.pairs)
+    enough = np.where((needed > room).any(axis=1), np.ceil(larger * capacities.pairs), 0)
+    return tuple(np.maximum(pairs, enough).astype(int).tolist())
 
 
 def derive_capacities(
-    sample: Sequence[SceneView], *, points: int, scenes: int, exactly: int | None = None
+    sample: Sequence[SceneView], *, points: int, scenes: int, exactly: int | None = None, directions: bool = False
 ) -> Capacities:
     """Table capacities for packs of `points` points and `scenes` scenes, from a sample of scenes.
 
     A pack holds at most `scenes` scenes and `points` points; its cells are estimated from the sample's cells a point
     and cells a scene, with a margin, and never below two and a half times the largest scene seen. With `exactly` a pack
-    cannot end before it is full: there is room for that many scenes, each a tenth larger than the largest seen.
+    cannot end before it is full: there is room for that many scenes, each a tenth larger than the largest seen. With
+    `directions` the pairs get room by direction where that pays, whichever way scenes are turned.
     """
 
     def capacity(counts: list[int]) -> int:
@@ -102,11 +104,18 @@ def derive_capacities(
     num_points = [len(scene.feats) for scene in sample]
     needs = [sizes(scene)[2:] for scene in sample]
     tables = [[capacity(list(counts)) for counts in zip(*of, strict=True)] for of in zip(*needs, strict=True)]
-    cells, halo, voxels, pairs = tables
-    pairs = [max(size, 128) - 1 for size in pairs]  # a slot of each direction stays unused
+    cells, halo, voxels, pairs, _ = tables
     most = -(-points // 128) * 128  # a point is in one cell of a plane and in one voxel
     cells, voxels = ([min(size, most) for size in table] for table in (cells, voxels))
-    return Capacities(points, scenes, tuple(cells), tuple(halo), tuple(voxels), tuple(pairs))
+    room = np.reshape(pooled(pairs), (-1, len(DIRECTIONS)))
+    if directions and pairs:
+        counts = np.stack([turned(scene.voxels.counts)[:, 2:] for scene in sample if scene.voxels], axis=-1)
+        for level, needed in enumerate(counts.tolist()):
+            by_themselves = [capacity(of_direction) for of_direction in needed]
+            if by_direction(pairs[level], by_themselves):
+                room[level] = by_themselves
+    flat_room = tuple(room.ravel().tolist())
+    return Capacities(points, scenes, tuple(cells), tuple(halo), tuple(voxels), tuple(pairs), flat_room)
 
 
 def table_size(
@@ -124,21 +133,17 @@ def table_size(
 
 def given_tables(derived: Capacities, data: Any) -> Capacities:
     """`derived` with the tables that `data.cells_per_shard` and its like give. Raises `InputError` for a wrong number
-    of them. `data.pairs_per_shard` is one number a level, spread over the directions like the derived ones."""
+    of them. With other pairs the room by direction grows or shrinks as much."""
     tables = {}
-    pairs = tuple(data.pairs_per_shard)
-    if pairs and derived.pairs:
-        by_level = np.reshape(derived.pairs, (-1, len(DIRECTIONS)))
-        if len(pairs) != len(by_level):
-            raise InputError(f"data.pairs_per_shard = {pairs} has {len(pairs)} numbers, and {len(by_level)} are needed")
-        scaled = np.ceil(by_level * (np.array(pairs) / (2 * by_level.sum(axis=1)))[:, None])
-        tables["pairs"] = tuple(scaled.astype(int).ravel().tolist())
-    for name in ("cells", "halo", "voxels"):
+    for name in ("cells", "halo", "voxels", "pairs"):
         given, needed = tuple(data[f"{name}_per_shard"]), getattr(derived, name)
         if given and needed and len(given) != len(needed):
             raise InputError(f"data.{name}_per_shard = {given} has {len(given)} numbers, and {len(needed)} are needed")
         tables[name] = given if given and needed else needed
-    return derived._replace(**tables)
+    by_level = np.reshape(derived.directions, (-1, len(DIRECTIONS)))
+    scale = np.array(tables["pairs"], float) / np.maximum(derived.pairs, 1)
+    directions = np.ceil(by_level * scale[:, None]).astype(int)
+    return derived._replace(**tables, directions=tuple(directions.ravel().tolist()))
 
 
 def static_capacities(scene: SceneView, grids: Sequence[tuple[int, int]]) -> Capacities:
@@ -151,21 +156,21 @@ def round_up(need: Capacities, grids: Sequence[tuple[int, int]]) -> Capacities:
 
     Points are 8 to 15 times a power of two, from 4,096: at most an eighth is padding. Tables are an eighth, a quarter,
     a half or all of what so many points can fill; a MinkUNet's voxels on each level the points over a power of two, and
-    their pairs those of a power of two of neighbours, as lidar has them in each direction.
+    their pairs a whole number of neighbours, 1, 2, 4, 8, 16 or 26.
     """
     step = 1 << (max(need.points, SMALLEST) - 1).bit_length() - 4
     points = max(SMALLEST, -(-need.points // step) * step)
     halvings = range(points.bit_length())
     voxels = tuple(next(points >> k for k in reversed(halvings) if points >> k >= number) for number in need.voxels)
-    pairs: tuple[int, ...] = ()
-    for needed, rows in zip(np.reshape(need.pairs, (-1, len(DIRECTIONS))), voxels, strict=False):  # or none of pairs
-        lists = (tuple(min(rows, size) for size in spread(2.0**k * rows)) for k in itertools.count())
-        pairs += next(sizes for sizes in lists if (needed <= sizes).all())
+    pairs = tuple(
+        next(n * rows for n in (1, 2, 4, 8, 16, 26) if n * rows >= number)
+        for number, rows in zip(need.pairs, voxels, strict=True)
+    )
     areas = [int(h) * int(w) for h, w in grids]
     for parts in (8, 4, 2, 1):
         cells = tuple(-(-min(points, area) // parts) for area in areas)
         halo = tuple(-(-min(9 * points, area) // parts) for area in areas)
-        capacities = Capacities(points, 1, cells, halo, voxels, pairs)
+        capacities = Capacities(points, 1, cells, halo, voxels, pairs, pooled(pairs))
         if not overflow(need, capacities):
             return capacities
     raise AssertionError("more cells than points or than the grid has")
@@ -232,7 +237,8 @@ def pack_shard(scenes: Sequence[SceneView], capacities: Capacities, template: Sc
     if template.voxels is not None:
         parts = [scene.voxels.coordinates for scene in scenes if scene.voxels is not None]
         coordinates = _filled(parts, capacity, 0.0, template.voxels.coordinates)
-        counts = np.column_stack([capacities.voxels, np.reshape(capacities.pairs, (-1, len(DIRECTIONS)))])
+        directions = np.reshape(capacities.directions, (-1, len(DIRECTIONS)))
+        counts = np.column_stack([capacities.voxels, capacities.pairs, directions])
         batch = batch._replace(voxels=PackedVoxels(coordinates, room_for(counts)))
     if template.labels is not None:
         labels = _filled([scene.labels for scene in scenes], capacity, IGNORE, template.labels)

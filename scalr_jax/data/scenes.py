@@ -94,7 +94,7 @@ class SceneVoxels(NamedTuple):
     """Where one scene's points are in the grid of voxels, and what its tables need (`data.voxels`)."""
 
     coordinates: np.ndarray  # [N, 3] float32: in voxels, from the lower corner of the field of view
-    counts: np.ndarray  # [levels, 1 + 13] int64: occupied voxels, pairs of neighbours by direction
+    counts: np.ndarray  # [levels, 2 + 13] int64: occupied voxels, pairs of neighbours, and these by direction
 
 
 class ScenePlane(NamedTuple):

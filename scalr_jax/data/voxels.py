@@ -7,29 +7,35 @@ they need is counted here, scene by scene: counts of scenes add up to those of t
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 LEVELS = 5  # of a MinkUNet
+# Pairs of one product: more are faster (on CPU XLA makes one of 1,024 by 64 channels, or 512 by 128, on one core, and
+# those of 2,048 or 1,024 on all), and leave more slots unused.
+BLOCKS = (2048, 1024, 512, 256, 128)
 NEIGHBORS = tuple((i, j, k) for i in (-1, 0, 1) for j in (-1, 0, 1) for k in (-1, 0, 1))
 CENTRE = NEIGHBORS.index((0, 0, 0))  # of 27: its pairs are the voxels themselves, and need no table
 # Of two neighbours one is the other's in one of these; in the opposite direction they are the same pair, turned round.
 DIRECTIONS = NEIGHBORS[CENTRE + 1 :]
-# How many pairs lidar has in each, over the mean (eight frames of four lidars, 2026-11-28: by |x| + |y| and |z|).
-SHARES = tuple(
-    {(1, 0): 1.8, (2, 0): 1.3, (0, 1): 1.2, (1, 1): 0.8, (2, 1): 0.6}[abs(i) + abs(j), abs(k)] for i, j, k in DIRECTIONS
-)
-# Slots of one kernel element are whole blocks, which some devices multiply in batches (`ops.sparse_conv`).
-BLOCKS = (1024, 512, 256, 128)
+# Those that are the same but for a turn about the vertical.
+KINDS = tuple((abs(i) + abs(j), abs(k)) for i, j, k in DIRECTIONS)
+# Room by direction pays where it takes at most so many times the slots, and is so large on average.
+MORE, LARGE = 1.3, 512
 
 
 class Sizes(NamedTuple):
-    """Static sizes of a level: rows of its table; slots of its pairs in each of the 13 `DIRECTIONS`, whole blocks."""
+    """Static sizes of a level: rows of its table, slots of its 3x3x3 pairs (whole blocks), pairs of a block.
+
+    With `directions` the pairs of each of the 13 `DIRECTIONS` have so many slots of their own, and `pairs` is not used.
+    """
 
     voxels: int
-    pairs: tuple[int, ...]
+    pairs: int
+    block: int
+    directions: tuple[int, ...] = ()
 
 
 def extent_of(field_of_view: tuple, voxel_size: float) -> tuple[int, int, int]:
@@ -46,9 +52,11 @@ def coordinates_in(xyz: np.ndarray, field_of_view: tuple, voxel_size: float) -> 
 
 
 def count_levels(coordinates: np.ndarray, num_levels: int = LEVELS) -> np.ndarray:
-    """What one scene needs: [levels, 1 + 13] int64, voxels and pairs in each of `DIRECTIONS`. coordinates [N, 3] int.
+    """What one scene needs: [levels, 2 + 13] int64. coordinates [N, 3] integers.
 
-    Of several scenes in a pack these add up.
+    Voxels; pairs of neighbours, each counted both ways (3x3x3, without centres); pairs in each of `DIRECTIONS`. Of
+    several scenes in a pack these add up, and each of the 26 elements may leave a part of a block unused: `sizes_for`
+    adds that.
     """
     counts = []
     coordinates = np.asarray(coordinates, np.int64)
@@ -58,33 +66,45 @@ def count_levels(coordinates: np.ndarray, num_levels: int = LEVELS) -> np.ndarra
         strides = np.array([extent[1] * extent[2], extent[2], 1])
         keys = np.unique((coordinates - low) @ strides)
         steps = np.array(DIRECTIONS) @ strides
-        counts.append([len(keys), *(np.isin(keys + step, keys, assume_unique=True).sum() for step in steps)])
+        found = [int(np.isin(keys + step, keys, assume_unique=True).sum()) for step in steps]
+        counts.append([len(keys), 2 * sum(found), *found])
         columns, z = np.divmod(keys, extent[2])
         x, y = np.divmod(columns, extent[1])
         coordinates = (np.stack([x, y, z], axis=1) + low) // 2
     return np.array(counts, np.int64)
 
 
-def spread(pairs: float) -> tuple[int, ...]:
-    """So many pairs, each counted both ways, over the 13 `DIRECTIONS`, as lidar has them."""
-    return tuple(math.ceil(pairs * share / 26) for share in SHARES)
+def turned(counts: np.ndarray) -> np.ndarray:
+    """[..., 2 + 13] -> the most that a scene of these counts has in each direction, were it turned by right angles."""
+    counts = np.array(counts)
+    for kind in set(KINDS):
+        same = [2 + k for k, other in enumerate(KINDS) if other == kind]
+        counts[..., same] = counts[..., same].max(axis=-1, keepdims=True)
+    return counts
+
+
+def pooled(pairs: Sequence[int]) -> tuple[int, ...]:
+    """Pairs of each level -> 13 numbers a level that say: any direction may have them all."""
+    return tuple(number // 2 for number in pairs for _ in DIRECTIONS)
+
+
+def by_direction(pairs: int, directions: Sequence[int]) -> bool:
+    """Whether a level's pairs get room by direction, rather than room for `pairs` of any."""
+    return LARGE * len(DIRECTIONS) <= sum(directions) <= MORE * pairs / 2
 
 
 def sizes_for(counts: np.ndarray) -> tuple[Sizes, ...]:
-    """The smallest sizes with room for `counts` [levels, 1 + 13] of `count_levels`.
-
-    One slot of each direction stays unused: it is where a voxel without a neighbour looks.
-    """
+    """The smallest sizes with room for `counts` [levels, 2 + 13] of `count_levels`, or where the directions are
+    `pooled`, for as many pairs of any."""
     sizes = []
-    for voxels, *pairs in np.asarray(counts).tolist():
-        block = next((size for size in BLOCKS if 200 * size <= sum(pairs)), BLOCKS[-1])  # at most 3 % unused
-        sizes.append(Sizes(voxels, tuple((number // block + 1) * block for number in pairs)))
+    for voxels, pairs, *directions in np.asarray(counts).tolist():
+        block = next((size for size in BLOCKS if 80 * size <= pairs), BLOCKS[-1])  # a sixth unused, on average
+        if by_direction(pairs, directions):
+            # Whole cache lines. One slot stays unused: it is where a voxel without a neighbour looks.
+            sizes.append(Sizes(voxels, 0, block, tuple((number // 16 + 1) * 16 for number in directions)))
+        else:
+            sizes.append(Sizes(voxels, (pairs // block + 27) * block, block))
     return tuple(sizes)
-
-
-def down_block(voxels: int) -> int:
-    """Pairs of one product of a 2x2x2 convolution of so many voxels: the eight elements leave half a block unused."""
-    return next((size for size in BLOCKS if 32 * size <= voxels), BLOCKS[-1])
 
 
 def room_for(counts: np.ndarray) -> tuple[tuple[np.ndarray, ...], ...]:
@@ -93,18 +113,17 @@ def room_for(counts: np.ndarray) -> tuple[tuple[np.ndarray, ...], ...]:
     The 0 is in front, because XLA's loops on a CPU run over what stands before it. `sizes_of` reads them.
     """
     room = []
-    for voxels, pairs in sizes_for(counts):
-        blocks = [size // BLOCKS[-1] for size in pairs]
-        # Four sizes an array: the product of a shape must not pass 2^63, even where one is 0.
-        shapes = [(0, voxels, *blocks[:1]), *((0, *blocks[k : k + 4]) for k in range(1, 13, 4))]
-        room.append(tuple(np.zeros(shape, np.int32) for shape in shapes))
+    for voxels, pairs, block, directions in sizes_for(counts):
+        # Few sizes an array: the product of a shape must not pass 2^63, even where one is 0.
+        shapes = [(voxels, pairs // block, block), *(directions[k : k + 2] for k in range(0, len(directions), 2))]
+        room.append(tuple(np.zeros((0, *shape), np.int32) for shape in shapes))
     return tuple(room)
 
 
 def sizes_of(room: Any) -> tuple[Sizes, ...]:
     """The sizes in the shapes of `room_for`, with an axis D in front."""
     sizes = []
-    for level in room:
-        voxels, *blocks = (size for part in level for size in part.shape[2:])
-        sizes.append(Sizes(voxels, tuple(number * BLOCKS[-1] for number in blocks)))
+    for first, *rest in room:
+        voxels, blocks, block = first.shape[2:]
+        sizes.append(Sizes(voxels, blocks * block, block, tuple(size for part in rest for size in part.shape[2:])))
     return tuple(sizes)

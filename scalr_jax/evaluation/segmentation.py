@@ -167,7 +167,8 @@ class Evaluator:
         else larger ones. Tables are at least as large as `config.data` gives them."""
         held, data = self._capacities, self.config.data
         points = max(data.points_per_shard, int(HEADROOM * max(len(scene.feats) for scene in sample)))
-        derived = derive_capacities(sample, points=points, scenes=data.scenes_per_shard)
+        on_cpu = jax.default_backend() == "cpu"
+        derived = derive_capacities(sample, points=points, scenes=data.scenes_per_shard, directions=on_cpu)
         derived = largest(derived, given_tables(derived, data))
         if held is None:
             return derived

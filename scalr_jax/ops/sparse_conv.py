@@ -13,11 +13,10 @@ element they are for, and an output then gathers its products and adds them up. 
 same table is that of the gradient, and of the transposed convolution: features are gathered, never scattered, and sums
 have one order. There are two kinds:
 
-    `Pairs`, of 2x2x2: one list of slots; every element takes as many blocks of it as it needs, and all products are one
-             batched product of [block, C_in] by [C_in, C_out].
-    `Near`,  of 3x3x3: two voxels that are neighbours are a pair in one of 13 directions and, turned round, in the
-             opposite one. Each direction has room of its own, so that on CPU its products can be two plain ones, as
-             XLA's are slow in batches of small blocks there; elsewhere, and of small tables, they are such batches.
+    `Pairs`      one list of slots, of which every element takes as many whole blocks as it needs: all products are one
+                 batched product of [block, C_in] by [C_in, C_out].
+    `Neighbors`  of 3x3x3: two voxels that are neighbours are a pair in one of 13 directions and, turned round, in the
+                 opposite one. Each direction has room of its own and two plain products, which on a CPU are faster.
 
 `make_levels` finds the tables on the device, from integers alone; all functions work on one data shard, and the model
 maps them over D. Sizes are static: `data.voxels.count_levels` says what scenes need.
@@ -26,13 +25,12 @@ maps them over D. Sizes are static: `data.voxels.count_levels` says what scenes 
 from __future__ import annotations
 
 import itertools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.data.voxels import CENTRE, NEIGHBORS, Sizes, down_block
+from scalr_jax.data.voxels import CENTRE, NEIGHBORS, Sizes
 from scalr_jax.ops import cells
 from scalr_jax.ops.cells import take_rows
 
@@ -40,8 +38,6 @@ Array = jax.Array
 F32 = jnp.float32
 
 CHILDREN = 8
-OPPOSITE = 2 * CENTRE  # minus a kernel element: that of the opposite direction
-LARGE = 512  # slots of a direction, on average, from which plain products pay on a CPU
 
 
 class Pairs(NamedTuple):
@@ -54,7 +50,7 @@ class Pairs(NamedTuple):
     of_target: Array  # [V_out, T] int32: those of an output row
 
 
-class Near(NamedTuple):
+class Neighbors(NamedTuple):
     """The pairs of neighbours of one level, in R_k slots of each of the 13 `DIRECTIONS`; unused slots hold row V."""
 
     low: tuple[Array, ...]  # 13 of [R_k] int32: rows, ascending
@@ -67,7 +63,7 @@ class Level(NamedTuple):
     """One resolution. Rows are sorted by scene, x, y, z; V rows, of which the first `number` are voxels."""
 
     number: Array  # [] int32
-    near: Near | Pairs  # 3x3x3 without its centre, among the rows of this level; exported programs read `Pairs`
+    near: Pairs | Neighbors  # 3x3x3 without its centre, among the rows of this level
     down: Pairs  # 2x2x2, from this level to the next; of the last level: to a level of its own, which nobody needs
     neighbors: Array  # [V, 27] int32: rows, V where there is none
 
@@ -109,11 +105,14 @@ def make_levels(
     for depth, size in enumerate(sizes):
         following = sizes[min(depth + 1, len(sizes) - 1)].voxels
         neighbors = _find_neighbors(table[0], table[1], num_scenes, extent)
-        near, without_room = _near_pairs(neighbors, size.pairs)
+        if size.directions:
+            near, without_room = _near_by_direction(neighbors, size.directions)
+        else:
+            near, without_room = _near_pairs(neighbors, size.pairs, size.block)
         level_scene, level_ijk = table
         table, parent, _ = _unique(level_scene, level_ijk >> 1, num_scenes, extent, following)
         octant = (level_ijk & 1) @ jnp.array([4, 2, 1])
-        down = _down_pairs(parent, octant, following, down_block(size.voxels))
+        down = _down_pairs(parent, octant, following, size.block)
         levels.append(Level(number, near, down, neighbors))
         number = (table[0] < num_scenes).sum(dtype=jnp.int32)
         missing += without_room
@@ -173,7 +172,38 @@ def _find_neighbors(scene: Array, ijk: Array, num_scenes: int, extent: tuple) ->
     return result.reshape(size, 27).astype(jnp.int32)
 
 
-def _near_pairs(neighbors: Array, slots: tuple[int, ...]) -> tuple[Near, Array]:
+def _slots(valid: Array, num_slots: int, block: int) -> tuple[Array, Array, Array]:
+    """Where each pair goes. valid [V, T] -> slot [V, T] (the last: nowhere), element [Q / block], without room []."""
+    blocks = (valid.sum(axis=0) + block - 1) >> block.bit_length() - 1  # blocks are powers of two
+    ends = jnp.cumsum(blocks) * block
+    slot = jnp.where(valid, ends - blocks * block + jnp.cumsum(valid, axis=0) - 1, num_slots - 1)
+    without_room = (valid & (slot >= num_slots - 1)).sum(dtype=jnp.int32)
+    element = jnp.searchsorted(ends, jnp.arange(num_slots // block) * block, side="right")
+    element = jnp.minimum(element, valid.shape[1] - 1).astype(jnp.int32)
+    return jnp.minimum(slot, num_slots - 1).astype(jnp.int32), element, without_room
+
+
+def _fill(slot: Array, rows: Array, num_slots: int, none: int) -> Array:
+    """[Q]: `rows` in their slots, `none` in those without."""
+    filled = jnp.full(num_slots, none, jnp.int32).at[slot.reshape(-1)].set(rows.reshape(-1))
+    return filled.at[num_slots - 1].set(none)
+
+
+def _near_pairs(neighbors: Array, num_slots: int, block: int) -> tuple[Pairs, Array]:
+    """The pairs of a 3x3x3 convolution but its centre's; kernel elements count 26, the centre left out."""
+    size = neighbors.shape[0]
+    near = neighbors[:, jnp.array([t for t in range(27) if t != CENTRE])]  # [V, 26]
+    slot, element, without_room = _slots(near < size, num_slots, block)
+    rows = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32)[:, None], near.shape)
+    # The pair of v's neighbour w in direction d, as an input, is w's own pair with v in direction -d, as an output.
+    reverse = slot[jnp.minimum(near, size - 1), jnp.arange(26)[::-1]]
+    of_source = jnp.where(near < size, reverse, num_slots - 1)
+    return Pairs(
+        _fill(slot, near, num_slots, size), _fill(slot, rows, num_slots, size), element, of_source, slot
+    ), without_room
+
+
+def _near_by_direction(neighbors: Array, slots: tuple[int, ...]) -> tuple[Neighbors, Array]:
     """[V, 27] -> the pairs in so many slots of each direction, and how many pairs have no room."""
     size, last = neighbors.shape[0], jnp.array(slots) - 1
     ahead, behind = neighbors[:, CENTRE + 1 :], neighbors[:, CENTRE - 1 :: -1]  # [V, 13] in each direction
@@ -188,7 +218,7 @@ def _near_pairs(neighbors: Array, slots: tuple[int, ...]) -> tuple[Near, Array]:
         jnp.split(jnp.full(ends[-1], size, jnp.int32).at[at].set(each.reshape(-1), mode="drop"), ends[:-1])
         for each in (rows, ahead)
     )
-    return Near(tuple(low), tuple(high), of_low, of_high), ((ahead < size) & ~fits).sum(dtype=jnp.int32)
+    return Neighbors(tuple(low), tuple(high), of_low, of_high), ((ahead < size) & ~fits).sum(dtype=jnp.int32)
 
 
 def _down_pairs(parent: Array, octant: Array, num_parents: int, block: int) -> Pairs:
@@ -196,26 +226,18 @@ def _down_pairs(parent: Array, octant: Array, num_parents: int, block: int) -> P
     size = parent.shape[0]
     num_slots = (size // block + CHILDREN + 1) * block
     valid = (parent < num_parents)[:, None] & (octant[:, None] == jnp.arange(CHILDREN))
-    blocks = (valid.sum(axis=0) + block - 1) >> block.bit_length() - 1  # blocks are powers of two
-    ends = jnp.cumsum(blocks) * block
-    slots = jnp.where(valid, ends - blocks * block + jnp.cumsum(valid, axis=0) - 1, num_slots - 1)
-    element = jnp.searchsorted(ends, jnp.arange(num_slots // block) * block, side="right")
-    slot = slots.min(axis=1).astype(jnp.int32)  # a voxel has one parent
+    slots, element, _ = _slots(valid, num_slots, block)
+    slot = slots.min(axis=1)  # a voxel has one parent
     of_target = jnp.full((num_parents, CHILDREN), num_slots - 1, jnp.int32)
     of_target = of_target.at[parent, octant].set(slot, mode="drop")
     rows = jnp.arange(size, dtype=jnp.int32)
     return Pairs(
         _fill(slot, rows, num_slots, size),
         _fill(slot, parent, num_slots, num_parents),
-        jnp.minimum(element, CHILDREN - 1).astype(jnp.int32),
+        element,
         slot[:, None],
         of_target,
     )
-
-
-def _fill(slot: Array, rows: Array, num_slots: int, none: int) -> Array:
-    """[Q]: `rows` in their slots, `none` in those without."""
-    return jnp.full(num_slots, none, jnp.int32).at[slot].set(rows).at[num_slots - 1].set(none)
 
 
 # ----------------------------------------------------------------------------------------------------- the convolutions
@@ -283,91 +305,54 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 def submanifold(rows: Array, level: Level, kernel: Array) -> Array:
     """3x3x3 on the occupied voxels. rows [V, C_in], kernel [27, C_in, C_out] -> [V, C_out] float32."""
     here = jnp.matmul(rows, kernel[CENTRE].astype(rows.dtype), preferred_element_type=F32)
-    if isinstance(level.near, Pairs):
-        return here + convolve(rows, level.near, jnp.concatenate([kernel[:CENTRE], kernel[CENTRE + 1 :]]))
-    return here + convolve_near(rows, level.near, kernel)
+    if isinstance(level.near, Neighbors):
+        return here + convolve_neighbors(rows, level.near, kernel)
+    return here + convolve(rows, level.near, jnp.concatenate([kernel[:CENTRE], kernel[CENTRE + 1 :]]))
 
 
 @jax.custom_vjp
-def convolve_near(rows: Array, near: Near, kernel: Array) -> Array:
-    """`submanifold` without the centre's element, of which `kernel` [27, C_in, C_out] has one that is not used."""
-    products, _ = _near_products(rows, near, kernel)
-    return _sum_near(products, near)
+def convolve_neighbors(rows: Array, near: Neighbors, kernel: Array) -> Array:
+    """`submanifold` without the voxel itself: of `kernel` [27, C_in, C_out] the centre is not used."""
+    total = jnp.zeros((rows.shape[0], kernel.shape[-1]), F32)
+    for k, (low, high) in enumerate(zip(near.low, near.high, strict=True)):
+        gathered = take_rows(rows, jnp.stack([high, low]))
+        total = _add_products(total, gathered, near, kernel, k)
+    return total
 
 
-def _near_forward(rows: Array, near: Near, kernel: Array):
-    return convolve_near(rows, near, kernel), (rows, near, kernel)
+def _add_products(total: Array, gathered: Array, near: Neighbors, kernel: Array, k: int) -> Array:
+    """`total` and what the pairs in direction k give their low rows, from gathered[0], and their high ones, from [1].
+
+    A row without a pair reads the unused slot, whose product is zero.
+    """
+    elements = jnp.stack([kernel[CENTRE + 1 + k], kernel[CENTRE - 1 - k]]).astype(gathered.dtype)
+    products = jnp.einsum("enc,ecd->end", gathered, elements, preferred_element_type=F32)
+    for product, slot in zip(products, (near.of_low, near.of_high), strict=True):
+        total += product.at[slot[:, k]].get(mode="promise_in_bounds")
+    return total
 
 
-def _near_backward(residuals: tuple, gradient: Array):
-    """Of the features it is the same convolution with the kernel turned round and transposed."""
+def _neighbors_forward(rows: Array, near: Neighbors, kernel: Array):
+    return convolve_neighbors(rows, near, kernel), (rows, near, kernel)
+
+
+def _neighbors_backward(residuals: tuple, gradient: Array):
+    """Of the features it is the same convolution, with the kernel turned round and transposed."""
     rows, near, kernel = residuals
     gradient = gradient.astype(rows.dtype)
     turned = kernel[::-1].swapaxes(1, 2)
-    products, kernel_gradient = _near_products(gradient, near, turned, rows)
-    return _sum_near(products, near).astype(rows.dtype), None, kernel_gradient.astype(kernel.dtype)
+    back = jnp.zeros(rows.shape, F32)
+    of_kernel = [jnp.zeros(kernel.shape[1:], F32)] * len(kernel)
+    for k, (low, high) in enumerate(zip(near.low, near.high, strict=True)):
+        outputs = take_rows(gradient, jnp.stack([high, low]))
+        inputs = take_rows(rows, jnp.stack([low, high]))
+        back = _add_products(back, outputs, near, turned, k)
+        both = jnp.einsum("enc,end->ecd", inputs, outputs, preferred_element_type=F32)
+        of_kernel[CENTRE - 1 - k], of_kernel[CENTRE + 1 + k] = both
+    return back.astype(rows.dtype), None, jnp.stack(of_kernel).astype(kernel.dtype)
 
 
-convolve_near.defvjp(_near_forward, _near_backward)
-
-
-def _near_products(rows: Array, near: Near, kernel: Array, inputs: Array | None = None) -> tuple:
-    """13 of [2, R_k, C_out]: what each pair gives its low row, which is the high one's product, and its high row.
-
-    With `inputs`, those of a convolution whose outputs have the gradients `rows`, also the kernel's gradient.
-    """
-    sizes = [len(low) for low in near.low]
-    if sum(sizes) < LARGE * len(sizes):
-        return _by_block(rows, near, kernel, inputs)
-    return jax.lax.platform_dependent(rows, near, kernel, inputs, cpu=_by_direction, default=_by_block)
-
-
-def _by_direction(rows: Array, near: Near, kernel: Array, inputs: Array | None) -> tuple:
-    """`_near_products` as two plain products a direction."""
-    products, gradients = [], [jnp.zeros(kernel.shape[2:0:-1], F32)] * 27
-    for k, (low, high) in enumerate(zip(near.low, near.high, strict=True), start=1):
-        gathered = take_rows(rows, jnp.stack([high, low]))
-        elements = jnp.stack([kernel[CENTRE + k], kernel[CENTRE - k]]).astype(rows.dtype)
-        products.append(jnp.einsum("enc,ecd->end", gathered, elements, preferred_element_type=F32))
-        if inputs is not None:
-            others = take_rows(inputs, jnp.stack([low, high]))
-            both = jnp.einsum("enc,end->ecd", others, gathered, preferred_element_type=F32)
-            gradients[CENTRE - k], gradients[CENTRE + k] = both[0], both[1]
-    return tuple(products), None if inputs is None else jnp.stack(gradients)
-
-
-def _by_block(rows: Array, near: Near, kernel: Array, inputs: Array | None) -> tuple:
-    """`_near_products` as one batched product of equal blocks."""
-    sizes = [len(low) for low in near.low]
-    block = math.gcd(*sizes)
-    elements = [
-        CENTRE + sign * k for k, size in enumerate(sizes, start=1) for sign in (1, -1) for _ in range(size // block)
-    ]
-    ends = list(itertools.accumulate(2 * size for size in sizes))
-
-    def blocks(rows: Array, first: tuple, second: tuple) -> Array:
-        at = jnp.concatenate([part for pair in zip(first, second, strict=True) for part in pair])
-        return take_rows(rows, at).reshape(-1, block, rows.shape[-1])
-
-    gathered = blocks(rows, near.high, near.low)
-    of_blocks = kernel.astype(rows.dtype)[jnp.array(elements)]
-    flat = jnp.einsum("bnc,bcd->bnd", gathered, of_blocks, preferred_element_type=F32).reshape(-1, kernel.shape[-1])
-    products = tuple(part.reshape(2, -1, kernel.shape[-1]) for part in jnp.split(flat, ends[:-1]))
-    if inputs is None:
-        return products, None
-    others = blocks(inputs, near.low, near.high)
-    by_block = jnp.einsum("bnc,bnd->bcd", others, gathered, preferred_element_type=F32)
-    of_element = (jnp.arange(27)[:, None] == OPPOSITE - jnp.array(elements)).astype(F32)  # [27, B]
-    return products, jnp.einsum("tb,bcd->tcd", of_element, by_block, precision="highest")
-
-
-def _sum_near(products: tuple, near: Near) -> Array:
-    """[V, C]: of each row what its pairs give it. A row without a pair reads an unused slot, whose row was zero."""
-    total = jnp.zeros((near.of_low.shape[0], products[0].shape[-1]), F32)
-    for k, (of_low, of_high) in enumerate(products):
-        total += of_low.at[near.of_low[:, k]].get(mode="promise_in_bounds")
-        total += of_high.at[near.of_high[:, k]].get(mode="promise_in_bounds")
-    return total
+convolve_neighbors.defvjp(_neighbors_forward, _neighbors_backward)
 
 
 # ------------------------------------------------------------------------------------------------- back to the points
