@@ -1,6 +1,7 @@
 """Sparse 3D convolutions against dense ones, masked; on random and adversarial occupancy."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +193,28 @@ def test_counts_say_what_is_needed_and_without_room_it_is_said():
     directions = counts[0, 2:].tolist()
     assert missing((exact[0]._replace(directions=tuple(number + 1 for number in directions)), *exact[1:])) == 0
     assert missing((exact[0]._replace(directions=tuple(directions)), *exact[1:])) == 13  # one slot is to stay unused
+
+
+def test_on_a_cpu_nothing_is_fused_into_a_convolution():
+    """Of two with a norm between, each is a branch of its own there, and a plain part of the program elsewhere."""
+    levels = make(*CASES["few"]).levels
+
+    def net(x, kernel, level):
+        for _ in range(2):
+            x = sparse_conv.submanifold(x, level, kernel)
+            x = jax.nn.relu((x - x.mean(0)) / x.std(0))
+        return x.sum()
+
+    for size, level in zip(SIZES[:2], levels, strict=False):
+        arguments = jnp.ones((size.voxels, 4)), jnp.ones((27, 4, 4)), level
+        for program, number in ((net, 2), (jax.grad(net, argnums=(0, 1)), 4)):
+            lowered = jax.jit(program).lower(*arguments)
+            compiled = lowered.compile(FAST).as_text() or ""
+            assert len(re.findall(r" conditional\(", compiled)) == number
+            for platform in ("tpu", "cuda"):
+                others = jax.jit(program).trace(*arguments).lower(lowering_platforms=(platform,))
+                branches = (each.as_text().count("stablehlo.case") for each in (lowered, others))
+                assert next(branches) - next(branches) >= number  # those by platform are decided when it is compiled
 
 
 def test_sizes_travel_as_shapes():

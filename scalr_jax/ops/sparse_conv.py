@@ -25,7 +25,8 @@ maps them over D. Sizes are static: `data.voxels.count_levels` says what scenes 
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -243,6 +244,22 @@ def _down_pairs(parent: Array, octant: Array, num_parents: int, block: int) -> P
 # ----------------------------------------------------------------------------------------------------- the convolutions
 
 
+def _alone(function: Callable, rows: Array, *others: Any) -> Any:
+    """`function(rows, *others)`, where others[0] is a table: on a CPU a computation of its own, which XLA cannot fuse.
+
+    Else it computes the norm before a convolution again in each of its gathers, and writes every gather of a sum to
+    memory. It is a branch that is always taken, which XLA cannot know: row numbers are not negative.
+    """
+
+    def of_cpu(rows: Array, *others: Any) -> Any:
+        row = jax.tree.leaves(others[0])[0].reshape(-1)[0]
+        shapes = jax.eval_shape(function, rows, *others)
+        nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return jax.lax.cond(row >= 0, function, lambda *_: nothing, rows, *others)
+
+    return jax.lax.platform_dependent(rows, *others, cpu=of_cpu, default=function)
+
+
 @jax.custom_vjp
 def convolve(rows: Array, pairs: Pairs, kernel: Array) -> Array:
     """Every pair's input row times its kernel element, summed over the pairs of each output row.
@@ -250,6 +267,10 @@ def convolve(rows: Array, pairs: Pairs, kernel: Array) -> Array:
     rows [V_in, C_in]; kernel [T, C_in, C_out]. Returns [V_out, C_out] float32: products are made in the dtype of `rows`
     and summed in float32. Its gradients gather as well.
     """
+    return _alone(_convolve, rows, pairs, kernel)
+
+
+def _convolve(rows: Array, pairs: Pairs, kernel: Array) -> Array:
     products = _multiply(_blocks(rows, pairs.source, pairs), kernel, pairs)
     # An unused slot holds the product of some row. Only the last of them is read, by outputs that lack a neighbour.
     none = jnp.zeros((1, kernel.shape[-1]), F32)
@@ -289,6 +310,11 @@ def _convolve_forward(rows: Array, pairs: Pairs, kernel: Array):
 
 def _convolve_backward(residuals: tuple, gradient: Array):
     rows, pairs, kernel = residuals
+    back, of_kernel = _alone(_convolve_gradients, rows, pairs, kernel, gradient)
+    return back, None, of_kernel
+
+
+def _convolve_gradients(rows: Array, pairs: Pairs, kernel: Array, gradient: Array) -> tuple[Array, Array]:
     gradient = gradient.astype(rows.dtype)
     inputs = _blocks(rows, pairs.source, pairs)
     outputs = take_rows(gradient, pairs.target).reshape(*inputs.shape[:2], -1)  # zero in unused slots
@@ -296,7 +322,7 @@ def _convolve_backward(residuals: tuple, gradient: Array):
     by_block = jnp.einsum("bnc,bnd->bcd", inputs, outputs, preferred_element_type=F32)
     of_element = (jnp.arange(kernel.shape[0])[:, None] == pairs.element).astype(F32)  # [T, B]
     kernel_gradient = jnp.einsum("tb,bcd->tcd", of_element, by_block, precision="highest")
-    return back.astype(rows.dtype), None, kernel_gradient.astype(kernel.dtype)
+    return back.astype(rows.dtype), kernel_gradient.astype(kernel.dtype)
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -313,6 +339,10 @@ def submanifold(rows: Array, level: Level, kernel: Array) -> Array:
 @jax.custom_vjp
 def convolve_neighbors(rows: Array, near: Neighbors, kernel: Array) -> Array:
     """`submanifold` without the voxel itself: of `kernel` [27, C_in, C_out] the centre is not used."""
+    return _alone(_convolve_neighbors, rows, near, kernel)
+
+
+def _convolve_neighbors(rows: Array, near: Neighbors, kernel: Array) -> Array:
     total = jnp.zeros((rows.shape[0], kernel.shape[-1]), F32)
     for k, (low, high) in enumerate(zip(near.low, near.high, strict=True)):
         gathered = take_rows(rows, jnp.stack([high, low]))
@@ -337,8 +367,13 @@ def _neighbors_forward(rows: Array, near: Neighbors, kernel: Array):
 
 
 def _neighbors_backward(residuals: tuple, gradient: Array):
-    """Of the features it is the same convolution, with the kernel turned round and transposed."""
     rows, near, kernel = residuals
+    back, of_kernel = _alone(_neighbors_gradients, rows, near, kernel, gradient)
+    return back, None, of_kernel
+
+
+def _neighbors_gradients(rows: Array, near: Neighbors, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+    """Of the features it is the same convolution, with the kernel turned round and transposed."""
     gradient = gradient.astype(rows.dtype)
     turned = kernel[::-1].swapaxes(1, 2)
     back = jnp.zeros(rows.shape, F32)
@@ -349,7 +384,7 @@ def _neighbors_backward(residuals: tuple, gradient: Array):
         back = _add_products(back, outputs, near, turned, k)
         both = jnp.einsum("enc,end->ecd", inputs, outputs, preferred_element_type=F32)
         of_kernel[CENTRE - 1 - k], of_kernel[CENTRE + 1 + k] = both
-    return back.astype(rows.dtype), None, jnp.stack(of_kernel).astype(kernel.dtype)
+    return back.astype(rows.dtype), jnp.stack(of_kernel).astype(kernel.dtype)
 
 
 convolve_neighbors.defvjp(_neighbors_forward, _neighbors_backward)
