@@ -328,26 +328,24 @@ def _convolve_gradients(rows: Array, pairs: Pairs, kernel: Array, gradient: Arra
 convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
+@jax.custom_vjp
 def submanifold(rows: Array, level: Level, kernel: Array) -> Array:
     """3x3x3 on the occupied voxels. rows [V, C_in], kernel [27, C_in, C_out] -> [V, C_out] float32."""
-    here = jnp.matmul(rows, kernel[CENTRE].astype(rows.dtype), preferred_element_type=F32)
-    if isinstance(level.near, Neighbors):
-        return here + convolve_neighbors(rows, level.near, kernel)
-    return here + convolve(rows, level.near, jnp.concatenate([kernel[:CENTRE], kernel[CENTRE + 1 :]]))
+    return _alone(_submanifold, rows, level.near, kernel)
 
 
-@jax.custom_vjp
-def convolve_neighbors(rows: Array, near: Neighbors, kernel: Array) -> Array:
-    """`submanifold` without the voxel itself: of `kernel` [27, C_in, C_out] the centre is not used."""
-    return _alone(_convolve_neighbors, rows, near, kernel)
-
-
-def _convolve_neighbors(rows: Array, near: Neighbors, kernel: Array) -> Array:
-    total = jnp.zeros((rows.shape[0], kernel.shape[-1]), F32)
+def _submanifold(rows: Array, near: Pairs | Neighbors, kernel: Array) -> Array:
+    total = jnp.matmul(rows, kernel[CENTRE].astype(rows.dtype), preferred_element_type=F32)
+    if isinstance(near, Pairs):
+        return total + _convolve(rows, near, _without_centre(kernel))
     for k, (low, high) in enumerate(zip(near.low, near.high, strict=True)):
         gathered = take_rows(rows, jnp.stack([high, low]))
         total = _add_products(total, gathered, near, kernel, k)
     return total
+
+
+def _without_centre(kernel: Array) -> Array:
+    return jnp.concatenate([kernel[:CENTRE], kernel[CENTRE + 1 :]])
 
 
 def _add_products(total: Array, gathered: Array, near: Neighbors, kernel: Array, k: int) -> Array:
@@ -362,32 +360,37 @@ def _add_products(total: Array, gathered: Array, near: Neighbors, kernel: Array,
     return total
 
 
-def _neighbors_forward(rows: Array, near: Neighbors, kernel: Array):
-    return convolve_neighbors(rows, near, kernel), (rows, near, kernel)
+def _submanifold_forward(rows: Array, level: Level, kernel: Array):
+    return submanifold(rows, level, kernel), (rows, level.near, kernel)
 
 
-def _neighbors_backward(residuals: tuple, gradient: Array):
+def _submanifold_backward(residuals: tuple, gradient: Array):
     rows, near, kernel = residuals
-    back, of_kernel = _alone(_neighbors_gradients, rows, near, kernel, gradient)
+    back, of_kernel = _alone(_submanifold_gradients, rows, near, kernel, gradient)
     return back, None, of_kernel
 
 
-def _neighbors_gradients(rows: Array, near: Neighbors, kernel: Array, gradient: Array) -> tuple[Array, Array]:
+def _submanifold_gradients(rows: Array, near: Pairs | Neighbors, kernel: Array, gradient: Array) -> tuple[Array, Array]:
     """Of the features it is the same convolution, with the kernel turned round and transposed."""
     gradient = gradient.astype(rows.dtype)
     turned = kernel[::-1].swapaxes(1, 2)
-    back = jnp.zeros(rows.shape, F32)
-    of_kernel = [jnp.zeros(kernel.shape[1:], F32)] * len(kernel)
+    back = jnp.matmul(gradient, turned[CENTRE].astype(rows.dtype), preferred_element_type=F32)
+    of_centre = jnp.einsum("nc,nd->cd", rows, gradient, preferred_element_type=F32)
+    if isinstance(near, Pairs):
+        of_pairs, of_kernel = _convolve_gradients(rows, near, _without_centre(kernel), gradient)
+        of_kernel = jnp.concatenate([of_kernel[:CENTRE], of_centre[None].astype(kernel.dtype), of_kernel[CENTRE:]])
+        return (back + of_pairs).astype(rows.dtype), of_kernel
+    of_elements = [of_centre] * len(kernel)
     for k, (low, high) in enumerate(zip(near.low, near.high, strict=True)):
         outputs = take_rows(gradient, jnp.stack([high, low]))
         inputs = take_rows(rows, jnp.stack([low, high]))
         back = _add_products(back, outputs, near, turned, k)
         both = jnp.einsum("enc,end->ecd", inputs, outputs, preferred_element_type=F32)
-        of_kernel[CENTRE - 1 - k], of_kernel[CENTRE + 1 + k] = both
-    return back.astype(rows.dtype), jnp.stack(of_kernel).astype(kernel.dtype)
+        of_elements[CENTRE - 1 - k], of_elements[CENTRE + 1 + k] = both
+    return back.astype(rows.dtype), jnp.stack(of_elements).astype(kernel.dtype)
 
 
-convolve_neighbors.defvjp(_neighbors_forward, _neighbors_backward)
+submanifold.defvjp(_submanifold_forward, _submanifold_backward)
 
 
 # ------------------------------------------------------------------------------------------------- back to the points
