@@ -15,6 +15,9 @@ level to level. Every time is the median of --runs turns in which programs that 
     dense_s         forward and backward of a dense convolution of the whole grid, run once, where it takes at most
                     --dense_gib; else null
     tables_s        finding all levels' voxels and pairs, on the device
+    network         with --network=minkunet14 (or 18, 34): that network on the same scenes, tables included: forward_s,
+                    step_s with the gradients of its parameters, step_bytes, by directions as on a CPU where that pays,
+                    and with the pairs of all directions pooled, as elsewhere
 """
 
 from __future__ import annotations
@@ -28,10 +31,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scalr_jax import bench_scenes
+from scalr_jax import bench_scenes, build, steps
 from scalr_jax.bench_timing import Parser, header, interleave, positive, show_times, working_bytes
-from scalr_jax.data.scenes import InputError
-from scalr_jax.data.voxels import count_levels, pooled, sizes_for
+from scalr_jax.config import get_config
+from scalr_jax.data.scenes import Batch, InputError, PackedVoxels
+from scalr_jax.data.voxels import LEVELS, count_levels, pooled, room_for, sizes_for
+from scalr_jax.models.minkunet import BLOCKS
 from scalr_jax.ops import sparse_conv
 
 LOW, HIGH = np.array([-64.0, -64.0, -8.0]), np.array([64.0, 64.0, 8.0])  # metres
@@ -50,10 +55,13 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--voxel_size", type=float, default=0.1, help="metres, of the finest level")
     parser.add_argument("--levels", type=positive, default=5)
     parser.add_argument("--dense_gib", type=float, default=0.6, help="the largest dense form to run, once")
+    parser.add_argument("--network", choices=sorted(BLOCKS), default=None, help="also time this MinkUNet")
     parser.add_argument("--runs", type=positive, default=5, help="turns, of which the median counts")
     arguments = parser.parse_args(argv)
     if arguments.voxel_size <= 0:
         raise InputError(f"--voxel_size={arguments.voxel_size} is not positive")
+    if arguments.network and arguments.levels != LEVELS:
+        raise InputError(f"--network has {LEVELS} levels; leave --levels out")
     return measure(bench_scenes.get_scenes(arguments), arguments)
 
 
@@ -66,9 +74,8 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace) -> dict[
     coordinates, scene = np.clip(coordinates, 0, np.array(extent) - 1), np.asarray(batch.scene[0])
     inside = [coordinates[scene == s] for s in range(num_scenes)]
     counts = np.sum([count_levels(each, arguments.levels) for each in inside if len(each)], axis=0)
-    if jax.default_backend() != "cpu":  # as a run derives them
-        counts[:, 2:] = np.reshape(pooled(counts[:, 1]), (arguments.levels, -1))
-    sizes = sizes_for(counts)
+    of_any = np.column_stack([counts[:, :2], np.reshape(pooled(counts[:, 1]), (arguments.levels, -1))])
+    sizes = sizes_for(counts if jax.default_backend() == "cpu" else of_any)  # as a run derives them
     limits = {"num_scenes": num_scenes, "extent": extent}
     make = jax.jit(functools.partial(sparse_conv.make_levels, sizes=sizes, **limits))
     voxels = jax.block_until_ready(make(coordinates, scene))
@@ -105,6 +112,11 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace) -> dict[
                     "dense_bytes": dense_taken,
                 }
             )
+    of_network = None
+    if arguments.network:
+        forms = {"directions": counts, "pooled": of_any}
+        of_network, times = network(arguments, batch, extent, forms)
+        shown |= {f"{arguments.network} {name}": (value, "") for name, value in times.items()}
     show_times(shown)
     for row in rows:
         print(f"level {row['level']}, {row['channels']} channels: rate {row['rate']:.2f}, step {row['step_rate']:.2f}")
@@ -118,7 +130,48 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace) -> dict[
         "least_rate": min(row["rate"] for row in results),
         "least_step_rate": min(row["step_rate"] for row in results),
         "convolutions": results,
+        "network": of_network,
     }
+
+
+def network(
+    arguments: argparse.Namespace, batch: Any, extent: tuple, forms: dict[str, np.ndarray]
+) -> tuple[dict, dict]:
+    """A whole MinkUNet with tables of the sizes of each form: what the last line says of it, and the times."""
+    config = get_config()
+    config.model.name, config.model.minkunet.voxel_size = arguments.network, arguments.voxel_size
+    config.model.field_of_view = (tuple(LOW.tolist()), tuple(HIGH.tolist()))
+    student: Any = build.make_student(config, head="none", out_features=0)
+    coordinates = (batch.feats[..., 1:4] - LOW) / arguments.voxel_size
+    coordinates = np.clip(coordinates, 0, np.array(extent) - 0.1).astype(np.float32)
+    options = steps.compiler_options(jax.default_backend())
+
+    def forward(variables: Any, batch: Any) -> Any:
+        return student.apply(variables, batch, train=False)
+
+    def step(variables: Any, batch: Any) -> Any:
+        def loss(params: Any) -> Any:
+            out, _ = student.apply({**variables, "params": params}, batch, train=True, mutable=["batch_stats"])
+            return jnp.square(out).mean()
+
+        return jax.grad(loss)(variables["params"])
+
+    programs, measured, variables = {}, {}, None
+    for form, counts in forms.items():
+        room = jax.tree.map(lambda part: part[None], room_for(counts))
+        given = Batch(batch.feats, batch.scene, batch.scene_points, batch.neighbors[..., :0], ())
+        given = jax.device_put(given._replace(voxels=PackedVoxels(coordinates, room)))
+        if variables is None:
+            init = jax.jit(functools.partial(student.init, train=False), compiler_options=options)
+            variables = init(jax.random.key(0), given)
+        for name, function in (("forward", forward), ("step", step)):
+            compiled = jax.jit(function, compiler_options=options).lower(variables, given).compile()
+            programs[f"{name}, {form}"] = functools.partial(compiled, variables, given)
+        measured[form] = {"step_bytes": working_bytes(compiled)}
+    times = interleave(programs, runs=arguments.runs)
+    for form, values in measured.items():
+        values |= {f"{name}_s": float(f"{times[f'{name}, {form}'].median:.6g}") for name in ("forward", "step")}
+    return {"name": arguments.network, **measured}, times
 
 
 def with_gradient(function: Callable) -> Callable:

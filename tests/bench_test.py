@@ -1,5 +1,6 @@
 """The benches on tiny sizes: every key is there and makes sense; FLOPs counted by hand are what JAX and XLA see."""
 
+import argparse
 import itertools
 import json
 import math
@@ -19,12 +20,14 @@ from scalr_jax import (
     bench_programs,
     bench_published,
     bench_scenes,
+    bench_sparse_conv,
     bench_timing,
     optim,
     steps,
 )
+from scalr_jax.data.voxels import count_levels
 from scalr_jax.interop_layout import published_batch
-from scalr_jax.models import vit
+from scalr_jax.models import minkunet, vit
 from scalr_jax.models.student import Student
 from scalr_jax.models.waffleiron import WaffleIron
 
@@ -265,6 +268,22 @@ def test_sparse_conv(capsys, batch_file):
         assert row["rate"] == pytest.approx(row["products_s"] / row["forward_s"], rel=1e-4)
     assert result["least_rate"] == min(row["rate"] for row in result["convolutions"])
     assert [row["dense_s"] is None for row in result["convolutions"]] == [True, False, False]
+
+
+def test_sparse_conv_of_a_network(capsys, batch_file, monkeypatch):
+    """Of two residual blocks."""
+    monkeypatch.setitem(minkunet.BLOCKS, "minkunet14", (1, 0, 0, 0, 0, 0, 0, 1))
+    monkeypatch.setattr(steps, "compiler_options", lambda platform: {"xla_backend_optimization_level": 0})
+    batch = bench_scenes.load(batch_file).batch
+    voxels = np.floor((batch.feats[0, :, 1:4] - bench_sparse_conv.LOW) / 4)
+    counts = count_levels(voxels) + 27 * batch.scene_points.size  # of all scenes at once, and some more
+    arguments = argparse.Namespace(network="minkunet14", voxel_size=4.0, runs=1)
+    found, times = bench_sparse_conv.network(arguments, batch, (32, 32, 4), {"pooled": counts})
+    assert (found["name"], set(times)) == ("minkunet14", {"forward, pooled", "step, pooled"})
+    assert all(found["pooled"][key] > 0 for key in ("forward_s", "step_s", "step_bytes"))
+    with pytest.raises(SystemExit):
+        bench.main(["sparse_conv", "--levels=3", "--network=minkunet14"])
+    assert "--network has 5 levels; leave --levels out" in capsys.readouterr().err
 
 
 def test_a_voxel_size_of_nothing_is_refused(capsys, batch_file):

@@ -1,4 +1,4 @@
-"""Sparse 3D convolutions on the occupied voxels of packed scenes: gathers, one batched matrix product, sums of runs.
+"""Sparse 3D convolutions on the occupied voxels of packed scenes: gathers, matrix products, sums.
 
     submanifold 3x3x3:    out[v] = sum over d in {-1, 0, 1}^3 of kernel[t(d)] applied to in[v + d], v occupied
     strided 2x2x2:        out[w] = sum over children v of w of kernel[o(v)] applied to in[v], w = v // 2
@@ -17,6 +17,8 @@ have one order. There are two kinds:
                  batched product of [block, C_in] by [C_in, C_out].
     `Neighbors`  of 3x3x3: two voxels that are neighbours are a pair in one of 13 directions and, turned round, in the
                  opposite one. Each direction has room of its own and two plain products, which on a CPU are faster.
+
+On a CPU a convolution is a computation of its own, into which XLA fuses nothing (`_alone`).
 
 `make_levels` finds the tables on the device, from integers alone; all functions work on one data shard, and the model
 maps them over D. Sizes are static: `data.voxels.count_levels` says what scenes need.
