@@ -71,8 +71,9 @@ def flat(sizes: Capacities) -> np.ndarray:
 def overflow(need: Capacities, capacities: Capacities) -> list[str]:
     """One text for each capacity that is exceeded."""
     found = []
-    enough = need._replace(pairs=_enough_pairs(need, capacities))
-    for key, name, needed, given in zip(KEYS[:-1], Capacities._fields[:-1], enough, capacities, strict=False):
+    # Pairs beyond the room of a direction are told as pairs, which is what the config gives.
+    enough = need._replace(pairs=_enough_pairs(need, capacities), directions=capacities.directions)
+    for key, name, needed, given in zip(KEYS, Capacities._fields, enough, capacities, strict=True):
         if any(x > y for x, y in zip(np.atleast_1d(needed), np.atleast_1d(given), strict=True)):
             found.append(f"{needed} {name} where {key} is {given}")
     return found
@@ -102,9 +103,9 @@ def derive_capacities(
         return table_size(counts, num_points, points=points, scenes=scenes, exactly=exactly)
 
     num_points = [len(scene.feats) for scene in sample]
-    needs = [sizes(scene)[2:] for scene in sample]
+    needs = [sizes(scene)[2:-1] for scene in sample]
     tables = [[capacity(list(counts)) for counts in zip(*of, strict=True)] for of in zip(*needs, strict=True)]
-    cells, halo, voxels, pairs, _ = tables
+    cells, halo, voxels, pairs = tables
     most = -(-points // 128) * 128  # a point is in one cell of a plane and in one voxel
     cells, voxels = ([min(size, most) for size in table] for table in (cells, voxels))
     room = np.reshape(pooled(pairs), (-1, len(DIRECTIONS)))

@@ -256,8 +256,11 @@ def _alone(function: Callable, rows: Array, *others: Any) -> Any:
     def of_cpu(rows: Array, *others: Any) -> Any:
         row = jax.tree.leaves(others[0])[0].reshape(-1)[0]
         shapes = jax.eval_shape(function, rows, *others)
-        nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-        return jax.lax.cond(row >= 0, function, lambda *_: nothing, rows, *others)
+
+        def nothing(*_: Any) -> Any:
+            return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+        return jax.lax.cond(row >= 0, function, nothing, rows, *others)
 
     return jax.lax.platform_dependent(rows, *others, cpu=of_cpu, default=function)
 
