@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from scalr_jax import config as defaults
-from scalr_jax.data.scenes import InputError
+from scalr_jax.runtime.errors import InputError
 
 # Settings of training alone.
 TRAINING = (

@@ -18,7 +18,7 @@ from typing import Any
 
 from streets import Part, _load, make_parser, run_all
 
-from scalr_jax.sensors import PANDASET_DOWNSTREAM
+from scalr_jax.data.sensors import PANDASET_DOWNSTREAM
 
 SCENE = "002"
 TRAIN, VALIDATION = tuple(range(43)), tuple(range(48, 80))  # of those numbers the frames that are there

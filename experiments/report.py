@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from scalr_jax.command_line import fail
+from scalr_jax.runtime.command_line import fail
 
 PERCENTS = (1, 10, 100)
 KINDS = {

@@ -39,12 +39,12 @@ import jax
 from absl import logging
 
 from scalr_jax import tasks
-from scalr_jax.command_line import fail, one_sentence
-from scalr_jax.data.scenes import InputError
-from scalr_jax.demo import add_seconds, part_config
-from scalr_jax.demo_teacher import ASSET
-from scalr_jax.logging import write_json
-from scalr_jax.model_flags import use_cache
+from scalr_jax.demo.run import add_seconds, part_config
+from scalr_jax.interop.teacher import ASSET
+from scalr_jax.runtime.command_line import fail, one_sentence
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.model_flags import use_cache
+from scalr_jax.runtime.storage import write_json
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GROUPS = ("table", "probes", "finetune", "gap", "corruptions", "width", "depth", "teacher", "sensors")

@@ -74,7 +74,7 @@ print(f"{model.config.depth} layers, {model.config.channels} wide, mean intensit
 
 # %%
 import PIL.Image
-from scalr_jax.data.streets import Streets
+from scalr_jax.data.streets.streets import Streets
 
 streets = Streets(workdir / "streets", split="validation", num_scenes=4, image_size=(224, 448))
 streets.render_missing()
@@ -102,8 +102,8 @@ features.shape, distilled.shape
 
 # %%
 from IPython.display import Image
-from scalr_jax.evaluation import correlation
-from scalr_jax.visualize_pictures import Panel, draw_with_image
+from scalr_jax.figures import colors as correlation
+from scalr_jax.figures.pictures import Panel, draw_with_image
 
 colors = correlation.color_by_axes(distilled, correlation.fit_color_axes(distilled))
 xyz = frame.points[:, :3]

@@ -63,8 +63,8 @@ if not (workdir / "results.json").exists():
 # %%
 import jax
 import scalr_jax
-from scalr_jax import interop
-from scalr_jax.interop_layout import empty_batch
+from scalr_jax.interop import student as interop
+from scalr_jax.interop.layout import empty_batch
 
 distilled = scalr_jax.load(workdir)
 student = interop.make_student(distilled.config)
@@ -76,7 +76,7 @@ random = scalr_jax.Model(distilled.config, init(jax.random.key(0), batch))
 # Labelled streets: 16 to fit the probe on, 6 to compare with.
 
 # %%
-from scalr_jax.data.streets import Streets
+from scalr_jax.data.streets.streets import Streets
 
 train = Streets(workdir / "streets", split="train", num_scenes=16)
 validation = Streets(workdir / "streets", split="validation", num_scenes=6)
@@ -89,7 +89,7 @@ for streets in (train, validation):
 
 # %%
 import numpy as np
-from scalr_jax import model_flags
+from scalr_jax.runtime import model_flags
 
 model_flags.use_cache()
 
@@ -153,7 +153,7 @@ for name, ((features, labels), (unseen, _)) in cache.items():
 
 # %%
 from IPython.display import Markdown
-from scalr_jax import metrics
+from scalr_jax.evaluation import metrics
 
 truth = cache["distilled"][1][1]
 iou = {
@@ -186,7 +186,7 @@ plt.show()
 
 # %%
 from IPython.display import Image
-from scalr_jax.visualize_pictures import draw_predictions
+from scalr_jax.figures.pictures import draw_predictions
 
 frame, names = validation.frame(0), train.class_names
 rows = predictions["distilled"][: len(frame.points)]

@@ -35,7 +35,7 @@ if importlib.util.find_spec("scalr_jax") is None:
 # %%
 from pathlib import Path
 
-from scalr_jax.data.streets import Streets
+from scalr_jax.data.streets.streets import Streets
 
 recordings = Streets(
     "runs/notebooks/recordings", split="train", num_scenes=16, sensors=["solid"], image_size=(224, 448)
@@ -65,7 +65,7 @@ sorted(str(path.relative_to(root)) for path in root.glob("*/*/000000.*"))
 import json
 
 import numpy as np
-from scalr_jax.data import street_sensors
+from scalr_jax.data.streets import sensors as street_sensors
 
 axes, position = street_sensors.camera_pose(0)
 lidar_to_camera = np.eye(4)
@@ -85,8 +85,8 @@ lidar_to_camera.round(2)
 # --inspect`.
 
 # %%
-from scalr_jax.data.folder import Folder
-from scalr_jax.data.inspect import inspect_dataset
+from scalr_jax.data.readers.folder import Folder
+from scalr_jax.prepare.inspect import inspect_dataset
 
 report = inspect_dataset(Folder(root, split="all"), Path("runs/notebooks/inspection"), num_frames=16)
 
@@ -130,7 +130,7 @@ if not (workdir / "results.json").exists():
 # `python -m scalr_jax.predict`. Your lidar's intensities are your own, so it is told the numbers of `dataset.json`.
 
 # %%
-from scalr_jax import predict
+from scalr_jax.predict import run as predict
 
 scans = ["--input=runs/notebooks/mine/drive_1/scans", "--intensity=39.6,28.9"]
 output = ["--output=runs/notebooks/predictions", "--formats=npz,png", "--overwrite", "--cache=none"]

@@ -61,7 +61,7 @@ if not (workdir / "results.json").exists():
 
 # %%
 import scalr_jax
-from scalr_jax.data.streets import Streets
+from scalr_jax.data.streets.streets import Streets
 
 model = scalr_jax.load(workdir)
 streets = Streets(workdir / "streets", split="validation", num_scenes=1)
@@ -75,7 +75,7 @@ wanted.shape
 # difference to the original, of the largest value.
 
 # %%
-from scalr_jax.export import export_model
+from scalr_jax.export.run import export_model
 
 folder = Path("runs/notebooks/onnx")
 difference = export_model(model, "onnx", folder, folded=True, source=workdir, overwrite=True)
@@ -91,7 +91,7 @@ import json
 
 import numpy as np
 import onnxruntime
-from scalr_jax.export_inputs import make_inputs, pad_inputs
+from scalr_jax.export.inputs import make_inputs, pad_inputs
 
 settings = json.loads((folder / "config.json").read_text())["settings"]
 session = onnxruntime.InferenceSession(folder / "model.onnx")
@@ -105,8 +105,8 @@ print(f"largest difference {np.abs(onnx_features - wanted).max():.1e}, largest v
 
 # %%
 from IPython.display import Image
-from scalr_jax.evaluation import correlation
-from scalr_jax.visualize_pictures import draw_top_view
+from scalr_jax.figures import colors as correlation
+from scalr_jax.figures.pictures import draw_top_view
 
 colors = correlation.color_by_axes(onnx_features, correlation.fit_color_axes(onnx_features))
 draw_top_view(Path("runs/notebooks/onnx.png"), points[:, :3], "Features from onnxruntime, as colours", colors=colors)

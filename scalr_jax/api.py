@@ -8,7 +8,7 @@ features, classes = model.embed(points), model.segment(points)
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from scalr_jax import build, interop, interop_minkunet, sensors
-from scalr_jax.checkpoint import load_variables
 from scalr_jax.config import get_config
-from scalr_jax.data.files import read_label_map
+from scalr_jax.data import sensors
+from scalr_jax.data.build import given_intensity
 from scalr_jax.data.packing import pack_shard, static_capacities
-from scalr_jax.data.pandaset import SENSORS as PANDASET
 from scalr_jax.data.scan_checks import check_scan
-from scalr_jax.data.scenes import IGNORE, InputError
-from scalr_jax.data.street_layout import CLASSES as STREET_CLASSES
+from scalr_jax.data.scenes import IGNORE
+from scalr_jax.data.sensors import evaluated_classes, known_classes
 from scalr_jax.data.transforms import FEATURES
 from scalr_jax.data.whole_scan import check_points, whole_scan
-from scalr_jax.export_folder import is_export, read_export
+from scalr_jax.interop import minkunet as interop_minkunet
+from scalr_jax.interop import student as interop
+from scalr_jax.interop.exported import is_export, read_export
+from scalr_jax.models import build
+from scalr_jax.runtime.checkpoint import load_variables
+from scalr_jax.runtime.errors import InputError
 
 SEGMENTATION_HEADS = ("segment", "mlp", "linear")
 MODELS = "a workdir of distill, probe or finetune, an exported folder, or a published .pth or .safetensors"
-LABEL_MAPS = ("nuscenes", "semantic_kitti", "pandaset")
 
 
 class Model:
@@ -226,26 +228,10 @@ def _class_names(dataset: str, settings: Mapping[str, Any], found: list[str]) ->
     return known_classes(dataset, settings["out_features"], found)
 
 
-def known_classes(dataset: str, number: int, found: Sequence[str] = ()) -> tuple[str, ...]:
-    """A dataset's classes where it has so many, else those `found` elsewhere; () when neither are so many."""
-    name = "pandaset" if dataset in PANDASET else dataset
-    names = {"streets": STREET_CLASSES, **{known: read_label_map(known).class_names for known in LABEL_MAPS}}
-    fitting = (tuple(given) for given in (names.get(name, ()), found) if len(given) == number)
-    return next(fitting, ())
-
-
-def evaluated_classes(path: Path) -> list[str]:
-    """The classes whose IoU a run's results.json has, in order; none without one."""
-    try:
-        return [str(name) for name in json.loads((path / "results.json").read_text())["iou"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
 def _trained_intensity(path: Path, data: dict, sensor: str | None) -> tuple[float, float]:
     """Those that the run was given; else those of `sensor`, or of the only one that it was trained on."""
     if data["intensity"]:
-        return build.given_intensity(data)
+        return given_intensity(data)
     trained = sensors.trained_sensors(data)
     if sensor is None and len(trained) != 1:
         raise InputError(f"{path} was trained on several sensors ({', '.join(trained)}); give sensor=, one of them")

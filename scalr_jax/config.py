@@ -11,7 +11,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from scalr_jax.data.scenes import InputError
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import flatten
 
 ConfigDict = ml_collections.ConfigDict
 
@@ -205,11 +206,3 @@ def check_keys(config: Any) -> None:
     missing = [key for key in flatten(get_config()) if key not in found]
     if missing:
         raise InputError(f"the config lacks {', '.join(missing)}; begin it with scalr_jax.config.get_config()")
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves by dotted name, of nested ConfigDicts or dicts."""
-    flat = {}
-    for key, value in config.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {f"{prefix}{key}": value})
-    return flat

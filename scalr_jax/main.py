@@ -27,8 +27,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from scalr_jax.command_line import config_sentence, fail, one_sentence
-from scalr_jax.data.scenes import InputError
+from scalr_jax.runtime.command_line import config_sentence, fail, one_sentence
+from scalr_jax.runtime.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a config file.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go.")
@@ -90,7 +90,7 @@ def main(_: list[str]) -> None:
         set_deterministic()
     import jax
 
-    from scalr_jax import distributed
+    from scalr_jax.runtime import distributed
 
     try:
         distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CONNECT_SECONDS.value)

@@ -14,8 +14,8 @@ import math
 from typing import Any
 
 from scalr_jax.config import get_config
-from scalr_jax.data.scenes import InputError
-from scalr_jax.sensors import PANDARGT_FINETUNING, PANDASET_DOWNSTREAM, WAFFLEIRON, View
+from scalr_jax.data.sensors import PANDARGT_FINETUNING, PANDASET_DOWNSTREAM, WAFFLEIRON, View
+from scalr_jax.runtime.errors import InputError
 
 # Frames to train on. Those of PandaSet are the pretraining's: labels exist for the same scenes.
 TRAIN_FRAMES = {"nuscenes": 28_130, "semantic_kitti": 19_130, "pandar64": 3_920, "pandargt": 3_920}

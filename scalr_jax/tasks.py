@@ -10,25 +10,27 @@ import jax
 import ml_collections
 import numpy as np
 
-from scalr_jax import build, interop, interop_minkunet
-from scalr_jax import workdir as workdir_of_run
-from scalr_jax.api import evaluated_classes, known_classes
-from scalr_jax.checkpoint import load_variables
-from scalr_jax.config import flatten
-from scalr_jax.data.scenes import InputError
+from scalr_jax.data.build import make_dataset
+from scalr_jax.data.sensors import evaluated_classes, known_classes
 from scalr_jax.data.transforms import FEATURES
 from scalr_jax.evaluation import report
 from scalr_jax.evaluation import robustness as robust
+from scalr_jax.evaluation.features import checksum, make_cache
 from scalr_jax.evaluation.nearest_neighbors import nearest_neighbors
 from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.evaluation.submission import Submission
 from scalr_jax.evaluation.zero_shot import zero_shot
-from scalr_jax.features import checksum, make_cache
-from scalr_jax.interop_layout import empty_batch
-from scalr_jax.logging import write_json
-from scalr_jax.models.student import StudentOnFeatures
-from scalr_jax.train import distillation_task, segmentation_task, train, without_head
-from scalr_jax.train_state import TrainState, variables_of
+from scalr_jax.interop import minkunet as interop_minkunet
+from scalr_jax.interop import student as interop
+from scalr_jax.interop.layout import empty_batch
+from scalr_jax.models import build
+from scalr_jax.models.student import StudentOnFeatures, without_head
+from scalr_jax.runtime import workdir as workdir_of_run
+from scalr_jax.runtime.checkpoint import load_variables
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import flatten, write_json
+from scalr_jax.train.loop import distillation_task, segmentation_task, train
+from scalr_jax.train.state import TrainState, variables_of
 
 PROBE_CHOICES = {
     "method": ("head", "knn", "zero_shot"),
@@ -43,7 +45,7 @@ def streets_cache(workdir: Path) -> Path:
 
 def _dataset(config: Any, workdir: Path, split: str) -> Any:
     """The dataset of a split; prints the table of what was found."""
-    dataset = build.make_dataset(config, split, cache=streets_cache(workdir))
+    dataset = make_dataset(config, split, cache=streets_cache(workdir))
     if jax.process_index() == 0 and hasattr(dataset, "describe"):
         print(dataset.describe(), flush=True)
     return dataset
@@ -61,7 +63,7 @@ def distill(config: Any, workdir: Path) -> TrainState:
     state = train(config, workdir, dataset, distillation_task(config))
     if jax.process_index() == 0:
         write_json(workdir / "results.json", last_metrics(workdir))
-        from scalr_jax.visualize import draw_loss
+        from scalr_jax.figures.curves import draw_loss
 
         draw_loss(workdir)
     return state
@@ -284,13 +286,13 @@ def robustness(config: Any, workdir: Path) -> dict:
 
 def demo(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Distil, probe, train with supervision, compare; see `demo.py`."""
-    from scalr_jax.demo import run_demo
+    from scalr_jax.demo.run import run_demo
 
     run_demo(config, workdir)
 
 
 def teacher(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Train the packaged demo teacher; see `demo_teacher.py`."""
-    from scalr_jax.demo_teacher import train_teacher
+    from scalr_jax.demo.teacher import train_teacher
 
     train_teacher(config, workdir)

@@ -8,14 +8,16 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tiny_student import tiny_model, write_workdir
 
 import scalr_jax
-from scalr_jax import interop, sensors
-from scalr_jax.data.files import read_label_map
-from scalr_jax.data.scenes import IGNORE, InputError
-from scalr_jax.data.street_layout import CLASSES as STREET_CLASSES
-from scalr_jax.interop_layout import empty_batch
+from scalr_jax.data import sensors
+from scalr_jax.data.readers.files import read_label_map
+from scalr_jax.data.scenes import IGNORE
+from scalr_jax.data.streets.layout import CLASSES as STREET_CLASSES
+from scalr_jax.interop import student as interop
+from scalr_jax.interop.layout import empty_batch
+from scalr_jax.runtime.errors import InputError
+from tests.support.tiny_student import tiny_model, write_workdir
 
 EXPLICIT = {
     "intensity": (10.0, 5.0),

@@ -8,14 +8,20 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny_student import tiny_model
 
-from scalr_jax import abstract, build, interop, optim, recipes, tasks
 from scalr_jax import config as defaults
+from scalr_jax import recipes, tasks
+from scalr_jax.compile import abstract
+from scalr_jax.data.build import make_dataset, make_settings
 from scalr_jax.data.joined import every_nth, intensity_statistics
-from scalr_jax.data.scenes import InputError
-from scalr_jax.interop_layout import empty_batch
-from scalr_jax.train_state import init_state
+from scalr_jax.interop import student as interop
+from scalr_jax.interop.layout import empty_batch
+from scalr_jax.interop.teacher import make_teacher
+from scalr_jax.models import build
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.train import optim
+from scalr_jax.train.state import init_state
+from tests.support.tiny_student import tiny_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CLASSES = {"nuscenes": 16, "semantic_kitti": 19, "pandaset": 17, "streets": 7}
@@ -77,7 +83,7 @@ def test_every_config_builds_its_state(name, method):
     assert count(state.params["backbone"]) > 6e6
     trained = state.params["head"] if config.task == "probe" else state.params
     assert count(state.opt_state) == 2 * count(trained) + 1  # two moments and Adam's count
-    build.make_settings(config, task="distill" if config.task == "distill" else "segment", train=True)
+    make_settings(config, task="distill" if config.task == "distill" else "segment", train=True)
     if config.data.scenes_per_step:
         assert config.data.points_per_shard == config.data.scenes_per_shard * config.data.max_points
 
@@ -87,7 +93,7 @@ def test_every_config_takes_a_minkunet(name, method):
     """Scenes, room of its tables (that of the largest scenes where a step holds so many) and the student; no array."""
     config = get_config(name, method)
     config.model.name = "minkunet34"
-    settings = build.make_settings(config, task="distill" if config.task == "distill" else "segment", train=True)
+    settings = make_settings(config, task="distill" if config.task == "distill" else "segment", train=True)
     assert (settings.student_voxel_size, settings.grids) == (0.1, ())
     student: Any = build.make_student(config, head=config.model.segmentation_head, out_features=16)
     assert (sum(student.blocks), student.widths[-1]) == (23, 96)
@@ -232,7 +238,7 @@ def test_data_that_cannot_be_meant(tmp_path, task, data, message):
     config.task = task
     config.data.update(data)
     with pytest.raises(InputError, match=message):
-        build.make_dataset(config, "train", cache=tmp_path)
+        make_dataset(config, "train", cache=tmp_path)
 
 
 def test_given_intensities_are_those_of_every_frame(street_cache):
@@ -242,12 +248,12 @@ def test_given_intensities_are_those_of_every_frame(street_cache):
     config.data.update(root=str(street_cache), num_scenes=8, image_size=(112, 224), label_fraction=0.5)
     for given in ((), (0, 1)):
         config.data.intensity = given
-        dataset = build.make_dataset(config, "train", cache=street_cache)
+        dataset = make_dataset(config, "train", cache=street_cache)
         assert (intensity_statistics(dataset, 1) == (0.0, 1.0)) == bool(given)
     for given in ((1.0,), (0.0, 0.0), "ab"):
         config.data.update(intensity=tuple(given))
         with pytest.raises(InputError, match=r"data\.intensity = .* is no \(mean, standard deviation\)"):
-            build.make_dataset(config, "train", cache=street_cache)
+            make_dataset(config, "train", cache=street_cache)
 
 
 def test_the_teachers_positions_by_name():
@@ -255,10 +261,10 @@ def test_the_teachers_positions_by_name():
     config.teacher.checkpoint = "demo"
     config.data.image_size = (112, 224)
     config.teacher.position_interpolation = "dinov2"
-    assert build.make_teacher(config)[0].position_interpolation == "dinov2"
+    assert make_teacher(config)[0].position_interpolation == "dinov2"
     config.teacher.position_interpolation = "bicubic"
     with pytest.raises(InputError, match="'bicubic' is none of auto, dinov2, size, antialias"):
-        build.make_teacher(config)
+        make_teacher(config)
     config.teacher.checkpoint = "nothing.pth"
     with pytest.raises(InputError, match=r"fetch dinov2_vitl14_pretrain\.pth .*docs/weights\.md"):
-        build.make_teacher(config)
+        make_teacher(config)

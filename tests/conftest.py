@@ -48,7 +48,7 @@ def _forget_programs():
 @pytest.fixture(scope="session")
 def street_cache(tmp_path_factory):
     """Eight training and two validation streets, rendered once a session."""
-    from scalr_jax.data.streets import Streets
+    from scalr_jax.data.streets.streets import Streets
 
     root = tmp_path_factory.mktemp("streets")
     for split, number in (("train", 8), ("validation", 2)):

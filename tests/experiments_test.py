@@ -16,7 +16,7 @@ import pandaset  # noqa: E402
 import report  # noqa: E402
 import streets  # noqa: E402
 
-from scalr_jax.data.scenes import InputError  # noqa: E402
+from scalr_jax.runtime.errors import InputError  # noqa: E402
 
 
 def test_every_part_starts_from_an_earlier_one(tmp_path):
@@ -87,7 +87,7 @@ def test_a_student_is_distilled_and_probed(tmp_path, street_cache, monkeypatch):
 def one_device(monkeypatch):
     import jax
 
-    from scalr_jax import sharding
+    from scalr_jax.runtime import sharding
 
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, devices=jax.devices()[:1]))

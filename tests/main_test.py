@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_datasets import write_semantic_kitti
-from tiny_student import write_workdir
 
-from scalr_jax import build, tasks
-from scalr_jax.data.scenes import InputError
-from scalr_jax.data.streets import Streets
+from scalr_jax import tasks
+from scalr_jax.data.build import make_dataset
+from scalr_jax.data.streets.streets import Streets
+from scalr_jax.runtime.errors import InputError
+from tests.support.raw_datasets import write_semantic_kitti
+from tests.support.tiny_student import write_workdir
 
 ROOT = Path(__file__).parent.parent
 
@@ -129,10 +130,10 @@ def test_a_validation_set_without_labels_is_refused_before_training(task, tmp_pa
         for path in scans:
             path.write_bytes(np.zeros(50, "<u4").tobytes())
         if len(scans) < 3:
-            assert len(build.make_dataset(config, "validation", cache=tmp_path)) == 3
+            assert len(make_dataset(config, "validation", cache=tmp_path)) == 3
     with pytest.raises(InputError, match=r"none of 3 validation scans looked at \(3 in all\) has a labelled point"):
-        build.make_dataset(config, "validation", cache=tmp_path)
-    assert len(build.make_dataset(config, "train", cache=tmp_path)) == 3
+        make_dataset(config, "validation", cache=tmp_path)
+    assert len(make_dataset(config, "train", cache=tmp_path)) == 3
 
 
 def test_one_truncated_scan_is_skipped_and_many_stop(tmp_path, street_cache):

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from scalr_jax import config as defaults
-from scalr_jax import distributed, workdir
-from scalr_jax.checkpoint import load_variables
-from scalr_jax.data.scenes import InputError
+from scalr_jax.runtime import distributed, workdir
+from scalr_jax.runtime.checkpoint import load_variables
+from scalr_jax.runtime.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 TINY = (

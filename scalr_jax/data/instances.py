@@ -23,11 +23,13 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
-from scalr_jax.data import files
 from scalr_jax.data.joined import intensity_statistics
-from scalr_jax.data.scenes import BadFrameError, Frame, InputError, too_many_bad
+from scalr_jax.data.readers import files
+from scalr_jax.data.scenes import Frame
 from scalr_jax.data.transforms import labels_of, to_ego
-from scalr_jax.logging import PROGRESS_SECONDS, write_json
+from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
+from scalr_jax.runtime.logging import PROGRESS_SECONDS
+from scalr_jax.runtime.storage import write_json
 
 GAP = 0.5  # metres, the voxels of `connected`
 MIN_POINTS = 6  # of an instance

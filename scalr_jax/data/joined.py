@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from scalr_jax.data.scenes import Frame, InputError
-from scalr_jax.data.streets import Streets
+from scalr_jax.data.scenes import Frame
+from scalr_jax.data.streets.streets import Streets
+from scalr_jax.runtime.errors import InputError
 
 
 def intensity_statistics(dataset: Any, index: int) -> tuple[float, float]:

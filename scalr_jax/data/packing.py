@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from scalr_jax.data.scenes import IGNORE, Batch, InputError, PackedVoxels, Plane, ScenePlane, SceneView
-from scalr_jax.data.voxels import DIRECTIONS, by_direction, pooled, room_for, turned
+from scalr_jax.data.scenes import IGNORE, Batch, PackedVoxels, Plane, ScenePlane, SceneView
+from scalr_jax.ops.voxels import DIRECTIONS, by_direction, pooled, room_for, turned
+from scalr_jax.runtime.errors import InputError
 
 
 class Capacities(NamedTuple):
@@ -296,3 +298,16 @@ def _pack_plane(parts: Sequence[ScenePlane], counts: np.ndarray, capacities: Cap
     start = np.concatenate([[0], np.cumsum(count_in)]).astype(np.int32)
     inverse = np.where(count_in > 0, 1.0 / (count_in + 1e-6), 0.0).astype(np.float32)  # + 1e-6 as published
     return Plane(cell, grid_index, order, start, inverse, halo_index, halo_taps, cell_taps)
+
+
+def choose_capacities(config: Any, sample: list[SceneView], *, exactly: int | None = None) -> Capacities:
+    """From the config where it gives them, else derived from a sample; `exactly`: of packs of so many scenes."""
+    data = config.data
+    derived = derive_capacities(
+        sample,
+        points=data.points_per_shard,
+        scenes=data.scenes_per_shard,
+        exactly=exactly,
+        directions=jax.default_backend() == "cpu",
+    )
+    return given_tables(derived, data)

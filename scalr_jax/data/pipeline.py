@@ -24,8 +24,9 @@ from absl import flags, logging
 
 from scalr_jax.data import packing
 from scalr_jax.data.joined import intensity_statistics
-from scalr_jax.data.scenes import BadFrameError, Batch, InputError, SceneView, too_many_bad
+from scalr_jax.data.scenes import Batch, SceneView
 from scalr_jax.data.transforms import SceneSettings, check_classes, make_scene
+from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
 
 SAMPLE_SIZE = 32  # scenes looked at to derive capacities
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from scalr_jax.data.inspect import ground_height
 from scalr_jax.data.whole_scan import FARTHEST
 
 # Over the frames of nuScenes, KITTI, PandaSet and generated streets (2026-11-23) the mean lies within 0.4 trained
@@ -78,3 +77,17 @@ def _check_intensity(intensity: np.ndarray, trained_mean: float, trained_std: fl
 
 def _box(low: np.ndarray, high: np.ndarray) -> str:
     return ", ".join(f"{axis} {a:g} to {b:g}" for axis, a, b in zip("xyz", low, high, strict=True)) + " m"
+
+
+GROUND = (-2.5, -1.0)  # metres: where the published frames have the ground
+
+
+def ground_height(xyz: np.ndarray) -> float | None:
+    """The median over cells of 1 m, 4 to 20 m away, of the lowest point's z; None when fewer than 20 have points."""
+    distance = np.hypot(xyz[:, 0], xyz[:, 1])
+    near = xyz[(distance > 4) & (distance < 20)]
+    cells = (np.floor(near[:, 0]) + 32) * 64 + np.floor(near[:, 1]) + 32
+    lowest = np.full(64 * 64, np.inf)
+    np.minimum.at(lowest, cells.astype(np.int64), near[:, 2])
+    lowest = lowest[np.isfinite(lowest)]
+    return float(np.median(lowest)) if len(lowest) >= 20 else None

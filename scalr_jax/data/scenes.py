@@ -24,23 +24,6 @@ IGNORE = 255  # the label of a point without a class
 PLANE_AXES = ((0, 1), (0, 2), (1, 2))
 
 
-class BadFrameError(Exception):
-    """One frame that cannot be used (truncated scan, unreadable image, nothing in view). The message names the file."""
-
-
-class NothingVisibleError(BadFrameError):
-    """No point of the scan projects into the image: a camera that looks elsewhere, or a wrong calibration."""
-
-
-def too_many_bad(num_bad: int, num_frames: int) -> bool:
-    """More than 1 % of the frames are bad, and more than one: then a run stops instead of skipping them."""
-    return num_bad > max(1, 0.01 * num_frames)
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong. `main` prints the message as one sentence and exits with code 2."""
-
-
 class Frame(NamedTuple):
     """One scan, paired with one camera image when there is one, as a reader returns it.
 

@@ -17,17 +17,9 @@ import numpy as np
 from PIL import Image
 from pykdtree.kdtree import KDTree
 
-from scalr_jax.data.scenes import (
-    IGNORE,
-    PLANE_AXES,
-    BadFrameError,
-    Frame,
-    ScenePlane,
-    SceneView,
-    SceneVoxels,
-    Voxels,
-)
-from scalr_jax.data.voxels import coordinates_in, count_levels, extent_of
+from scalr_jax.data.scenes import IGNORE, PLANE_AXES, Frame, ScenePlane, SceneView, SceneVoxels, Voxels
+from scalr_jax.ops.voxels import coordinates_in, count_levels, extent_of
+from scalr_jax.runtime.errors import BadFrameError
 
 FIELD_OF_VIEW_EPS = 1e-4  # metres
 FEATURES = ("intensity", "x", "y", "z", "radius")

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from pykdtree.kdtree import KDTree
 
-from scalr_jax.data.scenes import BadFrameError, Frame, InputError, SceneView
+from scalr_jax.data.scenes import Frame, SceneView
 from scalr_jax.data.transforms import SceneSettings, make_scene
+from scalr_jax.runtime.errors import BadFrameError, InputError
 
 FARTHEST = 10_000.0  # metres along an axis: points beyond are no echo of a lidar
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from scalr_jax.data import pandaset
 from scalr_jax.data.joined import Joined, Subset, intensity_statistics
-from scalr_jax.data.scenes import IGNORE, BadFrameError, Frame, InputError
-from scalr_jax.data.street_sensors import SENSORS as STREETS
+from scalr_jax.data.readers import pandaset
+from scalr_jax.data.scenes import IGNORE, Frame
+from scalr_jax.data.streets.sensors import SENSORS as STREETS
 from scalr_jax.evaluation import weather
+from scalr_jax.runtime.errors import BadFrameError, InputError
 
 CORRUPTIONS = (
     *("fog", "wet_ground", "snow", "motion_blur", "beam_missing", "crosstalk"),

@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scalr_jax import build, distributed
-from scalr_jax.data.scenes import IGNORE, InputError, SceneView
-from scalr_jax.features import each_scene
-from scalr_jax.losses import normalize
-from scalr_jax.train import without_head
+from scalr_jax.data.scenes import IGNORE, SceneView
+from scalr_jax.evaluation.features import each_scene
+from scalr_jax.models import build
+from scalr_jax.models.student import without_head
+from scalr_jax.runtime import distributed
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.train.losses import normalize
 
 Array = jax.Array
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from scalr_jax import metrics
-from scalr_jax.data.scenes import InputError
-from scalr_jax.logging import write_json
+from scalr_jax.evaluation import metrics
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import write_json
 
 DIGITS = 4  # of an IoU by class
 
@@ -119,7 +119,7 @@ def draw_confusion(path: Path, confusion: np.ndarray, results: dict[str, Any], t
     """A PNG: where each label's points went, and each class's IoU by distance."""
     from matplotlib.figure import Figure
 
-    from scalr_jax.visualize_pictures import save_figure
+    from scalr_jax.figures.pictures import save_figure
 
     names, rings = list(results["iou"]), results["by_range"]
     size = len(names)

@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from scalr_jax.config import flatten
-from scalr_jax.data.released import open_released
-from scalr_jax.data.scenes import InputError
+from scalr_jax.data.readers.released import open_released
 from scalr_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corrupted, check_corruption
 from scalr_jax.evaluation.report import check_rings, results_by_range, results_of
-from scalr_jax.logging import write_json
-from scalr_jax.workdir import FREE_KEYS
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import flatten, write_json
+from scalr_jax.runtime.workdir import FREE_KEYS
 
 OWN = "scalr_jax's generators"
 
@@ -269,7 +268,7 @@ def draw(path: Path, results: Mapping[str, Any], title: str) -> None:
     """A PNG: mIoU of each corruption and severity beside that of clear scans."""
     from matplotlib.figure import Figure
 
-    from scalr_jax.visualize_pictures import save_figure
+    from scalr_jax.figures.pictures import save_figure
 
     found = results["robustness"]
     names, severities = list(found["corruptions"]), found["severities"]

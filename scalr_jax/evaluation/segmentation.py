@@ -16,11 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from scalr_jax import build, distributed, metrics, sharding, steps
+from scalr_jax.data.build import make_settings
 from scalr_jax.data.packing import Capacities, derive_capacities, flat, given_tables, largest, sizes
 from scalr_jax.data.pipeline import Pipeline, prefetch
-from scalr_jax.data.scenes import InputError, SceneView
-from scalr_jax.logging import PROGRESS_SECONDS, format_seconds
+from scalr_jax.data.scenes import SceneView
+from scalr_jax.evaluation import metrics
+from scalr_jax.runtime import distributed, sharding
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.logging import PROGRESS_SECONDS, format_seconds
+from scalr_jax.train import steps
 
 HEADROOM = 1.5  # a pack is at least so much larger than the largest of the first scenes
 
@@ -79,7 +83,7 @@ class Evaluator:
         self.config, self.num_classes, self.votes = config, num_classes, votes
         self._order = np.arange(num_classes) if order is None else order
         self._mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-        settings = build.make_settings(config, task="segment", train=False)
+        settings = make_settings(config, task="segment", train=False)
         self._settings = dataclasses.replace(settings, votes=votes > 1)
         make_step = steps.make_classify_step if votes == 1 else steps.make_probability_step
         outputs = (sharding.batch_sharding(self._mesh), sharding.replicated(self._mesh))

@@ -20,13 +20,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from scalr_jax import distributed
 from scalr_jax.data.joined import Joined
-from scalr_jax.data.nuscenes import NuScenes
-from scalr_jax.data.scenes import InputError
-from scalr_jax.data.semantic_kitti import SemanticKITTI
+from scalr_jax.data.readers.nuscenes import NuScenes
+from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
+from scalr_jax.data.sensors import raw_labels
 from scalr_jax.evaluation.segmentation import ScanClasses
-from scalr_jax.predict_outputs import raw_labels
+from scalr_jax.runtime import distributed
+from scalr_jax.runtime.errors import InputError
 
 SETS = {
     ("v1.0-trainval", "train"): "train",

@@ -24,13 +24,14 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
-from scalr_jax import build
-from scalr_jax.data import files
-from scalr_jax.data.scenes import IGNORE, BadFrameError, InputError, too_many_bad
+from scalr_jax.data.readers import files
+from scalr_jax.data.scenes import IGNORE
 from scalr_jax.data.transforms import check_classes, resize_image
-from scalr_jax.losses import normalize
-from scalr_jax.models import vit
+from scalr_jax.interop.teacher import make_teacher
+from scalr_jax.models import build, vit
 from scalr_jax.ops.bilinear import sample_tokens
+from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
+from scalr_jax.train.losses import normalize
 
 Array = jax.Array
 
@@ -90,7 +91,7 @@ def zero_shot(config: Any, dataset: Any, variables: dict, num_classes: int) -> t
             f"{config.checkpoint} holds no distillation head; zero-shot needs the workdir of a distillation"
         )
     width, hidden = head["out"]["kernel"].shape[1], head["hidden"]["kernel"].shape[1] if "hidden" in head else 0
-    vit_config, teacher = build.make_teacher(config)
+    vit_config, teacher = make_teacher(config)
     if vit_config.width != width:
         raise InputError(
             f"{config.checkpoint} was distilled from a teacher {width} wide, and teacher.checkpoint = "

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from scalr_jax.models.layers import BATCH_NORM_EPS, Linear, per_shard, to_rows, torch_uniform, unbiased, update_running
 from scalr_jax.ops.neighbors import neighbor_max
-from scalr_jax.sharding import whole
+from scalr_jax.runtime.sharding import whole
 
 Array = jax.Array
 

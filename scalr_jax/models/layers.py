@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.sharding import whole
+from scalr_jax.runtime.sharding import whole
 
 Array = jax.Array
 

@@ -16,10 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.data.voxels import sizes_of
 from scalr_jax.models.layers import BatchNorm, per_shard, to_rows
 from scalr_jax.ops import cells, sparse_conv
-from scalr_jax.sharding import whole
+from scalr_jax.ops.voxels import sizes_of
+from scalr_jax.runtime.sharding import whole
 
 Array = jax.Array
 

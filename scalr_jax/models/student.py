@@ -152,3 +152,8 @@ class StudentOnFeatures:
             return result
         output, updated = result
         return output, {kind: {**variables[kind], **dict(updated.get(kind, {}))} for kind in mutable}
+
+
+def without_head(variables: dict) -> dict:
+    """The embedding's and backbone's part of params and batch_stats."""
+    return {kind: {k: v for k, v in tree.items() if k != "head"} for kind, tree in variables.items()}

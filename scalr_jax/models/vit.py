@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scalr_jax.ops.positions import INTERPOLATIONS, resample_matrix, rotary_angles, rotary_periods
-from scalr_jax.sharding import whole
+from scalr_jax.runtime.sharding import whole
 
 Array = jax.Array
 
@@ -260,3 +260,23 @@ def resample_positions(table: Array, config: ViTConfig, grid: tuple[int, int]) -
     table = table.reshape(*config.position_grid, -1)
     table = jnp.einsum("ij,jkc->ikc", rows, table, precision="highest")
     return jnp.einsum("ij,kjc->kic", columns, table, precision="highest").reshape(grid[0] * grid[1], -1)
+
+
+# DINOv2's four (Oquab et al., 2023, table 15), and DINOv3's largest (Simeoni et al., 2025, table 2).
+TEACHERS = {
+    "vits14": ViTConfig(width=384, depth=12, num_heads=6, hidden=1536),
+    "vitb14": ViTConfig(width=768, depth=12, num_heads=12, hidden=3072),
+    "vitl14": ViTConfig(width=1024, depth=24, num_heads=16, hidden=4096),
+    "vitg14": ViTConfig(width=1536, depth=40, num_heads=24, hidden=4096, ffn="swiglu"),
+    "vit7b16": ViTConfig(
+        patch_size=16,
+        width=4096,
+        depth=40,
+        num_heads=32,
+        hidden=8192,
+        ffn="swiglu",
+        num_registers=4,
+        positions="rotary",
+        norm_eps=1e-5,
+    ),
+}

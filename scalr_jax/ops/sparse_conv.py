@@ -33,9 +33,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.data.voxels import CENTRE, NEIGHBORS, Sizes
 from scalr_jax.ops import cells
 from scalr_jax.ops.cells import take_rows
+from scalr_jax.ops.voxels import CENTRE, NEIGHBORS, Sizes
 
 Array = jax.Array
 F32 = jnp.float32

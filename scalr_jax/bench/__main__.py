@@ -1,0 +1,5 @@
+import sys
+
+from scalr_jax.bench.run import main
+
+main(sys.argv[1:])

@@ -1,0 +1,310 @@
+"""How fast scenes are made: samples a second a core, packing included, beside the published steps written plainly.
+
+    python -m scalr_jax.bench pipeline --dataset=nuscenes --root=RECORDS --reference=RAW
+
+Times are CPU seconds of one process with one thread each (`time.process_time`), so a busy machine does not change them
+much; files come from the page cache after the first round. Ours and the reference take turns. `--soak=5000` runs the
+real pipeline with its workers instead and prints the resident memory of each process as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by pykdtree when it is loaded: one core means one thread
+
+import jax
+import numpy as np
+from PIL import Image
+from scipy.spatial import KDTree
+
+from scalr_jax.config import get_config
+from scalr_jax.data import packing, pipeline, transforms
+from scalr_jax.data.build import make_dataset, make_settings
+from scalr_jax.data.joined import intensity_statistics
+from scalr_jax.data.readers import files
+from scalr_jax.data.scenes import PLANE_AXES, Frame
+from scalr_jax.runtime.errors import InputError
+
+BATCH_SIZE = 8  # of the published loader
+STAGES = ("read", "decode", "voxelise", "project", "resize", "augment", "neighbours", "cells", "pack", "other")
+
+
+def main(argv: list[str]) -> dict:
+    """Measures, prints a table and returns the object of the last line."""
+    arguments = _parse(argv)
+    config, settings = _settings(arguments)
+    if arguments.soak:
+        return _soak(config, settings, arguments)
+    names = arguments.dataset.split("+")
+    line: dict[str, Any] = {
+        "device": "cpu",
+        "jax": jax.__version__,
+        "runs": arguments.runs,
+        "samples": arguments.samples,
+    }
+    for name in names:
+        result = _measure(name, config, settings, arguments)
+        for key, value in result.items():
+            line.setdefault(key, {})[name] = value
+        _print_table(name, result)
+    return line
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m scalr_jax.bench pipeline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--dataset", required=True, help="nuscenes, semantic_kitti, pandaset, folder; several with +")
+    parser.add_argument("--root", required=True, help="raw dataset or prepared records; of several, a folder of them")
+    parser.add_argument("--reference", default="", help="raw dataset for the published steps; none: no ratio")
+    parser.add_argument("--image_size", default="224,448", help="rows,columns that the teacher sees")
+    parser.add_argument("--sensor", default="pandar64", help="of pandaset: pandar64 or pandargt")
+    parser.add_argument("--samples", type=int, default=24, help="scenes a run")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--full_decode", action="store_true", help="decode JPEG files at their full size")
+    parser.add_argument("--soak", type=int, default=0, help="run so many samples through the workers, watch the memory")
+    parser.add_argument("--num_workers", type=int, default=2, help="of the soak run")
+    arguments = parser.parse_args(argv)
+    if arguments.samples < 1 or arguments.runs < 1:
+        raise InputError("--samples and --runs must be at least 1")
+    return arguments
+
+
+def _settings(arguments: argparse.Namespace) -> tuple[Any, transforms.SceneSettings]:
+    config = get_config()
+    try:
+        config.data.image_size = tuple(int(size) for size in arguments.image_size.split(","))
+        height, width = config.data.image_size
+    except ValueError as error:
+        raise InputError(f"--image_size={arguments.image_size} is not two numbers, as in 224,448") from error
+    if min(height, width) < 1:
+        raise InputError(f"--image_size={arguments.image_size} must be positive")
+    config.data.split = "all"
+    config.data.scaled_decode = not arguments.full_decode
+    config.data.dataset, config.data.root = arguments.dataset, arguments.root
+    if "pandaset" in arguments.dataset:  # others have no choice of sensors
+        config.data.sensors = (arguments.sensor,)
+    return config, make_settings(config, task="distill", train=True)
+
+
+def _dataset(config: Any, name: str, root: str, *, several: bool) -> Any:
+    config = config.copy_and_resolve_references()
+    config.data.dataset, config.data.root = name, str(Path(root) / name) if several else root
+    if name != "pandaset":
+        config.data.sensors = get_config().data.sensors
+    return make_dataset(config, "all", cache=Path(root))
+
+
+def _measure(name: str, config: Any, settings: transforms.SceneSettings, arguments: argparse.Namespace) -> dict:
+    several = "+" in arguments.dataset
+    ours = _dataset(config, name, arguments.root, several=several)
+    plain = _dataset(config, name, arguments.reference, several=several) if arguments.reference else None
+    make = pipeline.BuildScene(ours, settings, seed=0)
+    records = [i % len(ours) for i in range(arguments.samples)]
+    sample = [make(i, (0, record)) for i, record in enumerate(records)]
+    if errors := [scene.error for scene in sample if scene.error]:
+        raise InputError(f"{len(errors)} of {len(sample)} frames are bad; the first one: {errors[0]}")
+    points, scenes = config.data.points_per_shard, config.data.scenes_per_shard
+    capacities = packing.derive_capacities(sample, points=points, scenes=scenes)
+
+    def run(stages: _Stages) -> None:
+        made = (stages.call("other", make, i, (0, record)) for i, record in enumerate(records))
+        for pack in packing.pack_stream(made, capacities):
+            stages.call("pack", packing.pack_shard, pack.scenes, capacities, sample[0], settings.grids)
+
+    def run_plain() -> None:
+        assert plain is not None
+        made = []
+        for i in range(len(records)):
+            rng = np.random.default_rng(i)
+            record = i % len(plain)
+            made.append(plain_scene(plain.frame(record, rng), intensity_statistics(plain, record), settings, rng))
+            if len(made) == BATCH_SIZE or i == len(records) - 1:
+                plain_batch(made)
+                made = []
+
+    ours_s, plain_s, by_stage = [], [], []
+    for _ in range(arguments.runs):
+        stages = _Stages()
+        with stages.watching(ours):
+            ours_s.append(_cpu_seconds(lambda: run(stages)))  # noqa: B023
+        by_stage.append(stages.seconds)
+        if plain is not None:
+            plain_s.append(_cpu_seconds(run_plain))
+    per_sample = float(np.median(ours_s)) / len(records)
+    per_plain = float(np.median(plain_s)) / len(records) if plain_s else None
+    return {
+        "samples_per_s_per_core": 1.0 / per_sample,
+        "reference_samples_per_s_per_core": None if per_plain is None else 1.0 / per_plain,
+        "ratio": None if per_plain is None else per_plain / per_sample,
+        "stages_ms": {
+            stage: 1e3 * float(np.median([seconds[stage] for seconds in by_stage])) / len(records) for stage in STAGES
+        },
+        "points": float(np.mean([len(scene.feats) for scene in sample])),
+    }
+
+
+def _cpu_seconds(function: Callable[[], None]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+class _Stages:
+    """CPU seconds by stage. A stage's time excludes that of the stages it calls."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {stage: 0.0 for stage in STAGES}  # noqa: C420
+        self._inner = [0.0]
+
+    def call(self, stage: str, function: Callable, *args, **kwargs):
+        self._inner.append(0.0)
+        start = time.process_time()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            elapsed = time.process_time() - start
+            self.seconds[stage] += elapsed - self._inner.pop()
+            self._inner[-1] += elapsed
+
+    def watching(self, dataset: Any) -> Any:
+        """A context in which the functions of the loader count as their stage."""
+        from contextlib import ExitStack
+        from unittest import mock
+
+        stack = ExitStack()
+        reader = type(dataset.datasets[0]) if hasattr(dataset, "datasets") else type(dataset)
+        places = [(reader, "frame", "read"), (files, "read_image", "decode"), (files, "decode_image", "decode")]
+        places += [(reader, "_pair", "project")]
+        places += [(transforms, "one_a_voxel", "voxelise"), (transforms, "resize_image", "resize")]
+        places += [(transforms, name, "augment") for name in ("limit", "to_ego", "augment", "make_features")]
+        places += [(transforms, "find_neighbors", "neighbours")]
+        places += [(transforms, name, "cells") for name in ("in_view", "make_plane")]
+        for owner, name, stage in places:
+            if hasattr(owner, name):
+                stack.enter_context(mock.patch.object(owner, name, self._timed(stage, getattr(owner, name))))
+        return stack
+
+    def _timed(self, stage: str, function: Callable) -> Callable:
+        def timed(*args, **kwargs):
+            return self.call(stage, function, *args, **kwargs)
+
+        return timed
+
+
+def plain_scene(
+    frame: Frame, statistics: tuple[float, float], settings: transforms.SceneSettings, rng: np.random.Generator
+) -> tuple[np.ndarray, ...]:
+    """The published steps, written plainly: what the fast ones are compared with.
+
+    Returns feats [N, F] float32, neighbours [N, K], cells [3, N], image [3, h, w] float32 in 0..1, pixels [N, 2].
+    """
+    assert frame.image is not None
+    assert frame.pixels is not None
+    assert frame.visible is not None
+    order = rng.permutation(len(frame.points))
+    xyz = frame.points[order, :3]
+    voxels = np.floor((xyz - xyz.min(axis=0)) / settings.voxel_size).astype(np.int64)
+    _, first = np.unique(voxels, axis=0, return_index=True)
+    kept = order[first]
+    kept = kept[frame.visible[kept]]
+    if len(kept) > settings.max_points:
+        center = frame.points[kept[rng.integers(len(kept))], :3]
+        distance = np.square(frame.points[kept, :3] - center).sum(axis=1)
+        kept = kept[np.argsort(distance)[: settings.max_points]]
+    xyz = frame.points[kept, :3] @ frame.to_ego[:3, :3].T + frame.to_ego[:3, 3]
+    if settings.augmentation != "none":
+        xyz = transforms.augment(xyz, rng)
+    low, high = np.array(settings.field_of_view)
+    inside = ((xyz > low + 1e-4) & (xyz < high - 1e-4)).all(axis=1)
+    xyz, kept = xyz[inside].astype(np.float32), kept[inside]
+    intensity = (frame.points[kept, 3:] - statistics[0]) / statistics[1]
+    feats = np.concatenate([intensity, xyz, np.linalg.norm(xyz, axis=1, keepdims=True)], axis=1).astype(np.float32)
+    neighbors = np.asarray(KDTree(xyz).query(xyz, k=settings.num_neighbors + 1)[1])
+    cells = []
+    for axes, (rows, columns) in zip(PLANE_AXES, settings.grids, strict=True):
+        a, b = axes
+        size = (high[[a, b]] - low[[a, b]]) / (rows, columns)
+        i, j = np.floor((xyz[:, [a, b]] - low[[a, b]]) / size).astype(np.int64).T
+        cells.append(i * columns + j)
+    height, width = settings.image_size
+    ratio = np.array([height, width]) / np.array(frame.image.shape[:2])
+    pixels = np.floor(np.floor(frame.pixels[kept]) * ratio).astype(np.int64)
+    image = (frame.image / 255.0).astype(np.float32).transpose(2, 0, 1)  # as published: floats before the resize
+    resized = [np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BILINEAR)) for c in image]
+    return feats, neighbors[:, 1:], np.stack(cells), np.stack(resized), pixels
+
+
+def plain_batch(scenes: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
+    """Scenes as published: points padded with zeros to the longest of the batch, then stacked."""
+    longest = max(len(scene[0]) for scene in scenes)
+    columns: list[list[np.ndarray]] = [[], [], [], [], []]
+    for feats, neighbors, cells, image, pixels in scenes:
+        padding = longest - len(feats)
+        columns[0].append(np.pad(feats, ((0, padding), (0, 0))))
+        columns[1].append(np.pad(neighbors, ((0, padding), (0, 0))))
+        columns[2].append(np.pad(cells, ((0, 0), (0, padding))))
+        columns[3].append(image)
+        columns[4].append(np.pad(pixels, ((0, padding), (0, 0))))
+    return [np.stack(column) for column in columns]
+
+
+def _print_table(name: str, result: dict) -> None:
+    print(f"{name}: {result['points']:.0f} points a sample, {result['samples_per_s_per_core']:.1f} samples/s a core")
+    for stage, milliseconds in result["stages_ms"].items():
+        print(f"  {stage:<11}{milliseconds:8.2f} ms")
+    if result["ratio"] is not None:
+        reference = result["reference_samples_per_s_per_core"]
+        print(f"  published steps, plainly: {reference:.1f} samples/s a core; ratio {result['ratio']:.2f}")
+
+
+def _soak(config: Any, settings: transforms.SceneSettings, arguments: argparse.Namespace) -> dict:
+    """Runs the pipeline with its workers; the largest growth of any process after the first tenth, in MiB."""
+    dataset = make_dataset(config, "all", cache=Path(arguments.root))
+    loader = pipeline.Pipeline(dataset, settings, num_workers=arguments.num_workers)
+    sample = loader.sample()
+    capacities = packing.derive_capacities(
+        sample, points=config.data.points_per_shard, scenes=config.data.scenes_per_shard
+    )
+    done, rows, start = 0, [], time.monotonic()
+    for step in loader.steps(capacities, sample[0]):
+        done += step.num_scenes
+        if done >= (len(rows) + 1) * arguments.soak / 10:
+            rows.append(_resident())
+            shown = "  ".join(f"{name} {megabytes:.0f}" for name, megabytes in rows[-1].items())
+            print(f"{done} samples, {time.monotonic() - start:.0f} s; MiB resident: {shown}", flush=True)
+        if done >= arguments.soak:
+            break
+    growth = {name: rows[-1][name] - rows[0].get(name, 0.0) for name in rows[-1]}
+    return {
+        "device": "cpu",
+        "jax": jax.__version__,
+        "runs": 1,
+        "samples": done,
+        "seconds": time.monotonic() - start,
+        "resident_mib": rows[-1],
+        "growth_mib": growth,
+    }
+
+
+def _resident() -> dict[str, float]:
+    """MiB of memory in use by this process and by each of its children, by what they are."""
+    import multiprocessing
+
+    page = os.sysconf("SC_PAGE_SIZE") / 2**20
+    processes = {"parent": os.getpid()}
+    for k, child in enumerate(sorted(multiprocessing.active_children(), key=lambda child: child.pid or 0)):
+        processes[f"worker {k}"] = child.pid or 0
+    return {
+        name: int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page
+        for name, pid in processes.items()
+        if Path(f"/proc/{pid}/statm").exists()
+    }

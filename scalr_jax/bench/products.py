@@ -1,0 +1,123 @@
+"""The student's matrix products without anything else: the floor that its times stand beside.
+
+Shapes, dtypes and the order in which one product needs the last one's result are those of the model; activations,
+norms and spatial mixing are left out. Every result is returned or carried on, so that XLA can drop nothing, and
+weights have unit gain, so that numbers neither vanish nor overflow (zeros would run faster on some chips).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from scalr_jax.models.flops import Sizes, embedding_products, flops, head_products, layer_products
+
+Array = jax.Array
+
+
+def unit_gain(key: Array, *shape: int, dtype: Any) -> Array:
+    """Weights [..., inner, outer] that keep the size of what they multiply."""
+    bound = (3 / shape[-2]) ** 0.5
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+
+
+def forward(x: Array, kernels: tuple[Array, ...]) -> Array:
+    """x [P, C] through one matrix after the other."""
+    for kernel in kernels:
+        x = x @ kernel
+    return x
+
+
+def forward_backward(x: Array, kernels: tuple[Array, ...], gradient: Array) -> tuple:
+    """The same, with the gradients of x and of the matrices for an output's gradient [P, C_out]."""
+    out, pull_back = jax.vjp(forward, x, kernels)
+    return out, *pull_back(gradient)
+
+
+class StepOperands(NamedTuple):
+    """Inputs of `step_products`."""
+
+    feats: Array  # [P, F]
+    offsets: Array  # [K, P, F]
+    x: Array  # [P, C]: also stands for gradients
+    out: Array  # [P, out_features]: the gradient of the output
+    point: Array  # [F, C]
+    neighbor_in: Array  # [F, C]
+    neighbor_out: Array  # [C, C]
+    final: Array  # [2 C, C]
+    layers: tuple[Array, Array]  # [depth, C, C] each
+    head: tuple[Array, ...]
+
+
+def step_operands(sizes: Sizes, num_points: int, dtype: Any) -> StepOperands:
+    """Random ones. Offsets, features and what multiplies offsets are float32, as in the model."""
+    c, f, p = sizes.channels, sizes.num_features, num_points
+    keys = iter(jax.random.split(jax.random.key(0), 16))
+
+    def normal(*shape: int, dtype: Any = dtype) -> Array:
+        return jax.random.normal(next(keys), shape, jnp.float32).astype(dtype)
+
+    def weight(*shape: int, dtype: Any = dtype) -> Array:
+        return unit_gain(next(keys), *shape, dtype=dtype)
+
+    return StepOperands(
+        feats=normal(p, f),
+        offsets=normal(sizes.num_neighbors, p, f, dtype=jnp.float32),
+        x=normal(p, c),
+        out=normal(p, sizes.out_features),
+        point=weight(f, c),
+        neighbor_in=weight(f, c, dtype=jnp.float32),
+        neighbor_out=weight(c, c),
+        final=weight(2 * c, c),
+        layers=(weight(sizes.depth, c, c), weight(sizes.depth, c, c)),
+        head=tuple(weight(product.inner, product.outer) for product in head_products(sizes)),
+    )
+
+
+def step_products(operands: StepOperands) -> tuple:
+    """All products of a training step, forward and backward; neighbours and layers one after the other in loops."""
+    o = operands
+    points = forward_backward(o.feats, (o.point,), o.x)
+    neighborhood = _neighbors(o)
+    joined = jnp.concatenate([points[0], neighborhood[0]], axis=-1)
+    final = forward_backward(joined, (o.final,), o.x)
+
+    def layer(carry: tuple[Array, Array], kernels: tuple[Array, Array]):
+        out, below, kernel_gradients = forward_backward(carry[0], kernels, carry[1])
+        return (out, below), kernel_gradients
+
+    layers = jax.lax.scan(layer, (final[0], o.x), o.layers)
+    return points, neighborhood, final[1:], layers, forward_backward(layers[0][0], o.head, o.out)
+
+
+def _neighbors(o: StepOperands) -> tuple:
+    """What `ops/neighbors.py` multiplies: forward two products a neighbour, backward the first again and three."""
+    dtype = o.neighbor_out.dtype
+
+    def product(a: Array, b: Array) -> Array:
+        return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+    def visit(_: Array, offset: Array) -> tuple[Array, None]:
+        return product((offset @ o.neighbor_in).astype(dtype), o.neighbor_out), None
+
+    def revisit(carry: tuple, offset: Array) -> tuple[tuple, None]:
+        gradient, in_gradient, out_gradient = carry
+        hidden = (offset @ o.neighbor_in).astype(dtype)
+        out_gradient += product(hidden.T, gradient)
+        hidden_gradient = product(gradient, o.neighbor_out.T)
+        in_gradient += offset.T @ hidden_gradient
+        return (hidden_gradient.astype(dtype), in_gradient, out_gradient), None  # next round's: nothing is invariant
+
+    out, _ = jax.lax.scan(visit, jnp.zeros(o.x.shape, jnp.float32), o.offsets)
+    zeros = jnp.zeros(o.neighbor_in.shape, jnp.float32), jnp.zeros(o.neighbor_out.shape, jnp.float32)
+    gradients, _ = jax.lax.scan(revisit, (o.x, *zeros), o.offsets)
+    return out.astype(dtype), gradients
+
+
+def least_flops(sizes: Sizes, num_points: int) -> int:
+    """What XLA's count of `step_products` cannot be below: it counts the body of a loop at least once."""
+    once = sizes._replace(num_neighbors=1)
+    products = embedding_products(once) + layer_products(sizes) * min(1, sizes.depth) + head_products(sizes)
+    return flops(products, num_points, backward=True, again=True)

@@ -1,0 +1,194 @@
+"""The programs that `bench student` times, each as a function without arguments that starts one call.
+
+What is timed is what trains: the step of `steps.py`, the layers of `models/waffleiron.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from scalr_jax.bench import products as bench_products
+from scalr_jax.bench.timing import compiled_bytes, working_bytes
+from scalr_jax.data.scenes import PLANE_AXES
+from scalr_jax.models.flops import Sizes
+from scalr_jax.models.layers import Norm, to_rows
+from scalr_jax.models.student import Student
+from scalr_jax.models.waffleiron import SpatialMix, WaffleIron
+from scalr_jax.train import optim, steps
+from scalr_jax.train.state import init_state
+
+PLANES = len(PLANE_AXES)
+OPTIMIZER = SimpleNamespace(
+    name="adamw",
+    learning_rate=2e-3,
+    schedule="constant",
+    warmup_share=0.0,
+    beta1=0.9,
+    beta2=0.999,
+    weight_decay=0.03,
+    layer_decay=1.0,
+    ema=0.0,
+)
+
+
+def student_step(student: Student) -> tuple[Callable, Callable]:
+    """(init(batch) -> state, step(state, target, batch) -> (state, metrics)), as in training."""
+    optimizer = optim.make_optimizer(OPTIMIZER, depth=student.depth)
+    step = steps.make_student_step(student, optimizer, optim.make_schedule(OPTIMIZER, 1.0), seed=0, batch_size=8)
+    return lambda batch: init_state(student, batch, optimizer, None, jax.random.key(0)), step
+
+
+def training_step(student: Student, batch: Any) -> tuple[Callable[[], Any], int | None]:
+    """A function that makes one training step for random targets, and what a step needs in memory by XLA's plan."""
+    init, step = student_step(student)
+    state = jax.jit(init)(batch)
+    target = jax.random.normal(jax.random.key(1), (*batch.scene.shape, student.out_features))
+    options = steps.compiler_options(jax.default_backend())
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, target, batch).compile()
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, target, batch)
+        return metrics
+
+    return run, compiled_bytes(compiled)
+
+
+def forward_pass(student: Student, batch: Any) -> Callable[[], Any]:
+    """A function that runs the student as prediction does."""
+    variables = jax.jit(lambda batch: student.init(jax.random.key(0), batch, train=False))(batch)
+    predict = jax.jit(steps.make_predict_step(student))
+    return lambda: predict(variables, batch)
+
+
+def layers_alone(student: Student, batch: Any) -> dict[str, Callable[[], Any]]:
+    """Three layers, one a plane: forward, and forward with the gradients of input and parameters."""
+    num_scenes, x = batch.scene_points.shape[1], _rows(student, batch, jnp.float32)
+    model = WaffleIron(
+        PLANES,
+        student.grids,
+        student.norm,
+        student.activation,
+        student.drop_path,
+        student.implementation,
+        student.remat,
+        student.dtype,
+    )
+    variables = jax.jit(
+        lambda x, batch: model.init(jax.random.key(0), x, batch.planes, batch.scene, num_scenes, train=False)
+    )(x, batch)
+    rest = {name: value for name, value in variables.items() if name != "params"}
+
+    def apply(params: Any, x: Any, batch: Any, train: bool) -> Any:
+        rngs = {"dropout": jax.random.key(0)} if train else None
+        variables = {"params": params, **rest}
+        arguments = (variables, x, batch.planes, batch.scene, num_scenes)
+        if not train:
+            return model.apply(*arguments, train=False)
+        return model.apply(*arguments, train=True, rngs=rngs, mutable=["batch_stats"])[0]
+
+    def both(params: Any, x: Any, gradient: Any, batch: Any) -> Any:
+        out, pull_back = jax.vjp(lambda params, x: apply(params, x, batch, True), params, x)
+        return out, pull_back(gradient)
+
+    forward = jax.jit(apply, static_argnums=3)
+    step = jax.jit(both, compiler_options=steps.compiler_options(jax.default_backend()))
+    params, gradient = variables["params"], _rows(student, batch, jnp.float32, seed=1)
+    return {
+        "layers_forward": lambda: forward(params, x, batch, False),
+        "layers_step": lambda: step(params, x, gradient, batch),
+    }
+
+
+def _rows(student: Student, batch: Any, dtype: Any, seed: int = 0) -> Any:
+    """Random rows [D * P, C]."""
+    return jax.random.normal(jax.random.key(seed), (batch.scene.size, student.channels), jnp.float32).astype(dtype)
+
+
+def layer_products(student: Student, num_rows: int) -> dict[str, Callable[[], Any]]:
+    """The products of one layer, in the layer's dtype."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    c, dtype = student.channels, student.dtype
+    kernels = tuple(bench_products.unit_gain(key, c, c, dtype=dtype) for key in keys[:2])
+    x, gradient = (jax.random.normal(key, (num_rows, c)).astype(dtype) for key in keys[2:])
+    forward, both = jax.jit(bench_products.forward), jax.jit(bench_products.forward_backward)
+    return {
+        "layer_matmul": lambda: forward(x, kernels),
+        "layer_matmul_step": lambda: both(x, kernels, gradient),
+    }
+
+
+def step_products(sizes: Sizes, num_rows: int, dtype: Any) -> Callable[[], Any]:
+    """All products of a step; on CPU, whose XLA counts them, it is checked that none was dropped."""
+    operands = bench_products.step_operands(sizes, num_rows, dtype)
+    compiled = jax.jit(bench_products.step_products).lower(operands).compile()
+    counted, least = (compiled.cost_analysis() or {}).get("flops", 0), bench_products.least_flops(sizes, num_rows)
+    if jax.default_backend() == "cpu" and counted < least:
+        raise AssertionError(f"XLA dropped products: it counts {counted:.6g} FLOPs of at least {least:.6g}")
+    return lambda: compiled(operands)
+
+
+def spatial_alone(student: Student, batch: Any) -> tuple[dict[str, Callable[[], Any]], dict[str, int | None]]:
+    """Spatial mixing without its norm, forward and backward: top view, top view dense, all planes."""
+    num_scenes, mask = batch.scene_points.shape[1], to_rows(batch.scene < batch.scene_points.shape[1])
+    x, gradient = (_rows(student, batch, student.dtype, seed) for seed in (0, 1))
+
+    def make(planes: tuple[int, ...], implementation: str) -> Any:
+        mixes = [
+            SpatialMix(student.grids[k], student.norm, student.activation, implementation, student.dtype)
+            for k in planes
+        ]
+        tables = [_read_by(implementation, batch.planes[k], student.grids[k]) for k in planes]
+
+        def mix_all(all_params: list, x: Any, tables: list) -> Any:
+            with nn.intercept_methods(_without_norm):
+                for table, mix, params in zip(tables, mixes, all_params, strict=True):
+                    x = mix.apply({"params": params}, x, table, mask, num_scenes, train=False)
+            return x
+
+        def both(all_params: list, x: Any, gradient: Any, tables: list) -> Any:
+            out, pull_back = jax.vjp(lambda params, x: mix_all(params, x, tables), all_params, x)
+            return out, pull_back(gradient)
+
+        with nn.intercept_methods(_without_norm):
+            all_params = [
+                mix.init(jax.random.key(k), x, table, mask, num_scenes, train=False)["params"]
+                for k, mix, table in zip(planes, mixes, tables, strict=True)
+            ]
+        compiled = jax.jit(both).lower(all_params, x, gradient, tables).compile()
+        return (lambda: compiled(all_params, x, gradient, tables)), working_bytes(compiled)
+
+    implementation = student.implementation
+    if implementation == "auto":  # as `WaffleIron` decides
+        implementation = "windows" if jax.default_backend() == "tpu" else "cells"
+    chosen, chosen_bytes = make((0,), implementation)
+    dense, dense_bytes = make((0,), "dense")
+    programs = {
+        "spatial": chosen,
+        "spatial_dense": dense,
+        "spatial_planes": make(tuple(range(PLANES)), implementation)[0],
+    }
+    return programs, {"spatial_peak_bytes": chosen_bytes, "spatial_dense_peak_bytes": dense_bytes}
+
+
+def _read_by(implementation: str, plane: Any, grid: tuple[int, int]) -> Any:
+    """What a layer reads of a plane; made once a step, so not part of what is timed."""
+    if implementation != "windows":
+        return plane
+    from scalr_jax.ops import windows
+
+    return jax.jit(windows.make_windows, static_argnums=1)(plane, grid)
+
+
+def _without_norm(call: Callable, arguments: tuple, keywords: dict, context: nn.module.InterceptorContext) -> Any:
+    """Norms leave their rows as they are: mean 0, deviation 1, scale 1, bias 0."""
+    if not isinstance(context.module, Norm):
+        return call(*arguments, **keywords)
+    zeros, ones = jnp.zeros(arguments[0].shape[-1]), jnp.ones(arguments[0].shape[-1])
+    return (zeros, ones), ones, zeros

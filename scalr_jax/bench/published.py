@@ -1,0 +1,224 @@
+"""The published PyTorch student and ours: the same scenes, the same weights, one run.
+
+    python -m scalr_jax.bench published --clone=WAFFLEIRON --batch=mix.npz --channels=768 --depth=48
+
+WAFFLEIRON is a clone of valeoai/WaffleIron, which ScaLR's student is imported from; nothing of it is part of this
+project. PyTorch runs first and gives its memory back, then JAX. Medians of --runs calls after a warm-up, seconds of one
+call:
+
+    published_forward_s, published_step_s    with torch.autocast and GradScaler as in the published training (on CPU
+                                             float32), every scene padded to the longest, as its loader does; the step
+                                             is forward, loss for random targets, backward, AdamW
+    forward_s, step_s                        ours, packed, by the code that trains
+    speedup, forward_speedup                 how many times as many scenes a second
+    published_peak_bytes                     the most that PyTorch allocated (null on CPU)
+    peak_bytes, memory_ratio                 ours by XLA's plan; published_peak_bytes / peak_bytes
+    difference                               of both outputs in float32, relative to the largest; above 0.01 an error
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scalr_jax.bench import programs as bench_programs
+from scalr_jax.bench import scenes as bench_scenes
+from scalr_jax.bench.student import add_student_arguments, student_of
+from scalr_jax.bench.timing import Parser, Times, header, interleave, positive, rounded, show_times
+from scalr_jax.data.scenes import Batch
+from scalr_jax.interop.names import published_state_dict
+from scalr_jax.runtime.errors import InputError
+
+TOLERANCE = 1e-2  # of float32 outputs; GPUs multiply in TensorFloat-32
+
+
+class Padded(NamedTuple):
+    """Scenes as the published student takes them: one row of the batch each, padded at the end to the longest."""
+
+    feat: np.ndarray  # [B, F, N] float32
+    cell_ind: np.ndarray  # [B, 3, N] int64: i * W + j
+    occupied_cells: np.ndarray  # [B, N] float32: 1 for points, 0 for padding
+    neighbors_emb: np.ndarray  # [B, K + 1, N] int64: the point itself first
+
+
+def padded(batch: Batch, grids: Any) -> Padded:
+    """A packed shard (D = 1) as padded scenes."""
+    counts = [int(n) for n in batch.scene_points[0] if n]
+    B, N, (K, F) = len(counts), max(counts), (batch.neighbors.shape[-1], batch.feats.shape[-1])
+    out = Padded(
+        np.zeros((B, F, N), np.float32),
+        np.zeros((B, len(grids), N), np.int64),
+        np.zeros((B, N), np.float32),
+        np.full((B, K + 1, N), N - 1, np.int64),
+    )
+    start = 0
+    for b, count in enumerate(counts):
+        rows = slice(start, start + count)
+        out.feat[b, :, :count] = batch.feats[0, rows].T
+        out.occupied_cells[b, :count] = 1
+        out.neighbors_emb[b, 0, :count] = np.arange(count)
+        out.neighbors_emb[b, 1:, :count] = batch.neighbors[0, rows].T - start
+        for k, (plane, (height, width)) in enumerate(zip(batch.planes, grids, strict=True)):
+            out.cell_ind[b, k, :count] = plane.grid_index[0][plane.cell[0, rows]] % (height * width)
+        start += count
+    return out
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    """Measures, prints a table and returns the object of the last line."""
+    parser = Parser("published", __doc__)
+    parser.add_argument("--clone", required=True, help="a clone of valeoai/WaffleIron")
+    bench_scenes.add_arguments(parser)
+    add_student_arguments(parser)
+    parser.add_argument("--out_features", type=positive, default=1024, help="of the head: the teacher's width")
+    arguments = parser.parse_args(argv)
+    if arguments.head != "linear" or arguments.activation != "relu":
+        raise InputError("the clone's student has a linear head and ReLU: leave --head and --activation out")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX would take the GPU's memory at its start
+    torch, package = _import(Path(arguments.clone))
+    return measure(bench_scenes.get_scenes(arguments), arguments, torch, package)
+
+
+def _import(clone: Path) -> tuple[types.ModuleType, types.ModuleType]:
+    """PyTorch and the clone's package."""
+    if not (clone / "waffleiron" / "segmenter.py").is_file():
+        raise InputError(f"{clone} holds no waffleiron/segmenter.py; --clone names a clone of valeoai/WaffleIron")
+    sys.path.insert(0, str(clone))
+    try:
+        return importlib.import_module("torch"), importlib.import_module("waffleiron")
+    except ImportError as error:
+        raise InputError(f"the published student needs PyTorch: pip install torch ({error})") from error
+
+
+def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace, torch: Any, package: Any) -> dict[str, Any]:
+    """All figures of both on one batch."""
+    student, runs = student_of(arguments, scenes.grids), arguments.runs
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # so that PyTorch has the GPU to itself
+        batch = jax.tree.map(jnp.asarray, scenes.batch._replace(images=None, pixels=None, labels=None))
+        variables = jax.tree.map(np.asarray, jax.jit(lambda b: student.init(jax.random.key(0), b, train=False))(batch))
+    model = {"channels": student.channels, "depth": student.depth, "norm": student.norm, "head": "distill"}
+    model |= {"head_hidden": 0, "out_features": student.out_features, "num_features": batch.feats.shape[-1]}
+    theirs = _Published(torch, package, model, published_state_dict(model, variables), scenes)
+    wanted = theirs.outputs()
+    published = {"published_forward_s": theirs.time(theirs.forward, runs)}
+    published["published_step_s"] = theirs.time(theirs.step, runs)
+    published_bytes = theirs.peak_bytes()
+    device_name = theirs.device_name()
+    del theirs
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+    batch = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, batch))
+    precise = student.clone(dtype=jnp.float32)
+    found = np.asarray(jax.jit(lambda v, b: precise.apply(v, b, train=False))(variables, batch))
+    found = found.reshape(-1, found.shape[-1])[: len(wanted)]
+    difference = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+    if not difference <= TOLERANCE:
+        raise AssertionError(f"the two students' outputs differ by {difference:.3g} of the largest")
+    step, plan_bytes = bench_programs.training_step(student, batch)
+    programs = {"step_s": step, "forward_s": bench_programs.forward_pass(student, batch)}
+    times = published | interleave(programs, runs=runs)
+    show_times({name: (value, "") for name, value in times.items()})
+    medians = {name: value.median for name, value in times.items()}
+    result = {
+        **header(runs),
+        "torch": torch.__version__,
+        "torch_device": device_name,
+        "points": scenes.num_points,
+        "num_scenes": scenes.num_scenes,
+        "source": scenes.source,
+        "channels": student.channels,
+        "depth": student.depth,
+        "dtype": jnp.dtype(student.dtype).name,
+        **medians,
+        "scenes_per_s": scenes.num_scenes / medians["step_s"],
+        "published_scenes_per_s": scenes.num_scenes / medians["published_step_s"],
+        "speedup": medians["published_step_s"] / medians["step_s"],
+        "forward_speedup": medians["published_forward_s"] / medians["forward_s"],
+        "published_peak_bytes": published_bytes,
+        "peak_bytes": plan_bytes,
+        "memory_ratio": published_bytes / plan_bytes if published_bytes and plan_bytes else None,
+        "difference": difference,
+    }
+    print(f"{result['speedup']:.2f} times as many scenes a second in training, {result['forward_speedup']:.2f} forward")
+    return rounded(result)
+
+
+class _Published:
+    """The published student on its device, with the given weights."""
+
+    def __init__(self, torch: Any, package: Any, model: dict, state: dict, scenes: bench_scenes.Scenes):
+        self.torch, self.cuda = torch, torch.cuda.is_available()
+        self.device = torch.device("cuda" if self.cuda else "cpu")
+        student = package.Segmenter(
+            input_channels=model["num_features"],
+            feat_channels=model["channels"],
+            nb_class=model["out_features"],
+            depth=model["depth"],
+            grid_shape=[list(grid) for grid in scenes.grids],
+            layer_norm=model["norm"] == "layer",
+        )
+        student.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
+        self.student = student.to(self.device)
+        arrays = padded(scenes.batch, scenes.grids)
+        self.inputs = tuple(torch.from_numpy(array).to(self.device) for array in arrays)
+        self.mask = self.inputs[2] > 0  # [B, N]
+        generator = torch.Generator().manual_seed(0)
+        target = torch.randn(int(self.mask.sum()), model["out_features"], generator=generator)
+        self.target = torch.nn.functional.normalize(target, dim=1).to(self.device)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=2e-3, weight_decay=0.03)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=self.cuda)
+
+    def outputs(self) -> np.ndarray:
+        """[P, out_features] float32 of the points that count, in the packed order."""
+        with self.torch.no_grad():
+            out = self.student.eval()(*self.inputs)  # [B, out_features, N]
+        return out.transpose(1, 2)[self.mask].float().cpu().numpy()
+
+    def forward(self) -> None:
+        self.student.eval()
+        with self.torch.no_grad(), self.torch.autocast("cuda", enabled=self.cuda):
+            self.student(*self.inputs)
+
+    def step(self) -> None:
+        torch = self.torch
+        self.student.train()
+        with torch.autocast("cuda", enabled=self.cuda):
+            out = self.student(*self.inputs).transpose(1, 2)[self.mask]
+            loss = (torch.nn.functional.normalize(out, dim=1) - self.target).norm(dim=1).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def time(self, call: Callable[[], None], runs: int) -> Times:
+        call()
+        seconds = []
+        for _ in range(runs):
+            self._wait()
+            start = time.perf_counter()
+            call()
+            self._wait()
+            seconds.append(time.perf_counter() - start)
+        return Times(np.array(seconds))
+
+    def _wait(self) -> None:
+        if self.cuda:
+            self.torch.cuda.synchronize()
+
+    def peak_bytes(self) -> int | None:
+        return int(self.torch.cuda.max_memory_allocated()) if self.cuda else None
+
+    def device_name(self) -> str:
+        return self.torch.cuda.get_device_name() if self.cuda else "cpu"

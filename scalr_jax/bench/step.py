@@ -1,0 +1,116 @@
+"""A whole distillation step, as `main` trains: the teacher on the images, the student on the points, the update.
+
+    python -m scalr_jax.bench step --channels=768 --depth=48 --teacher=vitl14 --batch=mix.npz
+    python -m scalr_jax.bench step --channels=64 --depth=3 --teacher=demo --root=SAMPLES
+
+Weights are random, in the published shapes. Medians of --runs turns, seconds of one call:
+
+    step_s            the step
+    teacher_s         the teacher's features at the paired pixels alone
+    student_step_s    the rest of the step alone, for random targets
+    flops, mfu        matrix products of valid points and of images, nothing counted twice (bench_flops.py)
+    peak_bytes        arguments (teacher and optimiser included), outputs and temporary buffers by XLA's plan;
+                      device_peak_bytes: what the device reports, where it does
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from scalr_jax.bench import programs as bench_programs
+from scalr_jax.bench import scenes as bench_scenes
+from scalr_jax.bench.student import add_student_arguments, sizes_of, student_of
+from scalr_jax.bench.teacher import add_teacher_arguments, teacher_of
+from scalr_jax.bench.timing import Parser, compiled_bytes, device_bytes, header, interleave, rounded, show_times
+from scalr_jax.models.flops import flops, student_products, teacher_flops, utilisation
+from scalr_jax.models.student import Student
+from scalr_jax.models.vit import ViTConfig
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.train import optim, steps
+from scalr_jax.train.state import init_state
+
+FEATURE = "x_pre_norm"
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    """Measures, prints a table and returns the object of the last line."""
+    parser = Parser("step", __doc__)
+    bench_scenes.add_arguments(parser)
+    add_student_arguments(parser)
+    add_teacher_arguments(parser)
+    arguments = parser.parse_args(argv)
+    scenes = bench_scenes.get_scenes(arguments)
+    if scenes.batch.images is None:
+        raise InputError("the batch has no images, which the teacher needs; save it again")
+    image_size = (int(scenes.batch.images.shape[2]), int(scenes.batch.images.shape[3]))
+    vit_config, teacher = teacher_of(arguments, image_size)
+    arguments.out_features = vit_config.width
+    student = student_of(arguments, scenes.grids)
+    result = measure(scenes, student, vit_config, teacher, arguments.runs)
+    return rounded({**result, "teacher": arguments.teacher, "image_size": list(image_size)})
+
+
+def measure(
+    scenes: bench_scenes.Scenes, student: Student, vit_config: ViTConfig, teacher: Any, runs: int
+) -> dict[str, Any]:
+    """All figures of one student and teacher on one batch."""
+    batch = jax.tree.map(jnp.asarray, scenes.batch)
+    step, plan_bytes = distillation_step(student, vit_config, teacher, batch)
+    jax.block_until_ready(step())
+    peak_on_device = device_bytes()  # before other programs raise it
+    features = jax.jit(lambda teacher, batch: steps.teacher_features(vit_config, teacher, batch, which=FEATURE))
+    programs = {
+        "step_s": step,
+        "teacher_s": lambda: features(teacher, batch),
+        "student_step_s": bench_programs.training_step(student, batch._replace(images=None, pixels=None))[0],
+    }
+    times = interleave(programs, runs=runs)
+    show_times({name: (value, "") for name, value in times.items()})
+    sizes, images = sizes_of(student, batch), scenes.batch.images
+    assert images is not None
+    of_student = flops(student_products(sizes), scenes.num_points, backward=True)
+    of_teacher = teacher_flops(vit_config, scenes.num_scenes, (images.shape[2], images.shape[3]))
+    device, seconds = header(runs), times["step_s"].median
+    result = {
+        **device,
+        "points": scenes.num_points,
+        "num_scenes": scenes.num_scenes,
+        "source": scenes.source,
+        **{name: getattr(student, name) for name in ("channels", "depth", "implementation", "remat")},
+        "dtype": jnp.dtype(student.dtype).name,
+        **{name: value.median for name, value in times.items()},
+        "scenes_per_s": scenes.num_scenes / seconds,
+        "points_per_s": scenes.num_points / seconds,
+        "peak_bytes": plan_bytes,
+        "device_peak_bytes": peak_on_device,
+        "flops": of_student + of_teacher,
+        "teacher_flops": of_teacher,
+        "mfu": utilisation(of_student + of_teacher, seconds, device["device"]),
+        "ranges_s": {name: [float(f"{edge:.4g}") for edge in (value.low, value.high)] for name, value in times.items()},
+    }
+    print(f"{result['scenes_per_s']:.2f} scenes/s, {result['points_per_s']:,.0f} points/s")
+    return result
+
+
+def distillation_step(
+    student: Student, vit_config: ViTConfig, teacher: Any, batch: Any
+) -> tuple[Callable[[], Any], int | None]:
+    """A function that makes one step, and what a step needs in memory by XLA's plan."""
+    settings = bench_programs.OPTIMIZER
+    optimizer = optim.make_optimizer(settings, depth=student.depth)
+    schedule = optim.make_schedule(settings, 1.0)
+    step = steps.make_distill_step(student, vit_config, optimizer, schedule, seed=0, batch_size=8, which=FEATURE)
+    state = jax.jit(lambda batch: init_state(student, batch, optimizer, None, jax.random.key(0)))(batch)
+    options = steps.compiler_options(jax.default_backend())
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, teacher, batch).compile()
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, teacher, batch)
+        return metrics
+
+    return run, compiled_bytes(compiled)

@@ -1,0 +1,242 @@
+"""The student alone: forward pass and training step, beside the time of their matrix products.
+
+    python -m scalr_jax.bench student --channels=256 --depth=6 --root=SAMPLES
+    python -m scalr_jax.bench student --batch=mix.npz --channels=768 --depth=12
+    python -m scalr_jax.bench student --channels=64 --compile=12,48
+
+SAMPLES holds nuscenes/, semantic_kitti/ and pandaset/; without --root scenes are generated. Every time is the median
+of --runs turns in which programs that are compared run one after the other (seconds of one call):
+
+    forward_s              student and head, as in prediction
+    step_s                 forward, backward and AdamW for random targets, by the code that trains
+    layer_forward_s        a third of three layers alone, one a plane
+    layer_step_s           what a layer adds to the step: a third of the difference of two depths three apart, from
+                           --depth or 9 on (layer_step_depths), so with its share of AdamW
+    layer_step_direct_s    a third of three layers alone, forward and backward: outside a loop, see LOOPED
+    layer_matmul_s         the two products of a layer alone
+    layer_matmul_step_s    with their four of the backward pass
+    matmul_step_s          all products of the step alone (embedding, layers, head)
+    spatial_s              flatten, two convolutions, inflate of one layer on the top view, forward and backward,
+                           without the norm before; spatial_dense_s on the whole grid
+    spatial_layer_s        the mean of the three planes; spatial_share is its part of layer_step_direct_s
+    spatial_peak_bytes     temporary buffers and outputs of that program by XLA's plan
+    peak_bytes             the step: arguments, outputs and temporary buffers by XLA's plan;
+                           device_peak_bytes: what the device reports, where it does
+    flops, mfu             matrix products of valid points in a step, nothing counted twice (bench_flops.py)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scalr_jax.bench import programs as bench_programs
+from scalr_jax.bench import scenes as bench_scenes
+from scalr_jax.bench.programs import PLANES
+from scalr_jax.bench.timing import (
+    Parser,
+    Times,
+    device_bytes,
+    difference,
+    header,
+    interleave,
+    positive,
+    rounded,
+    show_times,
+)
+from scalr_jax.models.flops import Sizes, flops, student_products, utilisation
+from scalr_jax.models.student import Student
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.train import steps
+
+# A layer's cost is the difference of two depths whose loops both have three or more trips, as in real students. On CPU
+# the backbone's gradient (64 channels, 62,555 points) takes 0.26, 0.73, 2.6, 3.3 s of CPU time at 3, 6, 9, 12 layers
+# (2 shared cores, 2026-11-22): from 6 to 9 the loop itself becomes slow, which is no layer's cost. Why is not known.
+LOOPED = 3 * PLANES
+HEADS = {"linear": 0, "mlp": 2048}  # hidden channels of ScaLR's head and of ScaLR+'s
+IMPLEMENTATIONS = ("auto", "cells", "windows", "dense")
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    """Measures, prints a table and returns the object of the last line."""
+    parser = Parser("student", __doc__)
+    bench_scenes.add_arguments(parser)
+    add_student_arguments(parser)
+    parser.add_argument("--out_features", type=positive, default=1024, help="of the head: the teacher's width")
+    parser.add_argument("--compile", default="", help="only compile steps of two depths, as in 12,48, and time that")
+    parser.add_argument("--no_dense", action="store_true", help="do not time the dense grid (12 GB at 256 channels)")
+    arguments = parser.parse_args(argv)
+    if arguments.compile:
+        return compile_times(arguments)
+    scenes = bench_scenes.get_scenes(arguments)
+    return measure(scenes, student_of(arguments, scenes.grids), arguments.runs, dense=not arguments.no_dense)
+
+
+def add_student_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `student_of` reads, and --runs."""
+    parser.add_argument("--channels", type=positive, default=768)
+    parser.add_argument("--depth", type=positive, default=48)
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, default="auto", help="of spatial mixing")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of matrix products")
+    parser.add_argument("--remat", choices=("none", "layer", "group"), default="none", help="what is computed again")
+    parser.add_argument("--head", choices=tuple(HEADS), default="linear", help="linear: ScaLR; mlp: ScaLR+")
+    parser.add_argument("--norm", choices=("layer", "batch"), default="layer")
+    parser.add_argument("--activation", choices=("relu", "gelu"), default="relu")
+    parser.add_argument("--drop_path", type=float, default=0.0)
+    parser.add_argument("--runs", type=positive, default=5, help="turns, of which the median counts")
+
+
+def student_of(arguments: argparse.Namespace, grids: Any) -> Student:
+    """The student that the arguments describe."""
+    if not 0 <= arguments.drop_path < 1:
+        raise InputError(f"--drop_path={arguments.drop_path} is not in [0, 1)")
+    low = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return Student(
+        channels=arguments.channels,
+        depth=arguments.depth,
+        grids=grids,
+        head="distill",
+        out_features=arguments.out_features,
+        head_hidden=HEADS[arguments.head],
+        norm=arguments.norm,
+        activation=arguments.activation,
+        drop_path=arguments.drop_path,
+        implementation=arguments.implementation,
+        remat=arguments.remat,
+        dtype=jnp.dtype(low if arguments.dtype == "auto" else arguments.dtype),
+    )
+
+
+def sizes_of(student: Student, batch: Any) -> Sizes:
+    neighbors, features = batch.neighbors.shape[-1], batch.feats.shape[-1]
+    return Sizes(student.channels, student.depth, student.out_features, student.head_hidden, neighbors, features)
+
+
+def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: bool = True) -> dict[str, Any]:
+    """All figures of one student on one batch; `spatial_dense_s` is null when not `dense`."""
+    batch = jax.tree.map(jnp.asarray, scenes.batch._replace(images=None, pixels=None, labels=None))
+    sizes, num_rows = sizes_of(student, batch), batch.scene.size
+    step, plan_bytes = bench_programs.training_step(student, batch)
+    jax.block_until_ready(step())
+    peak_on_device = device_bytes()  # before other programs raise it
+    first = max(student.depth, LOOPED)
+    looped = {
+        depth: bench_programs.training_step(dataclasses.replace(student, depth=depth), batch)[0]
+        for depth in (first, first + PLANES)
+    }
+    spatial, spatial_bytes = bench_programs.spatial_alone(student, batch)
+    dense_grid = spatial.pop("spatial_dense")
+    turns = [
+        {
+            "step": step,
+            **{f"step_{depth}": run for depth, run in looped.items()},
+            "forward": bench_programs.forward_pass(student, batch),
+            "matmul_step": bench_programs.step_products(sizes, num_rows, student.dtype),
+        },
+        {**bench_programs.layers_alone(student, batch), **bench_programs.layer_products(student, num_rows), **spatial},
+        {"spatial_dense": dense_grid} if dense else {},
+    ]
+    # What is compared is in one rotation. The dense grid comes alone and last: beside it on CPU, whose gigabytes go to
+    # the system each time, spatial mixing on cells took 0.18 to 0.70 s (2026-11-22).
+    raw = {name: value for programs in turns for name, value in interleave(programs, runs=runs).items()}
+    times = {
+        "forward_s": raw["forward"],
+        "step_s": raw["step"],
+        "layer_forward_s": _part(raw["layers_forward"]),
+        "layer_step_s": difference(raw[f"step_{first + PLANES}"], raw[f"step_{first}"], PLANES),
+        "layer_step_direct_s": _part(raw["layers_step"]),
+        "layer_matmul_s": raw["layer_matmul"],
+        "layer_matmul_step_s": raw["layer_matmul_step"],
+        "matmul_step_s": raw["matmul_step"],
+        "spatial_s": raw["spatial"],
+        "spatial_layer_s": _part(raw["spatial_planes"]),
+        **({"spatial_dense_s": raw["spatial_dense"]} if dense else {}),
+    }
+    show_times({name: (value, "") for name, value in times.items()})
+    medians = {name: value.median for name, value in times.items()}
+    num_flops = flops(student_products(sizes), scenes.num_points, backward=True)
+    device = header(runs)
+    result = {
+        **device,
+        "points": scenes.num_points,
+        "rows": num_rows,
+        "num_scenes": scenes.num_scenes,
+        "source": scenes.source,
+        **{name: getattr(student, name) for name in ("channels", "depth", "implementation", "remat")},
+        "dtype": jnp.dtype(student.dtype).name,
+        "spatial_dense_s": None,
+        **medians,
+        "layer_step_depths": [first, first + PLANES],
+        "spatial_share": medians["spatial_layer_s"] / medians["layer_step_direct_s"],
+        **spatial_bytes,
+        "peak_bytes": plan_bytes,
+        "device_peak_bytes": peak_on_device,
+        "points_per_s": scenes.num_points / medians["step_s"],
+        "flops": num_flops,
+        "mfu": utilisation(num_flops, medians["step_s"], device["device"]),
+        "ranges_s": {name: [float(f"{edge:.4g}") for edge in (value.low, value.high)] for name, value in times.items()},
+    }
+    show_result(result)
+    return rounded(result)
+
+
+def _part(times: Times) -> Times:
+    return Times(times.seconds / PLANES)
+
+
+def compile_times(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds to trace and compile the step at two depths, in turn; nothing is run."""
+    try:
+        depths = [positive(depth) for depth in arguments.compile.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"--compile={arguments.compile} is not two depths, as in 12,48 ({error})") from error
+    if len(depths) != 2 or depths[0] == depths[1]:
+        raise InputError(f"--compile={arguments.compile} is not two depths, as in 12,48")
+    scenes = bench_scenes.get_scenes(arguments)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), scenes.batch._replace(images=None, pixels=None, labels=None)
+    )
+    target = jax.ShapeDtypeStruct((*batch.scene.shape, arguments.out_features), jnp.float32)
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    seconds: dict[int, list[float]] = {depth: [] for depth in depths}
+    options = steps.compiler_options(jax.default_backend())
+    try:
+        for _ in range(arguments.runs + 1):  # the first turn warms up
+            for depth in depths:
+                student = dataclasses.replace(student_of(arguments, scenes.grids), depth=depth)
+                start = time.perf_counter()
+                init, step = bench_programs.student_step(student)
+                state = jax.eval_shape(init, batch)
+                jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, target, batch).compile()
+                seconds[depth].append(time.perf_counter() - start)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+    times = {depth: Times(np.array(values[1:])) for depth, values in seconds.items()}
+    show_times({f"compile, depth {depth}": (value, "") for depth, value in times.items()})
+    ratio = times[depths[1]].median / times[depths[0]].median
+    print(f"ratio {ratio:.3f}")
+    compile_s = {str(depth): value.median for depth, value in times.items()}
+    result = {**header(arguments.runs), "channels": arguments.channels, "compile_s": compile_s, "compile_ratio": ratio}
+    return rounded(result)
+
+
+def show_result(result: dict[str, Any]) -> None:
+    """What the times mean, for people."""
+    best = "" if result["mfu"] is None else f", {result['mfu']:.1%} of the chip's peak"
+    print(f"{result['points_per_s']:,.0f} points/s; {result['flops'] / result['step_s'] / 1e12:.3g} TFLOP/s{best}")
+    layer = result["layer_step_s"] / result["layer_matmul_step_s"]
+    step = result["step_s"] / result["matmul_step_s"]
+    print(
+        f"a layer of the step takes {layer:.2f} times its products, the step {step:.2f} times; of a layer "
+        f"{result['spatial_share']:.1%} is spatial mixing"
+    )
+    for name in ("peak_bytes", "device_peak_bytes", "spatial_peak_bytes", "spatial_dense_peak_bytes"):
+        if result[name] is not None:
+            print(f"{name:<26}{result[name] / 2**20:>12,.1f} MiB")

@@ -1,0 +1,101 @@
+"""The teacher's forward pass on random images, with random weights of the published shapes.
+
+    python -m scalr_jax.bench teacher --teacher=vitl14 --image_size=224,448
+    python -m scalr_jax.bench teacher --teacher=demo --images=8
+
+Figures:
+
+    forward_s     median of --runs
+    flops, mfu    matrix products and attention (bench_flops.py), over the chip's dense bfloat16 peak
+    peak_bytes    arguments, outputs and temporary buffers by XLA's plan
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from scalr_jax.bench.timing import (
+    Parser,
+    compiled_bytes,
+    device_bytes,
+    header,
+    interleave,
+    positive,
+    rounded,
+    show_times,
+    two_sizes,
+)
+from scalr_jax.models import vit
+from scalr_jax.models.flops import teacher_flops, utilisation
+from scalr_jax.models.vit import TEACHERS
+from scalr_jax.runtime.errors import InputError
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    """Measures, prints a table and returns the object of the last line."""
+    parser = Parser("teacher", __doc__)
+    add_teacher_arguments(parser)
+    parser.add_argument("--images", type=positive, default=8)
+    parser.add_argument("--image_size", type=two_sizes, default=(224, 448), help="rows,columns")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights and products")
+    parser.add_argument("--runs", type=positive, default=5)
+    arguments = parser.parse_args(argv)
+    vit_config, params = teacher_of(arguments, arguments.image_size)
+    images = jax.random.uniform(jax.random.key(1), (arguments.images, *arguments.image_size, 3))
+    features = jax.jit(lambda params, images: vit.features(vit_config, params, images))
+    compiled = features.lower(params, images).compile()
+    times = interleave({"forward_s": lambda: compiled(params, images)}, runs=arguments.runs)["forward_s"]
+    show_times({"forward_s": (times, f"{arguments.images} images of {arguments.image_size}")})
+    num_flops = teacher_flops(vit_config, arguments.images, arguments.image_size)
+    device = header(arguments.runs)
+    result = {
+        **device,
+        "teacher": arguments.teacher,
+        "images": arguments.images,
+        "image_size": list(arguments.image_size),
+        "tokens": vit.num_tokens(vit_config, arguments.image_size),
+        "dtype": jax.tree.leaves(params)[0].dtype.name,
+        "forward_s": times.median,
+        "range_s": [times.low, times.high],
+        "images_per_s": arguments.images / times.median,
+        "peak_bytes": compiled_bytes(compiled),
+        "device_peak_bytes": device_bytes(),
+        "flops": num_flops,
+        "mfu": utilisation(num_flops, times.median, device["device"]),
+    }
+    print(f"{result['images_per_s']:.1f} images/s, {num_flops / times.median / 1e12:.3g} TFLOP/s")
+    return rounded(result)
+
+
+def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `teacher_of` reads, but for --dtype."""
+    parser.add_argument("--teacher", choices=(*TEACHERS, "demo"), default="vitl14", help="demo: the packaged one")
+    parser.add_argument("--registers", type=int, default=0, help="register tokens: 4 in the _reg4 models")
+
+
+def teacher_of(arguments: argparse.Namespace, image_size: tuple[int, int]) -> tuple[vit.ViTConfig, Any]:
+    """(config, params in the dtype that `arguments.dtype` names). Random, but for the packaged one."""
+    if arguments.registers < 0:
+        raise InputError(f"--registers={arguments.registers} must not be negative")
+    low = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = jnp.dtype(low if arguments.dtype == "auto" else arguments.dtype)
+    if arguments.teacher == "demo":
+        from scalr_jax.interop.teacher import load_demo_teacher
+
+        vit_config, params = load_demo_teacher()
+    else:
+        vit_config, params = dataclasses.replace(TEACHERS[arguments.teacher], num_registers=arguments.registers), None
+    try:
+        vit.patch_grid(vit_config, image_size)
+    except ValueError as error:
+        raise InputError(f"--image_size: {error}") from error
+    if params is None:
+        params = vit.init(vit_config, jax.random.key(0), image_size)
+    return vit_config, jax.tree.map(lambda x: jnp.asarray(x, dtype), params)

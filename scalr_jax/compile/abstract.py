@@ -1,0 +1,178 @@
+"""A training step of shapes alone: what `compile.py` lowers, made by the functions that train, without data or weights.
+
+A run derives from its data what is assumed here: sizes of the cell tables that the config leaves open are the published
+mixture's for so many points (`recipes.PACK_CELLS`), the number of classes is the label map's, and the teacher's
+architecture follows from its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scalr_jax import recipes
+from scalr_jax.data.build import make_settings
+from scalr_jax.data.packing import Capacities, pack_shard
+from scalr_jax.data.readers.files import read_label_map
+from scalr_jax.data.scenes import Batch, SceneView, SceneVoxels
+from scalr_jax.models import build, vit
+from scalr_jax.models.vit import TEACHERS, ViTConfig
+from scalr_jax.ops.voxels import DIRECTIONS, LEVELS, pooled
+from scalr_jax.runtime import sharding
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.train import loop as train
+
+SIZES = {"s": "vits14", "b": "vitb14", "l": "vitl14", "g": "vitg14", "7": "vit7b16"}  # by what follows "vit" in names
+
+
+class AbstractRun(NamedTuple):
+    """What a step takes, all shapes with shardings, and the step."""
+
+    program: train.Program
+    teacher: Any
+    batch: Batch
+    capacities: Capacities
+    teacher_config: ViTConfig | None
+
+    def lower(self) -> Any:
+        return self.program.step.lower(self.program.state, self.teacher, self.batch)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of the student, all devices together counted once."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.program.state.params))
+
+
+def make_run(config: Any, mesh: Any, teacher: str | None = None) -> AbstractRun:
+    """The step of `config` on `mesh`, in bfloat16 unless `model.dtype` says float32.
+
+    `teacher` names one of `TEACHERS` or its width, or "demo"; None: what `config.teacher.checkpoint` is called, else
+    ViT-L. Raises `InputError` for a config that trains nothing or does not divide among the devices.
+    """
+    config = config.copy_and_resolve_references()
+    if config.model.dtype == "auto":
+        config.model.dtype = "bfloat16"  # "auto" asks the machine that compiles, which is no TPU
+    check_divides(config, mesh.size)
+    task, teacher_config = make_task(config, teacher)
+    capacities = choose_capacities(config)
+    batch = make_batch(config, task.scene_task, capacities, mesh)
+    scenes = config.data.scenes_per_step or capacities.scenes * mesh.size  # a constant of the schedule, of any value
+    program = train.make_program(config, task, batch, mesh, float(scenes))
+    params = placed(task.teacher, sharding.parameter_shardings(task.teacher, mesh))
+    return AbstractRun(program, params, batch, capacities, teacher_config)
+
+
+def check_divides(config: Any, num_devices: int) -> None:
+    """Raises `InputError` when the scenes of a step do not divide among the devices."""
+    scenes = config.data.scenes_per_step
+    if scenes % num_devices:
+        raise InputError(
+            f"data.scenes_per_step = {scenes} does not divide among {num_devices} devices; pack as many as fit, as "
+            f"configs/pretrain/scalr_packed_wi48_768.py:{num_devices} does, or use fewer devices"
+        )
+
+
+def make_task(config: Any, teacher: str | None) -> tuple[train.Task, ViTConfig | None]:
+    """The task of `config` with the teacher's shapes, and the teacher's architecture (None without one)."""
+    if config.task == "distill":
+        vit_config = choose_teacher(
+            config.teacher.checkpoint if teacher is None else teacher, given=teacher is not None
+        )
+        interpolation = config.teacher.position_interpolation
+        if interpolation != "auto":
+            vit_config = dataclasses.replace(vit_config, position_interpolation=interpolation)
+        return train.distillation_task(config, (vit_config, teacher_shapes(config, vit_config))), vit_config
+    if config.task not in ("probe", "finetune"):
+        raise InputError(f"config.task = {config.task!r} trains no student in one step; distill, probe and finetune do")
+    label = config.task
+    return train.segmentation_task(
+        config, num_classes(config), label=label, initial=None, frozen=label == "probe"
+    ), None
+
+
+def choose_teacher(name: str, *, given: bool) -> ViTConfig:
+    """The architecture behind a name, a width or a file's name. Raises `InputError` that lists what is known."""
+    if name == "demo":
+        from scalr_jax.interop.teacher import load_demo_teacher
+
+        return load_demo_teacher()[0]
+    by_width = {str(vit_config.width): key for key, vit_config in TEACHERS.items()}
+    named = re.search(r"vit[-_]?(small|base|large|giant|[sblg7])", name.rsplit("/", 1)[-1].lower())
+    key = by_width.get(name) or (SIZES[named[1][0]] if named else None)
+    if key is None and (given or name):
+        what = f"--teacher={name}" if given else f"teacher.checkpoint = {name!r}"
+        widths = ", ".join(f"{key} ({vit_config.width} wide)" for key, vit_config in TEACHERS.items())
+        raise InputError(f"{what} names no known teacher; give --teacher as one of {widths} or demo")
+    return TEACHERS[key or "vitl14"]
+
+
+def teacher_shapes(config: Any, vit_config: ViTConfig) -> Any:
+    """Parameters in bfloat16. Raises `InputError` when images are no whole number of patches."""
+    image_size = tuple(config.data.image_size)
+    try:
+        vit.patch_grid(vit_config, image_size)
+    except ValueError as error:
+        raise InputError(f"data.image_size: {error}") from error
+    params = jax.eval_shape(lambda: vit.init(vit_config, jax.random.key(0), image_size))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+
+
+def num_classes(config: Any) -> int:
+    """As `tasks.num_classes_of`, without the dataset."""
+    if config.model.num_classes:
+        return config.model.num_classes
+    if config.data.dataset in ("nuscenes", "semantic_kitti", "pandaset"):
+        return len(read_label_map(config.data.dataset).class_names)
+    raise InputError(
+        f"the classes of {config.data.dataset!r} are in its data; give their number, --config.model.num_classes=N"
+    )
+
+
+def choose_capacities(config: Any) -> Capacities:
+    """From the config where it gives them, else tables as full as those of the published mixture, or, where every step
+    holds so many scenes, as of its largest."""
+    data = config.data
+
+    def tables(given: Any, packed: tuple[int, ...], of_points: int = recipes.PACK_POINTS) -> tuple[int, ...]:
+        return tuple(given) or tuple(-(-data.points_per_shard * n // of_points // 128) * 128 for n in packed)
+
+    points, scenes = data.points_per_shard, data.scenes_per_shard
+    if build.is_sparse(config.model):
+        voxels, pairs, of_points = recipes.PACK_VOXELS, recipes.PACK_PAIRS, recipes.PACK_POINTS
+        if data.scenes_per_step:
+            voxels, pairs, of_points = recipes.SCENE_VOXELS, recipes.SCENE_PAIRS, recipes.MAX_POINTS
+        voxels, pairs = tables(data.voxels_per_shard, voxels, of_points), tables(data.pairs_per_shard, pairs, of_points)
+        return Capacities(points, scenes, (), (), voxels, pairs, pooled(pairs))
+    cells, halo = tables(data.cells_per_shard, recipes.PACK_CELLS), tables(data.halo_per_shard, recipes.PACK_HALO)
+    return Capacities(points, scenes, cells, halo)
+
+
+def make_batch(config: Any, scene_task: str, capacities: Capacities, mesh: Any) -> Batch:
+    """Shapes of a batch, by packing no scene at all as a run packs its first."""
+    settings = make_settings(config, task=scene_task, train=True)
+    distill = scene_task == "distill"
+    nothing = SceneView(
+        name="",
+        index=0,
+        feats=np.zeros((0, 5), np.float32),
+        neighbors=np.zeros((0, settings.num_neighbors), np.int32),
+        planes=(),
+        image=np.zeros((*settings.image_size, 3), np.uint8) if distill else None,
+        pixels=np.zeros((0, 2), np.int32) if distill else None,
+        labels=None if distill else np.zeros(0, np.uint8),
+        voxels=None
+        if settings.grids
+        else SceneVoxels(np.zeros((0, 3), np.float32), np.zeros((LEVELS, 2 + len(DIRECTIONS)), int)),
+    )
+    place = sharding.batch_sharding(mesh)
+    shard = pack_shard((), capacities, nothing, settings.grids)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((mesh.size, *x.shape), x.dtype, sharding=place), shard)
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)

@@ -1,0 +1,174 @@
+"""Compiles a config's training step for TPUs that are not there: does it fit, and what do the devices send each other?
+
+    python -m scalr_jax.compile --config=configs/pretrain/scalr_packed_wi48_768.py:1024 --topology=v5p:8x8x16
+    python -m scalr_jax.compile --config=configs/pretrain/scalr_packed_wi48_768.py:512 --topology=v6e:16x16 --slices=2
+    python -m scalr_jax.compile --config=configs/pretrain/scalr_packed_wi48_768.py:16 --topology=v5e:4x4 \\
+        --teacher=vit7b16 --config.mesh.fsdp=16
+    python -m scalr_jax.compile --config=configs/finetune/nuscenes_100p.py --topology=v4:2x2x1
+
+The step is the one that trains, with its shardings; shapes stand for weights and data, so neither is needed, nor a TPU:
+any machine with the tpu extra will do. A table comes first, one JSON object last:
+
+    topology, devices       devices of JAX, of all slices: a chip is one of them, of TPU7x two
+    peak_bytes_per_device   arguments, results, temporary buffers and the program; hbm_bytes is what there is
+    fits                    exit code 2 and the shortfall when false
+    flops_per_device        of a step's matrix products as compiled (padding and what remat computes again included,
+                            inside of custom kernels not), read off the program with loops times their trips
+    bytes_per_device        main memory, read or written, likewise
+    collectives             kind -> count a step, and bytes of the whole arrays that they are about
+    parameter_bytes         the student's
+    compile_s               lowering and compiling
+
+Flags:
+    --config     a config file of configs/; any key can be set: --config.model.remat=none
+    --topology   CHIP:AxBxC, chips along each axis of one slice: v4, v5p and tpu7x have three, v5e and v6e two
+    --slices     so many of them, joined by the data-centre network (default 1)
+    --teacher    vits14, vitb14, vitl14, vitg14 (DINOv2), vit7b16 (DINOv3), their width, or demo (default: what
+                 teacher.checkpoint is called, else vitl14)
+    --text       also write the compiled program here
+
+Exit codes: 0 it fits; 2 it does not, or bad arguments (one sentence on stderr); 1 a defect.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from scalr_jax.compile import hlo, hlo_cost
+from scalr_jax.runtime.chips import ENVIRONMENT, Topology, parse_topology, tpu_devices
+from scalr_jax.runtime.command_line import config_sentence, fail, one_sentence
+from scalr_jax.runtime.errors import InputError
+
+FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a config file.", flag_values=FLAGS)
+flags.DEFINE_string("topology", None, "CHIP:AxBxC.", flag_values=FLAGS)
+flags.DEFINE_integer("slices", 1, "How many.", flag_values=FLAGS)
+flags.DEFINE_string("teacher", None, "The teacher's architecture.", flag_values=FLAGS)
+flags.DEFINE_string("text", None, "Where to write the compiled program.", flag_values=FLAGS)
+
+UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_flags(arguments: list[str]) -> Any:
+    """Fills `FLAGS` and returns the config; --help and mistakes as users expect them."""
+    if any(argument in ("--help", "-h", "-help") for argument in arguments[1:]):
+        print(__doc__)
+        sys.exit(0)
+    FLAGS.unparse_flags()  # of an earlier call in this process
+    try:
+        rest = FLAGS(arguments)
+        config = CONFIG.value
+        empty = config is None or not config.items()
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError, SyntaxError) as error:
+        # ml_collections reports a config that does not load when it is first looked at
+        raise InputError(config_sentence(error)) from error
+    if rest[1:]:
+        raise InputError(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
+    if empty or FLAGS.topology is None:
+        raise InputError("--config and --topology are required, as in --config=configs/smoke.py --topology=v5e:2x2")
+    return config
+
+
+def compile_step(config: Any, topology: Topology, num_slices: int, teacher: str | None) -> tuple[dict[str, Any], str]:
+    """The result and the compiled program's text, "" when it does not fit. Raises `InputError`."""
+    import jax
+
+    from scalr_jax.compile.abstract import make_run
+    from scalr_jax.runtime import sharding
+
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=tpu_devices(topology.name, num_slices))
+    run = make_run(config, mesh, teacher)
+    result: dict[str, Any] = {"topology": topology.name, "slices": num_slices, "devices": mesh.size}
+    began = time.monotonic()
+    try:
+        compiled = run.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        peak, text = needed_bytes(str(error)), ""
+        measured: dict[str, Any] = dict.fromkeys(("flops_per_device", "bytes_per_device", "collectives"))
+    else:
+        plan: Any = compiled.memory_analysis()
+        results = plan.output_size_in_bytes - plan.alias_size_in_bytes
+        held = plan.argument_size_in_bytes + results + plan.generated_code_size_in_bytes
+        peak, text = held + plan.temp_size_in_bytes, compiled.as_text() or ""
+        program = hlo.parse(text)
+        measured = {
+            "flops_per_device": hlo_cost.flops(program),
+            "bytes_per_device": hlo_cost.hbm_bytes(program),
+            "collectives": hlo.summary(hlo.collectives(program)),
+        }
+    hbm = topology.chip.hbm_bytes
+    result |= {"peak_bytes_per_device": int(peak), "hbm_bytes": hbm, "fits": bool(text) and peak <= hbm, **measured}
+    result |= {"parameter_bytes": run.parameter_bytes, "compile_s": round(time.monotonic() - began, 1)}
+    return {**result, "jax": jax.__version__}, text
+
+
+def needed_bytes(message: str) -> int:
+    """What a program that is too large needs, from the compiler's message. Raises RuntimeError for another message."""
+    found = re.search(r"total memory required.*?\(([\d.]+)([BKMGT])\)|Used ([\d.]+)([BKMGT]) of", message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        raise RuntimeError(f"the compiler failed: {message}")
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return int(float(number) * UNITS[unit])
+
+
+def show(result: dict[str, Any], mesh: str) -> None:
+    """The table for people."""
+    gib = 2**30
+    rows = [
+        ("devices", f"{result['devices']:,} ({mesh})"),
+        ("memory a device", f"{result['peak_bytes_per_device'] / gib:.2f} of {result['hbm_bytes'] / gib:.2f} GiB"),
+        ("parameters", f"{result['parameter_bytes'] / 1e6:.1f} MB"),
+    ]
+    if result["collectives"] is not None:
+        rows += [
+            ("FLOPs a device", f"{result['flops_per_device'] / 1e12:.2f} T"),
+            ("memory traffic", f"{result['bytes_per_device'] / 1e9:.1f} GB"),
+        ]
+        for kind, total in result["collectives"].items():
+            rows.append((kind, f"{total['count']:,} of {total['bytes'] / 1e6:.1f} MB together"))
+    rows.append(("compiled in", f"{result['compile_s']:.0f} s"))
+    for name, text in rows:
+        print(f"{name:<28}{text}")
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    """Compiles, prints and returns the result. Raises `InputError`."""
+    from scalr_jax.config import check_keys
+
+    config = parse_flags(arguments)
+    check_keys(config)
+    topology = parse_topology(FLAGS.topology)
+    result, text = compile_step(config, topology, FLAGS.slices, FLAGS.teacher)
+    if FLAGS.text and text:
+        Path(FLAGS.text).write_text(text)
+    show(result, f"{FLAGS.slices} x {topology.name}, mesh.fsdp = {config.mesh.fsdp}")
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def main(arguments: list[str]) -> None:
+    # Before JAX is imported: this process compiles on the CPU, whatever devices there are.
+    os.environ.update({"JAX_PLATFORMS": "cpu", **ENVIRONMENT})
+    try:
+        result = run(arguments)
+    except InputError as error:
+        fail(one_sentence(error))
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        fail(one_sentence(error))
+    if not result["fits"]:
+        lacking = (result["peak_bytes_per_device"] - result["hbm_bytes"]) / 2**30
+        fail(
+            f"it does not fit: a device of {result['topology']} lacks {lacking:.2f} GiB; raise config.mesh.fsdp, lower "
+            "config.data.points_per_shard, or set config.model.remat=group"
+        )

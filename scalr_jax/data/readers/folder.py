@@ -1,0 +1,314 @@
+"""One's own lidar: a folder of scans, with images and labels where there are some.
+
+    <root>/dataset.json                       cameras, classes, columns of .bin files (folder_settings.py)
+    <root>/<scene>/scans/<name>.bin           or .npy, .pcd, .ply (scan_files.py), in the lidar's frame, metres
+    <root>/<scene>/<camera>/<name>.jpg        or .png; a camera of dataset.json
+    <root>/<scene>/labels/<name>.label        uint32, lower half the class (SemanticKITTI); .npy integers; .bin uint8
+    <root>/<scene>/cameras.json               where a scene's calibration differs: replaces cameras of dataset.json
+
+The same name pairs a scan with its images and labels. `<root>/scans` directly is one scene. Pixels: calibration.py. A
+row whose x, y, z are all NaN or all 0 is no echo: it is dropped with its label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from scalr_jax.data.readers import calibration, files, folder_settings
+from scalr_jax.data.readers.calibration import Camera
+from scalr_jax.data.readers.scan_files import SUFFIXES, Scan, load_array, read_scan
+from scalr_jax.data.scenes import Frame
+from scalr_jax.runtime.errors import BadFrameError, InputError, NothingVisibleError
+
+IMAGES = (".jpg", ".jpeg", ".png")
+LABELS = (".label", ".npy", ".bin")
+SPLITS = ("train", "validation", "all")
+LAYOUT = "<root>/<scene>/scans/*.bin (or .npy, .pcd, .ply), or <root>/scans"
+MEASURED_SCANS = 20  # read to measure the intensity, when dataset.json does not say it
+FARTHEST = 1000.0  # metres: the median distance of a scan's points is far below
+
+
+class _Entry(NamedTuple):
+    scene: str
+    scan: Path
+    images: dict[str, Path]  # by camera
+    labels: Path | None
+
+
+class Folder:
+    """The scans of a split, in the order of scenes and names.
+
+    Args:
+      root: the folder; `dataset.json` in it is needed for cameras, classes and .bin files of other than 4 columns.
+      split: "train" (scenes that dataset.json does not list under "validation"), "validation" or "all".
+      scenes: names of scenes of the split to use; None for all.
+      cameras: which images `frame` may draw. None: all calibrated ones, or none with `labels`. A scan is listed when
+        one of its images is there; with () every scan is.
+      labels: list only scans with labels, and read them.
+
+    Attributes:
+      intensity: mean, standard deviation: dataset.json's, or measured over 20 scans of all scenes; (0, 1) without one.
+      warnings: sentences about what looks wrong but may be meant.
+
+    Raises:
+      InputError: nothing to read at `root`, a wrong dataset.json (all its problems are listed), or an argument that
+        does not fit what is there.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        split: str = "train",
+        scenes: Sequence[str] | None = None,
+        labels: bool = False,
+        cameras: Sequence[str] | None = None,
+    ) -> None:
+        files.check_choice("split", split, SPLITS)
+        self.root, self.split, self.labels = Path(root), split, labels
+        files.check_folder(self.root, LAYOUT)
+        self.settings = folder_settings.read_settings(self.root / folder_settings.FILE)
+        self.class_names = self.settings.classes
+        self._folders = _find_scenes(self.root)
+        self._calibrations = {scene: self._scene_cameras(folder) for scene, folder in self._folders.items()}
+        known = dict.fromkeys(name for found in self._calibrations.values() for name in found)
+        self.cameras = tuple(cameras if cameras is not None else () if labels else known)
+        for camera in self.cameras:
+            files.check_choice("camera", camera, known or ["none: dataset.json has no cameras"])
+        if labels and not self.class_names:
+            raise InputError(
+                f"{self.root / folder_settings.FILE}: no classes; labels need their names. {folder_settings.HELP}"
+            )
+        self._all = [entry for scene, folder in self._folders.items() for entry in self._find_scans(scene, folder)]
+        chosen = self._choose_scenes(scenes)
+        self._found = [entry for entry in self._all if entry.scene in chosen]
+        self._entries = [e for e in self._found if (self._drawn(e) or not self.cameras) and (e.labels or not labels)]
+        if not self._entries:
+            raise InputError(self._nothing())
+        self._has_intensity, self.intensity = self._measure_intensity()
+        self.warnings = self._find_warnings()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def name(self, index: int) -> str:
+        """What errors and logs call a frame: "folder/<scene>/<name of the scan>"."""
+        return f"folder/{self._entries[index].scene}/{self._entries[index].scan.stem}"
+
+    def scan_file(self, index: int) -> str:
+        """The scan's path below `root`."""
+        return str(self._entries[index].scan.relative_to(self.root))
+
+    def scan(self, index: int) -> Scan:
+        """The scan as it is stored. Raises BadFrameError."""
+        return read_scan(self._entries[index].scan, columns=self.settings.columns)
+
+    def cameras_of(self, index: int) -> tuple[str, ...]:
+        """The cameras of a frame that `frame` draws from."""
+        return self._drawn(self._entries[index])
+
+    def image_path(self, index: int, camera: str) -> Path:
+        """The image file of one of a frame's cameras."""
+        return self._entries[index].images[camera]
+
+    def view(self, scan: Frame, index: int, camera: str) -> Frame:
+        """`frame(index, camera=camera)` from the frame's scan, `frame(index, camera=None)`. Raises BadFrameError."""
+        return self._pair(scan, self._entries[index], camera)
+
+    def describe(self) -> str:
+        """A short table of what was found, what is missing and what looks wrong."""
+        found, mean, std = self._found, *self.intensity
+        known = dict.fromkeys(name for scene in self._calibrations.values() for name in scene)
+        rows: list[tuple[str, object]] = [("scenes", ", ".join(dict.fromkeys(e.scene for e in found)))]
+        rows.append(("frames", f"{len(self)} of {len(found)} scans"))
+        rows += [(f"images of {name}", f"{sum(name in e.images for e in found)} of {len(found)}") for name in known]
+        rows.append(("labelled scans", f"{sum(e.labels is not None for e in found)} of {len(found)}"))
+        rows.append(("classes", ", ".join(self.class_names) or "none in dataset.json"))
+        source = (
+            "dataset.json" if self.settings.intensity else f"measured; write it as {[round(mean, 4), round(std, 4)]}"
+        )
+        no_intensity = "none in the files: the student gets 0 everywhere"
+        rows.append(
+            ("intensity", f"mean {mean:.4g}, std {std:.4g} ({source})" if self._has_intensity else no_intensity)
+        )
+        if missing := self._missing_to_distill():
+            rows.append(("to distil, missing", missing))
+        rows += [("warning", text) for text in self.warnings]
+        return files.format_table(f"Folder of scans, split {self.split}: {self.root}", rows)
+
+    def check_distillable(self) -> None:
+        """Raises InputError that says what is missing to distil: cameras, or their images."""
+        if missing := self._missing_to_distill():
+            raise InputError(f"{self.root}: distillation needs images and their calibration; {missing}.")
+
+    def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = files.RANDOM) -> Frame:
+        """Reads one frame.
+
+        Args:
+          index: 0 to len - 1.
+          rng: draws the camera, uniformly among the frame's; not needed where there is one at most, or it is named.
+          camera: a camera's name; None for no image; "random" draws one.
+
+        Returns:
+          The frame, with points [N, 4] float32 in the lidar's frame (metres, raw intensity).
+
+        Raises:
+          BadFrameError: a file of this frame is missing or damaged.
+        """
+        entry = self._entries[index]
+        camera = files.pick_camera(camera, self._drawn(entry), self._calibrations[entry.scene], rng)
+        points = self.scan(index).points
+        labels = self._read_labels(entry, len(points)) if self.labels else None
+        echo = ~(np.isnan(points[:, :3]).all(axis=1) | (points[:, :3] == 0).all(axis=1))
+        points, labels = points[echo], labels[echo] if labels is not None else None
+        good = files.finite_points(points, entry.scan)
+        points, labels = points[good], labels[good] if labels is not None else None
+        _check_place(points, entry.scan)
+        frame = Frame(name=self.name(index), points=points, to_ego=self.settings.to_student, labels=labels)
+        return frame if camera is None else self._pair(frame, entry, camera)
+
+    def _pair(self, frame: Frame, entry: _Entry, name: str) -> Frame:
+        if name not in entry.images:
+            raise BadFrameError(f"{frame.name}: no image of {name}; add it, or leave this camera out.")
+        camera = self._calibrations[entry.scene][name]
+        image = files.read_image(entry.images[name], camera.size)
+        pixels, visible = calibration.project(frame.points, camera, self.settings.min_depth)
+        if not visible.any():
+            reason = calibration.explain_nothing_visible(frame.points, camera, self.settings.min_depth)
+            raise NothingVisibleError(
+                f"{frame.name}/{name}: none of {len(visible)} points projects into the image; {reason}."
+            )
+        return frame._replace(name=f"{frame.name}/{name}", image=image, pixels=pixels, visible=visible)
+
+    def _read_labels(self, entry: _Entry, num_points: int) -> np.ndarray:
+        path = entry.labels
+        assert path is not None
+        if path.suffix == ".label":
+            raw = files.read_array(path, np.dtype("<u4")) & 0xFFFF  # the upper half numbers the instance
+        elif path.suffix == ".bin":
+            raw = files.read_array(path, np.dtype("u1"))
+        else:
+            raw = load_array(path)
+            if raw.ndim != 1 or raw.dtype.kind not in "iu":
+                raise BadFrameError(f"{path}: labels must be one integer a point, shape [N]; write it again.")
+        return files.map_labels(raw, dict(self.settings.class_of_id), num_points, path)
+
+    # ------------------------------------------------------------------------------------------------ what is there
+
+    def _scene_cameras(self, folder: Path) -> Mapping[str, Camera]:
+        own = folder / "cameras.json"
+        return {**self.settings.cameras, **(folder_settings.read_cameras(own) if own.exists() else {})}
+
+    def _find_scans(self, scene: str, folder: Path) -> list[_Entry]:
+        scans = _by_stem(folder / "scans", SUFFIXES)
+        images = {camera: _by_stem(folder / camera, IMAGES) for camera in self._calibrations[scene]}
+        labels = _by_stem(folder / "labels", LABELS)
+        return [
+            _Entry(
+                scene,
+                path,
+                {camera: found[stem] for camera, found in images.items() if stem in found},
+                labels.get(stem),
+            )
+            for stem, path in sorted(scans.items())
+        ]
+
+    def _choose_scenes(self, wanted: Sequence[str] | None) -> set[str]:
+        held_out, path = self.settings.validation, self.root / folder_settings.FILE
+        files.check_all_in("validation scene", held_out, self._folders, path)
+        if self.split == "validation" and not held_out:
+            raise InputError(
+                f'{path}: no scenes to validate on; list some under "validation", among {", ".join(self._folders)}.'
+            )
+        names = {
+            name for name in self._folders if self.split == "all" or (name in held_out) == (self.split == "validation")
+        }
+        files.check_all_in(f"{self.split} scene", wanted, names, self.root)
+        return names if wanted is None else set(wanted)
+
+    def _drawn(self, entry: _Entry) -> tuple[str, ...]:
+        """The cameras that `frame` draws from."""
+        return tuple(camera for camera in self.cameras if camera in entry.images)
+
+    def _nothing(self) -> str:
+        """Why there is no frame: one sentence."""
+        text = f"{self.root}: no scan to use among {len(self._found)} (split={self.split!r}, cameras={self.cameras}, "
+        text += f"labels={self.labels}); expected {LAYOUT}, and beside scans/ the folders of cameras and labels/"
+        for entry in self._found[:1]:
+            there = sorted(p for p in entry.scan.parent.parent.glob("*/*") if p.suffix.lower() in (*IMAGES, ".label"))
+            text += f"; scans are named like {entry.scan.name}"
+            text += f", other files like {there[0].parent.name}/{there[0].name}: one stem pairs them" if there else ""
+        return f"{text}."
+
+    def _missing_to_distill(self) -> str:
+        if not any(self._calibrations.values()):
+            return f'no cameras in {folder_settings.FILE}: add "cameras" with intrinsics, size and lidar_to_camera'
+        if not any(entry.images for entry in self._found):
+            return "no image is named like its scan in a folder of a camera"
+        return ""
+
+    def _measure_intensity(self) -> tuple[bool, tuple[float, float]]:
+        """Whether the files have one, and its mean and standard deviation; the same for every split."""
+        step = -(-len(self._all) // MEASURED_SCANS) or 1
+        values, has_intensity, error = [], False, None
+        for entry in self._all[::step]:
+            try:
+                scan = read_scan(entry.scan, columns=self.settings.columns)
+            except BadFrameError as bad:
+                error = bad
+                continue
+            error, has_intensity = None, scan.has_intensity
+            if self.settings.intensity or not has_intensity:
+                break
+            values.append(scan.points[np.isfinite(scan.points).all(axis=1), 3].astype(np.float64))
+        if error is not None and not values:
+            raise InputError(f"no scan can be read; the last one: {error}")
+        if self.settings.intensity or not has_intensity:
+            return has_intensity, self.settings.intensity or (0.0, 1.0)
+        pooled = np.concatenate(values)
+        mean, std = (float(pooled.mean()), float(pooled.std())) if len(pooled) else (0.0, 1.0)
+        return True, (mean, std if std > 1e-9 else 1.0)
+
+    def _find_warnings(self) -> tuple[str, ...]:
+        cameras = {id(camera): camera for scene in self._calibrations.values() for camera in scene.values()}
+        texts = [calibration.check_upright(camera, self.settings.to_student) for camera in cameras.values()]
+        return tuple(dict.fromkeys(text for text in texts if text))
+
+
+def _find_scenes(root: Path) -> dict[str, Path]:
+    """The folders that hold scans/, by name."""
+    if (root / "scans").is_dir():
+        return {root.resolve().name: root}
+    found = {folder.name: folder for folder in sorted(root.iterdir()) if (folder / "scans").is_dir()}
+    if not found:
+        raise InputError(f"{root}: no folder scans/ in it or in a folder of it; expected {LAYOUT}.")
+    return found
+
+
+def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """The files of a folder with one of these endings, by name without it. Raises InputError when two share one."""
+    found: dict[str, Path] = {}
+    for name in sorted(files.listing(folder)):
+        path = folder / name
+        if path.suffix.lower() not in suffixes or name.startswith("."):
+            continue
+        if path.stem in found:
+            raise InputError(f"{folder}: {found[path.stem].name} and {name} have one name; remove one of them.")
+        found[path.stem] = path
+    return found
+
+
+def _check_place(points: np.ndarray, path: Path) -> None:
+    """Raises BadFrameError for points [N, 4] that no lidar at the origin can have seen."""
+    if len(points) == 0:
+        raise BadFrameError(f"{path}: no point of the scan has an echo (all are NaN or 0); leave it out.")
+    distance = float(np.median(np.linalg.norm(points[:, :3], axis=1)))
+    if distance > FARTHEST:
+        raise BadFrameError(
+            f"{path}: half of the points are farther than {distance:.0f} m from the origin; scans must be in metres "
+            "and in the lidar's frame, not in a map's."
+        )

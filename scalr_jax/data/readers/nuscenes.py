@@ -1,0 +1,224 @@
+"""nuScenes from its official JSON tables, without the devkit: keyframes of LIDAR_TOP and six cameras, lidarseg labels.
+
+    lidar -> ego at the scan's time -> global -> ego at the image's time -> camera -> pixel
+    visible: depth > 1 m, strictly between 0 and the image's size - 1
+
+The published chain holds the points in float32 and rounds to it after every rotation and every translation; so does
+this one (global coordinates of kilometres make that about 0.1 mm a step). The lidar's frame is the student's frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from scalr_jax.data.readers import files, nuscenes_tables
+from scalr_jax.data.readers.nuscenes_tables import Keyframe, Shot
+from scalr_jax.data.scenes import Frame
+from scalr_jax.runtime.errors import BadFrameError, InputError
+
+CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
+LIDAR = "LIDAR_TOP"
+MIN_DEPTH = 1.0  # metres before the camera, of a visible point
+NUM_RINGS = 32
+VERSIONS = ("v1.0-trainval", "v1.0-mini", "v1.0-test")
+
+
+class _Entry(NamedTuple):
+    scene: str
+    timestamp: int  # microseconds
+    scan: Shot
+    images: dict[str, Shot]  # by camera: those whose file is there
+    labels: str | None  # lidarseg file
+
+
+class NuScenes:
+    """The keyframes of a split, in the order of the scenes' names and of time.
+
+    Args:
+      root: the folder that holds the tables' folder (`v1.0-mini/*.json`), `samples/` and perhaps `lidarseg/`.
+      version: "v1.0-trainval", "v1.0-mini" or "v1.0-test".
+      split: "validation" (the version's official validation scenes), "train" (its other scenes) or "all".
+      scenes: names of scenes of the split to use; None for all.
+      cameras: which images `frame` may draw. None: all six, or none at all with `labels`. A keyframe is listed when
+        one of them is there.
+      labels: list only keyframes with lidarseg labels, and read them.
+
+    Raises:
+      InputError: nothing to read at `root`, a damaged table, or an argument that does not fit what is there.
+    """
+
+    intensity = (18.742355, 22.04632)  # mean, standard deviation
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        version: str = "v1.0-mini",
+        split: str = "train",
+        scenes: Sequence[str] | None = None,
+        cameras: Sequence[str] | None = None,
+        labels: bool = False,
+    ) -> None:
+        files.check_choice("version", version, VERSIONS)
+        files.check_choice("split", split, ("train", "validation", "all"))
+        self.root, self.version, self.split, self.labels = Path(root), version, split, labels
+        self.cameras = tuple(cameras if cameras is not None else () if labels else CAMERAS)
+        for camera in self.cameras:
+            files.check_choice("camera", camera, CAMERAS)
+        label_map = files.read_label_map("nuscenes")
+        self.class_names = label_map.class_names
+        folder = self.root / version
+        files.check_folder(folder, "nuScenes' tables, <root>/<version>/sample_data.json and the others")
+        self._class_of_id = nuscenes_tables.read_class_of_id(folder, label_map)
+        chosen = _choose_scenes(folder, split, scenes)
+        self._num_scenes = len(chosen)
+        keyframes = nuscenes_tables.read_keyframes(folder, chosen, (LIDAR, *CAMERAS))
+        found = _find_files(keyframes, nuscenes_tables.read_lidarseg(folder), self.root)
+        self._num_keyframes = len(keyframes)
+        self._left_out = (
+            f"{len(keyframes) - len(found)} keyframes without scan, "
+            f"{sum(bool(self.cameras) and not self._drawn(e) for e in found)} without image, "
+            f"{sum(labels and not e.labels for e in found)} without labels"
+        )
+        self._entries = [e for e in found if (self._drawn(e) or not self.cameras) and (e.labels or not labels)]
+        if not self._entries:
+            raise InputError(
+                f"{self.root}: no keyframe to use among {len(keyframes)} in the tables of {version} and {len(found)} "
+                f"with a scan (split={split!r}, cameras={self.cameras}, labels={labels}); unpack samples/ (and "
+                "lidarseg/ for labels) beside the tables."
+            )
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def name(self, index: int) -> str:
+        """What errors and logs call a frame: "nuscenes/<scene>/<the scan's time in microseconds>"."""
+        return f"nuscenes/{self._entries[index].scene}/{self._entries[index].timestamp}"
+
+    def scan_file(self, index: int) -> str:
+        """The scan's path below `root`, as published lists name keyframes."""
+        return self._entries[index].scan.file
+
+    def scan_token(self, index: int) -> str:
+        """The scan's token in sample_data, by which the benchmark names its predictions."""
+        return self._entries[index].scan.token
+
+    def describe(self) -> str:
+        """A short table of what was found."""
+        rows = [
+            ("scenes", self._num_scenes),
+            ("frames", f"{len(self)} of {self._num_keyframes} keyframes"),
+            ("left out", self._left_out),
+            ("images", f"{sum(len(self._drawn(entry)) for entry in self._entries)} of {len(self) * len(self.cameras)}"),
+            ("labelled frames", sum(entry.labels is not None for entry in self._entries)),
+        ]
+        return files.format_table(f"nuScenes {self.version}, split {self.split}: {self.root}", rows)
+
+    def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = files.RANDOM) -> Frame:
+        """Reads one keyframe.
+
+        Args:
+          index: 0 to len - 1.
+          rng: draws the camera, uniformly among the frame's; not needed where there is one at most, or it is named.
+          camera: a camera's name; None for no image; "random" draws one.
+
+        Returns:
+          The frame, with points [N, 4] float32 in the lidar's frame (metres, intensity 0 to 255).
+
+        Raises:
+          BadFrameError: a file of this frame is missing or damaged.
+        """
+        entry = self._entries[index]
+        camera = files.pick_camera(camera, self._drawn(entry), CAMERAS, rng)
+        path = self.root / entry.scan.file
+        rows = files.read_floats(path, 5)  # [N, 5]; the fifth column is the ring, 0 the lowest
+        points = np.ascontiguousarray(rows[:, :4])
+        rings = rows[:, 4].astype(np.uint8) if np.isin(rows[:, 4], np.arange(NUM_RINGS)).all() else None
+        labels = self._read_labels(entry, len(points)) if self.labels else None
+        good = files.finite_points(points, path)
+        points, labels = points[good], labels[good] if labels is not None else None
+        beams = rings[good] if rings is not None else None
+        frame = Frame(name=self.name(index), points=points, to_ego=np.eye(4), labels=labels, beams=beams)
+        return frame if camera is None else self._pair(frame, entry, camera)
+
+    def cameras_of(self, index: int) -> tuple[str, ...]:
+        """The cameras of a frame that `frame` draws from."""
+        return self._drawn(self._entries[index])
+
+    def image_path(self, index: int, camera: str) -> Path:
+        """The image file of one of a frame's cameras."""
+        return self.root / self._entries[index].images[camera].file
+
+    def view(self, scan: Frame, index: int, camera: str) -> Frame:
+        """`frame(index, camera=camera)` from the frame's scan, `frame(index, camera=None)`. Raises BadFrameError."""
+        return self._pair(scan, self._entries[index], camera)
+
+    def _drawn(self, entry: _Entry) -> tuple[str, ...]:
+        """The cameras that `frame` draws from."""
+        return tuple(camera for camera in self.cameras if camera in entry.images)
+
+    def _read_labels(self, entry: _Entry, num_points: int) -> np.ndarray:
+        path = self.root / str(entry.labels)
+        return files.map_labels(files.read_array(path, np.dtype("u1")), self._class_of_id, num_points, path)
+
+    def _pair(self, frame: Frame, entry: _Entry, camera: str) -> Frame:
+        if camera not in entry.images:
+            raise BadFrameError(f"{frame.name}: no image of {camera}; unpack it, or leave this camera out.")
+        shot = entry.images[camera]
+        image = files.read_image(self.root / shot.file, shot.size)
+        local = _to_camera(frame.points[:, :3].T, entry.scan, shot)  # [3, N] float32
+        in_front = local[2] > MIN_DEPTH
+        pixels = shot.sensor.intrinsics @ local.astype(np.float64)  # [3, N]
+        x, y = pixels[:2] / np.where(in_front, pixels[2], 1.0)  # [N] each
+        visible = in_front & (x > 0) & (x < image.shape[1] - 1) & (y > 0) & (y < image.shape[0] - 1)
+        name = f"{frame.name}/{camera}"
+        files.need_visible(visible, name, self.root / self.version / "calibrated_sensor.json")
+        return frame._replace(name=name, image=image, pixels=np.stack([y, x], axis=1), visible=visible)
+
+
+def _choose_scenes(folder: Path, split: str, wanted: Sequence[str] | None) -> dict[str, str]:
+    """The scenes of a split, token -> name."""
+    scenes = nuscenes_tables.read_scenes(folder)
+    validation = files.read_json(files.LABEL_MAPS / "nuscenes.json")["validation_scenes"].get(folder.name, ())
+    if split != "all":
+        scenes = {token: name for token, name in scenes.items() if (name in validation) == (split == "validation")}
+    files.check_all_in(f"{split} scene", wanted, scenes.values(), folder)
+    return {token: name for token, name in scenes.items() if wanted is None or name in wanted}
+
+
+def _find_files(keyframes: list[Keyframe], lidarseg: dict[str, str], root: Path) -> list[_Entry]:
+    """The keyframes whose scan is on disk, with those of their images and labels that are."""
+    folders: dict[Path, frozenset[str]] = {}
+
+    def there(file: str | None) -> bool:
+        if file is None:
+            return False
+        path = root / file
+        if path.parent not in folders:  # one listing a folder: 34,000 files each in v1.0-trainval
+            folders[path.parent] = files.listing(path.parent)
+        return path.name in folders[path.parent]
+
+    entries = []
+    for keyframe in keyframes:
+        scan = keyframe.shots.get(LIDAR)
+        if scan is None or not there(scan.file):
+            continue
+        images = {camera: shot for camera, shot in keyframe.shots.items() if camera != LIDAR and there(shot.file)}
+        labels = lidarseg.get(scan.token)
+        entries.append(_Entry(keyframe.scene, keyframe.timestamp, scan, images, labels if there(labels) else None))
+    return entries
+
+
+def _to_camera(points: np.ndarray, scan: Shot, image: Shot) -> np.ndarray:
+    """Points of the lidar's frame [3, N] -> the camera's, through float32 at every step."""
+    for pose in (scan.sensor.pose, nuscenes_tables.pose(scan.ego)):
+        points = (pose.rotation @ points).astype(np.float32)
+        points = (points + pose.translation[:, None]).astype(np.float32)
+    for pose in (nuscenes_tables.pose(image.ego), image.sensor.pose):
+        points = (points - pose.translation[:, None]).astype(np.float32)
+        points = (pose.rotation.T @ points).astype(np.float32)
+    return points

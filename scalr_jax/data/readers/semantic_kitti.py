@@ -1,0 +1,211 @@
+"""SemanticKITTI: KITTI odometry's scans and left colour images, with semantic labels of every point.
+
+    pixel = P2 * Tr * point          visible: x > 1 m, strictly between 0 and the image's size - 1
+
+P2 [3, 4] and Tr [4, 4] (lidar -> camera) come from calib.txt, which lies in `calib/dataset/sequences/XX` or beside the
+scans in `dataset/sequences/XX`. The lidar's frame is the student's frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from scalr_jax.data.readers import files
+from scalr_jax.data.scenes import Frame
+from scalr_jax.runtime.errors import BadFrameError, InputError
+
+CAMERAS = ("image_2",)
+MIN_DISTANCE = 1.0  # metres ahead of the lidar, of a visible point
+CENTRE_TOLERANCE = 0.08  # how far the principal point may lie from the image's middle, as a share of its size
+LAYOUT = "<root>/dataset/sequences/XX/velodyne/*.bin"
+SPLITS = {
+    "train": ("00", "01", "02", "03", "04", "05", "06", "07", "09", "10"),
+    "validation": ("08",),
+    "test": tuple(f"{sequence}" for sequence in range(11, 22)),
+    "all": tuple(f"{sequence:02d}" for sequence in range(22)),
+}
+
+
+class _Entry(NamedTuple):
+    sequence: str
+    number: str  # of the scan: "000000"
+    has_image: bool
+    has_labels: bool
+
+
+class _Calibration(NamedTuple):
+    matrix: np.ndarray  # [3, 4]: lidar -> pixel, homogeneous
+    centre: tuple[float, float]  # principal point x, y (pixels)
+    path: Path
+
+
+class SemanticKITTI:
+    """The scans of a split, in the order of sequence and number.
+
+    Args:
+      root: the folder that holds `dataset/sequences` (and `calib/`, where calib.txt is unpacked apart).
+      split: "train" (00 to 07, 09, 10), "validation" (08), "test" (11 to 21) or "all".
+      sequences: names of sequences of the split to use ("00"); None for all that are there.
+      cameras: ("image_2",) or () for no images. None: the image, or none with `labels`.
+      labels: list only scans with labels, and read them.
+
+    Raises:
+      InputError: nothing to read at `root`, or an argument that does not fit what is there.
+    """
+
+    intensity = (0.28613698, 0.14090556)  # mean, standard deviation
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        split: str = "train",
+        sequences: Sequence[str] | None = None,
+        cameras: Sequence[str] | None = None,
+        labels: bool = False,
+    ) -> None:
+        files.check_choice("split", split, SPLITS)
+        self.root, self.split, self.labels = Path(root), split, labels
+        self.cameras = tuple(cameras if cameras is not None else () if labels else CAMERAS)
+        for camera in self.cameras:
+            files.check_choice("camera", camera, CAMERAS)
+        self._label_map = files.read_label_map("semantic_kitti")
+        self.class_names = self._label_map.class_names
+        self._calibrations: dict[str, _Calibration] = {}  # filled as frames are read
+        files.check_folder(self.root, LAYOUT)
+        self._base = self.root / "dataset" / "sequences"
+        self._sequences = [name for name in SPLITS[split] if (self._base / name / "velodyne").is_dir()]
+        files.check_all_in("sequence", sequences, self._sequences, self._base)
+        self._sequences = [name for name in self._sequences if sequences is None or name in sequences]
+        found = [entry for sequence in self._sequences for entry in self._find_scans(sequence)]
+        self._num_found = len(found)
+        self._left_out = (
+            f"{sum(bool(self.cameras) and not e.has_image for e in found)} scans without image, "
+            f"{sum(labels and not e.has_labels for e in found)} without labels"
+        )
+        self._entries = [e for e in found if (e.has_image or not self.cameras) and (e.has_labels or not labels)]
+        if not self._entries:
+            raise InputError(
+                f"{self.root}: no scan to use among {len(found)} of sequences {', '.join(SPLITS[split])} "
+                f"(split={split!r}, cameras={self.cameras}, labels={labels}); expected {LAYOUT}, image_2, labels."
+            )
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def name(self, index: int) -> str:
+        """What errors and logs call a frame: "semantic_kitti/08/000000"."""
+        return f"semantic_kitti/{self._entries[index].sequence}/{self._entries[index].number}"
+
+    def describe(self) -> str:
+        """A short table of what was found."""
+        absent = [name for name in SPLITS[self.split] if name not in self._sequences]
+        rows = [
+            ("sequences", f"{', '.join(self._sequences)} (not there or not wanted: {', '.join(absent) or 'none'})"),
+            ("frames", f"{len(self)} of {self._num_found} scans"),
+            ("left out", self._left_out),
+            ("images", sum(entry.has_image for entry in self._entries) if self.cameras else "not read"),
+            ("labelled frames", sum(entry.has_labels for entry in self._entries)),
+        ]
+        return files.format_table(f"SemanticKITTI, split {self.split}: {self.root}", rows)
+
+    def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = files.RANDOM) -> Frame:
+        """Reads one frame.
+
+        Args:
+          index: 0 to len - 1.
+          rng: not needed (there is one camera); taken so that all datasets are called alike.
+          camera: "image_2"; None for no image; "random" reads it when the dataset has `cameras`.
+
+        Returns:
+          The frame, with points [N, 4] float32 in the lidar's frame (metres, intensity 0 to 1).
+
+        Raises:
+          BadFrameError: a file of this frame is missing or damaged.
+        """
+        entry = self._entries[index]
+        camera = files.pick_camera(camera, self.cameras, CAMERAS, rng)
+        path = self._base / entry.sequence / "velodyne" / f"{entry.number}.bin"
+        points = files.read_floats(path, 4)  # [N, 4]
+        good = files.finite_points(points, path)
+        frame = Frame(name=self.name(index), points=points[good], to_ego=np.eye(4))
+        if self.labels:
+            labels, instances = self._read_labels(entry, len(points))
+            frame = frame._replace(labels=labels[good], instances=instances[good])
+        return frame if camera is None else self._pair(frame, entry, camera)
+
+    def cameras_of(self, index: int) -> tuple[str, ...]:
+        """The cameras of a frame that `frame` draws from."""
+        return self.cameras if self._entries[index].has_image else ()
+
+    def image_path(self, index: int, camera: str) -> Path:
+        """The image file of one of a frame's cameras."""
+        return self._image_path(self._entries[index], camera)
+
+    def view(self, scan: Frame, index: int, camera: str) -> Frame:
+        """`frame(index, camera=camera)` from the frame's scan, `frame(index, camera=None)`. Raises BadFrameError."""
+        return self._pair(scan, self._entries[index], camera)
+
+    def _find_scans(self, sequence: str) -> list[_Entry]:
+        folder = self._base / sequence
+        images, labels = files.listing(folder / "image_2"), files.listing(folder / "labels")
+        scans = sorted(scan for scan in files.listing(folder / "velodyne") if scan.endswith(".bin"))
+        numbers = [scan.removesuffix(".bin") for scan in scans]
+        return [_Entry(sequence, n, f"{n}.png" in images, f"{n}.label" in labels) for n in numbers]
+
+    def _read_labels(self, entry: _Entry, num_points: int) -> tuple[np.ndarray, np.ndarray]:
+        """Classes [N] uint8, and instances [N] uint32: the upper half numbers them, the lower half is the class."""
+        path = self._base / entry.sequence / "labels" / f"{entry.number}.label"
+        raw = files.read_array(path, np.dtype("<u4"))
+        return files.map_labels(raw & 0xFFFF, self._label_map.class_of_id, num_points, path), raw
+
+    def _image_path(self, entry: _Entry, camera: str) -> Path:
+        return self._base / entry.sequence / camera / f"{entry.number}.png"
+
+    def _pair(self, frame: Frame, entry: _Entry, camera: str) -> Frame:
+        if entry.sequence not in self._calibrations:
+            self._calibrations[entry.sequence] = self._read_calibration(entry.sequence)
+        calibration = self._calibrations[entry.sequence]
+        path = self._image_path(entry, camera)
+        image = files.read_image(path)
+        height, width = image.shape[:2]
+        _check_size(calibration, (width, height), path)
+        points = frame.points
+        ahead = points[:, 0] > MIN_DISTANCE
+        homogeneous = np.concatenate([points[:, :3], np.ones((len(points), 1))], axis=1)  # [N, 4] float64
+        projected = homogeneous @ calibration.matrix.T  # [N, 3]
+        depth = np.where(ahead & (projected[:, 2] != 0), projected[:, 2], 1.0)
+        x, y = projected[:, 0] / depth, projected[:, 1] / depth  # [N] each, pixels
+        visible = ahead & (x > 0) & (x < width - 1) & (y > 0) & (y < height - 1)
+        name = f"{frame.name}/{camera}"
+        files.need_visible(visible, name, calibration.path)
+        return frame._replace(name=name, image=image, pixels=np.stack([y, x], axis=1), visible=visible)
+
+    def _read_calibration(self, sequence: str) -> _Calibration:
+        places = [self.root / "calib" / "dataset" / "sequences" / sequence / "calib.txt"]
+        places.append(self._base / sequence / "calib.txt")
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise BadFrameError(f"{places[0]}: no calibration there or at {places[1]}; copy calib.txt to either.")
+        try:
+            lines = [line.split(":", 1) for line in path.read_text().splitlines() if ":" in line]
+            entries = {key.strip(): np.array([float(x) for x in value.split()]) for key, value in lines}
+            camera, lidar = entries["P2"].reshape(3, 4), np.eye(4)
+            lidar[:3] = entries["Tr"].reshape(3, 4)
+        except (OSError, KeyError, ValueError) as error:
+            raise BadFrameError(f"{path}: no 12 numbers each of P2 and Tr ({error}); copy it again.") from error
+        return _Calibration(camera @ lidar, (camera[0, 2], camera[1, 2]), path)
+
+
+def _check_size(calibration: _Calibration, size: tuple[int, int], path: Path) -> None:
+    """KITTI's sizes differ by day and stand nowhere, but the principal point must lie near the image's middle."""
+    off = [abs(centre / pixels - 0.5) for centre, pixels in zip(calibration.centre, size, strict=True)]
+    if max(off) > CENTRE_TOLERANCE:
+        raise BadFrameError(
+            f"{path}: the image is {size[0]} x {size[1]} pixels, but {calibration.path} has its centre at "
+            f"({calibration.centre[0]:.0f}, {calibration.centre[1]:.0f}); use the sequence's original images."
+        )

@@ -1,0 +1,215 @@
+"""The demo: does distillation from images teach a lidar network anything? Measured on streets it has not seen.
+
+(a) a linear probe on the student with random weights (its batch norms have seen the data)
+(b) the same probe on the distilled student, frozen
+(c) the same student trained with full supervision, for as many steps as distillation and probe together,
+    best of several learning rates
+
+gap_closed = (b - a) / (c - a)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from scalr_jax.data.build import make_dataset, make_settings
+from scalr_jax.data.packing import choose_capacities, derive_capacities, pack_shard
+from scalr_jax.data.pipeline import Pipeline
+from scalr_jax.data.scenes import SceneView
+from scalr_jax.evaluation.report import results_of
+from scalr_jax.evaluation.segmentation import evaluate
+from scalr_jax.figures.colors import cosine_similarity
+from scalr_jax.figures.curves import draw_loss, read_curve
+from scalr_jax.figures.pictures import Panel, draw_with_image
+from scalr_jax.models import build
+from scalr_jax.runtime.storage import write_json
+from scalr_jax.train.loop import distillation_task, segmentation_task, train
+from scalr_jax.train.state import variables_of
+
+CALIBRATION_STEPS = 20
+
+
+def run_demo(config: Any, workdir: Path) -> dict:
+    """Everything above, each part in its own folder of `workdir`, so that running again resumes. Prints the figures."""
+    started = time.monotonic()
+    cache = workdir / "streets"
+    dataset = make_dataset(config, "train", cache=cache)
+    validation = make_dataset(config, "validation", cache=cache)
+    num_classes = len(dataset.class_names)
+
+    part = part_config(config, "distill")
+    state = train(part, workdir / "distill", dataset, distillation_task(part))
+    distilled = jax.device_get(variables_of(state))
+    random = _random_backbone(part, dataset)
+
+    def segment(name: str, part: Any, *, frozen: bool, initial: dict | None) -> dict:
+        folder = workdir / name
+        if not (folder / "results.json").exists():
+            task = segmentation_task(part, num_classes, label=name, initial=initial, frozen=frozen)
+            state = train(part, folder, dataset, task)
+            confusion = evaluate(part, validation, task.student, variables_of(state), num_classes)
+            results = results_of(confusion, dataset.class_names)
+            write_json(folder / "results.json", results)
+            print(f"{name}: mIoU {results['miou']:.3f}", flush=True)
+        return json.loads((folder / "results.json").read_text())
+
+    probe = part_config(config, "probe")
+    results_random = segment("probe_random", probe, frozen=True, initial=random)
+    results_distilled = segment("probe_distilled", probe, frozen=True, initial=distilled)
+    supervised = {}
+    for rate in config.demo.supervised_learning_rates:
+        part = part_config(config, "finetune")
+        part.optimizer.learning_rate = rate
+        supervised[rate] = segment(f"supervised_{rate:g}", part, frozen=False, initial=None)
+    best = max(supervised, key=lambda rate: supervised[rate]["miou"])
+
+    results = {
+        "miou_random": results_random["miou"],
+        "miou_distilled": results_distilled["miou"],
+        "miou_supervised": supervised[best]["miou"],
+        "supervised_learning_rate": best,
+        "gap_closed": gap_closed(results_random["miou"], results_distilled["miou"], supervised[best]["miou"]),
+        "seconds": add_seconds(workdir, time.monotonic() - started),
+        "points_per_s": _points_per_second(workdir / "distill"),
+        "iou_random": results_random["iou"],
+        "iou_distilled": results_distilled["iou"],
+        "iou_supervised": supervised[best]["iou"],
+    }
+    write_json(workdir / "results.json", results)
+    draw_loss(workdir / "distill", workdir / "figures" / "loss.png")
+    draw_correlations(config, validation, distilled, workdir / "figures")
+    print(table(results), flush=True)
+    return results
+
+
+def gap_closed(random: float, distilled: float, supervised: float) -> float:
+    """How much of the way from random to supervised the distilled student goes; NaN when there is no way."""
+    return (distilled - random) / (supervised - random) if supervised != random else float("nan")
+
+
+def table(results: dict) -> str:
+    """The figures, per class, for the terminal."""
+    lines = [f"{'IoU':<14}{'random':>10}{'distilled':>11}{'supervised':>12}"]
+    for name in results["iou_random"]:
+        values = [results[f"iou_{kind}"][name] for kind in ("random", "distilled", "supervised")]
+        cells = ["-" if value is None else f"{value:.3f}" for value in values]
+        lines.append(f"{name:<14}{cells[0]:>10}{cells[1]:>11}{cells[2]:>12}")
+    values = [results[f"miou_{kind}"] for kind in ("random", "distilled", "supervised")]
+    lines.append(f"{'mIoU':<14}{values[0]:>10.3f}{values[1]:>11.3f}{values[2]:>12.3f}")
+    lines.append(f"gap closed {results['gap_closed']:.2f}, {results['seconds']:.0f} s")
+    return "\n".join(lines)
+
+
+def part_config(config: Any, task: str) -> Any:
+    """The config of one part of the demo: "distill", "probe" or "finetune"."""
+    part = copy.deepcopy(config)
+    part.task = task
+    if task != "distill":
+        part.data.points_per_shard = config.demo.segment_points_per_shard
+        part.data.scenes_per_shard = config.demo.segment_scenes_per_shard
+        part.data.max_points = config.demo.segment_max_points
+        part.data.augmentation = "consistent"
+        part.optimizer.weight_decay = 0.003
+    if task == "probe":
+        part.num_steps = config.demo.probe_steps
+        part.optimizer.learning_rate = config.demo.probe_learning_rate
+    elif task == "finetune":
+        part.num_steps = config.num_steps + config.demo.probe_steps
+    return part
+
+
+def _random_backbone(config: Any, dataset: Any) -> dict:
+    """Random weights whose batch norms have seen some steps of data: without it the probe would read raw metres."""
+    pipeline = Pipeline(dataset, make_settings(config, task="distill", train=True), seed=config.seed + 1)
+    sample = pipeline.sample()
+    capacities = choose_capacities(config, sample)
+    student = build.make_student(config, head="none", out_features=0)
+    variables = jax.jit(lambda batch: student.init(jax.random.key(config.seed), batch, train=False))(
+        jax.tree.map(jax.numpy.asarray, pipeline.empty_batch(capacities, sample[0]))
+    )
+
+    @jax.jit
+    def observe(variables, batch):
+        _, updated = student.apply(
+            variables, batch, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"]
+        )
+        return {**variables, **updated}
+
+    steps = pipeline.steps(capacities, sample[0])
+    for _ in range(CALIBRATION_STEPS):
+        variables = observe(variables, jax.tree.map(jax.numpy.asarray, next(steps).batch))
+    return jax.device_get(dict(variables))
+
+
+def draw_correlations(config: Any, dataset: Any, variables: Any, folder: Path, *, number: int = 2) -> list[Path]:
+    """Correlation maps of the distilled student for scenes with a car in view; query: the car's middle point."""
+    part = part_config(config, "distill")
+    part.data.augmentation = "none"
+    pipeline = Pipeline(dataset, make_settings(part, task="distill", train=False), epochs=1)
+    out_features = variables["params"]["head"]["out"]["bias"].shape[0]
+    student = build.make_student(part, head="distill", out_features=out_features)
+    apply = jax.jit(lambda variables, batch: student.apply(variables, batch, train=False))
+    car = dataset.class_names.index("car")
+    drawn: list[Path] = []
+    order = pipeline.order()
+    for index in range(len(dataset)):
+        scene, labels = order[index], dataset.frame(index, np.random.default_rng(0))
+        query = _query_point(scene, labels, car)
+        if query is None:
+            continue
+        features = _features(apply, variables, scene, part)
+        panel = Panel("top view", cosine_similarity(features, query), label="cosine similarity to the star")
+        title = "distilled student, unseen street: similarity to one point on a car"
+        xyz, everywhere = scene.feats[:, 1:4], np.ones(len(scene.feats), bool)
+        assert scene.image is not None and scene.pixels is not None, "a distillation scene has an image"  # noqa: PT018
+        drawn.append(folder / f"correlation_{len(drawn)}.png")
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_with_image(drawn[-1], xyz, title, panel, scene.image, scene.pixels, everywhere, query=query)
+        if len(drawn) == number:
+            break
+    return drawn
+
+
+def _query_point(scene: SceneView, frame: Any, car: int) -> int | None:
+    """The point of the scene that is nearest to the middle of the largest car in view, or None."""
+    if scene.error is not None:
+        return None
+    chosen = frame.visible & (frame.labels == car)
+    if chosen.sum() < 40:
+        return None
+    points = frame.points[chosen, :3]
+    near = points[np.linalg.norm(points - points[np.linalg.norm(points, axis=1).argmin()], axis=1) < 2.5]
+    middle = near.mean(axis=0)
+    xyz = scene.feats[:, 1:4]
+    own = np.linalg.norm(xyz[:, None] - near[None], axis=-1).min(axis=1) < 0.15  # on the car itself
+    distance = np.linalg.norm(xyz - middle, axis=1) + np.where(own, 0.0, 1e3)
+    return int(distance.argmin())
+
+
+def _features(apply: Any, variables: Any, scene: SceneView, config: Any) -> np.ndarray:
+    """The student's output [N, C] for one scene alone."""
+    capacities = derive_capacities([scene], points=config.data.points_per_shard, scenes=1)
+    batch = jax.tree.map(
+        lambda x: jax.numpy.asarray(x)[None], pack_shard([scene], capacities, scene, build.grids_of(config))
+    )
+    return np.asarray(apply(variables, batch))[0, : len(scene.feats)]
+
+
+def _points_per_second(workdir: Path) -> float:
+    """Median of the logged rates of the distillation."""
+    return float(np.median(read_curve(workdir, "train/points_per_s")[1]))
+
+
+def add_seconds(workdir: Path, seconds: float) -> float:
+    """Seconds over all starts of the run in `workdir`, these included; kept in `seconds.json`."""
+    path = workdir / "seconds.json"
+    total = seconds + (json.loads(path.read_text()) if path.exists() else 0.0)
+    write_json(path, total)
+    return total

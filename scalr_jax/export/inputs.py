@@ -1,0 +1,166 @@
+"""What an exported program reads, made from points with NumPy alone (no JAX): the last step before the network.
+
+    settings = json.loads(Path("EXPORT/config.json").read_text())["settings"]
+    inputs, nearest = make_inputs(points, settings)          # for model.onnx
+    inputs = pad_inputs(inputs, settings)                    # and for model.stablehlo also this
+    rows = session.run(["features"], inputs)[0][nearest]     # a row for every point; nearest is -1 where there is none
+
+Inputs, with N points that go through the network, K neighbours, and for each plane p of xy, xz, yz: M occupied cells,
+H halo cells and Q partial sums. Index -1 reads a zero row.
+
+    feats            [N, F] float32  normalised intensity, x, y, z, distance to the origin (metres)
+    neighbors        [N, K] int32    nearest other points
+    cell_p           [N] int32       the point's cell
+    inverse_count_p  [M] float32     1 / (points in the cell + 1e-6)
+    halo_taps_p      [H, 9] int32    cells of the 3x3 window around each halo cell, row by row
+    cell_taps_p      [M, 9] int32    halo cells of the window around each cell
+    order_p          [N] int32       points sorted by cell (stablehlo)
+    sums_p           [Q, 8] int32    the tree of sums, see `sum_tree` (onnx)
+    levels_p         [7] int64       where each of its six levels begins, and Q (onnx)
+    roots_p          [M] int32       which of its sums is the cell's (onnx)
+
+A MinkUNet's (stablehlo) are feats, offset [N, 3] float32, where each point is in its voxel, -0.5 to 0.5 from the centre
+in voxels, and the tables of `data.voxel_tables.voxel_tables`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from scalr_jax.data.packing import Capacities, round_up
+from scalr_jax.data.scenes import SceneView
+from scalr_jax.data.whole_scan import check_points, whole_scan
+from scalr_jax.export.voxel_tables import BLOCK, voxel_tables
+from scalr_jax.ops.voxels import LEVELS as VOXEL_LEVELS
+from scalr_jax.ops.voxels import extent_of, pooled
+from scalr_jax.runtime.errors import InputError
+
+PLANES = ("xy", "xz", "yz")
+LEVELS, PARTS = 6, 8  # a cell holds at most 8^6 points
+HEADS = {"distill": "distilled", "segment": "logits", "mlp": "logits", "linear": "logits"}  # head -> its output
+
+
+def make_inputs(points: Any, settings: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The inputs by name, and for each input point [N] the row of its result (-1: none).
+
+    Args:
+      points: [N, 4], x, y, z in metres and raw intensity, in the frame of the training data.
+      settings: `settings` of the export's config.json.
+
+    Raises:
+      InputError: points that are none, or too few of them in the field of view.
+    """
+    scene, nearest = whole_scan(check_points(points), settings)
+    return scene_inputs(scene, settings), nearest
+
+
+def scene_inputs(scene: SceneView, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The inputs of an "onnx" or "stablehlo" program, of a prepared scene."""
+    form = settings["format"]
+    if scene.voxels is not None:
+        coordinates = scene.voxels.coordinates
+        tables = voxel_tables(coordinates, extent_of(settings["field_of_view"], settings["minkunet"]["voxel_size"]))
+        return {"feats": scene.feats, "offset": coordinates % 1.0 - 0.5, **tables}
+    inputs = {"feats": scene.feats, "neighbors": scene.neighbors}
+    for name, plane in zip(PLANES, scene.planes, strict=True):
+        count = np.bincount(plane.cell, minlength=len(plane.position))
+        inputs[f"cell_{name}"] = plane.cell
+        inputs[f"inverse_count_{name}"] = (1.0 / (count + 1e-6)).astype(np.float32)  # + 1e-6 as published
+        inputs[f"halo_taps_{name}"] = plane.halo_taps
+        inputs[f"cell_taps_{name}"] = plane.cell_taps
+        if form == "onnx":
+            tree = sum_tree(plane.order, count)
+            inputs |= {f"{part}_{name}": array for part, array in zip(("sums", "levels", "roots"), tree, strict=True)}
+        else:
+            inputs[f"order_{name}"] = plane.order
+    return inputs
+
+
+def sum_tree(order: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How to add up the points of each cell, eight rows at a time, with gathers alone.
+
+    A sum of level 0 is that of up to eight points of one cell, a sum of level l that of up to eight sums of level
+    l - 1. A cell whose points fit one sum has no part in the levels above. (ONNX has no segment sum: onnxruntime 1.32
+    loses additions when ScatterND(reduction="add") runs on several threads, ScatterElements needs an index an element,
+    and a float32 cumulative sum is not exact.)
+
+    Args:
+      order: [N] points sorted by cell.
+      count: [M] points of each cell, at least 1.
+
+    Returns:
+      sums [Q, 8] int32 rows of the level below (-1: none), levels [7] int64 where each level begins in `sums`, and
+      roots [M] int32 the row in `sums` of each cell's sum.
+    """
+    roots, cells = np.empty(len(count), np.int64), np.arange(len(count))
+    below, first = np.append(order, -1), np.cumsum(count) - count
+    sums, begins = [], [0]
+    for _ in range(LEVELS):
+        parts = -(-count // PARTS)
+        begin = np.cumsum(parts) - parts  # of each cell's sums in this level
+        owner = np.repeat(np.arange(len(parts)), parts)
+        rows = PARTS * (np.arange(len(owner)) - begin[owner])[:, None] + np.arange(PARTS)
+        rows = np.where(rows < count[owner, None], first[owner, None] + rows, -1)
+        sums.append(below[rows] if len(sums) == 0 else rows)
+        roots[cells] = begins[-1] + begin
+        begins.append(begins[-1] + len(owner))
+        more = parts > 1
+        cells, count, first = cells[more], parts[more], begin[more]
+    if len(cells):
+        raise InputError(f"a cell holds more than {PARTS**LEVELS} points; take a larger voxel_size or a finer grid")
+    return np.concatenate(sums).astype(np.int32), np.array(begins, np.int64), roots.astype(np.int32)
+
+
+def pad_inputs(inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The same with rows of padding, to sizes of a short list, so that a program is compiled a few times only.
+
+    Padded rows come last and nothing that is not padding reads them; the first N rows of a result are the points'.
+    """
+    num_points = len(inputs["feats"])
+    if "offset" in inputs:
+        return _pad_voxels(inputs)
+    cells, halo = (tuple(len(inputs[f"{taps}_taps_{p}"]) for p in PLANES) for taps in ("cell", "halo"))
+    capacities = round_up(Capacities(num_points, 1, cells, halo), settings["grids"])
+    padded = {name: _pad(inputs[name], capacities.points, 0) for name in ("feats", "neighbors")}
+    for k, p in enumerate(PLANES):
+        padded[f"cell_{p}"] = _pad(inputs[f"cell_{p}"], capacities.points, -1)
+        padded[f"inverse_count_{p}"] = _pad(inputs[f"inverse_count_{p}"], capacities.cells[k], 0)
+        padded[f"halo_taps_{p}"] = _pad(inputs[f"halo_taps_{p}"], capacities.halo[k], -1)
+        padded[f"cell_taps_{p}"] = _pad(inputs[f"cell_taps_{p}"], capacities.cells[k], -1)
+        last = np.arange(num_points, capacities.points, dtype=np.int32)
+        padded[f"order_{p}"] = np.concatenate([inputs[f"order_{p}"], last])
+    return padded
+
+
+def _pad_voxels(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`pad_inputs` of a MinkUNet. A slot at the end of every list of pairs stays unused: it is the zero row."""
+    num_points = len(inputs["feats"])
+    pairs = tuple(int((inputs[f"near_source_{level}"] >= 0).sum()) for level in range(VOXEL_LEVELS))
+    need = Capacities(num_points, 1, (), (), tuple(inputs["number"].tolist()), pairs, pooled(pairs))
+    capacities = round_up(need, ())
+    points, rows = capacities.points, capacities.voxels
+    padded = {name: _pad(inputs[name], points, 0) for name in ("feats", "offset")} | {"number": inputs["number"]}
+    padded["cell"] = _pad(inputs["cell"], points, -1)
+    padded["order"] = np.concatenate([inputs["order"], np.arange(num_points, points, dtype=np.int32)])
+    padded["inverse_count"] = _pad(inputs["inverse_count"], rows[0], 0)
+    padded["neighbors"] = _pad(inputs["neighbors"], rows[0], -1)
+    for level in range(VOXEL_LEVELS):
+        near = capacities.pairs[level] // BLOCK + 27  # 26 elements, each with a part of a block unused, and one more
+        padded[f"near_source_{level}"] = _pad(inputs[f"near_source_{level}"], BLOCK * near, -1)
+        padded[f"near_element_{level}"] = _pad(inputs[f"near_element_{level}"], near, 25)
+        padded[f"near_slots_{level}"] = _pad(inputs[f"near_slots_{level}"], rows[level], -1)
+        if level + 1 < VOXEL_LEVELS:
+            down = rows[level] // BLOCK + 9
+            padded[f"down_source_{level}"] = _pad(inputs[f"down_source_{level}"], BLOCK * down, -1)
+            padded[f"up_source_{level}"] = _pad(inputs[f"up_source_{level}"], BLOCK * down, -1)
+            padded[f"down_element_{level}"] = _pad(inputs[f"down_element_{level}"], down, 7)
+            padded[f"down_slots_{level}"] = _pad(inputs[f"down_slots_{level}"], rows[level + 1], -1)
+            padded[f"up_slots_{level}"] = _pad(inputs[f"up_slots_{level}"], rows[level], -1)
+    return padded
+
+
+def _pad(array: np.ndarray, rows: int, value: float) -> np.ndarray:
+    return np.pad(array, [(0, rows - len(array)), *[(0, 0)] * (array.ndim - 1)], constant_values=value)

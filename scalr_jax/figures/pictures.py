@@ -1,0 +1,264 @@
+"""Pictures of points: from above and over the camera image, by features, classes or similarity. Lengths in metres."""
+
+from __future__ import annotations
+
+import colorsys
+import contextlib
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from matplotlib import patches
+from matplotlib.figure import Figure  # not pyplot: a notebook's own plots keep their backend
+from matplotlib.lines import Line2D
+
+from scalr_jax.data.scenes import IGNORE
+from scalr_jax.data.whole_scan import FARTHEST
+from scalr_jax.evaluation import metrics
+from scalr_jax.runtime.storage import written_whole
+
+BACKGROUND = "#10141c"
+IGNORED = (90, 90, 90)
+RIGHT, WRONG = (58, 84, 122), (255, 77, 77)
+STAR: dict[str, Any] = {"marker": "*", "color": "white", "markeredgecolor": "black", "markersize": 17, "linestyle": ""}
+FAR = 0.015  # share of the points beyond each edge of a top view, at most
+
+# What the class names of the known datasets have in common, first match first.
+KNOWN = (
+    ("marking", "#e8e8a0"),
+    ("construction", "#e6740e"),
+    ("traffic cone", "#ff4f00"),
+    ("traffic sign", "#ffd60a"),
+    ("other vehicle", "#5c7cfa"),
+    ("oth. vehicle", "#5c7cfa"),
+    ("bicyclist", "#ff5d8f"),
+    ("motorcyclist", "#c2185b"),
+    ("bicycle", "#64dfdf"),
+    ("motorcycle", "#3a86a8"),
+    ("driveable", "#b06ab3"),
+    ("road", "#b06ab3"),
+    ("parking", "#f0a6e8"),
+    ("driveway", "#f0a6e8"),
+    ("sidewalk", "#7b2d5b"),
+    ("pavement", "#7b2d5b"),
+    ("other ground", "#a0522d"),
+    ("other flat", "#a0522d"),
+    ("terrain", "#9acd5a"),
+    ("ground", "#9acd5a"),
+    ("person", "#ff2e3f"),
+    ("pedestrian", "#ff2e3f"),
+    ("truck", "#7e5bef"),
+    ("trailer", "#4a3fb5"),
+    ("bus", "#00b4d8"),
+    ("van", "#5c7cfa"),
+    ("car", "#3d8bff"),
+    ("manmade", "#f4a259"),
+    ("building", "#f4a259"),
+    ("barrier", "#d9c27e"),
+    ("fence", "#d9c27e"),
+    ("vegetation", "#2fa84f"),
+    ("trunk", "#8a5a2b"),
+    ("pole", "#f5f0c9"),
+)
+
+
+class Panel(NamedTuple):
+    """One top view of `draw_panels`: points with their colours, and what explains them."""
+
+    title: str
+    colors: np.ndarray  # [N, 3] uint8, or values [N] for the colour bar `label`
+    legend: Sequence[tuple[str, str]] = ()  # (text, colour)
+    label: str = ""
+    limits: tuple[float, float] | None = None  # of the colour bar
+
+
+def class_color(name: str) -> str:
+    """A class' colour, "#rrggbb": the same for like names of all datasets; of unknown names a hue of their own."""
+    plain = name.lower().replace("_", " ").replace("-", " ")
+    for word, color in KNOWN:
+        if word in plain:
+            return color
+    hue = zlib.crc32(plain.encode()) % 1000 / 1000
+    return "#" + "".join(f"{round(255 * value):02x}" for value in colorsys.hsv_to_rgb(hue, 0.65, 0.95))
+
+
+def color_labels(labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+    """Colours [N, 3] uint8 of classes [N]; grey for 255."""
+    table = np.full((IGNORE + 1, 3), IGNORED, np.uint8)
+    for k, name in enumerate(class_names):
+        table[k] = list(bytes.fromhex(class_color(name)[1:]))
+    return table[labels]
+
+
+def class_legend(labels: np.ndarray, class_names: Sequence[str]) -> list[tuple[str, str]]:
+    """(name and share of the points, colour) of the classes that occur, the most frequent first; last "no class"."""
+    counts = np.bincount(labels, minlength=IGNORE + 1)
+    order = [int(k) for k in np.argsort(-counts[: len(class_names)], kind="stable") if counts[k]]
+    share = 100 / max(len(labels), 1)
+    legend = [(f"{class_names[k]}  {share * counts[k]:.1f} %", class_color(class_names[k])) for k in order]
+    ignored = f"no class  {share * counts[IGNORE]:.1f} %", _hex(IGNORED)
+    return [*legend, ignored] if counts[IGNORE] else legend
+
+
+def draw_top_view(
+    output: Path | IO[bytes],
+    xyz: np.ndarray,
+    title: str,
+    *,
+    colors: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    class_names: Sequence[str] = (),
+) -> None:
+    """A PNG of points xyz [N, 3] from above, by colours [N, 3] uint8 or by labels [N] with a legend."""
+    legend: Sequence[tuple[str, str]] = ()
+    if labels is not None:
+        colors, legend = color_labels(labels, class_names), class_legend(labels, class_names)
+    assert colors is not None, "neither colours nor labels"
+    draw_panels(output, xyz, title, [Panel("", colors, legend)])
+
+
+def draw_predictions(
+    output: Path,
+    xyz: np.ndarray,
+    name: str,
+    predictions: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    labels: np.ndarray | None = None,
+    label_names: Sequence[str] = (),
+) -> None:
+    """A PNG of predicted classes [N]; beside them the labels [N], and where they differ if the classes are the same."""
+    title = f"classes of {name}"
+    legend = class_legend(predictions, class_names)
+    panels = [Panel("prediction", color_labels(predictions, class_names), legend)]
+    if labels is not None:
+        panels.append(Panel("label", color_labels(labels, label_names), class_legend(labels, label_names)))
+    if labels is not None and tuple(label_names) == tuple(class_names):
+        valid = (labels != IGNORE) & (predictions != IGNORE)
+        right = valid & (labels == predictions)
+        colors = np.full((len(labels), 3), IGNORED, np.uint8)
+        colors[right], colors[valid & ~right] = RIGHT, WRONG
+        panels.append(Panel("prediction against label", colors, [("right", _hex(RIGHT)), ("wrong", _hex(WRONG))]))
+        found = metrics.summarize(metrics.confusion_matrix(labels[valid], predictions[valid], len(class_names)))
+        title += f": {found['accuracy']:.1%} of the labelled points right, mIoU of this scan {found['miou']:.3f}"
+    draw_panels(output, xyz, title, panels)
+
+
+def _hex(color: tuple[int, int, int]) -> str:
+    return "#" + bytes(color).hex()
+
+
+def draw_panels(
+    output: Path | IO[bytes], xyz: np.ndarray, title: str, panels: Sequence[Panel], *, query: int | None = None
+) -> None:
+    """A PNG of top views of the same points xyz [N, 3] beside each other."""
+    beside = max(2.2 if panel.legend else 1.1 if panel.label else 0.0 for panel in panels)  # inches
+    side = 9.0 if len(panels) == 1 else 7.0
+    figure = Figure(figsize=(len(panels) * (side + beside), side), layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)
+    for axes, panel in zip(row[0], panels, strict=True):
+        _top_view(figure, axes, xyz, panel, query)
+    save_figure(figure, output, title)
+
+
+def draw_with_image(
+    output: Path | IO[bytes],
+    xyz: np.ndarray,
+    title: str,
+    panel: Panel,
+    image: np.ndarray,
+    pixels: np.ndarray,
+    visible: np.ndarray,
+    *,
+    query: int | None = None,
+) -> None:
+    """A PNG of the image alone, the visible points over it, and the top view of all points.
+
+    xyz [N, 3] metres, image [h, w, 3] uint8, pixels [N, 2] (row, column) in it where visible [N].
+    """
+    h, w = image.shape[:2]
+    figure = Figure(figsize=(16.5, 8.6), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.0, 0.95))
+    alone, over = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
+    _top_view(figure, figure.add_subplot(grid[:, 1]), xyz, panel, query)
+    alone.imshow(image)
+    alone.set_title("camera", fontsize=11, loc="left")
+    over.imshow(60 + 0.5 * image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
+    shown = np.flatnonzero(visible)
+    shown = shown[np.argsort(-np.linalg.norm(xyz[shown], axis=1))]  # the nearest on top
+    density = (w / figure.get_figwidth() / 0.5) ** 2  # pixels of the image in a square inch of the picture
+    inches = 0.45 * h * w / density / max(len(shown), 1)  # so that points cover half the picture
+    size = float(np.clip(72**2 * inches, 2.0, 40.0))
+    over.scatter(pixels[shown, 1], pixels[shown, 0], s=size, **_colored(panel, shown))
+    if query is not None and visible[query]:
+        over.plot(pixels[query, 1], pixels[query, 0], **STAR)
+    over.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5))
+    over.set_title(f"{len(shown):,} lidar points over the image", fontsize=11, loc="left")
+    for axes, anchor in ((alone, "S"), (over, "N")):
+        axes.set_anchor(anchor)  # beside each other, where the image is wide
+        axes.set_axis_off()
+    save_figure(figure, output, title)
+
+
+def _top_view(figure: Any, axes: Any, xyz: np.ndarray, panel: Panel, query: int | None) -> None:
+    """Points from above, the highest on top, with rings of distance, axes in metres and what explains the colours."""
+    (left, bottom), side = top_view_box(xyz)
+    with np.errstate(invalid="ignore"):
+        inside = (xyz[:, 0] > left) & (xyz[:, 0] < left + side) & (xyz[:, 1] > bottom) & (xyz[:, 1] < bottom + side)
+        shown = np.flatnonzero(inside & np.isfinite(xyz[:, 2]))
+    order = shown[np.argsort(xyz[shown, 2])]
+    axes.set_facecolor(BACKGROUND)
+    size = float(np.clip(60_000 / max(len(order), 1), 0.8, 9.0))
+    drawn = axes.scatter(xyz[order, 0], xyz[order, 1], s=size, **_colored(panel, order))
+    step = next(step for step in (5, 10, 20, 50, 100, 500, 2000) if side / step <= 11)
+    room = {(0, -1): -bottom, (0, 1): bottom + side, (-1, 0): -left, (1, 0): left + side}
+    along = np.array(max(room, key=lambda direction: room[direction]))  # where the rings' labels stand
+    style: dict[str, Any] = {"color": "white", "fontsize": 8, "ha": "center", "va": "center", "clip_on": True}
+    style["bbox"] = {"facecolor": BACKGROUND, "alpha": 0.6, "pad": 1, "lw": 0}
+    for radius in range(step, int(1.5 * side), step):
+        axes.add_patch(patches.Circle((0, 0), radius, fill=False, color="white", alpha=0.28, linewidth=0.6))
+        if radius < 0.98 * room[tuple(along)]:
+            axes.text(*(radius * along), f"{radius} m", **style)
+    axes.plot(0, 0, marker="+", color="white", markersize=9)
+    if query is not None:
+        axes.plot(xyz[query, 0], xyz[query, 1], **STAR)
+    axes.set(xlabel="x (m)", ylabel="y (m)", aspect="equal", xlim=(left, left + side), ylim=(bottom, bottom + side))
+    axes.set_title(panel.title, fontsize=11, loc="left")
+    if panel.label:
+        figure.colorbar(drawn, ax=axes, label=panel.label, shrink=0.75, extend="both")
+    if panel.legend:
+        handles = [
+            Line2D([], [], marker="o", linestyle="", color=color, markersize=8, markeredgecolor="0.4", label=text)
+            for text, color in panel.legend
+        ]
+        axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=10)
+
+
+def top_view_box(xyz: np.ndarray) -> tuple[np.ndarray, float]:
+    """The lowest corner [2] and the side (metres, a multiple of 5) of the square that a top view of points shows.
+
+    It holds the origin and, of the points [N, 3] within 10 km, all but the farthest `FAR` along each direction.
+    """
+    with np.errstate(invalid="ignore"):
+        near = xyz[(np.abs(xyz) < FARTHEST).all(axis=1), :2]
+    low, high = np.quantile(near, (FAR, 1 - FAR), axis=0) if len(near) else np.zeros((2, 2))
+    low, high = np.minimum(low, -2.0), np.maximum(high, 2.0)
+    side = 5.0 * float(np.ceil((high - low).max() / 5.0))
+    return (low + high - side) / 2, side
+
+
+def _colored(panel: Panel, order: np.ndarray) -> dict[str, Any]:
+    """Arguments of `scatter`."""
+    if panel.colors.ndim == 2:
+        return {"c": panel.colors[order] / 255.0, "linewidths": 0}
+    low, high = panel.limits or np.quantile(panel.colors, (0.02, 0.995))
+    return {"c": panel.colors[order], "cmap": "turbo", "vmin": low, "vmax": high, "linewidths": 0}
+
+
+def save_figure(figure: Any, output: Path | IO[bytes], title: str) -> None:
+    """A PNG of a figure under its title; a path's file is whole or not there."""
+    figure.suptitle(title, fontsize=12)
+    with written_whole(output) if isinstance(output, Path) else contextlib.nullcontext(output) as file:
+        figure.savefig(file, dpi=100, format="png", bbox_inches="tight", pad_inches=0.15)

@@ -1,0 +1,115 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scalr_jax.interop import student as interop
+from scalr_jax.interop.torch_file import read_weights_file
+from scalr_jax.runtime.checkpoint import load_weights
+from scalr_jax.runtime.errors import InputError
+
+VERSION = 1  # of the folder's layout
+
+
+FILES = {
+    "torch": "model.pth",
+    "safetensors": "model.safetensors",
+    "stablehlo": "model.stablehlo",
+    "onnx": "model.onnx",
+    "orbax": "checkpoint",
+}
+
+
+CARD = ("config.json", "README.md")
+
+
+READABLE = ("torch", "safetensors", "orbax")  # by `scalr_jax.load`; the others are programs
+
+
+def is_export(folder: Path) -> bool:
+    """Whether `folder` is one that `scalr_jax.export` wrote."""
+    try:
+        content = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "export" in content
+
+
+def read_export(folder: Path) -> tuple[dict, dict]:
+    """(settings, variables) of an exported folder of a `READABLE` format.
+
+    Raises:
+      InputError: a program, a version this package does not know, or files that are missing, not those that were
+        exported, damaged, or do not fit each other.
+    """
+    try:
+        content = json.loads((folder / "config.json").read_text())
+        version, settings = content["export"], dict(content["settings"])
+        form, head = settings["format"], settings["head"]
+        _check_settings(settings)
+        if version != VERSION:
+            raise InputError(
+                f"{folder} is an export of layout {version}, and this version of scalr_jax reads {VERSION}"
+            )
+        if form in FILES and form not in READABLE:
+            raise InputError(
+                f"{folder} is a program ({form}), which {folder / 'README.md'} says how to run; scalr_jax.load reads "
+                f"exports of format {', '.join(READABLE)}"
+            )
+        path = folder / FILES[form]
+        _check_files(folder, dict(content.get("files", {})))  # before Orbax, whose tasks print pages of what is damaged
+        if form == "orbax":
+            variables = load_weights(path)
+            interop.check_shapes(settings, variables, str(path))
+        else:
+            weights, _ = interop.published_weights(read_weights_file(path), str(path))
+            container = "model_point" if head == "distill" else "net"
+            found = interop.infer_model(weights, settings["activation"], str(path), container=container)
+            variables = interop.convert_weights(weights, found, str(path))
+            settings |= {name: found[name] for name in ("channels", "depth", "norm", "head", "head_hidden")}
+            settings |= {name: found[name] for name in ("num_features", "out_features")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):  # which is a ValueError
+            raise
+        raise InputError(f"{folder / 'config.json'} is not that of an exported model ({error!r})") from None
+    return settings, variables
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in `folder`, by its path there; the card apart, which may be edited."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.relative_to(folder).as_posix() not in CARD:
+            with path.open("rb") as file:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
+    """Raises InputError unless the files that were exported (none in folders from before "files") are there as then."""
+    found = checksums(folder) if expected else {}
+    missing = [name for name in expected if name not in found]
+    changed = [name for name in expected if name in found and found[name] != expected[name]]
+    wrong = [f"{name} is missing" for name in missing] + [f"{name} is damaged or was changed" for name in changed]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more files)" if len(wrong) > 3 else ""
+        raise InputError(f"{folder}: {', '.join(wrong[:3])}{more}; copy the folder again, or export it again")
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises KeyError or ValueError for what `Model` would stumble over later."""
+    for key in ("intensity", "field_of_view", "grids", "drop_path", "dtype", "implementation"):
+        settings[key]
+    voxel_size, neighbors = settings["voxel_size"], settings["num_neighbors"]
+    if not (isinstance(voxel_size, int | float) and 0 < voxel_size < float("inf")):
+        raise ValueError(f"voxel_size is {voxel_size!r}")
+    if not (isinstance(neighbors, int) and neighbors > 0):
+        raise ValueError(f"num_neighbors is {neighbors!r}")
+    names = settings.get("class_names") or ()
+    if names and not (isinstance(names, list) and len(names) == settings["out_features"]):
+        raise ValueError(f"class_names are {names!r} for {settings['out_features']} classes")

@@ -1,0 +1,364 @@
+"""Published MinkUNets to `scalr_jax.models.minkunet`: MinkowskiEngine's layout and torchsparse's.
+
+A kernel is [elements, C_in, C_out] in both, and element i takes the input at `output + offset i`, of a strided
+convolution at `2 * output + offset i`; a transposed one uses the offsets of the strided one it undoes. Their order:
+
+    MinkowskiEngine   3x3x3 and 2x2x2: x runs fastest (`kernel_region::coordinate_at` of 0.5, the same in 0.4)
+    torchsparse       3x3x3: x runs fastest; 2x2x2: z does (`get_kernel_offsets` of 1.4 and 2.0, `KernelRegion` before,
+                      the CUDA kernels of 2.1: the same)
+    ours              z runs fastest
+
+with offsets -1, 0, 1 and 0, 1 along each axis of the voxels' coordinates. Both concatenate [up, skip] as we do, and
+their norms are PyTorch's, epsilon 1e-5. Names are those of MinkowskiEngine's `examples/minkunet.py` (SLidR's are the
+same) and of SPVNAS (MIT) and OpenPCSeg.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scalr_jax.data.transforms import FEATURES
+from scalr_jax.interop.torch_file import read_weights_file
+from scalr_jax.models.minkunet import BLOCKS, scaled_widths
+from scalr_jax.ops.voxels import NEIGHBORS
+from scalr_jax.runtime.errors import InputError
+
+CHILDREN = tuple((x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1))
+STEMS = {"minkowski": "conv0p1s1.kernel", "torchsparse": "stem.0.kernel"}
+PUBLISHED_FEATURES = {  # by layout and number
+    ("minkowski", 1): ("intensity",),  # SLidR
+    ("torchsparse", 3): ("x", "y", "z"),  # OpenPCSeg, the one of coordinates alone
+    ("torchsparse", 4): ("x", "y", "z", "intensity"),  # SPVNAS and OpenPCSeg on SemanticKITTI
+}
+INTENSITY = (0.0, 1.0)  # the statistics of raw intensities, which all of these take
+_HEADS = ("final.", "classifier.")
+CONTAINERS = ("model_points", "model_point", "state_dict", "model_state", "model")
+
+_THREE = tuple((x, y, z) for z in (-1, 0, 1) for y in (-1, 0, 1) for x in (-1, 0, 1))
+OFFSETS = {  # the published orders, by layout and number of elements
+    ("minkowski", 27): _THREE,
+    ("minkowski", 8): tuple((x, y, z) for z in (0, 1) for y in (0, 1) for x in (0, 1)),
+    ("torchsparse", 27): _THREE,
+    ("torchsparse", 8): CHILDREN,
+}
+
+
+class Weight(NamedTuple):
+    """One array of the file and where it goes."""
+
+    theirs: str
+    ours: str  # path below "params" or "batch_stats"
+    shape: tuple[int, ...]  # ours
+    kind: str  # "kernel", "vector", "linear"
+    stats: bool = False
+
+
+def read_minkunet(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A published MinkUNet, `.pth`, `.pt` or `.safetensors`: (settings, weights by their names there).
+
+    The names come without the prefix they have inside a larger model. `settings` holds what names and shapes say:
+
+        layout             "minkowski" or "torchsparse"
+        name               "minkunet14", "minkunet18", "minkunet34", or "" for other numbers of blocks
+        blocks, widths     of the eight stages; with `stem` and `stem_convolutions` the fields of `MinkUNet`
+        stem               channels
+        stem_convolutions  1, or 2 as SPVNAS's
+        num_features       of a point
+        features           their names, of `data.transforms.FEATURES`, intensity raw; () where not known
+        head               "linear", "distill" (SLidR's pretraining, which keeps its image model in the file) or "none"
+        out_features       of the head, 0 for none
+        unused             names beside the weights that are converted: of other models in the same dict, SPVNAS's
+                           `point_transforms`, and OpenPCSeg's classifier, which reads three levels at once
+
+    Raises:
+      InputError: not a readable checkpoint, no MinkUNet, or one of bottlenecks (50, 101) or with a stem of 5x5x5.
+    """
+    content = read_weights_file(path)
+    container = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
+    weights, layout, outside = _weights(content[container] if container else content, str(path))
+    arrays = _Names(layout)
+    _check_kinds(weights, arrays, str(path))
+    stem = weights[arrays.stem(0)].shape
+    widths = tuple(weights[arrays.block(stage, 0)["conv_1"]].shape[-1] for stage in range(8))
+    blocks = tuple(arrays.count_blocks(weights, stage) for stage in range(8))
+    unused = list(outside)
+    in_head = [name for name in weights if name.startswith(_HEADS)]
+    matrix = weights.get(arrays.head, np.zeros(()))
+    if layout == "torchsparse":
+        unused += [name for name in weights if name.startswith("point_transforms.")]
+        if matrix.shape[1:] == (widths[3] + widths[5] + widths[7],):
+            unused, in_head = unused + in_head, []
+    distilled = isinstance(content.get("model_images"), Mapping)
+    rows_first = layout == "torchsparse"  # [out, in], the others [in, out]
+    out_features = matrix.shape[0 if rows_first else -1] if in_head and matrix.ndim >= 2 else 0
+    settings = {
+        "layout": layout,
+        "name": next((name for name, numbers in BLOCKS.items() if numbers == blocks), ""),
+        "blocks": blocks,
+        "widths": widths,
+        "stem": stem[2],
+        "stem_convolutions": 1 + (arrays.stem(1) in weights),
+        "num_features": stem[1],
+        "features": PUBLISHED_FEATURES.get((layout, stem[1]), ()),
+        "head": ("distill" if distilled else "linear") if in_head else "none",
+        "out_features": out_features,
+        "unused": tuple(sorted(unused)),
+    }
+    return settings, weights
+
+
+def is_minkunet(path: str | Path) -> bool:
+    """Whether a checkpoint has the first convolution of a MinkUNet. Raises `InputError` when it cannot be read."""
+    content = read_weights_file(path)
+    parts = [content, *(part for part in content.values() if isinstance(part, Mapping))]
+    return any(str(key).endswith(tuple(STEMS.values())) for part in parts for key in part)
+
+
+def load_minkunet(path: str | Path) -> tuple[dict[str, Any], dict]:
+    """A published MinkUNet as a student of our features: (what `config.model` says of it, {"params", "batch_stats"}).
+
+    The first has `name`, `minkunet` (width, stem_convolutions, and voxel_size: 0.05 m as SPVNAS and OpenPCSeg train, or
+    0.1 m), `head` and `out_features`.
+
+    Raises:
+      InputError: as `read_minkunet`, `convert_minkunet` and `with_our_features`, or channels that are no multiple of
+        the published ones.
+    """
+    settings, weights = read_minkunet(path)
+    channels = (settings["stem"], *settings["widths"])
+    width = next((k / 100 for k in range(1, 1001) if scaled_widths(k / 100) == channels), None)
+    if width is None or not settings["name"]:
+        blocks = ", ".join(map(str, settings["blocks"]))
+        raise InputError(
+            f"{path}: a MinkUNet of {', '.join(map(str, channels))} channels and {blocks} residual blocks, and those "
+            f"known are {', '.join(BLOCKS)}, with channels times one factor"
+        )
+    variables = with_our_features(convert_minkunet(weights, settings, str(path)), settings, str(path))
+    minkunet = {
+        "width": width,
+        "stem_convolutions": settings["stem_convolutions"],
+        "voxel_size": 0.05 if settings["layout"] == "torchsparse" else 0.1,
+    }
+    model = {key: settings[key] for key in ("name", "head", "out_features")}
+    return {**model, "minkunet": minkunet}, variables
+
+
+def convert_minkunet(weights: Mapping[str, np.ndarray], settings: Mapping[str, Any], name: str) -> dict:
+    """What `read_minkunet` gave -> {"params", "batch_stats"} of float32 arrays, in the student's tree: the MinkUNet is
+    "backbone", its last layer "head" as `settings["head"]` says ("linear", "distill" or "none").
+
+    Raises:
+      InputError: begins with `name` and lists every weight that is missing, extra or of another shape.
+    """
+    unused = set(settings["unused"])
+    if settings["head"] == "none":
+        unused |= {key for key in weights if key.startswith(_HEADS)}
+    table = weight_table(settings)
+    problems, variables = [], {"params": {}, "batch_stats": {}}
+    for row in table:
+        array = weights.get(row.theirs)
+        if array is None:
+            problems.append(f"{row.theirs} is missing, needs {_theirs_shapes(row, settings['layout'])[0]}")
+            continue
+        if array.shape not in _theirs_shapes(row, settings["layout"]):
+            needed = _theirs_shapes(row, settings["layout"])[0]
+            problems.append(f"{row.theirs} has {array.shape}, needs {needed}")
+            continue
+        *folders, last = row.ours.split("/")
+        node = variables["batch_stats" if row.stats else "params"]
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = _to_ours(array, row, settings["layout"])
+    known = {row.theirs for row in table} | unused
+    extra = sorted(key for key in weights if key not in known and not key.endswith("num_batches_tracked"))
+    problems += [f"{key} {weights[key].shape} is not part of this model" for key in extra]
+    if problems:
+        model = settings["name"] or "a MinkUNet"
+        raise InputError(f"{name} does not fit {model}, nothing was loaded: {'; '.join(problems)}")
+    return variables
+
+
+def with_our_features(variables: Mapping[str, Any], settings: Mapping[str, Any], name: str) -> dict:
+    """`convert_minkunet`'s variables, with a stem that takes `data.transforms.FEATURES`: those the network was not
+    trained with get zeros. It was trained with raw intensities, so the student's statistics must be (0, 1).
+
+    Raises:
+      InputError: which features the network was trained with is not known.
+    """
+    features = settings["features"]
+    if not features:
+        known = "; ".join(", ".join(names) for names in PUBLISHED_FEATURES.values())
+        raise InputError(
+            f"{name} takes {settings['num_features']} features a point and does not say which; known are those of "
+            f"published files, {known}"
+        )
+    params = variables["params"]
+    kernel = params["backbone"]["stem"]["kernel"]
+    wide = np.zeros((len(kernel), len(FEATURES), kernel.shape[2]), np.float32)
+    wide[:, [FEATURES.index(feature) for feature in features]] = kernel
+    backbone = {**params["backbone"], "stem": {"kernel": wide}}
+    return {**variables, "params": {**params, "backbone": backbone}}
+
+
+def weight_table(settings: Mapping[str, Any]) -> list[Weight]:
+    """Every array that a file of these settings must hold."""
+    names, widths, width = _Names(settings["layout"]), settings["widths"], settings["stem"]
+    rows = []
+
+    def convolution(ours: str, theirs: tuple[str, str], elements: int, fan_in: int, fan_out: int) -> None:
+        kernel, norm = theirs
+        rows.append(Weight(kernel, f"backbone/{ours}/kernel", (elements, fan_in, fan_out), "kernel"))
+        norm_path = ours.replace("conv_", "norm_") if "conv_" in ours else f"{ours}_norm"
+        for leaf, their_leaf, stats in _NORM:
+            path = f"backbone/{norm_path}/norm/{leaf}"
+            rows.append(Weight(f"{norm}.{their_leaf}", path, (fan_out,), "vector", stats))
+
+    fan_in = settings["num_features"]
+    for number in range(settings["stem_convolutions"]):
+        ours = f"stem_{number}" if number else "stem"
+        convolution(ours, (names.stem(number), names.stem_norm(number)), 27, fan_in, width)
+        fan_in = width
+    skips = []
+    for stage in range(8):
+        if stage < 4:
+            skips.append(width)
+            convolution(f"down_{stage}", names.between(stage), 8, width, width)
+        else:
+            convolution(f"up_{stage}", names.between(stage), 8, width, widths[stage])
+            width = widths[stage] + skips[7 - stage]
+        for number in range(settings["blocks"][stage]):
+            ours, theirs = f"stage_{stage}_{number}", names.block(stage, number)
+            convolution(f"{ours}/conv_1", (theirs["conv_1"], theirs["norm_1"]), 27, width, widths[stage])
+            convolution(f"{ours}/conv_2", (theirs["conv_2"], theirs["norm_2"]), 27, widths[stage], widths[stage])
+            if width != widths[stage]:
+                shortcut = theirs["shortcut"], theirs["shortcut_norm"]
+                convolution(f"{ours}/shortcut", shortcut, 1, width, widths[stage])
+            width = widths[stage]
+    if settings["head"] != "none":
+        path = "head/out" if settings["head"] == "distill" else "head"
+        shape = (width, settings["out_features"])
+        kind = "linear" if settings["layout"] == "torchsparse" else "kernel"
+        rows.append(Weight(names.head, f"{path}/kernel", shape, kind))
+        rows.append(Weight(re.sub(r"\w+$", "bias", names.head), f"{path}/bias", shape[1:], "vector"))
+    return rows
+
+
+_NORM = (  # ours, theirs, whether a running statistic
+    ("scale", "weight", False),
+    ("bias", "bias", False),
+    ("mean", "running_mean", True),
+    ("variance", "running_var", True),
+)
+
+
+class _Names:
+    """The names of one layout. Stages count from 0 to 7, as ours."""
+
+    def __init__(self, layout: str):
+        self.minkowski = layout == "minkowski"
+        self.head = "final.kernel" if self.minkowski else "classifier.0.weight"
+
+    def stem(self, number: int) -> str:
+        """The kernel of one of the stem's convolutions; MinkowskiEngine's stem has no second."""
+        return f"conv{number}p1s1.kernel" if self.minkowski else f"stem.{3 * number}.kernel"
+
+    def stem_norm(self, number: int) -> str:
+        return f"bn{number}.bn" if self.minkowski else f"stem.{3 * number + 1}"
+
+    def between(self, stage: int) -> tuple[str, str]:
+        """Kernel and norm of the convolution to a stage's voxels."""
+        if not self.minkowski:
+            where = f"stage{stage + 1}.0.net" if stage < 4 else f"up{stage - 3}.0.net"
+            return f"{where}.0.kernel", f"{where}.1"
+        if stage < 4:
+            return f"conv{stage + 1}p{2**stage}s2.kernel", f"bn{stage + 1}.bn"
+        return f"convtr{stage}p{2 ** (8 - stage)}s2.kernel", f"bntr{stage}.bn"
+
+    def blocks(self, stage: int) -> tuple[str, int]:
+        """What a stage's blocks' names begin with, and the number of the first."""
+        if self.minkowski:
+            return f"block{stage + 1}.", 0
+        return (f"stage{stage + 1}.", 1) if stage < 4 else (f"up{stage - 3}.1.", 0)
+
+    def block(self, stage: int, number: int) -> dict[str, str]:
+        start, first = self.blocks(stage)
+        where = f"{start}{first + number}"
+        if self.minkowski:
+            parts = {"conv_1": "conv1.kernel", "norm_1": "norm1.bn", "conv_2": "conv2.kernel", "norm_2": "norm2.bn"}
+            norm = "downsample.1.bn"
+        else:
+            parts = {"conv_1": "net.0.kernel", "norm_1": "net.1", "conv_2": "net.3.kernel", "norm_2": "net.4"}
+            norm = "downsample.1"
+        parts |= {"shortcut": "downsample.0.kernel", "shortcut_norm": norm}
+        return {key: f"{where}.{part}" for key, part in parts.items()}
+
+    def count_blocks(self, weights: Mapping[str, np.ndarray], stage: int) -> int:
+        start, first = self.blocks(stage)
+        found = (re.match(r"(\d+)\.", name.removeprefix(start)) for name in weights if name.startswith(start))
+        return len({match[1] for match in found if match} - ({"0"} if first else set()))
+
+
+def _weights(content: Mapping, path: str) -> tuple[dict[str, np.ndarray], str, list[str]]:
+    """The MinkUNet's arrays by name without a prefix, the layout, and the names of other arrays beside them."""
+    arrays = {str(name): value for name, value in content.items() if isinstance(value, np.ndarray)}
+    stems = [(layout, name) for layout, stem in STEMS.items() for name in arrays if f".{name}".endswith(f".{stem}")]
+    if len(stems) != 1:
+        raise InputError(
+            f"{path} holds no MinkUNet in MinkowskiEngine's or torchsparse's layout: it has {len(stems)} weights named "
+            f"{' or '.join(STEMS.values())} among {len(arrays)}; docs/weights.md says whose names are known"
+        )
+    [(layout, name)] = stems
+    prefix = name.removesuffix(STEMS[layout])
+    weights = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+    return weights, layout, [name for name in arrays if not name.startswith(prefix)]
+
+
+def _check_kinds(weights: Mapping[str, np.ndarray], names: _Names, path: str) -> None:
+    """Raises InputError unless what settings are read from is there: kernels [elements, C_in, C_out] of 3x3x3."""
+    first = [names.block(stage, 0)["conv_1"] for stage in range(8)]
+    wrong = [name for name in (names.stem(0), *first) if name not in weights or weights[name].ndim not in (2, 3)]
+    if wrong:
+        raise InputError(f"{path} holds no MinkUNet that is known here: {', '.join(wrong)} missing or of another kind")
+    if weights[first[0]].ndim == 2 or weights[first[0]].shape[0] == 1:
+        raise InputError(f"{path} is a MinkUNet of bottleneck blocks (50 or 101), of which there is none here")
+    elements = weights[names.stem(0)].shape[0]
+    if elements == 125:
+        raise InputError(
+            f"{path} has a stem of 5x5x5, as in MinkowskiEngine's example, and only stems of 3x3x3 (SLidR's, "
+            "torchsparse's) can be computed here"
+        )
+    wrong = [name for name in (names.stem(0), *first) if weights[name].ndim != 3 or weights[name].shape[0] != 27]
+    if wrong:
+        found = ", ".join(f"{name} {weights[name].shape}" for name in wrong)
+        raise InputError(f"{path} holds no MinkUNet that is known here: {found} is no kernel of 3x3x3")
+
+
+def _theirs_shapes(row: Weight, layout: str) -> tuple[tuple[int, ...], ...]:
+    """The shapes an array may have in the file; the first is the usual one."""
+    if row.kind == "linear":
+        return (row.shape[::-1],)
+    if row.kind == "kernel" and (len(row.shape) == 2 or row.shape[0] == 1):  # 1x1x1, with or without its axis
+        return row.shape[-2:], (1, *row.shape[-2:])
+    if row.theirs == "final.bias" and layout == "minkowski":
+        return (1, *row.shape), row.shape
+    return (row.shape,)
+
+
+def _to_ours(array: np.ndarray, row: Weight, layout: str) -> np.ndarray:
+    array = np.asarray(array, np.float32)
+    if row.kind == "linear":
+        array = array.T
+    elif row.kind == "kernel" and row.shape[0] in (27, 8) and len(row.shape) == 3:
+        array = array[element_order(layout, row.shape[0])]
+    return np.ascontiguousarray(array.reshape(row.shape))
+
+
+def element_order(layout: str, elements: int) -> list[int]:
+    """Of each of our kernel elements, 27 or 8, the one of the published kernel with the same offset."""
+    theirs = OFFSETS[layout, elements]
+    return [theirs.index(offset) for offset in (NEIGHBORS if elements == 27 else CHILDREN)]

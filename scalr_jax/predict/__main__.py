@@ -1,0 +1,5 @@
+import sys
+
+from scalr_jax.predict.run import main
+
+main(sys.argv)

@@ -1,0 +1,349 @@
+"""Features or labels for every point of a scan, or of each scan of a folder.
+
+    python -m scalr_jax.predict --model=runs/pretrain --input=scan.bin --output=features.npz
+    python -m scalr_jax.predict --model=runs/probe --input=SCANS --output=DIR --formats=label,ply,png
+    python -m scalr_jax.predict --model=scalr.pth --sensor=nuscenes --input=LIDAR_TOP --output=DIR --dtype=float16
+
+A scan is a .bin (KITTI's, nuScenes'), .npy, .pcd or .ply file, or PandaSet's <scene>/lidar/NN.pkl.gz; points stand in
+the frame of the training data: the lidar's, in metres, about 1.7 m above the ground. Every point gets a row: outside
+the field of view that of the nearest point inside, without finite coordinates features 0 or class 255. Of a folder all
+scans are done and finished ones skipped: the same command again goes on. docs/predict.md has the rest.
+
+Flags:
+{model}
+    --input          a scan, or a folder of scans
+    --output         a file whose ending is a format, or a folder (default: out.npz; of a folder: predictions)
+    --formats        some of npz, npy, label (SemanticKITTI's), ply (coloured), png (to look at); default: npz
+    --what           labels (default of a probed or fine-tuned model), features (the backbone's; default of others), or
+                     distilled (in the teacher's space)
+    --sector         from,to in degrees, 0 along x, 90 along y: only these points go through the network, as in a
+                     camera's view (-40,40); others get features 0 or class 255. Default: the whole turn
+    --columns        float32 columns of a .bin file (default: 5 of nuScenes, else 4)
+    --dtype          of features: float32 (default) or float16
+    --overwrite      of a folder: do finished scans again, also those of another model
+
+Exit codes: 0 done; 2 bad arguments or input, no space, or interrupted (one sentence on stderr); of a folder also when
+one scan was bad, after the others; 1 a defect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from scalr_jax.data.readers import scan_inputs
+from scalr_jax.data.scenes import IGNORE, Frame
+from scalr_jax.data.sensors import raw_labels
+from scalr_jax.figures import colors as correlation
+from scalr_jax.predict import outputs as predict_outputs
+from scalr_jax.runtime import model_flags
+from scalr_jax.runtime.command_line import fail, named, one_sentence
+from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.storage import check_writable, write_json, written_whole
+
+WHATS = ("labels", "features", "distilled")
+SETTINGS = "predict.json"  # in an output folder: what its files were made with
+COLORS = "colors.npz"  # in an output folder: the axes of its pictures' colours, those of its first scan
+LOCK = ".predict.lock"
+AGAIN = "free space on the disk and run the same command again: finished scans are kept"
+
+FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
+model_flags.define(FLAGS)
+flags.DEFINE_string("input", None, "A scan, or a folder of scans.", flag_values=FLAGS)
+flags.DEFINE_string("output", None, "A file or a folder.", flag_values=FLAGS)
+flags.DEFINE_list("formats", [], "What to write.", flag_values=FLAGS)
+flags.DEFINE_enum("what", None, WHATS, "What to predict.", flag_values=FLAGS)
+flags.DEFINE_list("sector", None, "From, to in degrees.", flag_values=FLAGS)
+flags.DEFINE_integer("columns", None, "Of a .bin file.", flag_values=FLAGS)
+flags.DEFINE_enum("dtype", "float32", ("float32", "float16"), "Of features.", flag_values=FLAGS)
+flags.DEFINE_boolean("overwrite", False, "Do finished scans again.", flag_values=FLAGS)
+
+
+def parse_flags(arguments: list[str]) -> None:
+    """Fills `FLAGS`; --help and mistakes as users expect them."""
+    if any(argument in ("--help", "-h", "-help") for argument in arguments[1:]):
+        print((__doc__ or "").replace("{model}", model_flags.HELP))
+        sys.exit(0)
+    FLAGS.unparse_flags()  # of an earlier call in this process
+    try:
+        rest = FLAGS(arguments)
+    except (flags.Error, ValueError) as error:
+        raise InputError(one_sentence(error)) from error
+    if rest[1:]:
+        raise InputError(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
+    if not FLAGS.model or not FLAGS.input:
+        raise InputError("--model and --input are required, as in --model=runs/pretrain --input=scan.bin")
+
+
+def predict(model: Any, points: np.ndarray, what: str, *, sector: tuple[float, float] | None = None) -> np.ndarray:
+    """`what` of every point: [N, C] float32 or class ids [N] int32; 0 or 255 outside the sector.
+
+    Args:
+      model: a `scalr_jax.Model`.
+      points: [N, 4], x, y, z in metres and raw intensity.
+      what: "features", "distilled" or "labels".
+      sector: from, to in degrees about z, 0 along x and 90 along y; None for all points.
+
+    Raises:
+      InputError: points that are none, too few in the field of view, or a model without `what`.
+    """
+    function = {"features": model.embed, "distilled": model.distilled, "labels": model.segment}[what]
+    if sector is None:
+        return function(points)
+    inside = in_sector(points, sector)
+    if not inside.any():
+        raise InputError(f"none of {len(points)} points lies between {sector[0]:g} and {sector[1]:g} degrees")
+    rows = function(points[inside])
+    out = np.full((len(points), *rows.shape[1:]), IGNORE if what == "labels" else 0, rows.dtype)
+    out[inside] = rows
+    return out
+
+
+def in_sector(points: np.ndarray, sector: tuple[float, float]) -> np.ndarray:
+    """Which points [N, 3+] lie counter-clockwise from the first to the second angle (degrees), as [N] bool."""
+    with np.errstate(invalid="ignore"):
+        angle = np.degrees(np.arctan2(points[:, 1], points[:, 0]))
+        return (angle - sector[0]) % 360.0 <= (sector[1] - sector[0]) % 360.0  # no number is in no sector
+
+
+def choose_what(config: Any, wanted: str | None) -> str:
+    """What to predict with a model of this config. Raises InputError when it cannot."""
+    segments = config.head != "distill"
+    if wanted is None:
+        return "labels" if segments else "features"
+    if wanted == "labels" and not segments:
+        raise InputError(
+            "this model was only distilled and has no classes; probe or fine-tune it, or take --what=features"
+        )
+    if wanted == "distilled" and segments:
+        raise InputError("this model has classes and no features in a teacher's space; take --what=features or labels")
+    return wanted
+
+
+def choose_outputs(scans: list[Path]) -> tuple[dict[Path, list[Path]], Path | None]:
+    """The files to write for each scan, and the folder when the input is one. Raises InputError."""
+    many = Path(FLAGS.input).is_dir()
+    output = Path(FLAGS.output or ("predictions" if many else "out.npz"))
+    formats = [name.strip().lstrip(".") for name in FLAGS.formats]
+    if not many and output.suffix and not output.is_dir():
+        formats = list(dict.fromkeys([output.suffix[1:], *formats]))
+        chosen = {scans[0]: [output.with_suffix(f".{name}") for name in formats]}
+    else:
+        if many and output.is_file():
+            raise InputError(f"{output} is a file, and {FLAGS.input} is a folder; give a folder as --output")
+        if output.suffix[1:] in predict_outputs.FORMATS and not output.is_dir():
+            raise InputError(
+                f"--output={output} names one file, and {FLAGS.input} is a folder; give a folder and --formats"
+            )
+        formats = formats or ["npz"]
+        chosen = {scan: [output / f"{scan_inputs.stem(scan)}.{name}" for name in formats] for scan in scans}
+    inputs = {scan.resolve() for scan in scans}
+    for path in (path for paths in chosen.values() for path in paths):
+        if path.resolve() in inputs:
+            raise InputError(f"{path} is an input and would be overwritten; give another --output")
+    check_writable(next(iter(chosen.values()))[0])
+    return chosen, output if many else None
+
+
+class _Warnings:
+    """Prints the first sentence of each kind, and at the end for how many other scans it holds."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[str] = Counter()
+
+    def add(self, name: str, found: dict[str, str]) -> None:
+        for kind, text in found.items():
+            if not self._seen[kind]:
+                tqdm.write(f"warning: {name}: {text}", file=sys.stderr)
+            self._seen[kind] += 1
+
+    def close(self) -> None:
+        for kind, number in self._seen.items():
+            if number > 1:
+                print(f"warning: {kind}: the like for {number} scans", file=sys.stderr)
+
+
+class _Colors:
+    """Colours of predictions: of classes, or by the principal axes of the first scan's features, kept in a file."""
+
+    def __init__(self, model: Any, what: str, path: Path | None):
+        self._names, self._what, self._path = model.class_names, what, path
+        self._axes: correlation.ColorAxes | None = None
+        if path is not None and path.exists():
+            with contextlib.suppress(Exception), np.load(path) as arrays:  # one that cannot be read is made again
+                self._axes = correlation.ColorAxes(*(arrays[name] for name in correlation.ColorAxes._fields))
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """[N, 3] uint8 for rows [N, C], or [N] classes."""
+        if self._what == "labels":
+            from scalr_jax.figures.pictures import color_labels
+
+            return color_labels(rows, self._names)
+        if self._axes is None:
+            self._axes = correlation.fit_color_axes(rows)
+            if self._path is not None:
+                with written_whole(self._path) as file:
+                    np.savez(file, allow_pickle=False, **self._axes._asdict())
+        return correlation.color_by_axes(rows, self._axes)
+
+
+def _run_one(model: Any, what: str, scan: Path, paths: list[Path], warn: _Warnings, colors: _Colors) -> int:
+    """One scan: read, predict, write. Returns its number of points; raises InputError, which names it, and OSError."""
+    try:
+        frame = read(scan)
+        points = scan_inputs.student_points(frame)
+        warn.add(scan.name, model.check(points))
+        rows = predict(model, points, what, sector=_sector())
+    except (BadFrameError, InputError) as error:
+        raise InputError(named(scan, error)) from error
+    colored = any(path.suffix in (".ply", ".png") for path in paths)
+    result = predict_outputs.Prediction(
+        name=frame.name,
+        points=points,
+        what=what,
+        rows=rows if what == "labels" else rows.astype(FLAGS.dtype),
+        colors=colors(rows) if colored else np.empty((0, 3), np.uint8),
+        class_names=model.class_names,
+    )
+    for path in paths:
+        predict_outputs.write(result, path)
+    return len(points)
+
+
+def read(scan: Path) -> Frame:
+    """The scan's frame, by the flags."""
+    return scan_inputs.read_frame(scan, columns=FLAGS.columns, sensor=FLAGS.sensor)
+
+
+def _sector() -> tuple[float, float] | None:
+    found = model_flags.numbers(FLAGS, "sector", 2)
+    return None if found is None else (found[0], found[1])
+
+
+def settings_of(model: Any, what: str) -> dict[str, Any]:
+    """What decides the content of an output file, for predict.json."""
+    import jax
+
+    from scalr_jax.models import build
+
+    checksum = 0
+    for leaf in jax.tree.leaves(jax.device_get(model.variables)):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
+    keys = ("intensity", "field_of_view", "grids", "voxel_size", "num_neighbors", "activation", "dtype")
+    chosen = {"what": what, "sector": FLAGS.sector, "columns": FLAGS.columns, "feature_dtype": FLAGS.dtype}
+    found = {**chosen, "sensor": FLAGS.sensor, "weights": f"{checksum:08x}", **{key: model.config[key] for key in keys}}
+    if build.is_sparse(model.config):  # its voxels and reading are not told by the weights
+        found |= {"name": model.config.name, "minkunet": model.config.minkunet.to_dict()}
+    return json.loads(json.dumps(found))  # tuples as they are read back
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, settings: dict[str, Any], *, anew: bool) -> Iterator[None]:
+    """Holds an output folder for one run. Raises InputError when another run does, or when it had other settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{folder}: another predict is writing there; wait for it or stop it") from error
+        for partial in folder.glob(".*.partial"):  # of a run that was killed
+            partial.unlink(missing_ok=True)
+        path = folder / SETTINGS
+        if path.exists() and not anew:
+            try:
+                there = dict(json.loads(path.read_text()))
+            except (OSError, ValueError, TypeError) as error:
+                raise InputError(f"{path} cannot be read ({error}); give another --output, or --overwrite") from error
+            wrong = [
+                f"{key} was {there.get(key)}, is {value}" for key, value in settings.items() if there.get(key) != value
+            ]
+            if wrong:
+                raise InputError(
+                    f"{folder} holds predictions of another model or other settings ({'; '.join(wrong)}); give another "
+                    "--output, or --overwrite"
+                )
+        if anew:
+            (folder / COLORS).unlink(missing_ok=True)
+        write_json(path, settings)
+        yield
+
+
+def _run_folder(model: Any, what: str, outputs: dict[Path, list[Path]], folder: Path) -> None:
+    """Every scan that is not finished; raises InputError at the end when some were bad."""
+    warn, bad, done, points = _Warnings(), [], 0, 0
+    anew = FLAGS.overwrite or not any(path.exists() for paths in outputs.values() for path in paths)
+    with claimed(folder, settings_of(model, what), anew=anew):
+        colors = _Colors(model, what, folder / COLORS)
+        missing = {
+            scan: paths
+            for scan, paths in outputs.items()
+            if FLAGS.overwrite or not all(path.exists() for path in paths)
+        }
+        started = time.monotonic()
+        with tqdm(total=len(outputs), initial=len(outputs) - len(missing), unit="scan", mininterval=1.0) as bar:
+            for scan, paths in missing.items():
+                try:
+                    points += _run_one(model, what, scan, paths, warn, colors)
+                    done += 1
+                except InputError as error:
+                    bad.append(one_sentence(error))
+                    tqdm.write(f"bad scan, left out: {bad[-1]}", file=sys.stderr)
+                bar.update()
+        warn.close()
+    seconds = (time.monotonic() - started) / max(done, 1)
+    skipped = f", {len(outputs) - len(missing)} were there" if len(missing) < len(outputs) else ""
+    scans = "1 scan" if done == 1 else f"{done} scans"
+    print(f"{folder}: {what} of {scans}, {points:,} points, {seconds:.2f} s a scan{skipped}")
+    if bad:
+        raise InputError(f"{len(bad)} of {len(outputs)} scans are bad, the others are done; the first: {bad[0]}")
+
+
+def run(arguments: list[str]) -> None:
+    """The command. Raises InputError and what the operating system raises."""
+    parse_flags(arguments)
+    _sector()  # a mistake in it is told before anything is loaded
+    scans = scan_inputs.list_scans(FLAGS.input)
+    outputs, folder = choose_outputs(scans)
+    formats = [path.suffix[1:] for path in next(iter(outputs.values()))]
+    predict_outputs.check_formats(formats, FLAGS.what or "labels")
+    model = model_flags.load_model(FLAGS)
+    what = choose_what(model.config, FLAGS.what)
+    predict_outputs.check_formats(formats, what)
+    if "label" in formats:
+        dataset = raw_labels(np.zeros(1, np.int32), model.class_names)[1]
+        print(f".label files hold {f'the label numbers of {dataset}' if dataset else 'class ids, 255 for none'}")
+    if folder is not None:
+        return _run_folder(model, what, outputs, folder)
+    warn, paths = _Warnings(), outputs[scans[0]]
+    started = time.monotonic()
+    number = _run_one(model, what, scans[0], paths, warn, _Colors(model, what, None))
+    print(f"{', '.join(map(str, paths))}: {what} of {number:,} points, {time.monotonic() - started:.2f} s")
+
+
+def main(arguments: list[str]) -> None:
+    """`run`, with exit code 2 and one sentence for what is not a defect."""
+    try:
+        run(arguments)
+    except InputError as error:
+        fail(one_sentence(error))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fail(f"{one_sentence(error)}; {AGAIN}")
+        if error.filename is None and error.errno is None:
+            raise
+        fail(one_sentence(error))
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on where it stopped")

@@ -1,0 +1,281 @@
+"""Write a raw dataset as ArrayRecord files that train several times faster than the raw files.
+
+    python -m scalr_jax.prepare --dataset=nuscenes --root=RAW --output=DIR
+    python -m scalr_jax.prepare --dataset=pandaset --sensor=pandargt --root=RAW --output=DIR --labels
+    python -m scalr_jax.prepare --dataset=semantic_kitti --root=RAW --output=DIR --image_size=224,448
+    python -m scalr_jax.prepare --output=DIR --verify
+
+Then train with --config.data.root=DIR. The same command again goes on where it stopped, also after a kill or a full
+disk. docs/data.md, "Prepared records", says what is stored.
+
+Flags:
+    --dataset           nuscenes, semantic_kitti, pandaset (also pandar64, pandargt), folder or streets
+    --root              the raw dataset (for streets the cache of rendered scenes)
+    --output            the folder to write; PandaSet's go to <output>/pandar64 and <output>/pandargt
+    --split             some of train, validation, all (default: train,validation; one without frames is left out)
+    --sensor            of pandaset: pandar64 (default) or pandargt; of streets: beams32, ...
+    --labels            also store every scan whole, with its labels: what probing, fine-tuning and evaluation read
+    --image_size        rows,columns: store the images resized to what the teacher will see (default: original files)
+    --image_format      original; jpeg (quality 95, 4:4:4; default with --image_size); raw (exact, no decoding, large)
+    --num_processes     processes that write (default: 2)
+    --frames_per_shard  frames of one file (default: 128); what a kill costs at most, for each process
+    --num_scenes        of streets: how many to render (default: 64)
+    --verify            compare every byte of a prepared folder with what was written
+    --inspect           only look: tables, pictures and statistics of the raw dataset go to <output>
+
+Exit codes: 0 done; 2 bad arguments or input, no space, or interrupted (one sentence on stderr); 1 a defect.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from tqdm import tqdm
+
+from scalr_jax.data.joined import intensity_statistics
+from scalr_jax.data.readers.records import is_prepared
+from scalr_jax.prepare import session as record_run
+from scalr_jax.prepare import source as record_source
+from scalr_jax.prepare.source import Images, Source
+from scalr_jax.prepare.writing import WriteError, plan_shards
+from scalr_jax.runtime.command_line import fail, one_sentence
+from scalr_jax.runtime.errors import InputError
+
+DATASETS = ("nuscenes", "semantic_kitti", "pandaset", "pandar64", "pandargt", "folder", "streets")
+VOXEL_SIZE = 0.1  # metres, as published; with another data.voxel_size a loader finds the voxels itself
+AGAIN = "free space on the disk and run the same command again: finished files are kept"
+SENSORS = {"pandaset": "pandar64", "pandar64": "pandar64", "pandargt": "pandargt", "streets": "beams32"}
+
+FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
+flags.DEFINE_enum("dataset", None, DATASETS, "The raw dataset.", flag_values=FLAGS)
+flags.DEFINE_string("root", None, "Its folder.", flag_values=FLAGS)
+flags.DEFINE_string("output", None, "The folder to write.", flag_values=FLAGS)
+flags.DEFINE_list("split", [], "Splits to write.", flag_values=FLAGS)
+flags.DEFINE_string("sensor", "", "Of pandaset and streets.", flag_values=FLAGS)
+flags.DEFINE_boolean("labels", False, "Also store whole scans and labels.", flag_values=FLAGS)
+flags.DEFINE_list("image_size", [], "Rows, columns.", flag_values=FLAGS)
+flags.DEFINE_enum("image_format", None, record_source.FORMATS, "How images are stored.", flag_values=FLAGS)
+flags.DEFINE_integer("num_processes", 2, "Processes that write.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("frames_per_shard", 128, "Frames of one file.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("num_scenes", 64, "Of streets.", 1, flag_values=FLAGS)
+flags.DEFINE_boolean("verify", False, "Compare every byte with what was written.", flag_values=FLAGS)
+flags.DEFINE_boolean("inspect", False, "Only look at the raw dataset.", flag_values=FLAGS)
+
+
+def parse_flags(arguments: list[str]) -> None:
+    """Fills `FLAGS`; --help and mistakes as users expect them."""
+    if any(argument in ("--help", "-h", "-help") for argument in arguments[1:]):
+        print(__doc__)
+        sys.exit(0)
+    FLAGS.unparse_flags()  # of an earlier call in this process
+    try:
+        rest = FLAGS(arguments)
+    except (flags.Error, ValueError) as error:
+        raise InputError(one_sentence(error)) from error
+    if rest[1:]:
+        raise InputError(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
+    if not FLAGS.output or not (FLAGS.verify or (FLAGS.dataset and FLAGS.root)):
+        raise InputError(
+            "--dataset, --root and --output are required, as in --dataset=nuscenes --root=RAW --output=DIR"
+        )
+
+
+def image_choice() -> Images:
+    """How images are stored, by the flags."""
+    try:
+        size = tuple(int(number) for number in FLAGS.image_size)
+    except ValueError:
+        size = (0,)
+    if size and (len(size) != 2 or min(size) < 1):
+        raise InputError(f"--image_size={','.join(FLAGS.image_size)} must be rows,columns, as in 224,448")
+    if FLAGS.dataset == "streets":  # rendered at this size
+        return Images(FLAGS.image_format or "original")
+    if size and FLAGS.image_format == "original":
+        raise InputError(
+            "--image_format=original keeps the files as they are; leave out --image_size, or take jpeg or raw"
+        )
+    return Images(FLAGS.image_format or ("jpeg" if size else "original"), (size[0], size[1]) if size else None)
+
+
+def open_raw(split: str, *, labels: bool) -> Any:
+    """The raw reader of a split. Raises InputError."""
+    dataset, root = FLAGS.dataset, Path(FLAGS.root)
+    if dataset == "nuscenes":
+        from scalr_jax.data.readers.nuscenes import NuScenes
+
+        version = "v1.0-trainval" if (root / "v1.0-trainval").is_dir() else "v1.0-mini"
+        return NuScenes(root, version=version, split=split, labels=labels)
+    if dataset == "semantic_kitti":
+        from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
+
+        return SemanticKITTI(root, split=split, labels=labels)
+    if dataset == "folder":
+        from scalr_jax.data.readers.folder import Folder
+
+        return Folder(root, split=split, labels=labels)
+    if dataset == "streets":
+        from scalr_jax.data.streets.streets import Streets
+
+        size = tuple(int(number) for number in FLAGS.image_size) or (112, 224)
+        streets = Streets(
+            root, split=split, num_scenes=FLAGS.num_scenes, sensors=(sensor(),), image_size=(size[0], size[1])
+        )
+        streets.render_missing()
+        return streets
+    from scalr_jax.data.readers.pandaset import PandaSet
+
+    return PandaSet(root, sensor=sensor(), split=split, labels=labels)
+
+
+def sensor() -> str:
+    """The lidar's name, of datasets with several."""
+    return FLAGS.sensor or SENSORS.get(FLAGS.dataset, "")
+
+
+def open_sources(images: Images) -> dict[str, Source]:
+    """The frames of every wanted split that has some. Raises InputError."""
+    sources, reasons = {}, []
+    for split in FLAGS.split or ("train", "validation"):
+        try:
+            sources[split] = open_source(split, images)
+        except InputError as error:
+            if FLAGS.split:
+                raise
+            reasons.append((split, error))
+    if not sources:
+        raise reasons[0][1]
+    for split, error in reasons:
+        print(f"split {split} is left out: {error}\n")
+    return sources
+
+
+def open_source(split: str, images: Images) -> Source:
+    """The frames of one split: those with an image, and with --labels those with labels."""
+    labelled = open_raw(split, labels=True) if FLAGS.labels else None
+    try:
+        reader = open_raw(split, labels=False)
+    except InputError:
+        if labelled is None:
+            raise
+        reader = None  # labels only
+    source = Source(reader, labelled, VOXEL_SIZE, images)
+    if not len(source):
+        getattr(reader, "check_distillable", lambda: None)()  # says what a folder of one's own lacks
+        raise InputError(f"{FLAGS.root}: no frame has an image, and without --labels nothing else is stored")
+    return source
+
+
+def output_folder() -> Path:
+    """Where the records go: PandaSet's two lidars have a folder each."""
+    folder = Path(FLAGS.output)
+    return folder / sensor() if FLAGS.dataset in ("pandaset", "pandar64", "pandargt") else folder
+
+
+def write_records() -> None:
+    """Looks, tells what it will take, writes what is missing, finishes."""
+    images, folder = image_choice(), output_folder()
+    sources = open_sources(images)
+    readers = {split: source.reader or source.labelled for split, source in sources.items()}
+    described = {split: reader.describe() for split, reader in readers.items()}
+    print("\n\n".join(described.values()), "\n")
+    dataset = "pandaset" if FLAGS.dataset in ("pandar64", "pandargt") else FLAGS.dataset
+    choices = {"dataset": dataset, "sensor": sensor(), "labels": FLAGS.labels, "voxel_size": VOXEL_SIZE}
+    choices |= {"image_format": images.format, "image_size": images.size}
+    settings = record_run.run_settings(choices, sources, FLAGS.frames_per_shard)
+    shards = [s for name, source in sources.items() for s in plan_shards(name, len(source), FLAGS.frames_per_shard)]
+    with record_run.claimed(folder, settings) as finished:
+        found = record_run.estimate(sources)
+        frames = {shard.file: shard.last - shard.first for shard in shards}
+        missing = sum(number for file, number in frames.items() if file not in finished)
+        total = sum(frames.values())
+        space = record_run.need_space(folder, missing * found.bytes_per_frame * record_run.SPARE)
+        print(f"to write: {missing} of {total} frames, {len(shards) - len(finished)} of {len(shards)} files: {space}")
+        if found.fidelity is not None:
+            print(f"stored as JPEG, quality 95, 4:4:4: {describe_fidelity(found.fidelity)}")
+        with tqdm(total=total, initial=total - missing, unit="frame", mininterval=1.0) as bar:
+            parts = record_run.write_missing(
+                folder, sources, shards, finished, num_processes=FLAGS.num_processes, progress=bar.update
+            )
+        reader = next(iter(readers.values()))
+        manifest = {
+            **choices,
+            "format": record_run.records.FORMAT,
+            "scalr_jax": importlib.metadata.version("scalr_jax"),
+            "source": str(FLAGS.root),
+            "intensity": intensity_statistics(reader, 0),
+            "class_names": reader.class_names,
+            "cameras": next((source.cameras for source in sources.values() if source.cameras), ()),
+            "points_dtype": found.points_dtype,
+            "fidelity": found.fidelity,
+            "settings": settings,
+        }
+        record_run.finish(folder, shards, parts, manifest, described)
+    report(folder, [parts[shard.file] for shard in shards])
+
+
+def describe_fidelity(lost: dict[str, float]) -> str:
+    """One line."""
+    return (
+        f"pixels differ from those of the original files by {lost['mean_abs']:.2f} of 255 on average and "
+        f"{lost['max_abs']:.0f} at most, PSNR {lost['psnr_db']:.1f} dB, in {lost['images']} images"
+    )
+
+
+def report(folder: Path, parts: list[dict[str, Any]]) -> None:
+    """Prints what was written and names what was left out."""
+    for part in parts:
+        for text in part["bad"]:
+            print(f"skipped a bad frame: {text}")
+        for text in part["problems"]:
+            print(f"left out an image: {text}")
+    frames, size = sum(len(part["names"]) for part in parts), sum(part["bytes"] for part in parts)
+    print(f"{folder}: {frames} frames in {len(parts)} files, {size / 1e9:.3f} GB")
+    print(f"train with --config.data.root={FLAGS.output}")
+
+
+def verify() -> None:
+    """--verify, of a folder or of the folders of several sensors in it."""
+    output = Path(FLAGS.output)
+    folders = [output] if is_prepared(output) or not output.is_dir() else sorted(filter(is_prepared, output.iterdir()))
+    for folder in folders or [output]:
+        with tqdm(unit="B", unit_scale=True, mininterval=1.0) as bar:
+            found = record_run.verify(folder, bar.update)
+        print(found)
+
+
+def run(arguments: list[str]) -> None:
+    """The command. Raises InputError, WriteError and what the operating system raises."""
+    parse_flags(arguments)
+    if FLAGS.verify:
+        verify()
+    elif FLAGS.inspect:
+        from scalr_jax.prepare.inspect import inspect_dataset
+
+        inspect_dataset(open_raw((FLAGS.split or ["train"])[0], labels=FLAGS.labels), Path(FLAGS.output))
+    else:
+        write_records()
+
+
+def main(arguments: list[str]) -> None:
+    """`run`, with exit code 2 and one sentence for what is not a defect."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of the workers: their number is --num_processes
+    try:
+        run(arguments)
+    except InputError as error:
+        fail(one_sentence(error))
+    except WriteError as error:
+        fail(f"{one_sentence(error)}; {AGAIN}")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fail(f"{one_sentence(error)}; {AGAIN}")
+        if error.filename is None and error.errno is None:
+            raise
+        fail(one_sentence(error))
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on where it stopped")

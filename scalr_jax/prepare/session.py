@@ -1,0 +1,263 @@
+"""One preparation from beginning to end: claim the folder, go on where it stopped, finish, verify.
+
+    <folder>/prepare.json     settings of a run that is not finished; one with others is refused
+    <folder>/parts/*.json     what is in each finished shard (record_writing.py)
+    <folder>/lidar_frames-train.array_record-00000-of-00012 ...
+    <folder>/records.json     everything, written last: only a folder that has it can be read
+
+A shard with bad frames is written again when a run goes on, because its files may have been repaired meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scalr_jax.data.readers import records
+from scalr_jax.data.readers.records import SETTINGS
+from scalr_jax.prepare import builders
+from scalr_jax.prepare import source as record_source
+from scalr_jax.prepare.source import Source
+from scalr_jax.prepare.writing import PARTS, Shard, write_shards
+from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
+from scalr_jax.runtime.storage import PARTIAL, checksum, flatten, write_atomically
+
+LOCK = "prepare.lock"
+SPARE = 1.02  # of the estimated size: the frames that were looked at may be smaller than the others
+SAMPLE = 4  # frames looked at to estimate
+
+
+class Estimate(NamedTuple):
+    """What is known before anything is written."""
+
+    bytes_per_frame: float
+    points_dtype: str  # of the raw reader's points
+    fidelity: dict[str, float] | None  # what the stored images lose; see record_source.fidelity
+
+
+def run_settings(choices: Mapping[str, Any], sources: Mapping[str, Source], frames_per_shard: int) -> dict[str, Any]:
+    """What two runs must share to write one dataset: `choices`, and per split the frames and their order."""
+    splits = {
+        name: {
+            "frames": len(source),
+            "names": hashlib.sha256("\n".join(source.name(i) for i in range(len(source))).encode()).hexdigest()[:16],
+        }
+        for name, source in sources.items()
+    }
+    settings = {**choices, "format": records.FORMAT, "frames_per_shard": frames_per_shard, "splits": splits}
+    return json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
+
+
+def check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises InputError that lists how the settings found in `folder` differ from this command's."""
+    a, b = flatten(found), flatten(wanted)
+    if different := [
+        f"{key}: {a.get(key)} there, {b.get(key)} now" for key in sorted({*a, *b}) if a.get(key) != b.get(key)
+    ]:
+        raise InputError(
+            f"{folder} was begun with other settings or other raw files ({'; '.join(different)}); "
+            "repeat the command that began it, give another --output, or delete the folder"
+        )
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, dict[str, Any]]]:
+    """Holds the folder for one run; gives the parts of finished shards, by file.
+
+    Raises:
+      InputError: another run holds it, it is complete, was begun with other settings, or holds something else.
+    """
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if there and not {SETTINGS, records.MANIFEST, LOCK} & set(there):
+        raise InputError(f"{folder} is not empty (it has {there[0]}) and was not begun by prepare; give a new --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{folder}: another prepare is writing there; wait for it or stop it") from error
+        finished = _finished(folder, settings)
+        if not (folder / SETTINGS).exists():
+            write_atomically(folder / SETTINGS, settings)
+        (folder / PARTS).mkdir(exist_ok=True)
+        for partial in (*folder.glob(f".*{PARTIAL}"), *folder.glob(f"{PARTS}/.*{PARTIAL}")):  # of a run that was killed
+            partial.unlink()
+        try:
+            yield finished
+        except BaseException:
+            _leave(folder)
+            raise
+
+
+def _leave(folder: Path) -> None:
+    """Of a run that failed before it finished a shard nothing stays, so that other settings may be tried."""
+    if records.is_prepared(folder) or any((folder / PARTS).iterdir()):
+        return
+    (folder / PARTS).rmdir()
+    for name in (SETTINGS, LOCK):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is in it
+        folder.rmdir()
+
+
+def _finished(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parts of shards whose file is there and has the size that was written."""
+    parts: dict[str, dict[str, Any]] = {}
+    complete = records.is_prepared(folder)
+    if complete:
+        manifest = records.read_manifest(folder)
+        check_same(folder, manifest["settings"], settings)
+        parts = {part["file"]: part for split in manifest["splits"].values() for part in split["shards"]}
+    elif (folder / SETTINGS).exists():
+        check_same(folder, _read_json(folder / SETTINGS), settings)
+    own = [_read_json(path) for path in sorted((folder / PARTS).glob("*.json"))]
+    parts |= {part["file"]: part for part in own}
+    whole = {name: part for name, part in parts.items() if _size(folder / name) == part["bytes"]}
+    if not complete:
+        return {name: part for name, part in whole.items() if not part["bad"] and not part["problems"]}
+    if len(whole) == len(parts) and not own:
+        (folder / SETTINGS).unlink(missing_ok=True)
+        number = sum(len(part["names"]) for part in parts.values())
+        raise InputError(
+            f"{folder} is complete, {number} frames: nothing is overwritten; delete it to prepare it anew, or a single "
+            "file of it to have that one written again"
+        )
+    return whole
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); delete it and run the same command again") from error
+
+
+def estimate(sources: Mapping[str, Source]) -> Estimate:
+    """Prepares some frames in memory. Raises InputError when none of them can be used."""
+    serialize = builders.make_serializer()
+    sizes, dtype, images, error = [], "", [], ""
+    for source in sources.values():
+        for index in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)):
+            try:
+                frame = source.prepare(int(index))
+                sizes.append(sum(len(serialize(example)) for example in frame.examples) + 200)
+                dtype = frame.dtype
+                if source.images.format == "jpeg":
+                    images += source.an_image(int(index))
+            except BadFrameError as bad:
+                error = str(bad)
+    if not sizes:
+        raise InputError(f"no usable frame among those looked at; the last one: {error}")
+    settings = next(iter(sources.values())).images
+    return Estimate(float(np.mean(sizes)), dtype, record_source.fidelity(images, settings))
+
+
+def need_space(folder: Path, num_bytes: float, free: int | None = None) -> str:
+    """What to print of the space that is needed; `free` bytes are (None: asks). Raises InputError when too few."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free if free is None else free
+    text = f"{_human(num_bytes)} are needed, {_human(free)} are free at {place}"
+    if num_bytes > free:
+        raise InputError(f"not enough space: {text}; free some, give another --output, or store less with --image_size")
+    return text
+
+
+def _human(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def write_missing(
+    folder: Path,
+    sources: Mapping[str, Source],
+    shards: list[Shard],
+    finished: dict[str, dict[str, Any]],
+    *,
+    num_processes: int,
+    progress: Callable[[int], Any],
+) -> dict[str, dict[str, Any]]:
+    """Writes the shards that are not `finished` and returns the parts of all. `progress` gets numbers of frames done.
+
+    Raises:
+      InputError: more than 1 % of all frames (and more than one) are bad, or a process was killed.
+      WriteError: the disk is full.
+    """
+    parts = dict(finished)
+    num_frames = sum(len(source) for source in sources.values())
+    missing = [shard for shard in shards if shard.file not in parts]
+    with contextlib.closing(write_shards(folder, sources, missing, num_processes, progress)) as written:
+        for part in written:
+            parts[part["file"]] = part
+            bad = [text for part in parts.values() for text in (*part["bad"], *part["problems"])]
+            if too_many_bad(len(bad), num_frames):
+                raise InputError(
+                    f"{len(bad)} of {num_frames} frames are bad, more than 1 %: {bad[0]}; {bad[-1]}; repair them and "
+                    "run the same command again, finished files are kept"
+                )
+    return parts
+
+
+def finish(
+    folder: Path,
+    shards: list[Shard],
+    parts: Mapping[str, dict[str, Any]],
+    manifest: Mapping[str, Any],
+    described: Mapping[str, str],
+) -> None:
+    """Makes the folder readable: TFDS's files, then records.json. `described`: split -> table of the raw split.
+
+    Raises:
+      InputError: no frame was usable.
+    """
+    splits: dict[str, Any] = {}
+    for name in described:
+        own = [parts[shard.file] for shard in shards if shard.split == name]
+        splits[name] = {"described": described[name], "shards": own}
+    if not any(part["names"] for part in parts.values()):
+        raise InputError(f"{folder}: none of the frames was usable")
+    layout = {
+        name: ([part["records"] for part in split["shards"]], sum(part["bytes"] for part in split["shards"]))
+        for name, split in splits.items()
+    }
+    builders.write_tfds_files(folder, layout, manifest)
+    write_atomically(folder / records.MANIFEST, {**manifest, "splits": splits})
+    shutil.rmtree(folder / PARTS)
+    (folder / SETTINGS).unlink(missing_ok=True)
+
+
+def verify(folder: Path, progress: Callable[[int], Any] = lambda size: None) -> str:
+    """Compares every file's bytes with what was written; `progress` gets their numbers.
+
+    Returns:
+      A sentence about what was found.
+
+    Raises:
+      InputError: files that are missing or differ, named, and what to do.
+    """
+    manifest = records.read_manifest(folder)
+    wrong, parts = [], [part for split in manifest["splits"].values() for part in split["shards"]]
+    for part in parts:
+        path = folder / part["file"]
+        if _size(path) != part["bytes"]:
+            wrong.append(f"{part['file']} has {_size(path) or 0} bytes instead of {part['bytes']}")
+        elif checksum(path) != part["sha256"]:
+            wrong.append(f"{part['file']} has other bytes than were written")
+        progress(part["bytes"])
+    if wrong:
+        raise InputError(
+            f"{folder}: {len(wrong)} of {len(parts)} files are damaged: {'; '.join(wrong)}; delete them and run the "
+            "command that wrote them again: only these are written"
+        )
+    number = sum(part["records"] for part in parts)
+    return f"{folder}: {len(parts)} files with {number} records, all as they were written"

@@ -1,0 +1,105 @@
+"""TPU topologies to compile for, and what is known of each chip.
+
+Memory: what the TPU compiler grants a program of one device (it says so when one does not fit; libtpu 0.0.42,
+2026-11-23). Peaks and the data-centre network (DCN): Google's Cloud TPU page of each chip. Links between chips (ICI):
+Austin et al., "How to Scale Your Model" (2025), chapter 2, a tenth below Google's pages; TPU7x has v5p's on both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+from scalr_jax.runtime.errors import InputError
+
+# What libtpu needs on a machine without a TPU; set before JAX is imported.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    devices: int  # of JAX, a chip; the next two are of one device
+    hbm_bytes: int
+    flops: float  # bfloat16 a second, dense
+    axes: int  # of the torus
+    ring: int  # an axis is closed to a ring where the chips along it are a multiple of so many
+    link_bytes: float  # a second, one way, of each of the two links along an axis
+    dcn_bytes: float  # a second, out of a chip
+    examples: str  # of topologies
+
+
+CHIPS = {
+    "v4": Chip(1, int(30.75 * GIB), 275e12, 3, 4, 4.5e10, 6.25e9, "2x2x1, 2x2x2, 4x4x4, 4x4x8, 8x8x16"),
+    "v5e": Chip(1, int(15.75 * GIB), 197e12, 2, 16, 4.5e10, 3.125e9, "2x2, 4x4, 4x8, 8x8, 16x16"),
+    "v5p": Chip(1, int(95.74 * GIB), 459e12, 3, 4, 9e10, 6.25e9, "2x2x1, 2x2x2, 4x4x4, 8x8x8, 8x8x16"),
+    "v6e": Chip(1, int(31.25 * GIB), 918e12, 2, 16, 9e10, 12.5e9, "2x2, 4x4, 4x8, 8x8, 16x16"),
+    "tpu7x": Chip(2, int(94.75 * GIB), 1153.5e12, 3, 4, 9e10, 12.5e9, "2x2x1, 2x2x2, 4x4x4, 8x8x8"),
+}
+
+
+class Topology(NamedTuple):
+    """One slice."""
+
+    name: str  # "v5p:8x8x16"
+    kind: str  # a key of CHIPS
+    dims: tuple[int, ...]  # chips along each axis
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_chips * self.chip.devices
+
+
+def parse_topology(name: str) -> Topology:
+    """Raises `InputError` that lists the known chips."""
+    kind, _, sizes = name.partition(":")
+    known = "; ".join(f"{kind}: {chip.examples}" for kind, chip in CHIPS.items())
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
+        raise InputError(
+            f"--topology={name} is not CHIP:AxBxC with a known chip and its chips along each axis ({known})"
+        )
+    dims = tuple(int(size) for size in sizes.split("x"))
+    if len(dims) != CHIPS[kind].axes:
+        raise InputError(
+            f"--topology={name}: {kind} is a torus of {CHIPS[kind].axes} axes, as in {CHIPS[kind].examples}"
+        )
+    return Topology(name, kind, dims)
+
+
+def tpu_devices(name: str, num_slices: int = 1) -> list[Any]:
+    """The devices of so many slices of a topology, to compile for; no TPU is needed.
+
+    Raises `InputError` without libtpu, and for a topology that does not exist.
+    """
+    topology = parse_topology(name)
+    if num_slices < 1:
+        raise InputError(f"--slices={num_slices} must be 1 or more")
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("compiling for a TPU needs its compiler, and no TPU: pip install 'scalr_jax[tpu]'")
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    settings: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+    if topology.kind == "v4":
+        settings["chip_config_name"] = "megacore"  # its two cores as one device, as JAX runs it
+    try:
+        return list(topologies.get_topology_desc(name, "tpu", **settings).devices)
+    except Exception as error:  # JAX raises several types for a topology that it does not know
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--topology={name}: {reason}; known are {topology.chip.examples}") from error

@@ -1,0 +1,198 @@
+"""Several processes as one run: starting together, agreeing on the config, stopping together.
+
+JAX's own ways to end (a C++ abort when a peer is lost, waiting minutes for one that never comes) become one sentence
+and an exit code here; SIGTERM becomes a step after which all processes stop.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from scalr_jax.runtime.command_line import end
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import flatten
+
+HEARTBEAT_SECONDS = 40  # a process that was not heard of for so long counts as dead
+
+LOST = (
+    "stopped by JAX's distributed service, most likely because another process of this run died or can no longer be "
+    "reached (its own output says why); the same command resumes from the last checkpoint"
+)
+
+
+class Preempted(Exception):  # noqa: N818  nothing went wrong
+    """The run was asked to stop and has saved its state; its sentence says how to go on."""
+
+
+def start(
+    address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    connect_seconds: int = 120,
+) -> None:
+    """`jax.distributed.initialize` with the three arguments, or for the cluster that JAX detects (TPU pods, Slurm,
+    Open MPI, JAX_COORDINATOR_ADDRESS), or not at all: one process alone. Before the first use of a device.
+
+    Raises:
+        InputError: arguments are missing or wrong, or the coordinator was not reached within `connect_seconds`.
+    """
+    given = {"--coordinator_address": address, "--num_processes": num_processes, "--process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    timeouts: dict[str, Any] = {
+        "initialization_timeout": connect_seconds,
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+    }
+    where = "" if address is None else f" at {address}"
+    _at_abort(
+        2,
+        f"not all processes of this run came together{where} within {connect_seconds} s; start every one, with the "
+        "same --coordinator_address and --num_processes and its own --process_id where the cluster does not say them",
+    )
+    if len(missing) == len(given):
+        try:
+            jax.distributed.initialize(**timeouts)
+        except ValueError as error:
+            if "should be defined" in str(error) or "must be defined" in str(error):
+                return  # no cluster: alone
+            raise InputError(f"the cluster's settings are not understood: {error}") from error
+    elif missing or address is None or num_processes is None or process_id is None:
+        raise InputError(f"{' and '.join(missing)} must be given too, on every process")
+    else:
+        if not 0 <= process_id < num_processes:
+            raise InputError(f"--process_id={process_id} is not between 0 and --num_processes={num_processes} - 1")
+        _await_coordinator(address, process_id, connect_seconds)
+        jax.distributed.initialize(address, num_processes, process_id, **timeouts)
+    _at_abort(1, LOST)
+
+
+def _await_coordinator(address: str, process_id: int, seconds: int) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise InputError(f"--coordinator_address={address} is not host:port")
+    limit = time.monotonic() + seconds
+    while process_id > 0:  # process 0 is the coordinator
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > limit:
+                raise InputError(
+                    f"the coordinator {address} was not reached within {seconds} s ({error}); is process 0 running "
+                    "there, and is the port open?"
+                ) from error
+            time.sleep(0.5)
+
+
+def _at_abort(code: int, message: str) -> None:
+    """When JAX cannot reach the coordinator, or loses a peer, it calls abort(), from a thread of its own. Answer that
+    signal with a sentence and an exit code. Python's signal handlers would never run: abort() does not return."""
+
+    def on_abort(_: int) -> None:
+        end(code, message)
+
+    global _handler  # the C library keeps only a pointer to it
+    _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(_handler, ctypes.c_void_p))
+
+
+_handler: Any = None
+
+
+def end_if_not_alone(code: int, message: str) -> None:
+    """Beside other processes: one sentence, and out. The others notice within `HEARTBEAT_SECONDS`."""
+    if jax.distributed.is_initialized():
+        end(code, message)
+
+
+def barrier(name: str) -> None:
+    """Returns once every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def stack_over_processes(array: np.ndarray) -> np.ndarray:
+    """Every process's array, on every process: [processes, ...]."""
+    if jax.process_count() == 1:
+        return array[None]
+    # As bytes: JAX without 64 bits would make int64 int32.
+    parts = np.asarray(multihost_utils.process_allgather(np.frombuffer(array.tobytes(), np.uint8)))
+    return np.stack([np.frombuffer(part.tobytes(), array.dtype).reshape(array.shape) for part in parts])
+
+
+def sum_over_processes(array: np.ndarray) -> np.ndarray:
+    """The sum of every process's array, on every process."""
+    return stack_over_processes(array).sum(axis=0)
+
+
+def check_agreement(settings: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+    """Raises `InputError` on every process when one has other `settings` than process 0; lists the differences here.
+
+    Args:
+        settings: nested, JSON types.
+        free: dotted names that may differ.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = {key: value for key, value in flatten(settings).items() if key not in free}
+    there = json.loads(_broadcast(json.dumps(mine)))
+    mine = json.loads(json.dumps(mine))
+    wrong = [
+        f"{key}: {there.get(key)} on process 0, {mine.get(key)} on process {jax.process_index()}"
+        for key in sorted(there | mine)
+        if there.get(key) != mine.get(key)
+    ]
+    agreeing = np.asarray(multihost_utils.process_allgather(np.array([not wrong])))
+    if wrong:
+        raise InputError(f"processes of one run have different configs: {'; '.join(wrong)}")
+    if not agreeing.all():
+        others = ", ".join(str(process) for process in np.flatnonzero(~agreeing.ravel()))
+        raise InputError(f"processes of one run have different configs: see what process {others} says")
+
+
+def _broadcast(text: str) -> str:
+    """Process 0's text, on every process."""
+    data = text.encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(data), np.int32)))
+    padded = np.frombuffer(data[:size].ljust(size, b" "), np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()
+
+
+class Preemption:
+    """Whether the run was asked to stop (SIGTERM), as a context manager around the training loop.
+
+    Several processes agree on the step through JAX's preemption service, which hears SIGTERM from
+    `jax.distributed.initialize` on; one process alone listens itself.
+    """
+
+    def __init__(self):
+        self._asked = False
+        self._alone = not jax.distributed.is_initialized()
+        self._before: Any = None
+
+    def __enter__(self) -> Preemption:
+        if self._alone and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def reached(self, step: int) -> bool:
+        """True after the step at which every process is to save and stop. Call it once a step."""
+        return self._asked if self._alone else multihost_utils.reached_preemption_sync_point(step)

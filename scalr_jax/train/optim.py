@@ -1,0 +1,145 @@
+"""AdamW, LAMB for large batches, layer-wise learning-rate decay, and the two published learning-rate schedules.
+
+Schedules are functions of progress, counted in updates of the published batch: scenes seen / `optimizer.batch_size`.
+So a run whose packs hold a varying number of scenes follows the same curve in scenes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from scalr_jax.data.scenes import PLANE_AXES
+from scalr_jax.runtime.errors import InputError
+
+Array = jax.Array
+
+
+def warmup_cosine(t: Array, *, warmup: float, total: float, final: float) -> Array:
+    """Factor of the learning rate: linear to 1 at `warmup`, cosine to `final` at `total` (ScaLR), constant after."""
+    fraction = jnp.clip((t - warmup) / max(total - warmup, 1), 0.0, 1.0)
+    cosine = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * fraction))
+    return jnp.where(t < warmup, t / max(warmup, 1), cosine)
+
+
+def warmup_rsqrt_cooldown(t: Array, *, warmup: float, cooldown: float, timescale: float, total: float) -> Array:
+    """Linear warm-up, 1/sqrt(1 + (t - warmup)/timescale), linear cool-down from step `cooldown` on (ScaLR+).
+
+    As released, the cool-down starts from 1/sqrt(1 + cooldown/timescale), counted from step 0.
+    """
+    steps = total - cooldown
+    inverse_root = jax.lax.rsqrt(1 + jnp.maximum(t - warmup, 0.0) / timescale)
+    last = (1 + cooldown / timescale) ** -0.5
+    linear = last * jnp.maximum(steps - (t - cooldown) - 1, 0.0) / max(steps - 1, 1)
+    return jnp.where(t < warmup, t / max(warmup, 1), jnp.where(t < cooldown, inverse_root, linear))
+
+
+def make_schedule(config: Any, total: float) -> Callable[[Array], Array]:
+    """progress (updates of the published batch, float32) -> learning rate. `config` is `config.optimizer`.
+
+    Raises `InputError` for an unknown schedule, and for a rate below 0, or of 0 where a cosine would end above it.
+    """
+    peak = config.learning_rate
+    if not peak >= 0 or (peak == 0 and config.schedule == "cosine"):
+        raise InputError(
+            f"optimizer.learning_rate = {peak} with optimizer.schedule = {config.schedule!r}: give a positive one, or "
+            "0 with the schedule 'constant', which trains nothing but the batch norms' statistics"
+        )
+    warmup = config.warmup_share * total
+    if config.schedule == "cosine":
+        final = config.final_learning_rate / peak
+        return lambda t: peak * warmup_cosine(t, warmup=warmup, total=total, final=final)
+    if config.schedule == "rsqrt":
+        cooldown, timescale = config.cooldown_start_share * total, config.timescale_share * total
+        return lambda t: (
+            peak * warmup_rsqrt_cooldown(t, warmup=warmup, cooldown=cooldown, timescale=timescale, total=total)
+        )
+    if config.schedule == "constant":
+        return lambda t: peak * jnp.ones_like(t)
+    raise InputError(f"optimizer.schedule = {config.schedule!r} is none of 'cosine', 'rsqrt', 'constant'")
+
+
+def make_optimizer(config: Any, *, depth: int = 0, blocks: Sequence[int] = ()) -> optax.GradientTransformation:
+    """AdamW or LAMB without the learning rate, which the step multiplies in; decay on all parameters, as published.
+
+    `config` is `config.optimizer`; `depth`, the student's, is what `layer_decay` counts layers with, and `blocks` a
+    MinkUNet's by stage.
+    """
+    adam = [
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=1e-8),
+        optax.add_decayed_weights(config.weight_decay),
+    ]
+    if not 0 <= config.ema < 1:
+        raise InputError(f"optimizer.ema = {config.ema} is not in [0, 1); 0 keeps no average of the weights")
+    if config.name not in ("adamw", "lamb"):
+        raise InputError(f"optimizer.name = {config.name!r} is none of 'adamw', 'lamb'")
+    if config.name == "lamb":
+        adam.append(scale_by_weights())
+    if config.layer_decay == 1.0:
+        return optax.chain(*adam)
+    if not 0 < config.layer_decay < 1 or depth < 1:
+        raise InputError(
+            f"optimizer.layer_decay = {config.layer_decay} is not in (0, 1] for a student of {depth} layers"
+        )
+    return optax.chain(*adam, scale_by_layer(depth, config.layer_decay, blocks))
+
+
+def scale_by_weights() -> optax.GradientTransformation:
+    """LAMB (You et al., 2020, algorithm 2): the update of each matrix gets the norm of the matrix itself.
+
+    Of each layer's matrix, where scanned layers are stacked. Vectors (biases, scales) keep Adam's update, and so does a
+    matrix while it or its update is zero.
+    """
+
+    def scale(updates: Any, params: Any) -> Any:
+        def one(path: tuple, update: Array, param: Array) -> Array:
+            stacked = any(key.key == "groups" for key in path)
+            if param.ndim - stacked < 2:
+                return update
+            axes = tuple(range(int(stacked), param.ndim))
+            weight, step = (jnp.sqrt(jnp.square(x).sum(axes, keepdims=True)) for x in (param, update))
+            alive = (weight > 0) & (step > 0)
+            return update * jnp.where(alive, weight / jnp.where(alive, step, 1.0), 1.0)
+
+        return jax.tree_util.tree_map_with_path(one, updates, params)
+
+    return optax.stateless(scale)
+
+
+def scale_by_layer(depth: int, decay: float, blocks: Sequence[int] = ()) -> optax.GradientTransformation:
+    """Multiplies every update of a student by decay^(depth + 1 - layer), which is its learning rate's share.
+
+    Layers: the embedding 0, layer d of the backbone d + 1, the head depth + 1. Of a MinkUNet the stem 0, and residual
+    block d d + 1, with the convolution that leads to it.
+    """
+
+    def scale(updates: Any, _: Any = None) -> Any:
+        def one(path: tuple, update: Array) -> Array:
+            layers = layer_numbers(tuple(key.key for key in path), depth, blocks)
+            factor = decay ** (depth + 1 - np.asarray(layers, np.float64))
+            return update * factor.astype(np.float32).reshape(factor.shape + (1,) * (update.ndim - factor.ndim))
+
+        return jax.tree_util.tree_map_with_path(one, updates)
+
+    return optax.stateless(scale)
+
+
+def layer_numbers(path: tuple[str, ...], depth: int, blocks: Sequence[int] = ()) -> Any:
+    """The layer of the parameter at `path`: a number, or one for each row of a stack of scanned layers."""
+    if path[0] in ("embedding", "head"):
+        return 0 if path[0] == "embedding" else depth + 1
+    if path[0] == "backbone" and blocks:
+        kind, *numbers = path[1].split("_")
+        if kind == "stem":
+            return 0
+        return 1 + sum(blocks[: int(numbers[0])]) + (int(numbers[1]) if kind == "stage" else 0)
+    if path[0] != "backbone" or path[1] not in ("groups", "rest"):
+        raise ValueError(f"the parameter {'/'.join(path)} belongs to no layer that layer_decay knows")
+    plane, num_groups = int(path[2].removeprefix("plane_")), depth // len(PLANE_AXES)
+    first = len(PLANE_AXES) * np.arange(num_groups) if path[1] == "groups" else len(PLANE_AXES) * num_groups
+    return first + plane + 1

@@ -1,0 +1,5 @@
+import sys
+
+from scalr_jax.visualize.run import main
+
+main(sys.argv)

@@ -1,0 +1,308 @@
+"""Pictures of what a model learned, on one scan: features as colours, similarity to points, classes, a viewer.
+
+    python -m scalr_jax.visualize --model=runs/probe --output=DIR
+    python -m scalr_jax.visualize --model=runs/pretrain --input=scan.bin --output=DIR --query=8.5,-3.2,-0.5
+    python -m scalr_jax.visualize --model=runs/pretrain --input=scan.bin --image=front.jpg --calibration=cameras.json \\
+        --output=DIR
+    python -m scalr_jax.visualize --model=scalr.pth --sensor=pandar64 --dataset=pandaset --root=PANDASET --index=20 \\
+        --camera=front_camera --output=DIR
+
+Without --input and --dataset a frame of the run's own dataset is taken (of generated streets one that it has not seen).
+Into --output go pca.png, correlation_<n>.png, prediction.png (models with classes; beside the labels where there are
+some) and viewer.html (interactive, opens without a network; needs the extra "view"). docs/predict.md has the rest.
+
+Flags:
+{model}
+    --output         the folder to write
+    --input          a scan, as predict takes it
+    --image          its photograph, with
+    --calibration    cameras.json: intrinsics, size and lidar_to_camera, as in docs/data.md
+    --camera         which camera of the calibration or of the dataset's frame (default: the one, or the front one)
+    --dataset        nuscenes, semantic_kitti, pandaset (pandar64), pandargt, folder or streets
+    --root           its folder (of streets the cache of rendered scenes; default: <output>/streets)
+    --split          of the dataset (default: all; of streets validation)
+    --index          number of the frame (default: 0)
+    --labels         take frames with labels, also without an image; --nolabels: read none
+    --columns        float32 columns of a .bin file (default: 5 of nuScenes, else 4)
+    --what           features (the backbone's) or distilled (in the teacher's space; default of models that have it)
+    --query          x,y,z in metres: the point nearest to it is what others are compared with (default: several points
+                     chosen from labels, or clusters of the features)
+    --num_queries    how many are chosen (default: 4)
+    --max_points     of the viewer (default: 30000)
+
+Exit codes: 0 done; 2 bad arguments or input, or no space (one sentence on stderr); 1 a defect.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from scalr_jax.data.readers import scan_inputs
+from scalr_jax.data.readers.records import Records, is_prepared
+from scalr_jax.data.scenes import IGNORE, Frame
+from scalr_jax.data.streets.sensors import SENSORS as STREETS
+from scalr_jax.data.whole_scan import FARTHEST
+from scalr_jax.figures import colors as correlation
+from scalr_jax.figures import pictures as visualize_pictures
+from scalr_jax.figures.pictures import Panel
+from scalr_jax.runtime import model_flags
+from scalr_jax.runtime.command_line import fail, named, one_sentence
+from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.storage import check_writable
+from scalr_jax.visualize import viewer as visualize_viewer
+
+FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
+model_flags.define(FLAGS)
+for _name in ("output", "input", "image", "calibration", "camera", "dataset", "root", "split"):
+    flags.DEFINE_string(_name, None, "See --help.", flag_values=FLAGS)
+flags.DEFINE_integer("index", 0, "Number of the frame.", flag_values=FLAGS)
+flags.DEFINE_boolean("labels", None, "Frames with labels.", flag_values=FLAGS)
+flags.DEFINE_integer("columns", None, "Of a .bin file.", flag_values=FLAGS)
+flags.DEFINE_enum("what", None, ("features", "distilled"), "What to draw.", flag_values=FLAGS)
+flags.DEFINE_list("query", None, "A place.", flag_values=FLAGS)
+flags.DEFINE_integer("num_queries", 4, "How many are chosen.", 1, 20, flag_values=FLAGS)
+flags.DEFINE_integer("max_points", visualize_viewer.MAX_POINTS, "Of the viewer.", 100, flag_values=FLAGS)
+
+
+def visualize(
+    model: Any,
+    frame: Frame,
+    output: str | Path,
+    *,
+    label_names: Sequence[str] = (),
+    what: str | None = None,
+    query: Sequence[float] | None = None,
+    num_queries: int = 4,
+    max_points: int = visualize_viewer.MAX_POINTS,
+) -> list[Path]:
+    """Draws everything that model and frame allow; returns the files.
+
+    Args:
+      model: a `scalr_jax.Model`.
+      frame: of a dataset's reader or of `scan_inputs.read_frame`; with an image its points are drawn over it, too.
+      output: the folder to write, made when missing.
+      label_names: of the frame's labels, when it has some.
+      what: "features" or "distilled"; None: distilled where the model has it.
+      query: [3] metres, the place of the point that others are compared with; None chooses `num_queries` points.
+      max_points: of the viewer.
+
+    Raises:
+      InputError: no finite point, or a model without `what`.
+    """
+    folder = Path(output)
+    points = scan_inputs.student_points(frame)
+    finite = np.asarray(np.isfinite(points).all(axis=1) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1))
+    what = what or ("distilled" if model.config.head == "distill" else "features")
+    features = (model.distilled if what == "distilled" else model.embed)(points)[finite]
+    predictions = model.segment(points)[finite] if model.class_names else None
+    points, xyz = points[finite], points[finite, :3]
+    view = _part(frame, finite)
+    labels = view.labels if view.labels is not None and (view.labels != IGNORE).any() else None
+    colors = correlation.color_by_axes(features, correlation.fit_color_axes(features))
+    files: list[Path] = []
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def draw(name: str, title: str, panel: Panel, query: int | None = None) -> None:
+        path = folder / name
+        if view.image is not None and view.pixels is not None and view.visible is not None:
+            seen = (view.image, view.pixels, view.visible)
+            visualize_pictures.draw_with_image(path, xyz, title, panel, *seen, query=query)
+        else:
+            visualize_pictures.draw_panels(path, xyz, title, [panel], query=query)
+        files.append(path)
+
+    named = f"{'distilled features' if what == 'distilled' else 'features'} of {frame.name}"
+    draw("pca.png", f"{named}: like colours, like features", Panel("three principal components", colors))
+    chosen = _choose_queries(features, view, xyz, labels, query, num_queries)
+    for number, point in enumerate(chosen):
+        similarity = correlation.cosine_similarity(features, point)
+        place = ", ".join(f"{value:.1f}" for value in xyz[point])
+        kind = f", {label_names[labels[point]]}" if labels is not None and labels[point] < len(label_names) else ""
+        panel = Panel(f"query at ({place}) m{kind}", similarity, label="cosine similarity to the star")
+        draw(f"correlation_{number}.png", f"{named}: similarity to one point", panel, point)
+    if predictions is not None:
+        files.append(folder / "prediction.png")
+        visualize_pictures.draw_predictions(
+            files[-1], xyz, frame.name, predictions, model.class_names, labels=labels, label_names=label_names
+        )
+    try:
+        visualize_viewer.write_viewer(
+            folder / "viewer.html",
+            points,
+            features,
+            colors,
+            chosen[0],
+            title=named,
+            predictions=predictions,
+            class_names=model.class_names,
+            labels=labels,
+            label_names=label_names,
+            max_points=max_points,
+        )
+    except InputError as error:
+        print(error, file=sys.stderr)
+    else:
+        files.append(folder / "viewer.html")
+    return files
+
+
+def _part(frame: Frame, kept: np.ndarray) -> Frame:
+    """A frame's points where `kept` [N] is true; pixels in those of the image as it is."""
+    if frame.image is None or frame.pixels is None or frame.visible is None:
+        return frame._replace(points=frame.points[kept], labels=None if frame.labels is None else frame.labels[kept])
+    scale = np.array(frame.image.shape[:2]) / np.array(frame.image_shape or frame.image.shape[:2])
+    return frame._replace(
+        points=frame.points[kept],
+        labels=None if frame.labels is None else frame.labels[kept],
+        pixels=frame.pixels[kept] * scale,
+        visible=frame.visible[kept],
+    )
+
+
+def _choose_queries(features, view: Frame, xyz, labels, place, number: int) -> list[int]:
+    """Indices of the query points: the one nearest to a place [3], or chosen among those that the image shows."""
+    if place is not None:
+        return [int(np.linalg.norm(xyz - np.asarray(place, np.float64), axis=1).argmin())]
+    allowed = view.visible if view.visible is not None else np.ones(len(xyz), bool)
+    return correlation.choose_queries(features, xyz, number, labels=labels, allowed=allowed) or [0]
+
+
+# ------------------------------------------------------------------------------------------------- which frame to draw
+
+
+def open_frame(output: Path) -> tuple[Frame, Sequence[str]]:
+    """The frame that the flags name, and the names of its labels. Raises InputError, BadFrameError."""
+    if FLAGS.input and FLAGS.dataset:
+        raise InputError("--input and --dataset both say what to draw; give one of them")
+    if bool(FLAGS.image) != bool(FLAGS.calibration) or (FLAGS.image and not FLAGS.input):
+        raise InputError("--image, --calibration and --input belong together: a scan, its photograph, its cameras.json")
+    if FLAGS.input:
+        path = Path(FLAGS.input)
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; give one scan of it, or --dataset=folder --root={path}")
+        frame = scan_inputs.read_frame(path, columns=FLAGS.columns, sensor=FLAGS.sensor)
+        if FLAGS.image:
+            frame = scan_inputs.pair_image(frame, Path(FLAGS.image), Path(FLAGS.calibration), FLAGS.camera)
+        return frame, ()
+    dataset = _open_dataset(output)
+    return scan_inputs.dataset_frame(dataset, FLAGS.index, FLAGS.camera), dataset.class_names
+
+
+def _open_dataset(output: Path) -> Any:
+    """The reader of --dataset, or of the run's own dataset."""
+    if FLAGS.dataset == "streets":
+        sensor = FLAGS.sensor if FLAGS.sensor in STREETS else "beams32"
+        return _streets(Path(FLAGS.root or output / "streets"), (sensor,), (224, 448), 0)
+    if FLAGS.dataset:
+        if not FLAGS.root:
+            raise InputError(f"--root is required with --dataset={FLAGS.dataset}: the folder that holds it")
+        return _open_raw(FLAGS.dataset, Path(FLAGS.root))
+    config = _run_config(Path(FLAGS.model))
+    data = config["data"]
+    name, root = data["dataset"], data["root"]
+    if name == "streets" and not (root and is_prepared(root)):
+        folder = Path(root or Path(FLAGS.model) / "streets")
+        return _streets(folder, tuple(data["sensors"]), tuple(data["image_size"]), config["seed"])
+    if "+" in name or name == "merged":
+        raise InputError(
+            f"{FLAGS.model} was trained on several datasets ({name}); say which frame to draw with --input=SCAN, or "
+            "with --dataset, --root and --index"
+        )
+    return _open_raw(next(iter(data["sensors"])) if name == "pandaset" else name, Path(root))
+
+
+def _open_raw(name: str, root: Path) -> Any:
+    if is_prepared(root):
+        return Records(root, split=FLAGS.split or "all", labels=bool(FLAGS.labels))
+    return scan_inputs.open_dataset(name, root, split=FLAGS.split or "all", labels=FLAGS.labels)
+
+
+def _streets(root: Path, sensors: tuple[str, ...], size: tuple[int, int], seed: int) -> Any:
+    """Generated streets up to the wanted one, rendered where they are missing."""
+    from scalr_jax.data.streets.streets import Streets
+
+    if FLAGS.index < 0:
+        raise InputError(f"--index={FLAGS.index}: frames are numbered from 0")
+    split = FLAGS.split or "validation"
+    streets = Streets(root, split=split, num_scenes=FLAGS.index + 1, sensors=sensors, image_size=size, seed=seed)
+    streets.render_missing()
+    return streets
+
+
+def _run_config(workdir: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((workdir / "config.json").read_text())
+        return {"data": dict(config["data"]), "seed": int(config["seed"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{workdir} is not the workdir of a run, which would say its dataset; give --input=SCAN, or --dataset, "
+            "--root and --index"
+        ) from None
+
+
+def parse_flags(arguments: list[str]) -> None:
+    """Fills `FLAGS`; --help and mistakes as users expect them."""
+    if any(argument in ("--help", "-h", "-help") for argument in arguments[1:]):
+        print((__doc__ or "").replace("{model}", model_flags.HELP))
+        sys.exit(0)
+    FLAGS.unparse_flags()  # of an earlier call in this process
+    try:
+        rest = FLAGS(arguments)
+    except (flags.Error, ValueError) as error:
+        raise InputError(one_sentence(error)) from error
+    if rest[1:]:
+        raise InputError(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
+    if not FLAGS.model or not FLAGS.output:
+        raise InputError("--model and --output are required, as in --model=runs/pretrain --input=scan.bin --output=DIR")
+
+
+def run(arguments: list[str]) -> None:
+    """The command. Raises InputError, BadFrameError and what the operating system raises."""
+    parse_flags(arguments)
+    query = model_flags.numbers(FLAGS, "query", 3)
+    output = Path(FLAGS.output)
+    check_writable(output / "viewer.html")
+    model = model_flags.load_model(FLAGS)
+    frame, label_names = open_frame(output)
+    for text in model.check(scan_inputs.student_points(frame)).values():
+        print(f"warning: {frame.name}: {text}", file=sys.stderr)
+    try:
+        drawn = visualize(
+            model,
+            frame,
+            output,
+            label_names=label_names,
+            what=FLAGS.what,
+            query=query,
+            num_queries=FLAGS.num_queries,
+            max_points=FLAGS.max_points,
+        )
+    except InputError as error:
+        raise InputError(named(frame.name, error)) from error
+    print(f"{output}: {', '.join(path.name for path in drawn)}")
+
+
+def main(arguments: list[str]) -> None:
+    """`run`, with exit code 2 and one sentence for what is not a defect."""
+    try:
+        run(arguments)
+    except (InputError, BadFrameError) as error:
+        fail(one_sentence(error))
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fail(one_sentence(error) + ("; free space on the disk and run the same command again" if full else ""))
+    except KeyboardInterrupt:
+        fail("interrupted")
+
+
+# ---------------------------------------------------------------------------------------------------- curves of a run

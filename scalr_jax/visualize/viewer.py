@@ -1,0 +1,230 @@
+"""An interactive page of one scan: plotly, with its library inside, so that it opens without a network.
+
+Buttons switch the colours: principal components, intensity, height, similarity, classes. A click on a point colours
+all by their similarity to it; for that the page holds the unit features, projected on their `DIMENSIONS` strongest
+directions, as signed bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scalr_jax.data.scenes import IGNORE
+from scalr_jax.figures.colors import cosine_similarity, normalize
+from scalr_jax.figures.pictures import BACKGROUND, IGNORED, class_color, top_view_box
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import written_whole
+
+MAX_POINTS = 30_000
+DIMENSIONS = 24
+POINT_SIZE = 1.6
+MISSING = 'the viewer needs plotly: pip install "scalr_jax[view]"'
+
+# Runs when the figure is there. A click on a point computes the similarities and shows their trace.
+CLICK = """
+const figure = document.getElementById('{plot_id}'), width = @WIDTH@;
+const codes = Int8Array.from(atob('@CODES@'), c => c.charCodeAt(0));
+const product = (i, j) => {
+  let sum = 0;
+  for (let k = 0; k < width; k++) sum += codes[i * width + k] * codes[j * width + k];
+  return sum;
+};
+const length = Float32Array.from({length: codes.length / width}, (_, i) => Math.sqrt(product(i, i)) || 1);
+figure.on('plotly_click', event => {
+  const point = event.points[0];
+  if (point.curveNumber === @STAR@) return;
+  const query = point.customdata === undefined ? point.pointNumber : point.customdata;
+  const similarity = length.map((own, i) => product(i, query) / (own * length[query]));
+  const place = ['x', 'y', 'z'].map(axis => [point[axis]]);
+  Plotly.restyle(figure, {'marker.color': [similarity]}, [@SIMILARITY@])
+    .then(() => Plotly.restyle(figure, {x: [place[0]], y: [place[1]], z: [place[2]]}, [@STAR@]))
+    .then(() => Plotly.update(figure, {visible: @VISIBLE@}, {'updatemenus[0].active': @ACTIVE@}));
+});
+"""
+
+
+def quantize(features: np.ndarray) -> np.ndarray:
+    """[N, min(C, 24)] int8 whose cosines are about those of the features [N, C]."""
+    unit = normalize(features).astype(np.float32)
+    _, vectors = np.linalg.eigh((unit.T @ unit).astype(np.float64))
+    kept = normalize(unit @ vectors[:, ::-1][:, :DIMENSIONS].astype(np.float32))
+    return np.rint(127.0 * kept).astype(np.int8)
+
+
+def write_viewer(
+    output: Path,
+    points: np.ndarray,
+    features: np.ndarray,
+    colors: np.ndarray,
+    query: int,
+    *,
+    title: str,
+    predictions: np.ndarray | None = None,
+    class_names: Sequence[str] = (),
+    labels: np.ndarray | None = None,
+    label_names: Sequence[str] = (),
+    max_points: int = MAX_POINTS,
+) -> int:
+    """Writes the page; returns how many points it shows.
+
+    Args:
+      output: an .html file.
+      points: [N, 4] float32, finite: x, y, z in metres and raw intensity.
+      features: [N, C], what similarity is computed of.
+      colors: [N, 3] uint8, of the principal components.
+      query: the point to which similarity is shown at first.
+      title: above the points.
+      predictions, labels: [N] classes or 255, with their names.
+      max_points: more points of the top view's square are thinned to so many, at random.
+
+    Raises:
+      InputError: plotly is not installed.
+    """
+    try:
+        import plotly.graph_objects as go
+    except ImportError as error:
+        raise InputError(MISSING) from error
+    shown = _thin(points[:, :3], query, max_points)
+    points, codes = points[shown], quantize(features[shown])
+    here = int(np.searchsorted(shown, query))
+    similarity = cosine_similarity(codes.astype(np.float32), here)
+    low, high = np.quantile(points[:, 2], (0.01, 0.99))
+    modes: dict[str, list[Any]] = {
+        "features (PCA)": [_points(go, points, {"color": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colors[shown]]})],
+        "intensity": [_values(go, points, points[:, 3], "intensity", (0.0, np.quantile(points[:, 3], 0.98)))],
+        "height": [_values(go, points, points[:, 2], "z (m)", (low, high))],
+        "similarity": [_values(go, points, similarity, "cosine similarity", (min(0.0, float(similarity.min())), 1.0))],
+    }
+    if predictions is not None:
+        modes["prediction"] = _classes(go, points, predictions[shown], class_names)
+    if labels is not None:
+        modes["label"] = _classes(go, points, labels[shown], label_names)
+    star = {"size": 7, "color": "white", "symbol": "diamond", "line": {"color": "black", "width": 2}}
+    traces = [trace for group in modes.values() for trace in group]
+    query_trace = go.Scatter3d(
+        **dict(zip("xyz", points[here : here + 1, :3].T, strict=True)), marker=star, mode="markers", showlegend=False
+    )
+    visible = _visible(modes)
+    traces = [*traces, query_trace]
+    for trace, on in zip(traces, visible[0], strict=True):
+        trace.visible = on
+    figure = go.Figure(traces, _layout(title, modes, visible, len(codes)))
+    active = list(modes).index("similarity")
+    script = CLICK.replace("@WIDTH@", str(codes.shape[1])).replace("@STAR@", str(len(traces) - 1))
+    script = script.replace("@SIMILARITY@", "3").replace("@ACTIVE@", str(active))
+    script = script.replace("@VISIBLE@", str(visible[active]).lower())
+    script = script.replace("@CODES@", base64.b64encode(codes.tobytes()).decode())
+    options = {"displaylogo": False, "scrollZoom": True, "responsive": True}
+    page = figure.to_html(
+        include_plotlyjs=True, full_html=True, post_script=[script], config=options, default_height="100vh"
+    )
+    page = page.replace("<head>", f"<head><title>{_escape(title)}</title>", 1)
+    page = page.replace("<body>", f'<body style="margin:0;background:{BACKGROUND}">', 1)
+    with written_whole(output) as file:
+        file.write(page.encode())
+    return len(points)
+
+
+def _thin(xyz: np.ndarray, query: int, max_points: int) -> np.ndarray:
+    """Ascending indices of at most `max_points` points of the top view's square [N, 3], the query among them.
+
+    A point's chance grows with its distance: near the lidar there are enough.
+    """
+    (left, bottom), side = top_view_box(xyz)
+    x, y = xyz[:, 0] - left, xyz[:, 1] - bottom
+    kept = np.flatnonzero((x > 0) & (x < side) & (y > 0) & (y < side))
+    if len(kept) > max_points:
+        chance = np.maximum(np.linalg.norm(xyz[kept], axis=1), 1.0).astype(np.float64)
+        kept = np.random.default_rng(0).choice(kept, max_points, replace=False, p=chance / chance.sum())
+    if query not in kept:
+        kept = np.append(kept[1:] if len(kept) == max_points else kept, query)
+    return np.sort(kept)
+
+
+def _points(go: Any, points: np.ndarray, marker: dict[str, Any], **options: Any) -> Any:
+    """One set of points [n, 4]."""
+    place = dict(zip("xyz", np.ascontiguousarray(points[:, :3].T), strict=True))
+    hover = "x %{x:.1f} m, y %{y:.1f} m, z %{z:.1f} m"
+    arguments = {"mode": "markers", "hovertemplate": f"{hover}<extra></extra>", "showlegend": False, **options}
+    return go.Scatter3d(**place, marker={"size": POINT_SIZE, "opacity": 1.0, **marker}, **arguments)
+
+
+def _values(go: Any, points: np.ndarray, values: np.ndarray, label: str, limits: tuple[Any, Any]) -> Any:
+    """Points by a number each [n], with a colour bar."""
+    bar = {"title": {"text": label, "side": "right"}, "len": 0.6, "thickness": 16}
+    marker = {
+        "color": values.astype(np.float32),
+        "colorscale": "Turbo",
+        "cmin": float(limits[0]),
+        "cmax": float(max(limits[1], limits[0] + 1e-6)),
+        "showscale": True,
+        "colorbar": bar,
+    }
+    hover = f"{label} %{{marker.color:.3g}}<br>x %{{x:.1f}} m, y %{{y:.1f}} m, z %{{z:.1f}} m<extra></extra>"
+    return _points(go, points, marker, hovertemplate=hover)
+
+
+def _classes(go: Any, points: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[Any]:
+    """One set of points for each class that occurs, so that the legend switches it on and off."""
+    grey = "#{:02x}{:02x}{:02x}".format(*IGNORED)
+    traces = []
+    for k in (*range(len(names)), IGNORE):
+        rows = np.flatnonzero(labels == k).astype(np.int32)
+        if len(rows):
+            name, color = (names[k], class_color(names[k])) if k != IGNORE else ("no class", grey)
+            hover = f"{name}<br>x %{{x:.1f}} m, y %{{y:.1f}} m, z %{{z:.1f}} m<extra></extra>"
+            options = {"name": name, "customdata": rows, "showlegend": True, "hovertemplate": hover}
+            traces.append(_points(go, points[rows], {"color": color}, **options))
+    return traces
+
+
+def _visible(modes: dict[str, list[Any]]) -> list[list[bool]]:
+    """For each mode which traces it shows; the last is the query's, shown with similarity."""
+    return [
+        [name == wanted for name, group in modes.items() for _ in group] + [wanted == "similarity"] for wanted in modes
+    ]
+
+
+def _layout(title: str, modes: dict[str, list[Any]], visible: list[list[bool]], number: int) -> dict[str, Any]:
+    axis = {"gridcolor": "#3a4252", "zerolinecolor": "#3a4252", "showbackground": False, "color": "#c9d1d9"}
+    buttons = [
+        {"label": name, "method": "update", "args": [{"visible": on}]} for name, on in zip(modes, visible, strict=True)
+    ]
+    menu = {
+        "type": "buttons",
+        "direction": "right",
+        "buttons": buttons,
+        "x": 0.01,
+        "y": 0.99,
+        "xanchor": "left",
+        "yanchor": "top",
+        "bgcolor": "#d7dce3",
+        "font": {"color": "#10141c"},
+    }
+    note = f"{number:,} points. Drag to turn, scroll to zoom, click a point: similarity to it"
+    return {
+        "title": {"text": f"{_escape(title)}<br><sup>{note}</sup>", "x": 0.01, "xanchor": "left"},
+        "paper_bgcolor": BACKGROUND,
+        "font": {"color": "#e6edf3"},
+        "margin": {"l": 0, "r": 0, "b": 0, "t": 70},
+        "legend": {"itemsizing": "constant", "bgcolor": "rgba(0,0,0,0)"},
+        "updatemenus": [menu],
+        "scene": {
+            "bgcolor": BACKGROUND,
+            "aspectmode": "data",
+            "xaxis": {**axis, "title": {"text": "x (m)"}},
+            "yaxis": {**axis, "title": {"text": "y (m)"}},
+            "zaxis": {**axis, "title": {"text": "z (m)"}},
+            "camera": {"eye": {"x": -0.75, "y": 0.0, "z": 0.55}, "up": {"x": 0, "y": 0, "z": 1}},
+            "uirevision": "kept",
+        },
+    }
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,316 @@
+"""A MinkUNet as the student: by `model.name` in any config, in the same tasks and packs as a WaffleIron."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import scalr_jax
+from scalr_jax import tasks
+from scalr_jax.compile import abstract, hlo
+from scalr_jax.data import packing
+from scalr_jax.data.build import make_dataset, make_settings
+from scalr_jax.data.pipeline import Pipeline
+from scalr_jax.data.transforms import cell_position
+from scalr_jax.export.run import export_model
+from scalr_jax.models import build, minkunet
+from scalr_jax.ops import voxels
+from scalr_jax.ops.voxels import count_levels, extent_of
+from scalr_jax.runtime import sharding
+from scalr_jax.runtime.checkpoint import load_variables
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.train import optim
+from tests.train.train_test import distill, losses, small_config
+
+FAST = {"xla_backend_optimization_level": 0}  # compiles faster, which is what these tests spend their time on
+NARROW = {"model.name": "minkunet14", "model.minkunet.width": 0.1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_blocks():
+    """The same net with two residual blocks, one down and one up, which compiles in a third of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(minkunet.BLOCKS, "minkunet14", (1, 0, 0, 0, 0, 0, 0, 1))
+        yield
+
+
+@pytest.fixture(scope="module")
+def scenes(street_cache):
+    """Four training scenes for a probe, as a MinkUNet takes them, and the settings."""
+    config = small_config(street_cache, **NARROW, task="probe")
+    return _scenes(config)
+
+
+def _scenes(config):
+    dataset = make_dataset(config, "train", cache=None)
+    settings = make_settings(config, task="segment", train=True)
+    return Pipeline(dataset, settings, seed=1).sample(4), settings
+
+
+def test_voxels_are_those_of_the_augmented_points(scenes, street_cache):
+    """As the cells of a WaffleIron: the published augmentation turns coordinates and features by different angles."""
+    sparse, settings = scenes
+    planar, planar_settings = _scenes(small_config(street_cache, task="probe"))
+    low = np.array(settings.field_of_view[0])
+    for a, b in zip(sparse, planar, strict=True):
+        assert (a.neighbors.shape, a.planes) == ((len(a.feats), 0), ())
+        xyz = low + a.voxels.coordinates * settings.student_voxel_size
+        assert np.abs(xyz[:, :2] - a.feats[:, 1:3]).max() > 0.5
+        cells = cell_position(xyz, (0, 1), planar_settings.grids[0], settings.field_of_view)
+        assert len(a.feats) == len(b.feats)
+        assert (np.sort(cells) == np.sort(b.planes[0].position[b.planes[0].cell])).mean() > 0.999  # rounded to float32
+        np.testing.assert_array_equal(a.voxels.counts, count_levels(np.floor(a.voxels.coordinates)))
+
+
+def test_voxels_are_counted_as_by_looking_at_each():
+    rng = np.random.default_rng(0)
+    coordinates = rng.integers(-3, 5, (60, 3))
+    for number, pairs, *directions in count_levels(coordinates, 3):
+        occupied = {tuple(row) for row in coordinates.tolist()}
+        steps = [(x, y, z) for x in (-1, 0, 1) for y in (-1, 0, 1) for z in (-1, 0, 1) if (x, y, z) != (0, 0, 0)]
+        near = [sum(tuple(np.add(voxel, step).tolist()) in occupied for voxel in occupied) for step in steps]
+        assert (number, pairs, directions) == (len(occupied), sum(near), near[13:])
+        assert near[:13] == near[:12:-1]  # in the opposite directions, which are the same pairs
+        coordinates = coordinates // 2
+    assert extent_of(((-64, -64, -8), (64, 64, 8)), 0.1) == (1280, 1280, 160)
+
+
+def test_a_pack_that_is_full_of_pairs_is_followed_by_another(scenes):
+    """Nothing is dropped: what does not fit opens the next pack, and a scene that fits in none is named."""
+    members, _ = scenes
+    needs = [packing.sizes(scene) for scene in members]
+    roomy = packing.derive_capacities(members, points=6000, scenes=4)
+    assert len(list(packing.pack_stream(iter(members), roomy))) == 1
+    most = max(need.pairs[1] for need in needs)
+    tight = roomy._replace(pairs=(roomy.pairs[0], most, *roomy.pairs[2:]))
+    packs = list(packing.pack_stream(iter(members), tight))
+    assert len(packs) > 1
+    assert [scene.index for pack in packs for scene in pack.scenes] == [scene.index for scene in members]
+    with pytest.raises(InputError, match=r"pairs where data\.pairs_per_shard is .*; raise it"):
+        list(packing.pack_stream(iter(members), tight._replace(pairs=(*tight.pairs[:4], 1))))
+
+
+def test_room_by_direction_is_taken_where_it_costs_little(scenes, monkeypatch):
+    """Else any direction may have all pairs. It holds every scene of the sample, turned by right angles too."""
+    members, _ = scenes
+    monkeypatch.setattr(voxels, "LARGE", 1)
+    derive = functools.partial(packing.derive_capacities, members, points=6000, scenes=4, directions=True)
+    assert packing.derive_capacities(members, points=6000, scenes=4).directions == voxels.pooled(derive().pairs)
+    chosen = {}
+    for more in (0.5, 4.0):
+        monkeypatch.setattr(voxels, "MORE", more)
+        capacities = derive()
+        sizes = voxels.sizes_of(
+            jax.tree.map(lambda part: part[None], packing.pack_shard([], capacities, members[0], ()).voxels.room)
+        )
+        chosen[more] = [bool(size.directions) for size in sizes]
+        for scene in members:
+            for turned in (
+                scene,
+                scene._replace(voxels=scene.voxels._replace(counts=voxels.turned(scene.voxels.counts))),
+            ):
+                assert not packing.overflow(
+                    packing.sizes(turned)._replace(pairs=packing.sizes(scene).pairs), capacities
+                )
+        for size, directions in zip(sizes, np.reshape(capacities.directions, (5, 13)), strict=True):
+            assert not size.directions or (np.array(size.directions) > directions).all()
+    assert chosen == {0.5: [False] * 5, 4.0: [True] * 5}
+
+
+def test_what_a_scene_is_said_to_need_is_enough(scenes, street_cache, monkeypatch):
+    """By `data.pairs_per_shard`, a number a level, with which room by direction grows and shrinks."""
+    members, _ = scenes
+    monkeypatch.setattr(voxels, "LARGE", 1)
+    monkeypatch.setattr(voxels, "MORE", 4.0)
+    for directions in (False, True):
+        roomy = packing.derive_capacities(members, points=6000, scenes=4, directions=directions)
+        data = small_config(street_cache, **NARROW).data
+        data.pairs_per_shard = (1500, 900, 2**20, 300, 100)
+        tight = packing.given_tables(roomy, data)
+        assert tight.pairs == data.pairs_per_shard
+        for scene in members:
+            (text,) = packing.overflow(packing.sizes(scene), tight)
+            data.pairs_per_shard = tuple(int(n) for n in re.findall(r"\d+", text.partition(" pairs where ")[0]))
+            assert not packing.overflow(packing.sizes(scene), packing.given_tables(roomy, data))
+    data.pairs_per_shard = (1500, 900)
+    with pytest.raises(InputError, match=r"data\.pairs_per_shard = \(1500, 900\) has 2 numbers, and 5 are needed"):
+        packing.given_tables(roomy, data)
+
+
+def test_one_scene_alone_gets_sizes_of_a_short_list(scenes):
+    members, _ = scenes
+    rounded = [packing.static_capacities(scene, ()) for scene in members]
+    for scene, capacities in zip(members, rounded, strict=True):
+        assert not packing.overflow(packing.sizes(scene), capacities)
+        for have, needed in zip(capacities.voxels, packing.sizes(scene).voxels, strict=True):
+            assert have < 2 * needed
+
+
+@pytest.fixture(scope="module")
+def run(street_cache, tmp_path_factory):
+    """Two steps of distillation, and what they left."""
+    workdir = tmp_path_factory.mktemp("distilled")
+    config = small_config(street_cache, **NARROW, num_steps=2)
+    state = distill(config, workdir)
+    return workdir, jax.device_get(state)
+
+
+@pytest.mark.slow
+def test_distilled_probed_and_loaded(run, street_cache, tmp_path):
+    workdir, state = run
+    assert np.isfinite(list(losses(workdir).values())).all()
+    config = small_config(street_cache, **NARROW, task="probe", checkpoint=str(workdir), num_steps=2)
+    config.data.points_per_shard = 16_384
+    results = tasks.probe(config, tmp_path)
+    assert 0 <= results["miou"] <= 1
+    probed = load_variables(tmp_path / "checkpoints")
+    for kind, tree in (("params", state.params), ("batch_stats", state.batch_stats)):
+        jax.tree.map(np.testing.assert_array_equal, tree["backbone"], probed[kind]["backbone"])
+
+    model = scalr_jax.load(tmp_path)
+    frame = make_dataset(config, "validation", cache=tmp_path).frame(0)
+    features = model.embed(frame.points)
+    assert features.shape == (len(frame.points), build.channels_of(config.model))
+    assert np.isfinite(features).all()
+    assert features.std(axis=0).max() > 0
+    with pytest.raises(InputError, match="a minkunet14 is exported as stablehlo or orbax, and not folded"):
+        export_model(model, "onnx", tmp_path / "exported")
+
+
+@pytest.mark.slow
+def test_the_same_run_twice_is_bit_identical(run, street_cache, tmp_path):
+    workdir, state = run
+    again = jax.device_get(distill(small_config(street_cache, **NARROW, num_steps=2), tmp_path))
+    assert losses(tmp_path) == losses(workdir)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+@pytest.mark.slow
+def test_finetuned_with_layer_decay(run, street_cache, tmp_path):
+    """How far AdamW goes, by formula and by layer. The head begins at zero, so the backbone's first gradient is that of
+    the second step, when its moments are (1 - beta1) g and (1 - beta2) g^2, over 1 - beta1^2 and 1 - beta2^2."""
+    config = small_config(street_cache, **NARROW, task="finetune", checkpoint=str(run[0]), num_steps=2)
+    config.data.points_per_shard = 16_384
+    config.optimizer.update(layer_decay=0.5, weight_decay=0.0, schedule="constant", warmup_share=0.0)
+    config.optimizer.learning_rate = 1e-2
+    results = tasks.finetune(config, tmp_path)
+    assert 0 <= results["miou"] <= 1
+    far = 1e-2 * (1 + config.optimizer.beta2) ** 0.5 / (1 + config.optimizer.beta1)
+    depth, blocks = build.depth_of(config.model)
+    before, after = run[1].params["backbone"], load_variables(tmp_path / "checkpoints")["params"]["backbone"]
+
+    def check(path, old, new):
+        names = ("backbone", *(key.key for key in path))
+        if old.ndim == 3:
+            wanted = far * 0.5 ** (depth + 1 - optim.layer_numbers(names, depth, blocks))
+            assert np.median(np.abs(new - old)) == pytest.approx(wanted, rel=0.02), names
+
+    jax.tree_util.tree_map_with_path(check, before, after)
+
+
+def test_another_student_is_refused(run, street_cache):
+    workdir, _ = run
+    changes = {**NARROW, "model.minkunet.width": 0.2, "task": "probe", "checkpoint": str(workdir)}
+    with pytest.raises(InputError, match=r"another student: minkunet\.width is 0\.1 there, 0\.2 in config\.model"):
+        tasks.load_backbone(small_config(street_cache, **changes))
+    with pytest.raises(InputError, match=r"another student: name is minkunet14 there, waffleiron in config\.model"):
+        tasks.load_backbone(small_config(street_cache, task="probe", checkpoint=str(workdir)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model.minkunet.voxel_size": 0.3}, r"minkunet\.voxel_size is 0\.1 there, 0\.3 in config\.model"),
+        ({"model.minkunet.reading": "trilinear"}, r"reading is nearest there, trilinear in config\.model"),
+        ({"data.intensity": (0.0, 1.0)}, r"intensity is \(\) there, \(0\.0, 1\.0\) in config\.data"),
+    ],
+)
+def test_the_same_weights_on_other_inputs_are_refused(run, street_cache, change, said):
+    config = small_config(street_cache, **NARROW, task="probe", checkpoint=str(run[0]))
+    assert set(tasks.load_backbone(config)) == {"params", "batch_stats"}
+    config.update_from_flattened_dict(change)
+    with pytest.raises(InputError, match=said):
+        tasks.load_backbone(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model.name": "minkunet"}, "none of waffleiron, minkunet14, minkunet18, minkunet34"),
+        ({**NARROW, "model.minkunet.reading": "linear"}, "none of nearest, trilinear"),
+        ({**NARROW, "model.minkunet.voxel_size": 0.0}, "must be positive"),
+        (
+            {**NARROW, "model.segmentation_head": "segmnt"},
+            r"model\.segmentation_head = 'segmnt' is none of segment, linear",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(street_cache, changes, said):
+    with pytest.raises(InputError, match=said):
+        build.make_student(small_config(street_cache, **changes), head="none", out_features=0)
+
+
+def test_voxels_too_many_for_their_keys_are_one_sentence(street_cache):
+    config = small_config(street_cache, **NARROW)
+    config.model.minkunet.voxel_size = 0.01
+    make_settings(config, task="distill", train=True)
+    config.model.minkunet.voxel_size = 0.003
+    with pytest.raises(
+        InputError, match=r"voxel_size = 0\.003 makes 42667 x 42667 x 5334 voxels of model\.field_of_view"
+    ):
+        make_settings(config, task="distill", train=True)
+
+
+@pytest.mark.parametrize(("reading", "enough"), [("nearest", False), ("trilinear", True)])
+def test_without_room_for_a_voxel_nothing_passes_as_a_result(scenes, street_cache, reading, enough):
+    (scene, *_), _ = scenes
+    config = small_config(street_cache, **NARROW)
+    config.model.minkunet.reading = reading
+    student = build.make_student(config, head="none", out_features=0)
+    need = packing.sizes(scene)
+    room = need if enough else need._replace(voxels=(need.voxels[0] - 1, *need.voxels[1:]))
+    batch = jax.tree.map(lambda x: jax.numpy.asarray(x)[None], packing.pack_shard([scene], room, scene, ()))
+    shapes = jax.eval_shape(lambda: student.init(jax.random.key(0), batch, train=False))
+    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), shapes)
+    program = jax.jit(lambda variables: student.apply(variables, batch, train=False), compiler_options=FAST)
+    out = np.asarray(program(variables))
+    assert np.isfinite(out).all() == enough
+
+
+def test_only_sums_cross_a_device(street_cache):
+    """Of gradients and batch norms, in the compiled gradient of eight shards on eight devices; no table, no rows."""
+    config = small_config(street_cache, **NARROW)
+    student = build.make_student(config, head="none", out_features=0)
+    mesh = sharding.make_mesh(8, 1)
+    batch = abstract.make_batch(config, "distill", abstract.choose_capacities(config), mesh)
+    shapes = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
+
+    def loss(params, statistics, batch):
+        variables = {"params": params, "batch_stats": statistics}
+        return student.apply(variables, batch, train=True, mutable=["batch_stats"])[0].sum()
+
+    variables = abstract.placed(shapes, sharding.parameter_shardings(shapes, mesh))
+    arguments = variables["params"], variables["batch_stats"], batch
+    text = jax.jit(jax.grad(loss)).lower(*arguments).compile(FAST).as_text() or ""
+    found = {kind for kind in hlo.COLLECTIVES if re.search(rf" {kind}(-start)?\(", text)}
+    assert found == {"all-reduce"}
+    largest = max(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    for shape in re.findall(r"= f32\[([\d,]*)\][^=]*? all-reduce\(", text):
+        assert np.prod([int(n) for n in shape.split(",") if n]) <= largest
+
+
+def test_layer_decay_counts_residual_blocks():
+    blocks = (2, 3, 4, 6, 2, 2, 2, 2)
+    number = lambda name: optim.layer_numbers(("backbone", name, "kernel"), 23, blocks)  # noqa: E731
+    names = ("stem", "stem_norm", "down_0", "stage_0_0", "stage_0_1", "down_1_norm", "stage_7_1")
+    assert [number(name) for name in names] == [0, 0, 1, 1, 2, 3, 23]
+    assert optim.layer_numbers(("head", "kernel"), 23, blocks) == 24
+
+
+def test_settings_without_voxels_are_a_waffleirons(street_cache):
+    settings = make_settings(small_config(street_cache), task="distill", train=True)
+    assert (settings.student_voxel_size, len(settings.grids)) == (None, 3)
+    sparse = make_settings(small_config(street_cache, **NARROW), task="distill", train=True)
+    assert (sparse.student_voxel_size, sparse.grids, sparse.num_neighbors) == (0.1, (), 0)

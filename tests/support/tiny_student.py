@@ -1,0 +1,41 @@
+"""A student of three layers, 8 wide, with random weights, as published files and workdirs are loaded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scalr_jax.config import get_config
+from scalr_jax.interop import student as interop
+from scalr_jax.interop.layout import empty_batch
+from scalr_jax.runtime.checkpoint import Checkpoints
+
+
+def tiny_model(head, out_features, **changes):
+    """A model config and random variables."""
+    model = get_config().model
+    model.unlock()
+    model.update({"channels": 8, "depth": 3, "head": head, "out_features": out_features, "num_features": 5, **changes})
+    student = interop.make_student(model)
+    shapes = jax.eval_shape(
+        lambda batch: student.init(jax.random.key(0), batch, train=False), empty_batch(5, model.grids)
+    )
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda x: rng.uniform(0.1, 0.9, x.shape).astype(np.float32), shapes)
+
+
+def write_workdir(path, task, head, out_features, **data):
+    """A run's folder, as training leaves it."""
+    config = get_config()
+    config.task, config.teacher.checkpoint = task, "demo"
+    config.data.update(data)
+    model, variables = tiny_model(head, out_features)
+    config.model.update({key: model[key] for key in config.model if key in ("channels", "depth")})
+    if head != "distill":
+        config.model.head_hidden = 256  # of the distillation it began with: the demo's probes say so
+    path.mkdir()
+    (path / "config.json").write_text(config.to_json_best_effort())
+    checkpoints = Checkpoints(path / "checkpoints", every=1, keep=1)
+    checkpoints.save(1, jax.tree.map(jnp.asarray, variables), jnp.zeros(1), force=True)
+    checkpoints.wait()
+    checkpoints.close()
+    return path

@@ -1,0 +1,171 @@
+"""Schedules against the published numbers, and the optimiser against its formula."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from scalr_jax import recipes
+from scalr_jax.config import get_config
+from scalr_jax.interop.names import weight_table
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import flatten
+from scalr_jax.train import optim
+from tests.support.tiny_student import tiny_model
+
+
+def test_published_schedules(golden):
+    arrays = golden("schedules")
+    t = jnp.asarray(arrays["step"], jnp.float32)
+    warmup, total, final = arrays["args_cosine"]
+    ours = optim.warmup_cosine(t, warmup=warmup, total=total, final=final)
+    np.testing.assert_allclose(ours, arrays["warmup_cosine"], rtol=1e-6, atol=1e-6)
+    warmup, cooldown, timescale, total = arrays["args_rsqrt"].tolist()
+    ours = optim.warmup_rsqrt_cooldown(t, warmup=warmup, cooldown=cooldown, timescale=timescale, total=total)
+    np.testing.assert_allclose(ours, arrays["warmup_rsqrt_cooldown"], rtol=1e-6, atol=1e-6)
+
+
+def test_schedules_stay_at_their_end():
+    assert optim.warmup_cosine(jnp.float32(999), warmup=1, total=10, final=0.1) == pytest.approx(0.1)
+    assert optim.warmup_rsqrt_cooldown(jnp.float32(999), warmup=1, cooldown=8, timescale=2, total=10) == 0
+
+
+def test_the_config_chooses_the_schedule():
+    config = get_config().optimizer
+    cosine = optim.make_schedule(config, 100.0)
+    assert cosine(jnp.float32(2)) == pytest.approx(2e-3)  # the warm-up is 2 % long
+    assert cosine(jnp.float32(100)) == pytest.approx(1e-5)
+    config.schedule = "linear"
+    with pytest.raises(InputError, match=r"optimizer\.schedule"):
+        optim.make_schedule(config, 100.0)
+
+
+def test_a_learning_rate_of_zero_is_constant():
+    """A cosine from 0 to `final_learning_rate` would be a warm-up; without training, batch norms still see the data."""
+    config = get_config().optimizer
+    for rate, schedule in ((0.0, "cosine"), (-1e-3, "rsqrt"), (-1e-3, "constant"), (float("nan"), "cosine")):
+        config.update(learning_rate=rate, schedule=schedule)
+        with pytest.raises(InputError, match=r"optimizer\.learning_rate = \S+ with .* give a positive one, or 0"):
+            optim.make_schedule(config, 100.0)
+    config.update(learning_rate=0.0, schedule="constant")
+    assert optim.make_schedule(config, 100.0)(jnp.float32(5)) == 0
+
+
+def test_adamw_decays_every_parameter():
+    """One step equals AdamW's formula (decoupled weight decay), biases included."""
+    config = get_config().optimizer
+    optimizer = optim.make_optimizer(config)
+    params = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([3.0])}
+    gradients = {"kernel": jnp.array([0.5, 0.1]), "bias": jnp.array([-1.0])}
+    updates: Any
+    theirs: Any
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    expected = optax.adamw(1.0, weight_decay=config.weight_decay)
+    theirs, _ = expected.update(gradients, expected.init(params), params)
+    for name in params:
+        np.testing.assert_allclose(-updates[name], theirs[name], rtol=1e-6)
+
+
+def test_lamb_by_its_formula():
+    """A matrix as Optax's LAMB has it, each layer of a stack by itself, and vectors as AdamW."""
+    config = get_config().optimizer
+    config.name = "lamb"
+    rng = np.random.default_rng(0)
+    stack, kernel, bias, zero = (
+        rng.normal(size=(2, 4, 3)),
+        rng.normal(size=(4, 3)),
+        rng.normal(size=3),
+        np.zeros((2, 2)),
+    )
+    params: Any = {"groups": {"kernel": stack}, "head": {"kernel": kernel, "bias": bias, "zero": zero}}
+    params = {k: {name: jnp.asarray(x, jnp.float32) for name, x in v.items()} for k, v in params.items()}
+    gradients = {
+        k: {name: jnp.asarray(rng.normal(size=x.shape), jnp.float32) for name, x in v.items()}
+        for k, v in params.items()
+    }
+    ours: Any = optim.make_optimizer(config)
+    ours, _ = ours.update(gradients, ours.init(params), params)
+    apart = {"a": params["groups"]["kernel"][0], "b": params["groups"]["kernel"][1], "c": params["head"]["kernel"]}
+    apart_gradients = {
+        "a": gradients["groups"]["kernel"][0],
+        "b": gradients["groups"]["kernel"][1],
+        "c": gradients["head"]["kernel"],
+    }
+    lamb: Any = optax.lamb(1.0, eps=1e-8, weight_decay=config.weight_decay)
+    lamb, _ = lamb.update(apart_gradients, lamb.init(apart), apart)
+    for mine, theirs in zip((*ours["groups"]["kernel"], ours["head"]["kernel"]), lamb.values(), strict=True):
+        np.testing.assert_allclose(-mine, theirs, rtol=1e-5, atol=1e-6)
+    adamw: Any = optax.adamw(1.0, weight_decay=config.weight_decay)
+    adamw, _ = adamw.update(gradients, adamw.init(params), params)
+    for name in ("bias", "zero"):
+        np.testing.assert_allclose(-ours["head"][name], adamw["head"][name], rtol=1e-5, atol=1e-6)
+    config.name = "sgd"
+    with pytest.raises(InputError, match=r"optimizer\.name = 'sgd'"):
+        optim.make_optimizer(config)
+
+
+def test_a_large_batch_sees_the_same_scenes_on_the_same_schedule():
+    base = recipes.pretraining("scalr")
+    large = recipes.large_batch(recipes.packed(recipes.pretraining("scalr"), 64), 60)
+    assert large.num_steps * 64 * recipes.PACK_MEAN == pytest.approx(base.num_steps * 8, rel=1e-3)
+    assert large.optimizer.total_updates == base.num_steps  # the schedule counts scenes in units of 8
+    assert large.optimizer.learning_rate == pytest.approx(60**0.5 * base.optimizer.learning_rate)
+    assert large.optimizer.warmup_share == pytest.approx(min(0.1, 60**0.5 * base.optimizer.warmup_share))
+    with pytest.raises(InputError, match="cannot be 0 times"):
+        recipes.large_batch(base, 0)
+
+
+@pytest.mark.parametrize("depth", [1, 5, 6])
+def test_layer_decay_by_its_formula(depth):
+    """Learning rate x decay^(depth + 1 - layer); layer d of the backbone is d + 1, whatever stack it lies in."""
+    decay = 0.9
+    groups, rest = divmod(depth, 3)
+    layers = {"groups": {f"plane_{k}": {"bias": jnp.ones((groups, 2))} for k in range(3 if groups else 0)}}
+    layers["rest"] = {f"plane_{k}": {"bias": jnp.ones(2)} for k in range(rest)}
+    params = {"embedding": {"kernel": jnp.ones((2, 2))}, "backbone": layers, "head": {"bias": jnp.ones(3)}}
+    scaled: Any = optim.scale_by_layer(depth, decay).update(params, optax.EmptyState())[0]
+    np.testing.assert_allclose(scaled["embedding"]["kernel"], decay ** (depth + 1), rtol=1e-6)
+    np.testing.assert_allclose(scaled["head"]["bias"], 1.0, rtol=1e-6)
+    for d in range(depth):
+        stack = scaled["backbone"]["groups" if d < 3 * groups else "rest"][f"plane_{d % 3}"]["bias"]
+        row = stack[d // 3] if d < 3 * groups else stack
+        np.testing.assert_allclose(row, decay ** (depth + 1 - (d + 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [3, 5])
+def test_layer_decay_of_every_published_weight(depth):
+    """Of a whole student, by the published names: embed.* is layer 0, *_mix.d.* layer d + 1, classif.* depth + 1."""
+    model, variables = tiny_model("segment", 4, depth=depth, norm="batch")
+    ones = jax.tree.map(jnp.ones_like, variables["params"])
+    scaled: Any = optim.scale_by_layer(depth, 0.9).update(ones, optax.EmptyState())[0]
+    factors = flatten(scaled)
+    for entry in weight_table(model):
+        if entry.weight.stats:
+            continue
+        published = entry.weight.theirs.split(".")
+        layer = {"embed": 0, "classif": depth + 1}.get(published[0])
+        layer = int(published[2]) + 1 if layer is None else layer
+        name, wanted = entry.ours.replace("/", "."), 0.9 ** (depth + 1 - layer)
+        if entry.row is None:
+            np.testing.assert_allclose(factors.pop(name), wanted, rtol=1e-6)
+        else:
+            np.testing.assert_allclose(factors[name][entry.row], wanted, rtol=1e-6)
+    assert all(name.startswith("backbone.groups.") for name in factors)  # the stacks, whose rows were all looked at
+
+
+def test_layer_decay_in_the_optimizer():
+    """It scales whole updates, weight decay included, and refuses what it cannot mean."""
+    config = get_config().optimizer
+    params = {"embedding": jnp.ones(2), "head": jnp.ones(2)}
+    plain: Any = optim.make_optimizer(config)
+    plain, _ = plain.update(params, plain.init(params), params)
+    config.layer_decay = 0.5
+    decayed: Any = optim.make_optimizer(config, depth=2)
+    decayed, _ = decayed.update(params, decayed.init(params), params)
+    np.testing.assert_allclose(decayed["head"], plain["head"])
+    np.testing.assert_allclose(decayed["embedding"], plain["embedding"] / 8)
+    with pytest.raises(InputError, match="layer_decay"):
+        optim.make_optimizer(config)
