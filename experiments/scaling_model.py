@@ -1,8 +1,8 @@
 """How a step's time should grow with the chips: compute, plus what the devices wait for each other. Nothing overlaps.
 
-    python -m scalr_jax.scaling_model
-    python -m scalr_jax.scaling_model --topologies=v6e:4x4,v6e:16x16 --slices=1,4 --mfu=0.4
-    python -m scalr_jax.scaling_model --picture=weak_scaling.png
+    python experiments/scaling_model.py
+    python experiments/scaling_model.py --topologies=v6e:4x4,v6e:16x16 --slices=1,4 --mfu=0.4
+    python experiments/scaling_model.py --picture=weak_scaling.png
 
 Weak scaling, every chip with the scenes of one pack:
 
@@ -189,7 +189,7 @@ def draw(step: Step, path: Path) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser("", __doc__)
-    parser.prog = "python -m scalr_jax.scaling_model"
+    parser.prog = "python experiments/scaling_model.py"
     parser.add_argument("--topologies", default=",".join(f"v5p:{dims}" for dims in V5P))
     parser.add_argument("--slices", default="1")
     parser.add_argument("--mfu", type=float, default=0.25)

@@ -180,7 +180,7 @@ with this package's preprocessing, which is NumPy:
 
 ```python
 import json
-from scalr_jax.export_inputs import make_inputs, pad_inputs   # imports no JAX
+from scalr_jax.export.inputs import make_inputs, pad_inputs   # imports no JAX
 
 settings = json.loads(Path("FOLDER/config.json").read_text())["settings"]
 inputs, nearest = make_inputs(points, settings)   # points [N, 4]: x, y, z in metres, raw intensity

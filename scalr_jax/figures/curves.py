@@ -1,4 +1,4 @@
-"""TODO."""
+"""A run's curves: read from metrics.jsonl, and drawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Exported folders, read back: their settings, their files and their weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The frozen teacher: from `config.teacher` or a file to a ViT and its parameters."""
 
 from __future__ import annotations
 

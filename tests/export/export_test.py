@@ -306,7 +306,7 @@ def test_the_lines_of_a_card_run_without_this_package(models, tmp_path, form, ba
 
 
 def test_preprocessing_needs_no_jax():
-    code = "import sys, scalr_jax.export_inputs; sys.exit('jax' in sys.modules)"
+    code = "import sys, scalr_jax.export.inputs; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 

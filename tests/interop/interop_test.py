@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from scalr_jax.interop import layout
 from scalr_jax.interop import student as interop
+from scalr_jax.interop.layout import apply_published_layout, published_batch
 from scalr_jax.interop.torch_file import read_weights_file, write_torch_file
 from scalr_jax.runtime.errors import InputError
 from tests.conftest import GOLDEN
@@ -44,7 +44,7 @@ def test_published_logits(golden, name):
     arrays = golden(name)
     model, variables = load(name)
     assert (model.head, model.out_features) == ("segment", 16)
-    logits = layout.apply_published_layout(model, variables, *(arrays[key] for key in LAYOUT))
+    logits = apply_published_layout(model, variables, *(arrays[key] for key in LAYOUT))
     assert scale_error(logits, arrays["logits"]) < 1e-5
 
 
@@ -56,10 +56,10 @@ def test_padding_as_released(golden):
     model = interop.infer_model(weights, None, "scalr_plus")
     variables = interop.convert_weights(weights, model, "scalr_plus")
     layout = [arrays[key] for key in LAYOUT]
-    out = layout.apply_published_layout(model, variables, *layout, padding="published")
+    out = apply_published_layout(model, variables, *layout, padding="published")
     assert scale_error(out[:, :, ::5], arrays["out_eval"]) < 1e-5
     with pytest.raises(InputError, match="'both' is none of masked, published"):
-        layout.published_batch(*layout, padding="both")
+        published_batch(*layout, padding="both")
 
 
 @pytest.mark.parametrize("name", FILES)

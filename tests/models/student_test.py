@@ -10,6 +10,7 @@ import pytest
 
 from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.interop import student as interop
+from scalr_jax.interop.layout import apply_published_layout, published_batch
 from scalr_jax.models.student import Student
 from tests.support.random_scenes import GRIDS, pack, random_scene, stack
 
@@ -56,7 +57,7 @@ def scale_error(ours, theirs):
 def test_published_outputs(golden, kind, implementation):
     arrays = golden(f"student_{kind}_full")
     model, variables, layout = load_golden(arrays, kind)
-    out = layout.apply_published_layout(model, variables, *layout, implementation=implementation)
+    out = apply_published_layout(model, variables, *layout, implementation=implementation)
     assert scale_error(out[:, :, ::5], arrays["out_eval"]) < 1e-5
 
 
@@ -65,7 +66,7 @@ def test_published_outputs(golden, kind, implementation):
 def test_published_outputs_of_padded_scenes(golden, kind):
     arrays = golden(f"student_{kind}_padded")
     model, variables, layout = load_golden(arrays, kind)
-    out = layout.apply_published_layout(model, variables, *layout)[:, :, ::5]
+    out = apply_published_layout(model, variables, *layout)[:, :, ::5]
     valid = arrays["occupied_cells"][:, None, ::5] > 0
     assert scale_error(out * valid, arrays["out_eval"] * valid) < 1e-5
 
@@ -77,7 +78,7 @@ def test_published_training_step(golden, kind, implementation):
     """Outputs in training, loss, every gradient and every running statistic."""
     arrays = golden(f"student_{kind}_full")
     model, variables, layout = load_golden(arrays, kind)
-    batch = layout.published_batch(*layout)
+    batch = published_batch(*layout)
     student = interop.make_student({**model, "drop_path": 0.0}, grids=arrays["grids"], implementation=implementation)
     num_scenes, channels, num_points = arrays["target"].shape
     target = arrays["target"].transpose(0, 2, 1).reshape(1, -1, channels)

@@ -140,7 +140,7 @@ def test_unknown_sensor_is_named(tmp_path):
 
 
 def test_reading_imports_no_jax():
-    code = "import sys, scalr_jax.data.streets; assert 'jax' not in sys.modules"
+    code = "import sys, scalr_jax.data.streets.streets; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
