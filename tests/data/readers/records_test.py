@@ -141,7 +141,8 @@ def test_few_files_stay_open(tiny, monkeypatch):
 
 
 def test_reading_imports_neither_jax_nor_tfds():
-    code = "import sys, scalr_jax.data.readers.records; print({'jax', 'tensorflow_datasets', 'tensorflow'} & set(sys.modules))"
+    loaded = "{'jax', 'tensorflow_datasets', 'tensorflow'} & set(sys.modules)"
+    code = f"import sys, scalr_jax.data.readers.records; print({loaded})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
