@@ -1,8 +1,6 @@
 """Every config of configs/: it builds its state, and has the published sizes and lengths."""
 
-import importlib.util
 import inspect
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,37 +19,25 @@ from scalr_jax.models import build
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import optim
 from scalr_jax.train.state import init_state
+from tests.support.paths import ROOT
+from tests.support.runs import config_module, config_of
 from tests.support.tiny_student import tiny_model
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 CLASSES = {"nuscenes": 16, "semantic_kitti": 19, "pandaset": 17, "streets": 7}
 TEACHER_WIDTH = 1024  # DINOv2 ViT-L
 RECIPES = sorted(
-    str(path.relative_to(CONFIGS))
+    str(path.relative_to(CONFIGS).with_suffix(""))
     for folder in ("pretrain", "probe", "finetune")
     for path in CONFIGS.glob(f"{folder}/*.py")
 )
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location("config_under_test", CONFIGS / name)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def variants():
+    """Every recipe, and the arguments it takes."""
     for name in RECIPES:
-        methods = (
-            ("scalr", "scalr_plus") if "method" in inspect.signature(load(name).get_config).parameters else (None,)
-        )
-        yield from ((name, method) for method in methods)
-
-
-def get_config(name, method=None):
-    return load(name).get_config(*([method] if method else []))
+        takes_method = "method" in inspect.signature(config_module(name).get_config).parameters
+        yield from ((name, method) for method in ([("scalr",), ("scalr_plus",)] if takes_method else [()]))
 
 
 def abstract_state(config):
@@ -78,7 +64,7 @@ def count(tree):
 
 @pytest.mark.parametrize(("name", "method"), list(variants()))
 def test_every_config_builds_its_state(name, method):
-    config = get_config(name, method)
+    config = config_of(name, *method)
     state = abstract_state(config)
     assert count(state.params["backbone"]) > 6e6
     trained = state.params["head"] if config.task == "probe" else state.params
@@ -91,7 +77,7 @@ def test_every_config_builds_its_state(name, method):
 @pytest.mark.parametrize(("name", "method"), list(variants()))
 def test_every_config_takes_a_minkunet(name, method):
     """Scenes, room of its tables (that of the largest scenes where a step holds so many) and the student; no array."""
-    config = get_config(name, method)
+    config = config_of(name, *method)
     config.model.name = "minkunet34"
     settings = make_settings(config, task="distill" if config.task == "distill" else "segment", train=True)
     assert (settings.student_voxel_size, settings.grids) == (0.1, ())
@@ -105,7 +91,7 @@ def test_every_config_takes_a_minkunet(name, method):
 
 @pytest.mark.parametrize("head", ["distill", "segment"])
 def test_a_minkunet34_has_the_published_size(head):
-    config = get_config("probe/nuscenes.py", "scalr")
+    config = config_of("probe/nuscenes", "scalr")
     config.model.name = "minkunet34"
     student = build.make_student(config, head=head, out_features=16)
     shapes = jax.eval_shape(
@@ -116,25 +102,25 @@ def test_a_minkunet34_has_the_published_size(head):
 
 @pytest.mark.parametrize(("channels", "millions"), [(256, 6.84), (384, 15.1), (768, 59.4)])
 def test_published_sizes(channels, millions):
-    config = get_config(f"pretrain/scalr_wi48_{channels}.py")
+    config = config_of(f"pretrain/scalr_wi48_{channels}")
     params = abstract_state(config).params
     assert (count(params) - count(params["head"])) / 1e6 == pytest.approx(millions, rel=0.002)
 
 
 def test_published_lengths():
     """Epochs as steps, warm-up and layer decay, one of each kind by hand."""
-    config = get_config("pretrain/scalr_wi48_768.py")
+    config = config_of("pretrain/scalr_wi48_768")
     assert config.num_steps == 25 * 6887
     assert config.optimizer.warmup_share * config.num_steps == pytest.approx(3_500)
-    config = get_config("pretrain/scalr_plus_wi48_768.py")
+    config = config_of("pretrain/scalr_plus_wi48_768")
     assert (config.num_steps, config.model.head_hidden, config.model.drop_path) == (65 * 6887, 2048, 0.2)
-    config = get_config("finetune/nuscenes_1p.py", "scalr")
+    config = config_of("finetune/nuscenes_1p", "scalr")
     assert (config.num_steps, config.optimizer.layer_decay) == (45 * (282 // 8), 0.95)
-    config = get_config("finetune/semantic_kitti_100p.py", "scalr")
+    config = config_of("finetune/semantic_kitti_100p", "scalr")
     assert (config.num_steps, config.optimizer.warmup_share) == (10 * 2391, 0.1)
-    config = get_config("finetune/pandargt_100p.py", "scalr_plus")
+    config = config_of("finetune/pandargt_100p", "scalr_plus")
     assert (config.model.grids[0], config.optimizer.learning_rate) == ((384, 384), 1e-4)
-    config = get_config("finetune/semantic_kitti_waffleiron.py")
+    config = config_of("finetune/semantic_kitti_waffleiron")
     assert (config.num_steps, config.optimizer.batch_size) == (45 * (19_130 // 4), 4)
 
 
@@ -143,7 +129,7 @@ def test_published_lengths():
     [("5", "relu", 0.05, 45), ("scalr_plus,25", "gelu", 0.25, 45), ("scalr_plus", "gelu", 1.0, 25)],
 )
 def test_any_share_of_the_labels(argument, activation, fraction, epochs):
-    config = get_config("finetune/nuscenes.py", argument)
+    config = config_of("finetune/nuscenes", argument)
     assert (config.model.activation, config.data.label_fraction) == (activation, fraction)
     assert config.num_steps == epochs * (int(np.ceil(28_130 * fraction)) // 8)
 
@@ -151,27 +137,27 @@ def test_any_share_of_the_labels(argument, activation, fraction, epochs):
 @pytest.mark.parametrize(("argument", "message"), [("7", "7 % of the labels"), ("0", "0 % of"), ("slidr,5", "'slidr'")])
 def test_a_share_that_cannot_be_had(argument, message):
     with pytest.raises(InputError, match=message):
-        get_config("finetune/semantic_kitti.py", argument)
+        config_of("finetune/semantic_kitti", argument)
 
 
 def test_packed_steps_see_as_many_scenes_as_the_published():
-    published, config = (get_config(f"pretrain/{name}_wi48_768.py") for name in ("scalr", "scalr_packed"))
+    published, config = (config_of(f"pretrain/{name}_wi48_768") for name in ("scalr", "scalr_packed"))
     assert config.num_steps * 7.5 == pytest.approx(published.num_steps * 8, rel=1e-4)
     assert config.optimizer.total_updates == published.num_steps
-    four = load("pretrain/scalr_packed_wi48_768.py").get_config("4")
+    four = config_of("pretrain/scalr_packed_wi48_768", "4")
     assert four.num_steps * 30 == pytest.approx(published.num_steps * 8, rel=1e-4)
 
 
 def test_docstrings_name_figure_and_command():
     for name in RECIPES:
-        text = load(name).__doc__
-        assert f"--config=configs/{name}" in text, name
+        text = config_module(name).__doc__
+        assert f"--config=configs/{name}.py" in text, name
         assert "%" in text or "no figure" in text, name
 
 
 def test_unknown_method():
     with pytest.raises(InputError, match="the method 'slidr' is none of scalr, scalr_plus"):
-        get_config("probe/nuscenes.py", "slidr")
+        config_of("probe/nuscenes", "slidr")
 
 
 def small_config(**changes):

@@ -1,10 +1,8 @@
 """The command line: help, mistakes and bad input. Exit code 2 and one sentence, never a traceback."""
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +11,10 @@ from scalr_jax import tasks
 from scalr_jax.data.build import make_dataset
 from scalr_jax.data.streets.streets import Streets
 from scalr_jax.runtime.errors import InputError
+from tests.support.paths import ROOT
 from tests.support.raw_datasets import write_semantic_kitti
+from tests.support.runs import config_of
 from tests.support.tiny_student import write_workdir
-
-ROOT = Path(__file__).parent.parent
 
 
 def command(*arguments):
@@ -30,13 +28,6 @@ def command(*arguments):
         timeout=300,
         check=False,
     )
-
-
-def config_of(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def test_help_says_what_the_command_does():

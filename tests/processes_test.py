@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,8 +17,8 @@ from scalr_jax import config as defaults
 from scalr_jax.runtime import distributed, workdir
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 TINY = (
     "--config.data.num_scenes=8",
     "--config.data.points_per_shard=3072",

@@ -28,8 +28,9 @@ from scalr_jax.runtime import chips, sharding
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import init_state
-from tests.main_test import ROOT, config_of
+from tests.support.paths import ROOT
 from tests.support.random_scenes import GRIDS, IMAGE_SIZE, random_scene
+from tests.support.runs import config_of
 
 CONFIG_FILES = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how ml_collections loads them
 

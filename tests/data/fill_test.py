@@ -10,7 +10,7 @@ from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.pandaset import PandaSet
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
-from tests.support.raw_datasets import SAMPLES
+from tests.support.paths import SAMPLES
 
 NUM_SCENES = 120
 

@@ -13,8 +13,8 @@ from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
 from scalr_jax.data.scenes import Frame
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from tests.main_test import config_of
 from tests.support import raw_datasets as raw
+from tests.support.runs import config_of
 
 CLASSES = ("road", "car", "person", "tree")
 GROUND = 2.0  # metres below the sensor

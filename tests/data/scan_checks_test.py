@@ -10,8 +10,7 @@ from scalr_jax.data.scan_checks import check_scan
 from scalr_jax.data.sensors import INTENSITY
 from scalr_jax.data.streets.sensors import SENSORS as STREETS
 from scalr_jax.data.streets.streets import Streets
-
-SAMPLES = Path(__file__).parents[3] / "shared" / "samples"
+from tests.support.paths import SAMPLES
 
 
 def make_points(number=3000):

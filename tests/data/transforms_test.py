@@ -10,7 +10,7 @@ from scalr_jax.data.readers.pandaset import PandaSet
 from scalr_jax.data.scenes import PLANE_AXES, Frame
 from scalr_jax.data.whole_scan import check_points, whole_scan
 from scalr_jax.runtime.errors import BadFrameError
-from tests.support import raw_datasets as raw
+from tests.support.paths import SAMPLES
 
 FIELD_OF_VIEW = ((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0))
 GRIDS = ((256, 256), (256, 32), (256, 32))
@@ -204,9 +204,9 @@ def test_segmentation_voxelises_and_limits_in_the_students_frame(train):
 
 
 @pytest.mark.samples
-@pytest.mark.skipif(not raw.SAMPLES.is_dir(), reason="needs the real frames")
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs the real frames")
 def test_a_real_pandaset_frame_is_evaluated_as_it_is_predicted():
-    dataset = PandaSet(raw.SAMPLES / "pandaset", split="all", frames=[45], labels=True)
+    dataset = PandaSet(SAMPLES / "pandaset", split="all", frames=[45], labels=True)
     source = dataset.frame(0)
     settings = settings_of("segment", train=False)
     scene = transforms.make_scene(source, 0, dataset.intensity, settings, np.random.default_rng(0))

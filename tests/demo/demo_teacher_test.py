@@ -1,8 +1,5 @@
 """The packaged teacher loads, is small and tells things apart; its training step learns."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,19 +13,11 @@ from scalr_jax.data.streets.views import render_views
 from scalr_jax.demo import teacher as demo_teacher
 from scalr_jax.interop.teacher import ASSET, load_demo_teacher, load_teacher, make_teacher, save_teacher
 from scalr_jax.models import vit
+from tests.support.paths import ROOT
+from tests.support.runs import config_of
 
-ROOT = Path(__file__).parents[2]
 IMAGE_SIZE = (112, 224)
 SMALL = {"patch_size": 8, "width": 32, "depth": 1, "num_heads": 2, "hidden": 64, "position_grid": (14, 28)}
-
-
-def _config():
-    spec = importlib.util.spec_from_file_location("demo_teacher_config", ROOT / "configs/demo_teacher.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +73,7 @@ def test_mirroring_keeps_pixels_on_their_colour(views):
 
 
 def test_the_loss_falls_and_reaches_every_parameter(views):
-    config = _config()
+    config = config_of("demo_teacher")
     weights = config.teacher_training.weights.to_dict()
     vit_config = vit.ViTConfig(**SMALL)
     keys = jax.random.split(jax.random.key(0))

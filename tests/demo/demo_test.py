@@ -8,7 +8,7 @@ from PIL import Image
 
 from scalr_jax import tasks
 from scalr_jax.demo import run as demo
-from tests.main_test import config_of
+from tests.support.runs import config_of
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from scalr_jax.evaluation.segmentation import Evaluator, ScanClasses, evaluate
 from scalr_jax.evaluation.submission import Submission
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from tests.main_test import config_of
 from tests.support.raw_datasets import given, write_nuscenes, write_semantic_kitti
+from tests.support.runs import config_of
 from tests.support.tiny_student import write_workdir
 
 RINGS = (8.0, 16.0)

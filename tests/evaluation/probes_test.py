@@ -18,7 +18,7 @@ from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train.loop import segmentation_task, train
 from scalr_jax.train.state import variables_of
-from tests.main_test import config_of
+from tests.support.runs import config_of
 from tests.support.tiny_student import write_workdir
 
 TEACHER_WIDTH = 128  # the packaged one's

@@ -21,8 +21,8 @@ from scalr_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import InputError
-from tests.main_test import config_of
 from tests.support.raw_datasets import given, write_nuscenes, write_semantic_kitti
+from tests.support.runs import config_of
 from tests.support.tiny_student import write_workdir
 
 # Rows of the public benchmark table on nuScenes-C: clear mIoU, mIoU by corruption (means over severities), mCE, mRR.

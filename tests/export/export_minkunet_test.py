@@ -20,7 +20,7 @@ from scalr_jax.interop import student as interop
 from scalr_jax.interop.layout import empty_batch
 from scalr_jax.ops.voxels import NEIGHBORS
 from scalr_jax.runtime.errors import InputError
-from tests.main_test import ROOT
+from tests.support.paths import ROOT
 
 VIEW = ((-16.0, -16.0, -4.0), (16.0, 16.0, 4.0))
 

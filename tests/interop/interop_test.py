@@ -12,7 +12,7 @@ from scalr_jax.interop import student as interop
 from scalr_jax.interop.layout import apply_published_layout, published_batch
 from scalr_jax.interop.torch_file import read_weights_file, write_torch_file
 from scalr_jax.runtime.errors import InputError
-from tests.conftest import GOLDEN
+from tests.support.paths import GOLDEN
 
 LAYOUT = ("feat", "cell_ind", "occupied_cells", "neighbors_emb", "grids")
 ACTIVATION = {"probe_scalr": "relu", "probe_scalr_plus": "gelu"}

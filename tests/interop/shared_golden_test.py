@@ -7,7 +7,7 @@ import pytest
 from scalr_jax.interop.vit import load_dinov2
 from scalr_jax.models import vit
 from scalr_jax.ops.bilinear import sample_tokens
-from tests.support.raw_datasets import SHARED
+from tests.support.paths import SHARED
 
 GOLDEN = SHARED / "golden"
 pytestmark = [

@@ -6,11 +6,11 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 NODE = ROOT / "tests/launch/slurm_node.sh"
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun")
 

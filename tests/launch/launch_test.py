@@ -15,7 +15,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 LAUNCH = ROOT / "launch"
 SCRIPTS = (*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / "tests/launch/slurm_node.sh")
 

@@ -22,7 +22,7 @@ from scalr_jax.runtime import sharding
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import optim
-from tests.train.train_test import distill, losses, small_config
+from tests.support.runs import distill, losses, small_config
 
 FAST = {"xla_backend_optimization_level": 0}  # compiles faster, which is what these tests spend their time on
 NARROW = {"model.name": "minkunet14", "model.minkunet.width": 0.1}

@@ -11,27 +11,14 @@ import pytest
 from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.interop import student as interop
 from scalr_jax.interop.layout import apply_published_layout, published_batch
-from scalr_jax.models.student import Student
 from tests.support.random_scenes import GRIDS, pack, random_scene, stack
+from tests.support.small_student import init, small_student
 
 KINDS = ("scalr", "batchnorm", "scalr_plus")
 
 
-def small_student(**changes):
-    settings = {"channels": 8, "depth": 3, "grids": GRIDS, "out_features": 6, **changes}
-    return Student(**settings)
-
-
 # Compiles faster, which is what these tests spend their time on.
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def init(student, batch):
-    """Random variables without compiling the initialisers."""
-    shapes = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
-    rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda x: jnp.asarray(rng.uniform(-0.5, 0.5, x.shape), jnp.float32), shapes)
-    return {**variables, "batch_stats": jax.tree.map(lambda x: jnp.abs(x) + 0.5, variables["batch_stats"])}
 
 
 def apply(student, variables, batch, *, train=False):

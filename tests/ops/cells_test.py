@@ -7,29 +7,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalr_jax.data.packing import Capacities, pack_shard
-from scalr_jax.data.scenes import SceneView
 from scalr_jax.data.transforms import plane_tables
 from scalr_jax.models.layers import normalize
 from scalr_jax.models.waffleiron import flatten_normalized
 from scalr_jax.ops import cell_conv, cells
 from scalr_jax.ops.neighbors import neighbor_max, neighbor_max_reference
-
-GRID = (6, 5)
-CHANNELS = 3
-POINTS, CELLS, HALO = 24, 40, 64  # capacities: one compilation serves every example
-SCENES = 2
-
-
-def packed_plane(positions):
-    """Two scenes' positions i * W + j -> one plane of a shard, padded to the capacities."""
-    scenes = []
-    for position in positions:
-        plane = plane_tables(np.array(position, np.int64), GRID)
-        feats = np.zeros((len(position), 1), np.float32)
-        scenes.append(SceneView("", 0, feats, np.zeros((len(position), 1), np.int32), (plane,), None, None, None))
-    shard = pack_shard(scenes, Capacities(POINTS, SCENES, (CELLS,), (HALO,)), scenes[0], (GRID,))
-    return jax.tree.map(jnp.asarray, shard.planes[0])
+from tests.support.cell_planes import (
+    ADVERSARIAL,
+    AREA,
+    CELLS,
+    CHANNELS,
+    GRID,
+    POINTS,
+    WEIGHTS,
+    dense_gradient,
+    gradients,
+    mixed_dense,
+    packed_plane,
+)
 
 
 @jax.jit
@@ -39,30 +34,7 @@ def mixed_cells(points, plane, kernel1, bias, kernel2):
     return cells.inflate(cell_conv.conv_taps(halo, plane.cell_taps, plane.halo_taps, kernel2), plane)
 
 
-@jax.jit
-def mixed_dense(points, plane, kernel1, bias, kernel2):
-    grid = cells.flatten_dense(points, plane, grid=GRID, num_scenes=SCENES)
-    grid = jax.nn.relu(cell_conv.conv_dense(grid, kernel1) + bias)
-    return cells.inflate_dense(cell_conv.conv_dense(grid, kernel2), plane)
-
-
-def gradients(function, weights):
-    return jax.jit(
-        jax.grad(lambda points, plane, *rest: jnp.sum(weights * function(points, plane, *rest)), argnums=(0, 2, 3, 4))
-    )
-
-
-WEIGHTS = np.random.default_rng(0).normal(size=(POINTS, CHANNELS)).astype(np.float32)
-GRADIENTS = gradients(mixed_cells, WEIGHTS), gradients(mixed_dense, WEIGHTS)
-AREA = GRID[0] * GRID[1]
-ADVERSARIAL = {
-    "one cell": ([7] * 5, [0]),
-    "corners": ([0, GRID[1] - 1, AREA - GRID[1], AREA - 1], [0, 0, AREA - 1]),
-    "borders": ([*range(GRID[1])], [*range(0, AREA, GRID[1])]),
-    "all cells of half a grid": ([*range(AREA // 2)], [3]),
-    "empty scene": ([], [5, 6, 11]),
-    "both empty": ([], []),
-}
+cells_gradient = gradients(mixed_cells, WEIGHTS)
 
 
 def check_agreement(positions, seed):
@@ -73,7 +45,7 @@ def check_agreement(positions, seed):
     ours, reference = mixed_cells(points, plane, *rest), mixed_dense(points, plane, *rest)
     np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5)
     assert np.all(np.asarray(ours)[sum(map(len, positions)) :] == 0)
-    for a, b in zip(*(gradient(points, plane, *rest) for gradient in GRADIENTS), strict=True):
+    for a, b in zip(*(gradient(points, plane, *rest) for gradient in (cells_gradient, dense_gradient)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1.0, float(jnp.abs(b).max())))
 
 
@@ -174,7 +146,7 @@ def test_gradients_are_deterministic():
     arguments = [
         rng.normal(size=s).astype(np.float32) for s in ((POINTS, CHANNELS), (9, CHANNELS), (CHANNELS,), (9, CHANNELS))
     ]
-    runs = [GRADIENTS[0](arguments[0], plane, *arguments[1:]) for _ in range(3)]
+    runs = [cells_gradient(arguments[0], plane, *arguments[1:]) for _ in range(3)]
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
             np.testing.assert_array_equal(a, b)

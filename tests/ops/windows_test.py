@@ -14,20 +14,20 @@ from scalr_jax.ops import windows
 from scalr_jax.ops.cell_conv import conv_taps
 from scalr_jax.ops.pallas import cell_conv, rows
 from scalr_jax.runtime import sharding
-from tests.models.student_test import init, small_student
-from tests.ops.cells_test import (
+from tests.support.cell_planes import (
     ADVERSARIAL,
     AREA,
     CHANNELS,
-    GRADIENTS,
     GRID,
     POINTS,
     WEIGHTS,
+    dense_gradient,
     gradients,
     mixed_dense,
     packed_plane,
 )
 from tests.support.random_scenes import GRIDS, random_scene, stack
+from tests.support.small_student import init, small_student
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +62,7 @@ def check_agreement(positions, seed):
     ours = mixed_windows(*arguments)
     np.testing.assert_allclose(ours, mixed_dense(*arguments), rtol=1e-5, atol=1e-5)
     assert np.all(np.asarray(ours)[sum(map(len, positions)) :] == 0)
-    for a, b in zip(GRADIENT(*arguments), GRADIENTS[1](*arguments), strict=True):
+    for a, b in zip(GRADIENT(*arguments), dense_gradient(*arguments), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1.0, float(jnp.abs(b).max())))
 
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-SHARED = Path(os.environ.get("SCALR_JAX_SHARED", Path(__file__).parents[3] / "shared"))
-SAMPLES = SHARED / "samples"
 
 PANDASET_LENS = {"fx": 900.0, "fy": 900.0, "cx": 950.0, "cy": 530.0}
 KITTI_P2 = np.array([[700.0, 0, 600, 45], [0, 700, 180, -0.3], [0, 0, 1, 0.005]])

@@ -12,33 +12,7 @@ from scalr_jax.runtime import sharding
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train.loop import distillation_task, train
-from tests.main_test import config_of
-
-
-def small_config(street_cache, **changes):
-    """configs/smoke.py, shrunk, on eight devices."""
-    config = config_of("smoke")
-    config.num_steps = 6
-    config.checkpoint_every_steps = 3
-    config.data.update(root=str(street_cache), num_scenes=8, num_validation_scenes=2, points_per_shard=3072)
-    config.data.update(scenes_per_shard=2, max_points=1500)
-    config.model.update(channels=16, depth=3)
-    config.mesh.data = 8
-    config.update_from_flattened_dict(changes)
-    return config
-
-
-def distill(config, workdir):
-    dataset = make_dataset(config, "train", cache=workdir)
-    return train(config, workdir, dataset, distillation_task(config))
-
-
-def lines(workdir):
-    return [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(workdir):
-    return {line["step"]: line["train/loss"] for line in lines(workdir) if "train/loss" in line}
+from tests.support.runs import distill, lines, losses, small_config
 
 
 @pytest.fixture(scope="module")

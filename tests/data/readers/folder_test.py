@@ -15,6 +15,7 @@ from scalr_jax.data.scenes import IGNORE
 from scalr_jax.runtime.errors import BadFrameError
 from tests.support import raw_datasets as raw
 from tests.support import scan_writers as writers
+from tests.support.paths import SAMPLES
 
 
 @pytest.fixture
@@ -83,12 +84,12 @@ def test_visible_begins_behind_min_depth_and_inside_the_border():
 
 
 @pytest.mark.samples
-@pytest.mark.skipif(not raw.SAMPLES.is_dir(), reason="the real frames are not here")
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="the real frames are not here")
 @pytest.mark.parametrize("sequence", ["00", "01", "02"])
 def test_kitti_as_a_folder_has_the_same_pixels(tmp_path, sequence):
     """As docs/data.md says: P2 = K [I | t], t added to the translation of Tr."""
-    source = raw.SAMPLES / "semantic_kitti" / "dataset" / "sequences" / sequence
-    kitti = SemanticKITTI(raw.SAMPLES / "semantic_kitti", sequences=[sequence]).frame(0)
+    source = SAMPLES / "semantic_kitti" / "dataset" / "sequences" / sequence
+    kitti = SemanticKITTI(SAMPLES / "semantic_kitti", sequences=[sequence]).frame(0)
     lines = (line.split(":", 1) for line in (source / "calib.txt").read_text().splitlines() if ":" in line)
     rows = {key: np.array(value.split(), float) for key, value in lines}
     projection, matrix = rows["P2"].reshape(3, 4), np.vstack([rows["Tr"].reshape(3, 4), [0, 0, 0, 1]])

@@ -9,7 +9,8 @@ import pytest
 
 from scalr_jax.data.readers.pickles import read_dataframe
 from scalr_jax.runtime.errors import BadFrameError
-from tests.support.raw_datasets import SAMPLES, array_opcodes, global_name, plain, table_pickle
+from tests.support.paths import SAMPLES
+from tests.support.raw_datasets import array_opcodes, global_name, plain, table_pickle
 
 COLUMNS = {
     "x": np.linspace(-3.0, 9.0, 7),

@@ -15,11 +15,12 @@ from scalr_jax.data.scenes import IGNORE, Frame
 from scalr_jax.evaluation.corruptions import beams_of
 from scalr_jax.runtime.errors import InputError
 from tests.support import raw_datasets as raw
+from tests.support.paths import SAMPLES, SHARED
 
-GOLDEN = raw.SHARED / "golden" / "readers_real_samples.npz"
+GOLDEN = SHARED / "golden" / "readers_real_samples.npz"
 needs_samples = [
     pytest.mark.samples,
-    pytest.mark.skipif(not (raw.SAMPLES.is_dir() and GOLDEN.is_file()), reason="the real frames are not here"),
+    pytest.mark.skipif(not (SAMPLES.is_dir() and GOLDEN.is_file()), reason="the real frames are not here"),
 ]
 
 
@@ -59,7 +60,7 @@ class TestGolden:
         [("pandar64", "back_camera"), ("pandar64", "front_left_camera"), ("pandargt", "front_camera")],
     )
     def test_pandaset_pairs(self, golden, sensor, camera):
-        dataset = PandaSet(raw.SAMPLES / "pandaset", sensor=sensor, frames=[45])
+        dataset = PandaSet(SAMPLES / "pandaset", sensor=sensor, frames=[45])
         key = f"pandaset/{sensor}/45/{camera}"
         points = assert_pairs_agree(golden, key, dataset.frame(0, camera=camera))
         # The published code shifts z after it rotates, `to_ego` does both at once: the last bit may differ.
@@ -67,7 +68,7 @@ class TestGolden:
 
     @pytest.mark.parametrize("sensor", ["pandar64", "pandargt"])
     def test_pandaset_labels(self, golden, sensor):
-        dataset = PandaSet(raw.SAMPLES / "pandaset", sensor=sensor, frames=[45], labels=True)
+        dataset = PandaSet(SAMPLES / "pandaset", sensor=sensor, frames=[45], labels=True)
         frame, key = dataset.frame(0), f"pandaset/{sensor}/45/semseg"
         assert frame.image is None
         found = raw.given(frame.labels)
@@ -79,25 +80,25 @@ class TestGolden:
     def test_pandaset_beams(self):
         """The lidar fires from the highest beam to the lowest, and its files keep that order: nothing of this is used
         to find the beams."""
-        dataset = PandaSet(raw.SAMPLES / "pandaset", frames=[0, 45, 54], labels=True)
+        dataset = PandaSet(SAMPLES / "pandaset", frames=[0, 45, 54], labels=True)
         for index in range(3):
             step = np.diff(raw.given(dataset.frame(index).beams).astype(int))
             assert ((step < 0) | (step > 30)).mean() > 0.999  # the next lower beam, or the next firing's highest
 
     @pytest.mark.parametrize("sequence", ["00", "01", "02"])
     def test_semantic_kitti_pairs(self, golden, sequence):
-        dataset = SemanticKITTI(raw.SAMPLES / "semantic_kitti", sequences=[sequence])
+        dataset = SemanticKITTI(SAMPLES / "semantic_kitti", sequences=[sequence])
         points = assert_pairs_agree(golden, f"semantic_kitti/{sequence}", dataset.frame(0))
         np.testing.assert_array_equal(points, golden[f"semantic_kitti/{sequence}/points"])
 
     @pytest.mark.parametrize("camera", ["CAM_FRONT", "CAM_BACK", "CAM_FRONT_LEFT"])
     def test_nuscenes_pairs(self, golden, camera):
-        frame = NuScenes(raw.SAMPLES / "nuscenes").frame(0, camera=camera)
+        frame = NuScenes(SAMPLES / "nuscenes").frame(0, camera=camera)
         points = assert_pairs_agree(golden, f"nuscenes/{camera}", frame)
         np.testing.assert_array_equal(points, golden[f"nuscenes/{camera}/points"])
 
     def test_semantic_kitti_labels_without_an_image(self):
-        frame = SemanticKITTI(raw.SAMPLES / "semantic_kitti", split="validation", labels=True).frame(0)
+        frame = SemanticKITTI(SAMPLES / "semantic_kitti", split="validation", labels=True).frame(0)
         labels = raw.given(frame.labels)
         assert labels.shape == (123389,)
         assert set(np.unique(labels)) <= {*range(19), IGNORE}

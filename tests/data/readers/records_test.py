@@ -18,6 +18,7 @@ from scalr_jax.data.readers.records import Records
 from scalr_jax.prepare import run as prepare
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support import raw_datasets as raw
+from tests.support.paths import SAMPLES
 from tests.support.prepared_datasets import (
     READERS,
     SEGMENTATION,
@@ -85,14 +86,14 @@ def test_a_prepared_scan_keeps_its_lidar(tmp_path):
 
 
 @pytest.mark.samples
-@pytest.mark.skipif(not raw.SAMPLES.is_dir(), reason="needs the real frames")
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs the real frames")
 @pytest.mark.parametrize("name", ["pandaset", "semantic_kitti", "nuscenes"])
 def test_real_frames_give_the_same_scenes(tmp_path, name, monkeypatch):
     """One frame of each dataset; PandaSet's points are rotated out of the world and rounded before they are stored."""
-    monkeypatch.setattr(prepare, "open_raw", lambda split, labels: READERS[name](raw.SAMPLES / name, **subset))
+    monkeypatch.setattr(prepare, "open_raw", lambda split, labels: READERS[name](SAMPLES / name, **subset))
     subset = {"frames": [45]} if name == "pandaset" else {}
-    folder = make(name, raw.SAMPLES, tmp_path)
-    plain, records = READERS[name](raw.SAMPLES / name, **subset), Records(folder)
+    folder = make(name, SAMPLES, tmp_path)
+    plain, records = READERS[name](SAMPLES / name, **subset), Records(folder)
     for camera in plain.cameras_of(0)[:3]:
         assert_equal(scenes(plain, 0, camera), scenes(records, 0, camera))
 

@@ -1,0 +1,48 @@
+"""Configs of `configs/`, and short runs of them."""
+
+import importlib.util
+import json
+
+from scalr_jax.data.build import make_dataset
+from scalr_jax.train.loop import distillation_task, train
+from tests.support.paths import ROOT
+
+
+def config_module(name):
+    """configs/<name>.py, imported."""
+    spec = importlib.util.spec_from_file_location(f"config_{name.replace('/', '_')}", ROOT / "configs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def config_of(name, *arguments):
+    return config_module(name).get_config(*arguments)
+
+
+def small_config(street_cache, **changes):
+    """configs/smoke.py, shrunk, on eight devices."""
+    config = config_of("smoke")
+    config.num_steps = 6
+    config.checkpoint_every_steps = 3
+    config.data.update(root=str(street_cache), num_scenes=8, num_validation_scenes=2, points_per_shard=3072)
+    config.data.update(scenes_per_shard=2, max_points=1500)
+    config.model.update(channels=16, depth=3)
+    config.mesh.data = 8
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def distill(config, workdir):
+    dataset = make_dataset(config, "train", cache=workdir)
+    return train(config, workdir, dataset, distillation_task(config))
+
+
+def lines(workdir):
+    return [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    return {line["step"]: line["train/loss"] for line in lines(workdir) if "train/loss" in line}
