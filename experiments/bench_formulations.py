@@ -1,6 +1,6 @@
 """The forms of spatial mixing, as the TPU compiler sees them: no TPU needed (the `tpu` extra is).
 
-    python -m scalr_jax.bench formulations --topology=v5p:2x2x1
+    python experiments/bench_formulations.py --topology=v5p:2x2x1
 
 Compiles one spatial mixing of one shard ahead of time, its norm left out, forward and with its gradient, in each form.
 XLA's own estimate of time and bytes leaves out what custom kernels do and the time of a scatter, so the table counts
@@ -9,9 +9,9 @@ the instructions, and `kernel_bytes` adds up what the kernels read and write onc
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from scalr_jax.bench.run import report
+from scalr_jax.bench.timing import Parser
 from scalr_jax.data.scenes import Plane
 from scalr_jax.models.layers import per_shard
 from scalr_jax.ops import cell_conv, cells, windows
@@ -102,7 +104,7 @@ def measure(function: Callable, arguments: tuple) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="scalr_jax.bench formulations", description=__doc__)
+    parser = Parser("experiments/bench_formulations.py", __doc__)
     parser.add_argument("--topology", default="v5p:2x2x1", help="a TPU topology; one of its devices is compiled for")
     parser.add_argument("--points", type=int, default=65_536, help="P")
     parser.add_argument("--cells", type=int, default=8_192, help="M, occupied cells")
@@ -150,3 +152,7 @@ def show(result: dict[str, Any]) -> None:
             megabytes = [f"{row[key] / 1e6:.0f}" for key in ("xla_bytes", "kernel_bytes", "temp_bytes")]
             counts = ", ".join(f"{row[key]} {key}" for key in ("tpu_kernel", *COUNTED) if row.get(key))
             print(f"{name:14} {seconds:>8} {megabytes[0]:>8} {megabytes[1]:>10} {megabytes[2]:>8}  {counts}")
+
+
+if __name__ == "__main__":
+    report(main, sys.argv[1:])

@@ -1,7 +1,7 @@
 """Sparse 3x3x3 convolutions beside the products they are made of, and beside dense ones where these fit.
 
-    python -m scalr_jax.bench sparse_conv --root=SAMPLES
-    python -m scalr_jax.bench sparse_conv --batch=mix.npz --channels=64,128
+    python experiments/bench_sparse_conv.py --root=SAMPLES
+    python experiments/bench_sparse_conv.py --batch=mix.npz --channels=64,128
 
 SAMPLES holds nuscenes/, semantic_kitti/ and pandaset/; without --root scenes are generated. Voxels twice as wide from
 level to level. Every time is the median of --runs turns in which programs that are compared run one after the other:
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scalr_jax.bench import scenes as bench_scenes
+from scalr_jax.bench.run import report
 from scalr_jax.bench.timing import Parser, header, interleave, positive, show_times, working_bytes
 from scalr_jax.config import get_config
 from scalr_jax.data.scenes import Batch, PackedVoxels
@@ -52,7 +54,7 @@ def channels_of(text: str) -> list[int]:
 
 def main(argv: list[str]) -> dict[str, Any]:
     """Measures, prints a table and returns the object of the last line."""
-    parser = Parser("sparse_conv", __doc__)
+    parser = Parser("experiments/bench_sparse_conv.py", __doc__)
     bench_scenes.add_arguments(parser)
     parser.add_argument("--channels", type=channels_of, default=[64, 128, 256], help="as in 64,128")
     parser.add_argument("--voxel_size", type=float, default=0.1, help="metres, of the finest level")
@@ -224,3 +226,7 @@ def dense(extent: np.ndarray, num_scenes: int, channels: int) -> tuple[Callable,
 
     compiled = jax.jit(with_gradient(convolve)).lower(grid, kernel, grid).compile()
     return (lambda: compiled(grid, kernel, grid)), working_bytes(compiled)
+
+
+if __name__ == "__main__":
+    report(main, sys.argv[1:])

@@ -1,7 +1,7 @@
 """A picture of the eight corruptions of one scan: eight top views.
 
-python -m scalr_jax.evaluation.corruption_pictures --dataset=streets --root=CACHE --output=corruptions.png
-python -m scalr_jax.evaluation.corruption_pictures --dataset=pandaset --root=PANDASET --severity=light --output=a.png
+python experiments/corruption_pictures.py --dataset=streets --root=CACHE --output=corruptions.png
+python experiments/corruption_pictures.py --dataset=pandaset --root=PANDASET --severity=light --output=a.png
 """
 
 from __future__ import annotations

@@ -188,8 +188,7 @@ def draw(step: Step, path: Path) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser("", __doc__)
-    parser.prog = "python experiments/scaling_model.py"
+    parser = Parser("experiments/scaling_model.py", __doc__)
     parser.add_argument("--topologies", default=",".join(f"v5p:{dims}" for dims in V5P))
     parser.add_argument("--slices", default="1")
     parser.add_argument("--mfu", type=float, default=0.25)
@@ -215,9 +214,7 @@ def main(arguments: list[str]) -> None:
         print(strong_table(step, found.topologies, found.batch, found.mfu))
         if found.picture:
             draw(step, found.picture)
-    except InputError as error:
-        fail(one_sentence(error))
-    except OSError as error:
+    except (InputError, OSError) as error:
         fail(one_sentence(error))
 
 

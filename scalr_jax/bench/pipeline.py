@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 from scipy.spatial import KDTree
 
+from scalr_jax.bench.timing import Parser
 from scalr_jax.config import get_config
 from scalr_jax.data import packing, pipeline, transforms
 from scalr_jax.data.build import make_dataset, make_settings
@@ -57,11 +58,7 @@ def main(argv: list[str]) -> dict:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m scalr_jax.bench pipeline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("-m scalr_jax.bench pipeline", __doc__)
     parser.add_argument("--dataset", required=True, help="nuscenes, semantic_kitti, pandaset, folder; several with +")
     parser.add_argument("--root", required=True, help="raw dataset or prepared records; of several, a folder of them")
     parser.add_argument("--reference", default="", help="raw dataset for the published steps; none: no ratio")

@@ -58,7 +58,7 @@ WHAT = {
 
 def main(argv: list[str]) -> dict[str, Any]:
     """Measures, prints a table and returns the object of the last line."""
-    parser = Parser("predict", __doc__)
+    parser = Parser("-m scalr_jax.bench predict", __doc__)
     parser.add_argument("--root", default="", help="folder that holds semantic_kitti, pandaset; none: generated")
     parser.add_argument("--dataset", choices=tuple(SCANS), default="semantic_kitti", help="whose first scan is taken")
     parser.add_argument("--channels", type=positive, default=256)

@@ -77,7 +77,7 @@ def padded(batch: Batch, grids: Any) -> Padded:
 
 def main(argv: list[str]) -> dict[str, Any]:
     """Measures, prints a table and returns the object of the last line."""
-    parser = Parser("published", __doc__)
+    parser = Parser("-m scalr_jax.bench published", __doc__)
     parser.add_argument("--clone", required=True, help="a clone of valeoai/WaffleIron")
     bench_scenes.add_arguments(parser)
     add_student_arguments(parser)

@@ -8,7 +8,7 @@ Weights are random, in the published shapes. Medians of --runs turns, seconds of
     step_s            the step
     teacher_s         the teacher's features at the paired pixels alone
     student_step_s    the rest of the step alone, for random targets
-    flops, mfu        matrix products of valid points and of images, nothing counted twice (bench_flops.py)
+    flops, mfu        matrix products of valid points and of images, nothing counted twice (models/flops.py)
     peak_bytes        arguments (teacher and optimiser included), outputs and temporary buffers by XLA's plan;
                       device_peak_bytes: what the device reports, where it does
 """
@@ -38,7 +38,7 @@ FEATURE = "x_pre_norm"
 
 def main(argv: list[str]) -> dict[str, Any]:
     """Measures, prints a table and returns the object of the last line."""
-    parser = Parser("step", __doc__)
+    parser = Parser("-m scalr_jax.bench step", __doc__)
     bench_scenes.add_arguments(parser)
     add_student_arguments(parser)
     add_teacher_arguments(parser)

@@ -22,7 +22,7 @@ of --runs turns in which programs that are compared run one after the other (sec
     spatial_peak_bytes     temporary buffers and outputs of that program by XLA's plan
     peak_bytes             the step: arguments, outputs and temporary buffers by XLA's plan;
                            device_peak_bytes: what the device reports, where it does
-    flops, mfu             matrix products of valid points in a step, nothing counted twice (bench_flops.py)
+    flops, mfu             matrix products of valid points in a step, nothing counted twice (models/flops.py)
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ IMPLEMENTATIONS = ("auto", "cells", "windows", "dense")
 
 def main(argv: list[str]) -> dict[str, Any]:
     """Measures, prints a table and returns the object of the last line."""
-    parser = Parser("student", __doc__)
+    parser = Parser("-m scalr_jax.bench student", __doc__)
     bench_scenes.add_arguments(parser)
     add_student_arguments(parser)
     parser.add_argument("--out_features", type=positive, default=1024, help="of the head: the teacher's width")

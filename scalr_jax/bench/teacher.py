@@ -6,7 +6,7 @@
 Figures:
 
     forward_s     median of --runs
-    flops, mfu    matrix products and attention (bench_flops.py), over the chip's dense bfloat16 peak
+    flops, mfu    matrix products and attention (models/flops.py), over the chip's dense bfloat16 peak
     peak_bytes    arguments, outputs and temporary buffers by XLA's plan
 """
 
@@ -40,7 +40,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 def main(argv: list[str]) -> dict[str, Any]:
     """Measures, prints a table and returns the object of the last line."""
-    parser = Parser("teacher", __doc__)
+    parser = Parser("-m scalr_jax.bench teacher", __doc__)
     add_teacher_arguments(parser)
     parser.add_argument("--images", type=positive, default=8)
     parser.add_argument("--image_size", type=two_sizes, default=(224, 448), help="rows,columns")

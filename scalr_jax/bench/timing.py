@@ -108,9 +108,9 @@ def show_times(rows: Mapping[str, tuple[Times, str]]) -> None:
 class Parser(argparse.ArgumentParser):
     """Mistakes are `InputError`s, which become one sentence and exit code 2."""
 
-    def __init__(self, name: str, doc: str | None):
+    def __init__(self, program: str, doc: str | None):
         super().__init__(
-            prog=f"python -m scalr_jax.bench {name}",
+            prog=f"python {program}",
             description=doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

@@ -1,32 +1,25 @@
 """The benches on tiny sizes: every key is there and makes sense; FLOPs counted by hand are what JAX and XLA see."""
 
-import argparse
 import itertools
 import json
 import math
 import subprocess
 import sys
 
-import bench_sparse_conv
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scalr_jax.bench import products as bench_products
-from scalr_jax.bench import programs as bench_programs
-from scalr_jax.bench import published as bench_published
-from scalr_jax.bench import run as bench
-from scalr_jax.bench import scenes as bench_scenes
-from scalr_jax.bench import timing as bench_timing
+from scalr_jax.bench import products, programs, published, scenes, timing
+from scalr_jax.bench.run import main
 from scalr_jax.interop.layout import published_batch
-from scalr_jax.models import flops as bench_flops
-from scalr_jax.models import minkunet, vit
+from scalr_jax.models import flops, vit
 from scalr_jax.models.student import Student
 from scalr_jax.models.waffleiron import WaffleIron
-from scalr_jax.ops.voxels import count_levels
 from scalr_jax.train import optim, steps
-from tests.support.random_scenes import GRIDS, random_scene
+from tests.support.bench_batch import less_optimized, save_batch
+from tests.support.random_scenes import GRIDS
 
 HEADER = ("device", "jax", "runs")
 STUDENT = ["points", "points_per_s", "flops", "peak_bytes", "spatial_peak_bytes", "spatial_dense_peak_bytes"]
@@ -39,21 +32,13 @@ TEACHER = ["images", "tokens", "forward_s", "images_per_s", "flops", "peak_bytes
 @pytest.fixture(scope="module")
 def batch_file(tmp_path_factory):
     """Two random scenes with images of 28 x 42 pixels, as `--save_batch` writes them."""
-    path = tmp_path_factory.mktemp("bench") / "batch.npz"
-    views = [random_scene(seed, num_points=40 + seed) for seed in (1, 2)]
-    batch = bench_scenes.resized(bench_scenes.pack(views, GRIDS, points_a_scene=None), (28, 42))
-    bench_scenes.save(path, bench_scenes.Scenes(batch, GRIDS, "generated", ("a", "b")))
-    return path
+    return save_batch(tmp_path_factory.mktemp("bench") / "batch.npz")
 
 
 def run(capsys, *argv):
-    """The object of the last line. Programs are compiled without care: that they are measured is what is tested."""
-    careless = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        bench.main(list(argv))
-    finally:
-        jax.config.update("jax_disable_most_optimizations", careless)
+    """The object of the last line."""
+    with less_optimized():
+        main(list(argv))
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -101,24 +86,24 @@ def test_compile_times(capsys, batch_file):
 
 
 def test_a_batch_comes_back_as_it_was(batch_file, tmp_path):
-    scenes = bench_scenes.load(batch_file)
-    bench_scenes.save(tmp_path / "again.npz", scenes)
-    again = bench_scenes.load(tmp_path / "again.npz")
-    assert again[1:] == scenes[1:]
+    loaded = scenes.load(batch_file)
+    scenes.save(tmp_path / "again.npz", loaded)
+    again = scenes.load(tmp_path / "again.npz")
+    assert again[1:] == loaded[1:]
     assert again.num_points == 83
-    jax.tree.map(np.testing.assert_array_equal, scenes.batch, again.batch)
+    jax.tree.map(np.testing.assert_array_equal, loaded.batch, again.batch)
 
 
 def test_what_the_published_student_is_given_are_the_same_scenes(batch_file):
     """Padded for it and packed again they are what they were; the outputs of both are compared by the bench itself."""
-    scenes = bench_scenes.load(batch_file)
-    arrays = bench_published.padded(scenes.batch, scenes.grids)
+    loaded = scenes.load(batch_file)
+    arrays = published.padded(loaded.batch, loaded.grids)
     assert arrays.feat.shape == (2, 5, 42)
-    again = published_batch(*arrays, scenes.grids)
+    again = published_batch(*arrays, loaded.grids)
     for name in ("feats", "scene", "neighbors"):
-        wanted = getattr(scenes.batch, name)[:, :83]  # without the shard's padding
+        wanted = getattr(loaded.batch, name)[:, :83]  # without the shard's padding
         np.testing.assert_array_equal(np.asarray(getattr(again, name)), wanted, err_msg=name)
-    for mine, theirs in zip(scenes.batch.planes, again.planes, strict=True):
+    for mine, theirs in zip(loaded.batch.planes, again.planes, strict=True):
         cells = [plane.grid_index[0][plane.cell[0, :83]] for plane in (mine, theirs)]
         np.testing.assert_array_equal(*cells)
 
@@ -146,7 +131,7 @@ def test_mistakes_are_one_sentence(capsys, argv, said, batch_file):
     if argv[0] == "step":
         argv = [*argv, f"--batch={batch_file}", "--teacher=demo"]
     with pytest.raises(SystemExit) as stopped:
-        bench.main(argv)
+        main(argv)
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.startswith("scalr_jax: error: ")
@@ -157,7 +142,7 @@ def test_mistakes_are_one_sentence(capsys, argv, said, batch_file):
 @pytest.mark.parametrize("name", [[], ["student"], ["step"], ["teacher"]])
 def test_help_has_an_example(capsys, name):
     with pytest.raises(SystemExit) as stopped:
-        bench.main([*name, "--help"])
+        main([*name, "--help"])
     assert stopped.value.code == 0
     assert "    python -m scalr_jax.bench" in capsys.readouterr().out
 
@@ -171,40 +156,40 @@ def test_a_saved_batch_needs_no_data_libraries(batch_file):
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name.split('.')[0] in {blocked}: raise ImportError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "from scalr_jax import bench, bench_student, bench_step, bench_teacher, bench_scenes\n"
+        "from scalr_jax.bench import run, scenes, step, student, teacher\n"
         "from pathlib import Path\n"
-        f"print(bench_scenes.load(Path({str(batch_file)!r})).num_points)\n"
+        f"print(scenes.load(Path({str(batch_file)!r})).num_points)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["83"], done.stderr
 
 
-SIZES = bench_flops.Sizes(channels=64, depth=6, out_features=48, head_hidden=96, num_neighbors=4, num_features=5)
+SIZES = flops.Sizes(channels=64, depth=6, out_features=48, head_hidden=96, num_neighbors=4, num_features=5)
 
 
 def test_flops_of_a_step_are_those_that_are_traced(batch_file):
     """The embedding's statistics (5 features wide) are the only products that are not counted."""
-    scenes = bench_scenes.load(batch_file)
-    batch = jax.tree.map(jnp.asarray, scenes.batch)
+    loaded = scenes.load(batch_file)
+    batch = jax.tree.map(jnp.asarray, loaded.batch)
     student = Student(64, 6, GRIDS, out_features=48, head_hidden=96)
-    optimizer = optim.make_optimizer(bench_programs.OPTIMIZER, depth=6)
-    schedule = optim.make_schedule(bench_programs.OPTIMIZER, 1.0)
+    optimizer = optim.make_optimizer(programs.OPTIMIZER, depth=6)
+    schedule = optim.make_schedule(programs.OPTIMIZER, 1.0)
     step = steps.make_student_step(student, optimizer, schedule, seed=0, batch_size=8)
-    state = jax.eval_shape(bench_programs.student_step(student)[0], batch)
+    state = jax.eval_shape(programs.student_step(student)[0], batch)
     target = jax.ShapeDtypeStruct((*batch.scene.shape, 48), jnp.float32)
-    traced = bench_flops.traced_flops(step, state, target, batch)
-    counted = bench_flops.flops(bench_flops.student_products(SIZES), batch.scene.size, backward=True, again=True)
+    traced = flops.traced_flops(step, state, target, batch)
+    counted = flops.flops(flops.student_products(SIZES), batch.scene.size, backward=True, again=True)
     assert counted <= traced <= 1.01 * counted
 
 
 def test_products_of_a_step_are_all_there():
     """As traced, and as XLA counts them, which counts a loop once."""
     num_points = 256
-    operands = bench_products.step_operands(SIZES, num_points, jnp.float32)
-    traced = bench_flops.traced_flops(bench_products.step_products, operands)
-    assert traced == bench_flops.flops(bench_flops.student_products(SIZES), num_points, backward=True, again=True)
-    compiled = jax.jit(bench_products.step_products).lower(operands).compile()
-    least = bench_products.least_flops(SIZES, num_points)
+    operands = products.step_operands(SIZES, num_points, jnp.float32)
+    traced = flops.traced_flops(products.step_products, operands)
+    assert traced == flops.flops(flops.student_products(SIZES), num_points, backward=True, again=True)
+    compiled = jax.jit(products.step_products).lower(operands).compile()
+    least = products.least_flops(SIZES, num_points)
     assert least <= compiled.cost_analysis()["flops"] <= 1.1 * least
     for leaf in jax.tree.leaves(compiled(operands)):
         assert 1e-3 < float(jnp.abs(leaf).mean()) < 1e6  # neither vanished nor overflowed
@@ -212,8 +197,8 @@ def test_products_of_a_step_are_all_there():
 
 def test_flops_of_layers_are_nearly_all_that_xla_counts(batch_file):
     """At 256 channels, norms, activations and spatial mixing are a few percent of a layer's operations."""
-    scenes = bench_scenes.load(batch_file)
-    batch = jax.tree.map(jnp.asarray, scenes.batch)
+    loaded = scenes.load(batch_file)
+    batch = jax.tree.map(jnp.asarray, loaded.batch)
     model, rows = WaffleIron(3, GRIDS), batch.scene.size
     x = jnp.zeros((rows, 256))
 
@@ -222,8 +207,8 @@ def test_flops_of_layers_are_nearly_all_that_xla_counts(batch_file):
 
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x, batch.planes, batch.scene, 2, train=False))
     compiled = jax.jit(apply).lower(variables, x, batch).compile()
-    layers = bench_flops.layer_products(SIZES._replace(channels=256)) * 3
-    counted = bench_flops.flops(layers, rows, backward=False)
+    layers = flops.layer_products(SIZES._replace(channels=256)) * 3
+    counted = flops.flops(layers, rows, backward=False)
     assert counted <= compiled.cost_analysis()["flops"] <= 1.15 * counted
 
 
@@ -232,59 +217,22 @@ def test_flops_of_a_teacher_are_those_that_are_traced(ffn):
     config = vit.ViTConfig(width=64, depth=3, num_heads=2, hidden=96, ffn=ffn, num_registers=2, position_grid=(2, 3))
     shapes = jax.eval_shape(lambda: vit.init(config, jax.random.key(0), (28, 42)))
     images = jax.ShapeDtypeStruct((2, 28, 42, 3), jnp.float32)
-    traced = bench_flops.traced_flops(lambda params, images: vit.features(config, params, images), shapes, images)
-    assert traced == bench_flops.teacher_flops(config, 2, (28, 42))
+    traced = flops.traced_flops(lambda params, images: vit.features(config, params, images), shapes, images)
+    assert traced == flops.teacher_flops(config, 2, (28, 42))
 
 
 def test_known_chips():
     kinds = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "cpu": None}
     kinds |= {"NVIDIA A100-SXM4-80GB": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12}
     kinds |= {"TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12}
-    assert {kind: bench_flops.peak(kind) for kind in kinds} == kinds
-    assert bench_flops.utilisation(1e12, 1.0, "TPU v6e") == pytest.approx(1 / 918)
+    assert {kind: flops.peak(kind) for kind in kinds} == kinds
+    assert flops.utilisation(1e12, 1.0, "TPU v6e") == pytest.approx(1 / 918)
 
 
 def test_turns_are_interleaved():
     order = []
     functions = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = bench_timing.interleave(functions, runs=3)
+    times = timing.interleave(functions, runs=3)
     assert len(times["a"].seconds) == 3
     assert order[:4] == ["a", "a", "b", "b"]  # warm-up, and the number of calls
     assert len(list(itertools.groupby(order[4:]))) == 6  # a b a b a b
-
-
-def test_sparse_conv(capsys, batch_file):
-    """Coarse voxels: levels whose dense grids are small, and two that are not."""
-    flags = ("--channels=4", "--levels=3", "--voxel_size=4", "--runs=1", "--dense_gib=0.0003")
-    result = run(capsys, "sparse_conv", f"--batch={batch_file}", *flags)
-    assert result["device"] == "cpu"
-    assert [row["level"] for row in result["convolutions"]] == [0, 1, 2]
-    for row in result["convolutions"]:
-        for key in ("voxels", "pairs", "forward_s", "step_s", "products_s", "products_step_s", "bytes"):
-            assert row[key] > 0, key
-        assert row["rate"] == pytest.approx(row["products_s"] / row["forward_s"], rel=1e-4)
-    assert result["least_rate"] == min(row["rate"] for row in result["convolutions"])
-    assert [row["dense_s"] is None for row in result["convolutions"]] == [True, False, False]
-
-
-def test_sparse_conv_of_a_network(capsys, batch_file, monkeypatch):
-    """Of two residual blocks."""
-    monkeypatch.setitem(minkunet.BLOCKS, "minkunet14", (1, 0, 0, 0, 0, 0, 0, 1))
-    monkeypatch.setattr(steps, "compiler_options", lambda platform: {"xla_backend_optimization_level": 0})
-    batch = bench_scenes.load(batch_file).batch
-    voxels = np.floor((batch.feats[0, :, 1:4] - bench_sparse_conv.LOW) / 4)
-    counts = count_levels(voxels) + 27 * batch.scene_points.size  # of all scenes at once, and some more
-    arguments = argparse.Namespace(network="minkunet14", voxel_size=4.0, runs=1)
-    found, times = bench_sparse_conv.network(arguments, batch, (32, 32, 4), {"pooled": counts})
-    assert (found["name"], set(times)) == ("minkunet14", {"forward, pooled", "step, pooled"})
-    assert all(found["pooled"][key] > 0 for key in ("forward_s", "step_s", "step_bytes"))
-    with pytest.raises(SystemExit):
-        bench.main(["sparse_conv", "--levels=3", "--network=minkunet14"])
-    assert "--network has 5 levels; leave --levels out" in capsys.readouterr().err
-
-
-def test_a_voxel_size_of_nothing_is_refused(capsys, batch_file):
-    with pytest.raises(SystemExit) as stopped:
-        bench.main(["sparse_conv", f"--batch={batch_file}", "--voxel_size=0"])
-    assert stopped.value.code == 2
-    assert "--voxel_size=0.0 is not positive" in capsys.readouterr().err

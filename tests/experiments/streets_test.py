@@ -6,17 +6,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandaset
 import pytest
+import report
+import streets
 from PIL import Image
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import pandaset  # noqa: E402
-import report  # noqa: E402
-import streets  # noqa: E402
-
-from scalr_jax.runtime.errors import InputError  # noqa: E402
+from scalr_jax.runtime.errors import InputError
 
 
 def test_every_part_starts_from_an_earlier_one(tmp_path):
@@ -58,6 +54,7 @@ def test_the_best_learning_rate_needs_all_of_them(tmp_path):
     assert streets.best(tmp_path, "supervised") == ("supervised_100p_0.01", 0.5)
 
 
+@pytest.mark.slow
 def test_a_student_is_distilled_and_probed(tmp_path, street_cache, monkeypatch):
     """Two parts, shrunk; the second call finds them done, and the figures are gathered."""
 

@@ -1,7 +1,7 @@
 """Remakes the table of docs/scaling.md: compiles every row, keeps the results in docs/scaling.jsonl, prints Markdown.
 
-    python docs/scaling_table.py            # rows that are not in the file yet; hours on two cores
-    python docs/scaling_table.py --print    # only the table
+    python experiments/scaling_table.py            # rows that are not in the file yet; hours on two cores
+    python experiments/scaling_table.py --print    # only the table
 
 Needs the tpu extra. Delete docs/scaling.jsonl to begin again.
 """
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "scaling.jsonl"
+RESULTS = ROOT / "docs/scaling.jsonl"
 SMALL, LARGE = "224,448", "448,896"
 
 # student's channels, teacher, image rows and columns, topology, slices, mesh.fsdp
