@@ -3,7 +3,8 @@
     python -m scalr_jax.main --config=configs/demo_teacher.py --workdir=runs/demo_teacher
     cp runs/demo_teacher/demo_teacher.safetensors scalr_jax/assets
 
-Targets are depth, normals, height, colour and the extent and centre of objects (`scalr_jax/demo_teacher.py`).
+Targets are depth, normals, height, colour and the extent and centre of objects (`scalr_jax/demo/teacher.py`); their
+weights and the ViT's size are `config.teacher_training`.
 
 2026-11-22, on 2 cores shared with other work (load 4 to 7): 257 s to render 1,500 images of 500 streets, 1,008 s for
 1,500 steps of 8 images (0.43 s a step while the load was 4). Means over the last 500 steps: loss 5.64; cross-entropies
@@ -15,8 +16,6 @@ vegetation 0.75, trunk 0.36, pole 0.22, person 0.34, car 0.62, van 0.55, bus 0.6
 this width, 6 blocks deep, with random weights: 0.230; on the 8 x 8 pixels around the point and its place in the image:
 0.344. What is thinner than a patch of 8 pixels is what it misses. These labels served to measure and never to train.
 """
-
-from ml_collections import ConfigDict
 
 from scalr_jax import config as defaults
 
@@ -31,25 +30,4 @@ def get_config():
         learning_rate=3e-3, final_learning_rate=1e-5, weight_decay=0.03, beta2=0.99, warmup_share=0.05
     )
     config.optimizer.batch_size = 8
-    with config.unlocked():
-        config.teacher_training = ConfigDict(
-            {
-                "num_pixels": 768,  # with targets, in each image
-                "max_gradient": 2.0,  # norm
-                "vit": {
-                    "patch_size": 8,
-                    "width": 128,
-                    "depth": 4,
-                    "num_heads": 4,
-                    "hidden": 512,
-                    "layer_scale": False,
-                    "position_grid": (14, 28),
-                },
-                "weights": {
-                    **{"length": 1.0, "width": 1.0, "tallness": 1.0, "height": 0.5, "depth": 0.2},
-                    **{"normal": 1.0, "albedo": 0.5, "offset": 0.2},
-                    **{"mean": 2.0, "correlation": 1.0},
-                },
-            }
-        )
     return config

@@ -1,208 +1,392 @@
-"""Every config key with its default. A config file starts from `get_config()` and sets what differs.
+"""The one table of config keys: type, default, what is allowed, meaning, and whether a run may change it on resume.
 
-The config is locked: a misspelt key is an error that names the nearest one. Keys that are shares (`warmup_share`, ...)
-are fractions of the whole schedule, so that shortening a run keeps its shape.
+A config file starts from `get_config()` and sets what differs; `read_settings` checks the whole config at once, before
+data or devices are touched, and makes the frozen settings that travel through the code. `python -m scalr_jax.main
+--help` and docs/config.md print the table. Keys that are shares (`warmup_share`, ...) are fractions of the whole
+schedule, so that shortening a run keeps its shape.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, get_type_hints
 
-import ml_collections
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
+from scalr_jax.runtime import keys
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.storage import flatten
+from scalr_jax.runtime.keys import key
 
-ConfigDict = ml_collections.ConfigDict
+TASKS = ("distill", "probe", "finetune", "evaluate", "robustness", "demo", "teacher")
+DATASETS = ("streets", "pandaset", "pandar64", "pandargt", "nuscenes", "semantic_kitti", "folder")
+MERGED = ("nuscenes", "semantic_kitti", "pandar64", "pandargt")  # what `data.dataset = "merged"` joins
+SENSORS = ("beams32", "beams64", "solid", "pandar64", "pandargt")
+AUGMENTATIONS = ("published", "consistent", "none")
+BACKBONES = ("waffleiron", "minkunet14", "minkunet18", "minkunet34")
+CORRUPTIONS = (
+    *("fog", "wet_ground", "snow", "motion_blur", "beam_missing", "crosstalk"),
+    *("incomplete_echo", "cross_sensor"),
+)
+SEVERITIES = ("light", "moderate", "heavy")
+FEATURES = ("augmented", "fixed", "cached")  # of a probe
+INTERPOLATIONS = ("auto", "dinov2", "size", "antialias")
+DTYPES = ("auto", "float32", "bfloat16")
+USES = ("camera", "lidar", "radar", "map", "external")
+
+Point = tuple[float, float, float]
 
 
-def get_config() -> Any:  # a ConfigDict: its attributes have no static types
-    """The defaults: ScaLR's 48 x 768 student, 8 scenes a step."""
-    config = ConfigDict()
-    config.task = "distill"  # distill, probe, finetune, evaluate, robustness, demo, teacher
-    config.seed = 0
-    config.num_steps = 1000
-    config.log_every_steps = 10
-    config.checkpoint_every_steps = 500
-    config.keep_checkpoints = 2  # the newest
-    config.keep_every_steps = 0  # and besides every so many steps; 0: none
-    config.deterministic = (
-        False  # GPU: only operations whose result is the same every time (slower); elsewhere always so
+@dataclass(frozen=True)
+class RunSettings:
+    """Keys at the top of a config."""
+
+    task: str = key("distill", "what to do", choices=TASKS)
+    seed: int = key(0, "of the data's order, of weights and of dropout", low=0, high=2**31 - 1)
+    num_steps: int = key(1000, "steps of training", low=1)
+    log_every_steps: int = key(10, "steps between two lines of metrics.jsonl", low=1, resume=True)
+    checkpoint_every_steps: int = key(500, "steps between two checkpoints", low=1, resume=True)
+    keep_checkpoints: int = key(2, "how many of the newest checkpoints are kept", low=1, resume=True)
+    keep_every_steps: int = key(0, "besides these, one checkpoint every so many steps; 0: none", low=0, resume=True)
+    deterministic: bool = key(False, "GPU: only operations that give the same result every time (slower)")
+    checkpoint: str = key("", "probe, finetune, evaluate, robustness: a workdir or a published file to start from")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """`config.data`: which scenes, what is done to them, and how they are packed."""
+
+    dataset: str = key("streets", f"one of {', '.join(DATASETS)}; to distil also several joined by +, or merged")
+    weights: tuple[float, ...] = key((), "proportions of several datasets' scenes; (): every frame once", above=0)
+    root: str = key("", "the dataset's folder, or one that holds several; streets: their cache", local=True)
+    sensors: tuple[str, ...] = key(("beams32",), "of streets or pandaset", choices=SENSORS)
+    num_scenes: int = key(64, "streets: training scenes to render", low=1)
+    num_validation_scenes: int = key(32, "streets: validation scenes to render", low=1)
+    scenes: tuple[str | int, ...] = key((), "only these scenes; (): all")
+    frames: tuple[int | str, ...] = key((), "only frames of these numbers; (): all", low=0)
+    validation_frames: tuple[int | str, ...] = key((), "PandaSet: validate on these frames of the same scenes", low=0)
+    split: str = key("train", "distill, evaluate: train, validation, test or all, as the dataset has them")
+    frame_list: str = key("", "a text file that names the training frames, one a line")
+    label_fraction: float = key(1.0, "probe, finetune: train on every n-th frame, 1/n", above=0, high=1)
+    voxel_size: float = key(0.1, "metres: one point of each voxel is kept", above=0)
+    intensity: tuple[float, ...] = key((), "(mean, deviation) of raw intensities; (): those of each sensor")
+    max_points: int = key(20_000, "points of a scene: the nearest to a random one", low=1)
+    image_size: tuple[int, int] = key((224, 448), "rows, columns: whole patches", low=1, high=8192)
+    antialias: bool = key(True, "False: resize images as torchvision 0.12 did, which ScaLR used")
+    scaled_decode: bool = key(False, "prepared records: decode JPEG at 1/2, 1/4 or 1/8 where that is large enough")
+    augmentation: str = key("published", "how training scans are turned and scaled", choices=AUGMENTATIONS)
+    polarmix: tuple[str, ...] = key((), "probe, finetune: swap half turns of scans, add these objects")
+    cutmix: tuple[str, ...] = key((), "probe, finetune: add instances of these classes")
+    cutmix_ground: tuple[str, ...] = key((), "the classes on whose points instances are put")
+    points_per_shard: int = key(65_536, "points of a pack (of each device)", low=1)
+    scenes_per_shard: int = key(10, "scenes of a pack, at most", low=1)
+    scenes_per_step: int = key(0, "0: as many as fit; n: exactly n over all devices, as published with 8", low=0)
+    cells_per_shard: tuple[int, ...] = key((), "occupied, a plane; (): from the first scenes", low=1, resume=True)
+    halo_per_shard: tuple[int, ...] = key((), "halo, a plane; (): likewise", low=1, resume=True)
+    voxels_per_shard: tuple[int, ...] = key((), "minkunet: voxels, a level; (): likewise", low=1, resume=True)
+    pairs_per_shard: tuple[int, ...] = key((), "minkunet: neighbours, a level; (): likewise", low=1, resume=True)
+    num_workers: int = key(2, "data workers of each process", low=0, high=1024, resume=True, local=True)
+    prefetch: int = key(2, "packs made ahead", low=0, high=1024, resume=True, local=True)
+
+
+@dataclass(frozen=True)
+class MinkunetSettings:
+    """`config.model.minkunet`."""
+
+    voxel_size: float = key(0.1, "metres", above=0)
+    width: float = key(1.0, "times the published channels, 32 to 256, of which a point gets 96", above=0, high=16)
+    stem_convolutions: int = key(1, "1, or 2 as SPVNAS has", low=1, high=2)
+    reading: str = key("nearest", "a point reads its voxel, or between voxels", choices=("nearest", "trilinear"))
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """`config.model`. A MinkUNet uses name, field_of_view, heads, dtype and `minkunet`, and nothing else."""
+
+    name: str = key("waffleiron", "the backbone", choices=BACKBONES)
+    channels: int = key(768, "features of a point", low=1, high=16_384)
+    depth: int = key(48, "layers", low=1, high=1024)
+    num_neighbors: int = key(16, "of each point, for the embedding", low=1, high=256)
+    norm: str = key("layer", "layer as ScaLR, batch as WaffleIron", choices=("layer", "batch"))
+    activation: str = key("relu", "relu as ScaLR, gelu as ScaLR+", choices=("relu", "gelu"))
+    head_hidden: int = key(0, "hidden features of the distillation head; 0: linear; ScaLR+: 2048", low=0, high=65_536)
+    segmentation_head: str = key("segment", "batch norm and linear, or linear alone", choices=("segment", "linear"))
+    drop_path: float = key(0.0, "share of residual branches that are dropped in training", low=0, below=1)
+    field_of_view: tuple[Point, Point] = key(
+        ((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0)), "lowest and highest corner, metres"
     )
-    config.checkpoint = ""  # probe, finetune, evaluate, robustness: a workdir or a published .pth to start from
-    config.data = _data()
-    config.model = _model()
-    config.teacher = _teacher()
-    config.optimizer = _optimizer()
-    config.probe = _probe()
-    config.evaluate = _evaluate()
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    config.demo = ConfigDict(
-        {
-            "probe_steps": 120,
-            "probe_learning_rate": 0.02,
-            "supervised_learning_rates": (8e-3, 1.5e-2, 2.5e-2),
-            "segment_max_points": 4_000,
-            "segment_points_per_shard": 8_192,
-            "segment_scenes_per_shard": 4,
-        }
+    grids: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] = key(
+        ((256, 256), (256, 32), (256, 32)), "rows and columns of the planes xy, xz, yz", low=1, high=8192
     )
-    config.lock()
-    return config
+    implementation: str = key("auto", "spatial mixing (docs/design.md)", choices=("auto", "cells", "windows", "dense"))
+    remat: str = key("none", "computed again in the backward pass, to save memory", choices=("none", "layer", "group"))
+    dtype: str = key("auto", "auto: bfloat16, on a CPU float32", choices=DTYPES)
+    minkunet: MinkunetSettings = dataclasses.field(default_factory=MinkunetSettings)
+    num_classes: int | None = key(None, "of the labels; None: the dataset's", low=1, high=255)
 
 
-def _data() -> ConfigDict:
-    return ConfigDict(
-        {
-            # streets, pandaset (with `sensors`; or pandar64, pandargt), nuscenes, semantic_kitti; to distil also
-            # several, joined by "+", or "merged", the published four
-            "dataset": "streets",
-            "weights": (),  # of several: the proportions of their scenes; (): an epoch has every frame once
-            "root": "",  # the raw dataset, or the folder of several, by name; for streets the cache (default: workdir)
-            "sensors": ("beams32",),  # of streets or pandaset; refused for other datasets
-            "num_scenes": 64,  # streets: scenes to render
-            "num_validation_scenes": 32,
-            "scenes": (),  # subset of the dataset's scenes, () for all
-            "frames": (),  # subset of the frames, () for all
-            "validation_frames": (),  # PandaSet: validate on these frames of the same scenes; (): the split's scenes
-            "split": "train",
-            "frame_list": "",  # a text file that names the training frames to use, one a line
-            "label_fraction": 1.0,  # probe, finetune: 0.01 trains on every 100th frame of the list, 0.1 on every 10th
-            "voxel_size": 0.1,  # metres
-            # (mean, standard deviation) by which raw intensities are normalised; (): those of each sensor
-            "intensity": (),
-            "max_points": 20_000,  # the nearest to a random point
-            "image_size": (224, 448),
-            "antialias": True,  # False: torchvision 0.12's resize, as ScaLR pinned
-            "scaled_decode": False,  # prepared records: decode JPEG files at 1/2, 1/4 or 1/8 where that is large enough
-            "augmentation": "published",  # published, consistent, none
-            # probe, finetune: classes, as ("person", "car"), of what is mixed into training scans; (): nothing
-            "polarmix": (),  # half turns are swapped with another scan, and its objects of these classes added
-            "cutmix": (),  # instances of these classes are added,
-            "cutmix_ground": (),  # on points of these classes
-            "points_per_shard": 65_536,
-            "scenes_per_shard": 10,
-            "scenes_per_step": 0,  # 0: as many as fit; 8: the published batch, exactly
-            "cells_per_shard": (),  # (): derived from the first scenes
-            "halo_per_shard": (),
-            "voxels_per_shard": (),  # minkunet: of each level, likewise
-            "pairs_per_shard": (),
-            "num_workers": 2,  # worker processes of each process
-            "prefetch": 2,
-        }
-    )
+@dataclass(frozen=True)
+class TeacherSettings:
+    """`config.teacher`."""
+
+    checkpoint: str = key("", "path of a DINO file; demo: the small ViT that comes with the package")
+    feature: str = key("x_pre_norm", "tokens before or after the last norm", choices=("x_pre_norm", "x"))
+    position_interpolation: str = key("auto", "auto: as the file's project", choices=INTERPOLATIONS)
+    num_heads: int | None = key(None, "attention heads; None: of 64 channels each", low=1)
 
 
-def _model() -> ConfigDict:
-    return ConfigDict(
-        {
-            # waffleiron; minkunet14, minkunet18 or minkunet34: sparse voxels, which `minkunet` is about, and channels,
-            # depth, num_neighbors, norm, activation, drop_path, grids, implementation and remat are not
-            "name": "waffleiron",
-            "channels": 768,
-            "depth": 48,
-            "num_neighbors": 16,
-            "norm": "layer",  # layer, batch
-            "activation": "relu",  # relu, gelu
-            "head_hidden": 0,  # ScaLR+: 2048
-            "segmentation_head": "segment",  # segment (batch norm + linear), linear (WaffleIron's own)
-            "drop_path": 0.0,
-            "field_of_view": ((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0)),  # metres
-            "grids": ((256, 256), (256, 32), (256, 32)),
-            "implementation": "auto",  # auto, cells, windows, dense
-            "remat": "none",  # none, layer, group
-            "dtype": "auto",  # auto: bfloat16 on accelerators, float32 on CPU
-            "minkunet": ConfigDict(
-                {
-                    "voxel_size": 0.1,  # metres
-                    "width": 1.0,  # times the published channels, 32 to 256, of which a point gets 96
-                    "stem_convolutions": 1,  # 2 as SPVNAS's
-                    "reading": "nearest",  # nearest (a point reads its voxel), trilinear
-                }
-            ),
-            "num_classes": config_dict.placeholder(int),  # default: the dataset's
-        }
-    )
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """`config.optimizer`."""
+
+    name: str = key("adamw", "lamb: for batches many times the published one", choices=("adamw", "lamb"))
+    learning_rate: float = key(2e-3, "the highest; 0 with schedule constant trains batch norms' statistics only", low=0)
+    final_learning_rate: float = key(1e-5, "cosine: at the end", low=0)
+    weight_decay: float = key(0.03, "of all parameters", low=0)
+    ema: float = key(0.0, "what a moving average of the weights keeps at each step, as 0.999; 0: none", low=0, below=1)
+    layer_decay: float = key(1.0, "learning rate x layer_decay^(depth + 1 - layer)", above=0, high=1)
+    beta1: float = key(0.9, "of Adam's first moment", low=0, below=1)
+    beta2: float = key(0.999, "of Adam's second moment", low=0, below=1)
+    schedule: str = key("cosine", "cosine as ScaLR, rsqrt as ScaLR+", choices=("cosine", "rsqrt", "constant"))
+    warmup_share: float = key(0.02, "linear warm-up", low=0, high=1)
+    cooldown_start_share: float = key(63 / 65, "rsqrt: where the cool-down begins", low=0, high=1)
+    timescale_share: float = key(0.45 / 65, "rsqrt", above=0)
+    batch_size: int = key(8, "the schedule's unit: progress = scenes seen / batch_size", low=1)
+    total_updates: int = key(0, "the schedule's length; 0: num_steps x the expected scenes / batch_size", low=0)
 
 
-def _teacher() -> ConfigDict:
-    return ConfigDict(
-        {
-            "checkpoint": "",  # path of a DINOv2 file; "demo": the small ViT that comes with the package
-            "feature": "x_pre_norm",  # x_pre_norm, x
-            "position_interpolation": "auto",  # dinov2, size, antialias (ops/positions.py); auto: as the file's project
-            "num_heads": config_dict.placeholder(int),
-        }
-    )
+@dataclass(frozen=True)
+class ProbeSettings:
+    """`config.probe`."""
+
+    method: str = key("head", "trained, nearest neighbours, image prototypes", choices=("head", "knn", "zero_shot"))
+    head: str = key("linear", "as published, or with a hidden layer", choices=("linear", "mlp"))
+    features: str = key("augmented", "new scenes every epoch, the same, or cached", choices=FEATURES)
+    cache_dtype: str = key("float32", "of cached features", choices=("float32", "float16"))
+    bank_per_class: int = key(500, "knn: points of each class to compare with", low=1)
+    num_neighbors: int = key(20, "knn", low=1)
+    temperature: float = key(0.07, "knn: of a neighbour's vote exp(cosine / temperature)", above=0)
+    prototypes: str = key("", "zero_shot: a folder of images by class; '': regions of the training images")
+    inverse_regularization: float = key(1.0, "zero_shot: C of the logistic regression", above=0)
 
 
-def _optimizer() -> ConfigDict:
-    return ConfigDict(
-        {
-            "name": "adamw",  # adamw; lamb: for batches many times the published one
-            "learning_rate": 2e-3,  # 0 with schedule constant: only batch norms see the data
-            "final_learning_rate": 1e-5,
-            "weight_decay": 0.03,
-            "ema": 0.0,  # moving average of the weights: what it keeps of itself at each step, as 0.999; 0: none
-            "layer_decay": 1.0,  # learning rate x layer_decay^(depth + 1 - layer): embedding 0, head depth + 1
-            "beta1": 0.9,
-            "beta2": 0.999,
-            "schedule": "cosine",  # cosine, rsqrt, constant
-            "warmup_share": 0.02,
-            "cooldown_start_share": 63 / 65,
-            "timescale_share": 0.45 / 65,
-            "batch_size": 8,  # the schedule's unit: progress = scenes seen / batch_size
-            "total_updates": 0,  # 0: num_steps x the expected scenes a step / batch_size
-        }
-    )
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """`config.evaluate`."""
+
+    rings: tuple[float, ...] = key((10.0, 20.0, 30.0, 40.0, 50.0), "metres, ascending: results by distance", above=0)
+    votes: int = key(1, "augmented copies of each scan whose probabilities are averaged; 1: the scan itself", low=1)
+    submission: bool = key(False, "nuscenes, semantic_kitti: write the benchmark's files")
+    submission_uses: tuple[str, ...] = key(("lidar",), "what nuScenes is told that the model uses", choices=USES)
+    corruptions: tuple[str, ...] = key(CORRUPTIONS, "robustness: of Robo3D", choices=CORRUPTIONS)
+    severities: tuple[str, ...] = key(SEVERITIES, "robustness", choices=SEVERITIES)
+    corrupted_root: str = key("", "robustness: folder of the released nuScenes-C or SemanticKITTI-C; '': generated")
+    baseline: str = key("auto", "of mCE: nuscenes_c, semantic_kitti_c, or the workdir of a robustness run")
 
 
-def _probe() -> ConfigDict:
-    return ConfigDict(
-        {
-            "method": "head",  # head (trained), knn (nearest neighbours), zero_shot (image prototypes)
-            "head": "linear",  # linear (as published), mlp (with a hidden layer)
-            # augmented: other scenes every epoch, as published; fixed: the same scenes, not augmented; cached: the
-            # same as fixed, with the backbone computed once
-            "features": "augmented",
-            "cache_dtype": "float32",  # float16: half the space, features rounded to 11 bits
-            "bank_per_class": 500,  # knn: points of each class to compare with
-            "num_neighbors": 20,
-            "temperature": 0.07,  # of a neighbour's vote exp(cosine / temperature)
-            "prototypes": "",  # zero_shot: a folder of images by class; "": regions of the training images
-            "inverse_regularization": 1.0,  # C of the logistic regression
-        }
-    )
+@dataclass(frozen=True)
+class MeshSettings:
+    """`config.mesh`: axes of the device mesh."""
+
+    data: int = key(-1, "-1: all devices / fsdp", low=-1)
+    fsdp: int = key(1, "devices that share the parameters", low=1)
 
 
-def _evaluate() -> ConfigDict:
-    return ConfigDict(
-        {
-            "rings": (10.0, 20.0, 30.0, 40.0, 50.0),  # metres from the lidar: results of 0 to 10, ..., beyond 50
-            # test-time augmentation: the mean probability over so many turned, flipped and scaled copies of each scan,
-            # by data.augmentation (published, consistent); 1: the scan as it is, alone
-            "votes": 1,
-            "submission": False,  # nuscenes, semantic_kitti: write the benchmark's files, also of data.split = "test"
-            # what nuScenes is told that the model uses: some of camera, lidar, radar, map, external (data, weights)
-            "submission_uses": ("lidar",),
-            # robustness
-            "corruptions": (  # of Robo3D
-                *("fog", "wet_ground", "snow", "motion_blur", "beam_missing", "crosstalk"),
-                *("incomplete_echo", "cross_sensor"),
-            ),
-            "severities": ("light", "moderate", "heavy"),
-            "corrupted_root": "",  # the folder of the released nuScenes-C or SemanticKITTI-C; "": own generators
-            # of mCE: nuscenes_c, semantic_kitti_c (MinkUNet-18, published) or the workdir of another robustness run;
-            # auto: the published one of a released set, else none
-            "baseline": "auto",
-        }
-    )
+@dataclass(frozen=True)
+class DemoSettings:
+    """`config.demo`: the parts of task demo."""
+
+    probe_steps: int = key(120, "steps of each linear probe", low=1)
+    probe_learning_rate: float = key(0.02, "of the linear probes", above=0)
+    supervised_learning_rates: tuple[float, ...] = key((8e-3, 1.5e-2, 2.5e-2), "the best one counts", above=0)
+    segment_max_points: int = key(4_000, "data.max_points of probes and supervised training", low=1)
+    segment_points_per_shard: int = key(8_192, "likewise", low=1)
+    segment_scenes_per_shard: int = key(4, "likewise", low=1)
 
 
-def check_keys(config: Any) -> None:
-    """Raises `InputError` that lists every key a config lacks; one built on `get_config()` has them all."""
-    found = flatten(config)
-    missing = [key for key in flatten(get_config()) if key not in found]
-    if missing:
-        raise InputError(f"the config lacks {', '.join(missing)}; begin it with scalr_jax.config.get_config()")
+@dataclass(frozen=True)
+class DemoVitSettings:
+    """`config.teacher_training.vit`."""
+
+    patch_size: int = key(8, "pixels", low=1)
+    width: int = key(128, "channels", low=1)
+    depth: int = key(4, "blocks", low=1)
+    num_heads: int = key(4, "attention heads", low=1)
+    hidden: int = key(512, "channels inside the MLP", low=1)
+    layer_scale: bool = key(False, "whether branches are scaled")
+    position_grid: tuple[int, int] = key((14, 28), "rows and columns of the position table", low=1)
+
+
+@dataclass(frozen=True)
+class DemoLossSettings:
+    """`config.teacher_training.weights` of the losses."""
+
+    length: float = key(1.0, "of an object", low=0)
+    width: float = key(1.0, "of an object", low=0)
+    tallness: float = key(1.0, "of an object", low=0)
+    height: float = key(0.5, "above the ground", low=0)
+    depth: float = key(0.2, "from the camera", low=0)
+    normal: float = key(1.0, "of the surface", low=0)
+    albedo: float = key(0.5, "of the surface", low=0)
+    offset: float = key(0.2, "to the object's centre", low=0)
+    mean: float = key(2.0, "of the unit features, squared", low=0)
+    correlation: float = key(1.0, "between channels, squared", low=0)
+
+
+@dataclass(frozen=True)
+class TeacherTrainingSettings:
+    """`config.teacher_training`: how task teacher trains the packaged ViT."""
+
+    num_pixels: int = key(768, "with targets, in each image", low=1)
+    max_gradient: float = key(2.0, "norm at which gradients are clipped", above=0)
+    vit: DemoVitSettings = dataclasses.field(default_factory=DemoVitSettings)
+    weights: DemoLossSettings = dataclasses.field(default_factory=DemoLossSettings)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What one training needs of the config, beside student, teacher and scenes."""
+
+    run: RunSettings
+    data: DataSettings
+    optimizer: OptimizerSettings
+    mesh: MeshSettings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole config, checked. Only tasks.py and the commands hold one; its parts travel."""
+
+    run: RunSettings
+    data: DataSettings
+    model: StudentSettings
+    teacher: TeacherSettings
+    optimizer: OptimizerSettings
+    probe: ProbeSettings
+    evaluate: EvaluateSettings
+    mesh: MeshSettings
+    demo: DemoSettings
+    teacher_training: TeacherTrainingSettings
+
+    @property
+    def training(self) -> TrainSettings:
+        return TrainSettings(self.run, self.data, self.optimizer, self.mesh)
+
+
+SECTIONS: dict[str, type] = {name: table for name, table in get_type_hints(Settings).items() if name != "run"}
+
+
+def get_config() -> Any:  # a ConfigDict, whose attributes have no static types
+    """The defaults: ScaLR's 48 x 768 student, 8 scenes a step. Locked: a misspelt key names the nearest one."""
+    nested = keys.defaults(RunSettings) | {name: keys.defaults(table) for name, table in SECTIONS.items()}
+    return ConfigDict(nested, convert_dict=True).lock()
+
+
+def all_keys() -> list[keys.Row]:
+    """Every key, in the order of the table."""
+    sections = (keys.rows(table, f"{name}.") for name, table in SECTIONS.items())
+    return [*keys.rows(RunSettings), *(row for section in sections for row in section)]
+
+
+def read_settings(config: ConfigDict) -> Settings:
+    """The settings of a config. Raises `InputError` that lists every key that is missing, unknown or wrong."""
+    problems: list[str] = []
+    values = config.copy_and_resolve_references().to_dict()
+    top = {name: value for name, value in values.items() if name not in SECTIONS}
+    run = keys.read(RunSettings, top, problems)
+    parts: dict[str, Any] = {
+        name: keys.read(table, values.get(name, {}), problems, f"{name}.") for name, table in SECTIONS.items()
+    }
+    settings = Settings(run, **parts)
+    problems += _problems(settings)
+    if problems:
+        raise InputError(f"config: {'; '.join(problems)}; docs/config.md lists every key")
+    return settings
+
+
+def dataset_names(data: DataSettings) -> tuple[str, ...]:
+    """The datasets that `data.dataset` joins."""
+    return MERGED if data.dataset == "merged" else tuple(data.dataset.split("+"))
+
+
+def _problems(settings: Settings) -> Iterator[str]:
+    """What keys say against one another."""
+    yield from _data_problems(settings)
+    yield from _frame_problems(settings)
+    model, optimizer, evaluate = settings.model, settings.optimizer, settings.evaluate
+    low, high = model.field_of_view
+    if not all(a < b for a, b in zip(low, high, strict=True)):
+        yield f"model.field_of_view = {model.field_of_view} (expected: a lowest corner below the highest)"
+    if optimizer.learning_rate == 0 and optimizer.schedule == "cosine":
+        yield "optimizer.learning_rate = 0 with optimizer.schedule = 'cosine' (give the schedule 'constant')"
+    if list(evaluate.rings) != sorted(set(evaluate.rings)):
+        yield f"evaluate.rings = {evaluate.rings} (expected: ascending distances in metres)"
+    if settings.run.task == "robustness" and not (evaluate.corruptions and evaluate.severities):
+        yield "evaluate.corruptions and evaluate.severities (expected: at least one of each)"
+    if evaluate.votes > 1 and settings.data.augmentation == "none":
+        yield f"evaluate.votes = {evaluate.votes} with data.augmentation = 'none' (give 'published' or 'consistent')"
+    if settings.mesh.data == 0:
+        yield "mesh.data = 0 (expected: -1, or at least 1)"
+
+
+def _data_problems(settings: Settings) -> Iterator[str]:
+    """Which datasets, sensors and classes go together."""
+    data, task = settings.data, settings.run.task
+    names = dataset_names(data)
+    if unknown := [name for name in names if name not in DATASETS]:
+        yield f"data.dataset = {data.dataset!r} ({unknown[0]!r} is none of {', '.join(DATASETS)}, merged)"
+    if len(names) > 1 and task != "distill":
+        yield f"data.dataset = {data.dataset!r} (task {task!r} takes one: several datasets have several classes)"
+    if data.weights and len(data.weights) != len(names):
+        yield f"data.weights = {data.weights} (expected: one number for each of {', '.join(names)})"
+    known, chosen = {"streets", "pandaset"} & set(names), set(data.sensors) - set(names)
+    if chosen and not known and data.sensors != DataSettings.sensors:
+        yield (
+            f"data.sensors = {data.sensors} with data.dataset = {data.dataset!r} (sensors are chosen of streets and "
+            "pandaset alone; name the lidar as data.dataset, or leave data.sensors out)"
+        )
+    if data.intensity and not (len(data.intensity) == 2 and data.intensity[1] > 0):
+        yield f"data.intensity = {data.intensity} (expected: mean and standard deviation of the raw intensity)"
+    if bool(data.cutmix) != bool(data.cutmix_ground):
+        yield (
+            f"data.cutmix = {data.cutmix} and data.cutmix_ground = {data.cutmix_ground} (instances need their classes "
+            "and the classes that they stand on)"
+        )
+    if (data.polarmix or data.cutmix) and task == "probe" and settings.probe.features != "augmented":
+        yield f"data.polarmix, data.cutmix with probe.features = {settings.probe.features!r} (use 'augmented')"
+
+
+def _frame_problems(settings: Settings) -> Iterator[str]:
+    """Which frames are trained on."""
+    data, task = settings.data, settings.run.task
+    share, n = data.label_fraction, round(1 / data.label_fraction)
+    if share < 1 and task not in ("probe", "finetune", "evaluate", "robustness"):
+        yield f"data.label_fraction = {share} with task {task!r} (expected: 1; it is for probes and fine-tuning)"
+    if abs(n * share - 1) > 0.01:
+        yield f"data.label_fraction = {share} (expected: 1/n, as 0.01, 0.05, 0.1 or 0.25)"
+    if share < 1 and data.frame_list:
+        yield "data.frame_list and data.label_fraction (both choose training frames; give one of them)"
+    numbers = {name: getattr(data, name) for name in ("frames", "validation_frames")}
+    for name, frames in numbers.items():
+        if not all(str(frame).isdecimal() for frame in frames):
+            yield f"data.{name} = {frames} (expected: frame numbers, as in --config.data.{name}='(45, 48)')"
+            return
+    train, validation = (set(map(int, frames)) for frames in numbers.values())
+    if validation and (not train or train & validation):
+        yield (
+            f"data.validation_frames = {data.validation_frames} with data.frames = {data.frames or 'all'} (expected: "
+            "other frames of the same scenes in data.frames)"
+        )
+
+
+HEAD = """\
+# Config keys
+
+Every key of a config, from the table in `scalr_jax/config.py`. Set one on the command line,
+`--config.data.num_workers=4`, or in a config file that starts from `scalr_jax.config.get_config()`. A key with a star
+may differ when a run is resumed. This page is written by `python -m scalr_jax.config > docs/config.md`.
+"""
+
+if __name__ == "__main__":
+    print(HEAD + keys.markdown({"": RunSettings, **SECTIONS}), end="")

@@ -66,9 +66,9 @@ def set_deterministic() -> None:
 def run(config, workdir: Path) -> None:
     """Dispatch on `config.task`."""
     from scalr_jax import tasks
-    from scalr_jax.config import check_keys
+    from scalr_jax.config import read_settings
 
-    check_keys(config)
+    read_settings(config)
     known = {
         "distill": tasks.distill,
         "probe": tasks.probe,

@@ -142,10 +142,10 @@ def show(result: dict[str, Any], mesh: str) -> None:
 
 def run(arguments: list[str]) -> dict[str, Any]:
     """Compiles, prints and returns the result. Raises `InputError`."""
-    from scalr_jax.config import check_keys
+    from scalr_jax.config import read_settings
 
     config = parse_flags(arguments)
-    check_keys(config)
+    read_settings(config)
     topology = parse_topology(FLAGS.topology)
     result, text = compile_step(config, topology, FLAGS.slices, FLAGS.teacher)
     if FLAGS.text and text:

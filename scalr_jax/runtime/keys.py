@@ -1,0 +1,218 @@
+"""A table of settings: frozen dataclasses whose fields are made with `key`, one field a config key.
+
+From the same fields come the defaults, the checks, the help text and the documentation. A value is converted to the
+type of its field (lists become tuples, whole numbers become floats where a float is expected) and compared with what
+the key allows; every problem is collected before anything is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from ml_collections import config_dict
+
+Table = TypeVar("Table")
+
+NAMES = {int: "whole number", float: "number", str: "text", bool: "True or False"}
+
+
+class Allowed(NamedTuple):
+    """What a key takes, beside its type. Bounds and choices hold for every number and text inside a tuple."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None  # exclusive
+    below: float | None = None  # exclusive
+    choices: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.low is not None and self.high is not None:
+            return f"{_number(self.low)} to {_number(self.high)}"
+        limits = {"at least": self.low, "above": self.above, "at most": self.high, "below": self.below}
+        return " and ".join(f"{word} {_number(limit)}" for word, limit in limits.items() if limit is not None)
+
+    def holds(self, value: object) -> bool:
+        """Whether every number and text in `value` is allowed."""
+        if isinstance(value, tuple):
+            return all(map(self.holds, value))
+        if isinstance(value, str):
+            return not self.choices or value in self.choices
+        if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+            return True
+        return (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] = (),
+    resume: bool = False,
+    local: bool = False,
+) -> Any:
+    """A field of a table: its default, one line of meaning, and what it allows.
+
+    Args:
+        default: the value, of the field's type.
+        meaning: what the key does, for `--help` and the documentation.
+        low, high: bounds of numbers, inclusive.
+        above, below: bounds of numbers, exclusive.
+        choices: the texts that are allowed; () for any.
+        resume: whether a run may be resumed with another value.
+        local: whether the processes of one run may have different values.
+    """
+    allowed = Allowed(low, high, above, below, tuple(choices))
+    return dataclasses.field(
+        default=default, metadata={"meaning": meaning, "allowed": allowed, "resume": resume, "local": local}
+    )
+
+
+class Row(NamedTuple):
+    """One key of a table, as the documentation shows it."""
+
+    name: str  # dotted
+    takes: str  # type and bounds, in words
+    default: object
+    meaning: str
+    resume: bool
+    local: bool
+
+
+def defaults(table: type) -> dict[str, Any]:
+    """The default of each key, nested as the tables are; None as ml_collections' placeholder of a whole number."""
+    hints, nested = typing.get_type_hints(table), {}
+    for field in dataclasses.fields(table):
+        if dataclasses.is_dataclass(hints[field.name]):
+            nested[field.name] = defaults(hints[field.name])
+        else:
+            nested[field.name] = config_dict.placeholder(int) if field.default is None else field.default
+    return nested
+
+
+def rows(table: type, prefix: str = "") -> Iterator[Row]:
+    """Every key of a table and of the tables inside it."""
+    hints = typing.get_type_hints(table)
+    for field in dataclasses.fields(table):
+        hint, about = hints[field.name], field.metadata
+        if dataclasses.is_dataclass(hint):
+            yield from rows(typing.cast(type, hint), f"{prefix}{field.name}.")
+        else:
+            yield Row(
+                f"{prefix}{field.name}",
+                _takes(hint, about["allowed"]),
+                field.default,
+                about["meaning"],
+                about["resume"],
+                about["local"],
+            )
+
+
+def read(table: type[Table], values: Mapping[str, Any], problems: list[str], prefix: str = "") -> Table:
+    """The table filled from nested `values`. Appends a text to `problems` for each key that is missing, unknown or
+    wrong, and uses the default in its place."""
+    hints = typing.get_type_hints(table)
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, table))}
+    problems += [f"{prefix}{name} is not a key" for name in values if name not in fields]
+    found = {}
+    for name, field in fields.items():
+        hint, full = hints[name], f"{prefix}{name}"
+        if dataclasses.is_dataclass(hint):
+            part = values.get(name, {})
+            found[name] = read(typing.cast(type, hint), part if hasattr(part, "items") else {}, problems, f"{full}.")
+            continue
+        found[name] = field.default
+        if name not in values:
+            problems.append(f"{full} is missing")
+            continue
+        allowed: Allowed = field.metadata["allowed"]
+        try:
+            value = convert(values[name], hint)
+        except TypeError:
+            value, fits = None, False
+        else:
+            fits = allowed.holds(value)
+        if fits:
+            found[name] = value
+        else:
+            problems.append(f"{full} = {values[name]!r} (expected: {_takes(hint, allowed)})")
+    return table(**found)
+
+
+def _takes(hint: Any, allowed: Allowed) -> str:
+    kind = describe(hint)
+    if allowed.choices:
+        return kind.replace("text", str(allowed)) if hint is not str else str(allowed)
+    return f"{kind}, {allowed}" if str(allowed) else kind
+
+
+def help_text(table: type, prefix: str = "") -> str:
+    """One line a key: its name, default and meaning."""
+    return "\n".join(f"    {row.name} = {row.default!r}: {row.meaning}" for row in rows(table, prefix))
+
+
+def markdown(sections: Mapping[str, type]) -> str:
+    """A table of keys for each section."""
+    text = []
+    for name, table in sections.items():
+        title = f"config.{name}" if name else "config"
+        text.append(f"\n## {title}\n\n| key | default | takes | meaning |\n| --- | --- | --- | --- |")
+        for row in rows(table, f"{name}." if name else ""):
+            star = " *" if row.resume else ""
+            text.append(f"| `{row.name}`{star} | `{row.default!r}` | {row.takes} | {row.meaning} |")
+    return "\n".join(text) + "\n"
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`. Raises TypeError when it is not one: a bool is no number, numbers are finite."""
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    if isinstance(hint, types.UnionType):
+        for member in typing.get_args(hint):
+            if value is None and member is types.NoneType:
+                return None
+            try:
+                return convert(value, member)
+            except TypeError:
+                continue
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        members = typing.get_args(hint)
+        if members[-1] is Ellipsis:
+            return tuple(convert(item, members[0]) for item in value)
+        if len(value) == len(members):
+            return tuple(convert(item, member) for item, member in zip(value, members, strict=True))
+    raise TypeError(f"{value!r} is not {describe(hint)}")
+
+
+def describe(hint: Any) -> str:
+    """A type in words: "whole number", "tuple of text", "3 x (2 x whole number)"."""
+    if hint in NAMES:
+        return NAMES[hint]
+    if isinstance(hint, types.UnionType):
+        return " or ".join("None" if member is types.NoneType else describe(member) for member in typing.get_args(hint))
+    members = typing.get_args(hint)
+    if members[-1] is Ellipsis:
+        return f"tuple of {describe(members[0])}"
+    inner = describe(members[0])
+    return f"{len(members)} x {f'({inner})' if ' x ' in inner else inner}"
