@@ -80,7 +80,7 @@ def test_every_config_takes_a_minkunet(name, method):
     config = config_of(name, *method)
     config.model.name = "minkunet34"
     settings = make_settings(config, task="distill" if config.task == "distill" else "segment", train=True)
-    assert (settings.student_voxel_size, settings.grids) == (0.1, ())
+    assert (settings.needs.voxel_size, settings.needs.grids) == (0.1, ())
     student: Any = build.make_student(config, head=config.model.segmentation_head, out_features=16)
     assert (sum(student.blocks), student.widths[-1]) == (23, 96)
     optim.make_optimizer(config.optimizer, depth=sum(student.blocks), blocks=student.blocks)

@@ -115,7 +115,7 @@ def _measure(name: str, config: Any, settings: transforms.SceneSettings, argumen
     def run(stages: _Stages) -> None:
         made = (stages.call("other", make, i, (0, record)) for i, record in enumerate(records))
         for pack in packing.pack_stream(made, capacities):
-            stages.call("pack", packing.pack_shard, pack.scenes, capacities, sample[0], settings.grids)
+            stages.call("pack", packing.pack_shard, pack.scenes, capacities, sample[0], settings.needs.grids)
 
     def run_plain() -> None:
         assert plain is not None
@@ -220,14 +220,14 @@ def plain_scene(
     xyz = frame.points[kept, :3] @ frame.to_ego[:3, :3].T + frame.to_ego[:3, 3]
     if settings.augmentation != "none":
         xyz = transforms.augment(xyz, rng)
-    low, high = np.array(settings.field_of_view)
+    low, high = np.array(settings.needs.field_of_view)
     inside = ((xyz > low + 1e-4) & (xyz < high - 1e-4)).all(axis=1)
     xyz, kept = xyz[inside].astype(np.float32), kept[inside]
     intensity = (frame.points[kept, 3:] - statistics[0]) / statistics[1]
     feats = np.concatenate([intensity, xyz, np.linalg.norm(xyz, axis=1, keepdims=True)], axis=1).astype(np.float32)
-    neighbors = np.asarray(KDTree(xyz).query(xyz, k=settings.num_neighbors + 1)[1])
+    neighbors = np.asarray(KDTree(xyz).query(xyz, k=settings.needs.num_neighbors + 1)[1])
     cells = []
-    for axes, (rows, columns) in zip(PLANE_AXES, settings.grids, strict=True):
+    for axes, (rows, columns) in zip(PLANE_AXES, settings.needs.grids, strict=True):
         a, b = axes
         size = (high[[a, b]] - low[[a, b]]) / (rows, columns)
         i, j = np.floor((xyz[:, [a, b]] - low[[a, b]]) / size).astype(np.int64).T

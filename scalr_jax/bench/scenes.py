@@ -19,7 +19,7 @@ import numpy as np
 
 from scalr_jax.bench.timing import positive, two_sizes
 from scalr_jax.data.packing import Capacities, add, pack_shard, sizes, stack_shards
-from scalr_jax.data.scenes import Batch, Frame, Plane, SceneView
+from scalr_jax.data.scenes import Batch, Frame, Plane, SceneNeeds, SceneView
 from scalr_jax.runtime.errors import InputError
 
 # One period of the mixture; half of it are eight scenes.
@@ -91,8 +91,7 @@ def make(arguments: argparse.Namespace) -> Scenes:
     settings = SceneSettings(
         task="distill",
         train=True,
-        field_of_view=PRETRAINING.field_of_view,
-        grids=PRETRAINING.grids,
+        needs=SceneNeeds(PRETRAINING.field_of_view, 16, PRETRAINING.grids),
         max_points=arguments.max_points,
         image_size=arguments.image_size or (224, 448),
     )
@@ -104,8 +103,9 @@ def make(arguments: argparse.Namespace) -> Scenes:
     for index, name in enumerate(order):
         frame, intensity = get_frame(name, order[:index].count(name), settings.image_size)
         views.append(make_scene(frame, index, intensity, settings, np.random.default_rng((0, index))))
-    batch = pack(views, settings.grids, points_a_scene=arguments.max_points if arguments.scenes == "padded" else None)
-    return Scenes(batch, settings.grids, "real" if arguments.root else "generated", tuple(view.name for view in views))
+    grids = settings.needs.grids
+    batch = pack(views, grids, points_a_scene=arguments.max_points if arguments.scenes == "padded" else None)
+    return Scenes(batch, grids, "real" if arguments.root else "generated", tuple(view.name for view in views))
 
 
 def pack(views: list[SceneView], grids: Any, *, points_a_scene: int | None) -> Batch:

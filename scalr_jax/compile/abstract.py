@@ -160,17 +160,17 @@ def make_batch(config: Any, scene_task: str, capacities: Capacities, mesh: Any) 
         name="",
         index=0,
         feats=np.zeros((0, 5), np.float32),
-        neighbors=np.zeros((0, settings.num_neighbors), np.int32),
+        neighbors=np.zeros((0, settings.needs.num_neighbors), np.int32),
         planes=(),
         image=np.zeros((*settings.image_size, 3), np.uint8) if distill else None,
         pixels=np.zeros((0, 2), np.int32) if distill else None,
         labels=None if distill else np.zeros(0, np.uint8),
         voxels=None
-        if settings.grids
+        if settings.needs.grids
         else SceneVoxels(np.zeros((0, 3), np.float32), np.zeros((LEVELS, 2 + len(DIRECTIONS)), int)),
     )
     place = sharding.batch_sharding(mesh)
-    shard = pack_shard((), capacities, nothing, settings.grids)
+    shard = pack_shard((), capacities, nothing, settings.needs.grids)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((mesh.size, *x.shape), x.dtype, sharding=place), shard)
 
 

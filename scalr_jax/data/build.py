@@ -14,7 +14,7 @@ from scalr_jax.data.instances import open_bank, write_bank
 from scalr_jax.data.joined import Joined, every_nth, listed
 from scalr_jax.data.mixing import Mixing
 from scalr_jax.data.readers.records import Records, is_begun
-from scalr_jax.data.scenes import IGNORE, SceneView
+from scalr_jax.data.scenes import IGNORE, SceneNeeds, SceneView
 from scalr_jax.data.sensors import MERGED
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.models.build import grids_of, is_sparse
@@ -217,25 +217,32 @@ def _frame_numbers(data: Any, key: str) -> tuple[int, ...]:
 
 def make_settings(config: Any, *, task: str, train: bool) -> SceneSettings:
     """`task`: "distill", "segment" or "features"."""
-    data, model = config.data, config.model
-    low, high = model.field_of_view
+    data = config.data
     fixed = train and config.task == "probe" and config.probe.features != "augmented"
-    sparse = is_sparse(model)
-    if sparse:
+    if is_sparse(config.model):
         _check_keys_fit(config)
     return SceneSettings(
         task=task,
         train=train,
-        field_of_view=(tuple(low), tuple(high)),
-        grids=() if task == "features" else grids_of(config),
-        num_neighbors=0 if sparse else model.num_neighbors,
-        student_voxel_size=model.minkunet.voxel_size if sparse and task != "features" else None,
+        needs=_needs(config, cached=task == "features"),
         voxel_size=data.voxel_size,
         max_points=data.max_points,
         image_size=tuple(data.image_size),
         antialias=data.antialias,
         augmentation="none" if fixed else data.augmentation,
         fixed=fixed,
+    )
+
+
+def _needs(config: Any, *, cached: bool) -> SceneNeeds:
+    """What the student needs of a scene; of a `cached` one, which has the backbone's features, no tables."""
+    model, sparse = config.model, is_sparse(config.model)
+    low, high = model.field_of_view
+    return SceneNeeds(
+        (tuple(low), tuple(high)),
+        0 if sparse else model.num_neighbors,
+        () if cached else grids_of(config),
+        model.minkunet.voxel_size if sparse and not cached else None,
     )
 
 

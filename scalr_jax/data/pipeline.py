@@ -221,7 +221,7 @@ class Pipeline:
 
     def empty_batch(self, capacities: packing.Capacities, template: SceneView) -> Batch:
         """Arrays of the right shapes and dtypes, all padding."""
-        empty = packing.pack_shard((), capacities, template, self.settings.grids)
+        empty = packing.pack_shard((), capacities, template, self.settings.needs.grids)
         return packing.stack_shards([empty] * len(self.shards))
 
     def steps(
@@ -240,7 +240,7 @@ class Pipeline:
         while True:
             packs = [next(stream, packing.Pack((), position)) for stream, position in zip(streams, positions)]  # noqa: B905
             positions = [self._next(shard, pack) for shard, pack in zip(self.shards, packs, strict=True)]
-            arrays = [packing.pack_shard(p.scenes, capacities, template, self.settings.grids) for p in packs]
+            arrays = [packing.pack_shard(p.scenes, capacities, template, self.settings.needs.grids) for p in packs]
             scenes = tuple(pack.scenes for pack in packs)
             yield Step(packing.stack_shards(arrays), np.array(positions), sum(map(len, scenes)), len(bad), scenes)
 

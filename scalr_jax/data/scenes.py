@@ -24,6 +24,15 @@ IGNORE = 255  # the label of a point without a class
 PLANE_AXES = ((0, 1), (0, 2), (1, 2))
 
 
+class SceneNeeds(NamedTuple):
+    """What a backbone needs of a scene beside its points' features."""
+
+    field_of_view: tuple[tuple[float, float, float], tuple[float, float, float]]  # min and max corner, metres
+    num_neighbors: int = 0  # K
+    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each plane; (): no planes
+    voxel_size: float | None = None  # metres; None: no voxels
+
+
 class Frame(NamedTuple):
     """One scan, paired with one camera image when there is one, as a reader returns it.
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from pykdtree.kdtree import KDTree
 
-from scalr_jax.data.scenes import IGNORE, PLANE_AXES, Frame, ScenePlane, SceneView, SceneVoxels, Voxels
+from scalr_jax.data.scenes import IGNORE, PLANE_AXES, Frame, SceneNeeds, ScenePlane, SceneView, SceneVoxels, Voxels
 from scalr_jax.ops.voxels import coordinates_in, count_levels, extent_of
 from scalr_jax.runtime.errors import BadFrameError
 
@@ -31,10 +31,8 @@ class SceneSettings:
 
     task: str  # "distill", "segment", or "features" for scenes whose features the dataset has
     train: bool
-    field_of_view: tuple[tuple[float, float, float], tuple[float, float, float]]  # min and max corner, metres
-    grids: tuple[tuple[int, int], ...]
-    num_neighbors: int = 16
-    voxel_size: float = 0.1  # metres
+    needs: SceneNeeds  # of the backbone
+    voxel_size: float = 0.1  # metres; one point a voxel is kept
     max_points: int = 20_000
     image_size: tuple[int, int] = (224, 448)
     antialias: bool = True
@@ -42,7 +40,6 @@ class SceneSettings:
     fixed: bool = False  # the same random choices in every epoch
     mixing: Any = None  # `mixing.Mixing` of training scans for segmentation
     votes: bool = False  # evaluation: scans are augmented, to be voted on
-    student_voxel_size: float | None = None  # metres, of a MinkUNet, which takes voxels instead of planes
 
 
 def voxelize(points: np.ndarray, voxel_size: float, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -118,13 +115,13 @@ def inside(points: np.ndarray, field_of_view) -> np.ndarray:
     return good
 
 
-def in_view(xyz: np.ndarray, settings: SceneSettings) -> np.ndarray:
+def in_view(xyz: np.ndarray, needs: SceneNeeds) -> np.ndarray:
     """Indices [n] of the points inside the field of view, ordered by their cell in the first plane (or their column of
     voxels): neighbours in the grid are then near each other in memory."""
-    kept = np.flatnonzero(inside(xyz, settings.field_of_view))
-    size = settings.student_voxel_size
-    grid = settings.grids[0] if size is None else extent_of(settings.field_of_view, size)[:2]
-    return kept[sort_by(cell_position(xyz[kept], PLANE_AXES[0], grid, settings.field_of_view))]
+    kept = np.flatnonzero(inside(xyz, needs.field_of_view))
+    size = needs.voxel_size
+    grid = needs.grids[0] if size is None else extent_of(needs.field_of_view, size)[:2]
+    return kept[sort_by(cell_position(xyz[kept], PLANE_AXES[0], grid, needs.field_of_view))]
 
 
 def rotation(angle: float) -> np.ndarray:
@@ -267,13 +264,13 @@ def _distillation_scene(frame: Frame, index: int, intensity, settings: SceneSett
     xyz = to_ego(frame.points[kept], frame.to_ego)
     if settings.augmentation != "none":
         xyz = augment(xyz, rng)
-    cut = in_view(xyz, settings)
+    cut = in_view(xyz, settings.needs)
     xyz, kept = xyz[cut], kept[cut]
     feats = make_features(xyz, frame.points[kept, 3], intensity)
     ratio = np.array(settings.image_size) / np.array(frame.image_shape or frame.image.shape[:2])
     pixels = np.floor(np.floor(frame.pixels[kept]) * ratio).astype(np.int32)  # the published readers floor first
     image = resize_image(frame.image, settings.image_size, antialias=settings.antialias)
-    return _finish(frame.name, index, xyz, feats, settings, image=image, pixels=pixels)
+    return _finish(frame.name, index, xyz, feats, settings.needs, image=image, pixels=pixels)
 
 
 def check_classes(frame: Frame, num_classes: int) -> None:
@@ -307,9 +304,9 @@ def _segmentation_scene(frame: Frame, index: int, intensity, settings: SceneSett
     elif settings.train and settings.augmentation == "consistent":
         xyz = augment(xyz, rng)
         feats = make_features(xyz, frame.points[kept, 3], intensity)
-    cut = in_view(xyz, settings)
+    cut = in_view(xyz, settings.needs)
     xyz, kept, feats = xyz[cut], kept[cut], feats[cut]
-    scene = _finish(frame.name, index, xyz, feats, settings, labels=labels[kept])
+    scene = _finish(frame.name, index, xyz, feats, settings.needs, labels=labels[kept])
     if settings.train:
         return scene
     return _with_raw(scene, xyz, raw, labels, np.linalg.norm(raw, axis=1))
@@ -332,8 +329,8 @@ def _vote_scene(frame: Frame, index: int, intensity, settings: SceneSettings, rn
         raw = augment(raw, rng)
         feats = make_features(raw, frame.points[:, 3], intensity)
     kept = voxelize(raw, settings.voxel_size)
-    kept = kept[in_view(raw[kept], settings)]
-    scene = _finish(frame.name, index, raw[kept], feats[kept], settings, labels=labels[kept])
+    kept = kept[in_view(raw[kept], settings.needs)]
+    scene = _finish(frame.name, index, raw[kept], feats[kept], settings.needs, labels=labels[kept])
     return _with_raw(scene, raw[kept], raw, labels, ranges)
 
 
@@ -355,19 +352,30 @@ def _augment_published(xyz: np.ndarray, feats: np.ndarray, rng) -> tuple[np.ndar
     return xyz, feats
 
 
-def _finish(name: str, index: int, xyz, feats, settings: SceneSettings, *, image=None, pixels=None, labels=None):
-    if len(xyz) <= settings.num_neighbors:
+def _finish(
+    name: str,
+    index: int,
+    xyz: np.ndarray,
+    feats: np.ndarray,
+    needs: SceneNeeds,
+    *,
+    image: np.ndarray | None = None,
+    pixels: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+) -> SceneView:
+    """What the backbone needs of a scene's points xyz [N, 3] and feats [N, F]. Raises `BadFrameError`."""
+    if len(xyz) <= needs.num_neighbors:
         raise BadFrameError(
-            f"{name}: {len(xyz)} points are left in the field of view, and {settings.num_neighbors + 1} are needed"
+            f"{name}: {len(xyz)} points are left in the field of view, and {needs.num_neighbors + 1} are needed"
         )
     xyz = xyz.astype(np.float32)
     planes = tuple(
-        make_plane(xyz, axes, grid, settings.field_of_view)
-        for axes, grid in zip(PLANE_AXES, settings.grids, strict=False)  # a MinkUNet has none
+        make_plane(xyz, axes, grid, needs.field_of_view)
+        for axes, grid in zip(PLANE_AXES, needs.grids, strict=False)  # () without planes
     )
-    neighbors = find_neighbors(xyz, settings.num_neighbors)
+    neighbors = find_neighbors(xyz, needs.num_neighbors)
     scene = SceneView(name, index, feats, neighbors, planes, image, pixels, labels)
-    if settings.student_voxel_size is None:
+    if needs.voxel_size is None:
         return scene
-    coordinates = coordinates_in(xyz, settings.field_of_view, settings.student_voxel_size)
+    coordinates = coordinates_in(xyz, needs.field_of_view, needs.voxel_size)
     return scene._replace(voxels=SceneVoxels(coordinates, count_levels(np.floor(coordinates))))

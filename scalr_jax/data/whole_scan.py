@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pykdtree.kdtree import KDTree
 
-from scalr_jax.data.scenes import Frame, SceneView
+from scalr_jax.data.scenes import Frame, SceneNeeds, SceneView
 from scalr_jax.data.transforms import SceneSettings, make_scene
 from scalr_jax.runtime.errors import BadFrameError, InputError
 
@@ -49,13 +49,15 @@ def whole_scan(points: np.ndarray, settings: Mapping[str, Any]) -> tuple[SceneVi
     located = np.isfinite(points[:, :3]).all(axis=1)
     usable = located & np.isfinite(points[:, 3]) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1)
     sparse = settings.get("name", "waffleiron") != "waffleiron"
+    view = settings["field_of_view"]
+    if sparse:
+        needs = SceneNeeds(view, voxel_size=settings["minkunet"]["voxel_size"])
+    else:
+        needs = SceneNeeds(view, settings["num_neighbors"], settings["grids"])
     scene_settings = SceneSettings(
         task="segment",
         train=False,
-        field_of_view=settings["field_of_view"],
-        grids=() if sparse else settings["grids"],
-        num_neighbors=0 if sparse else settings["num_neighbors"],
-        student_voxel_size=settings["minkunet"]["voxel_size"] if sparse else None,
+        needs=needs,
         voxel_size=settings["voxel_size"],
         augmentation="none",
     )

@@ -5,15 +5,14 @@ import pytest
 
 from scalr_jax.bench import pipeline as bench_pipeline
 from scalr_jax.data import transforms
-from scalr_jax.data.scenes import Frame
+from scalr_jax.data.scenes import Frame, SceneNeeds
 from scalr_jax.runtime.errors import InputError
 from tests.support import raw_datasets as raw
 
 SETTINGS = transforms.SceneSettings(
     "distill",
     True,
-    ((-16.0, -16.0, -4.0), (16.0, 16.0, 4.0)),
-    ((64, 64), (64, 16), (64, 16)),
+    SceneNeeds(((-16.0, -16.0, -4.0), (16.0, 16.0, 4.0)), 16, ((64, 64), (64, 16), (64, 16))),
     voxel_size=1e-3,  # every point its own voxel: nothing is left to chance
     image_size=(24, 32),
     augmentation="none",

@@ -11,7 +11,7 @@ import pytest
 from scalr_jax.data.joined import Joined
 from scalr_jax.data.packing import Capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
-from scalr_jax.data.scenes import Frame
+from scalr_jax.data.scenes import Frame, SceneNeeds
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support.raw_datasets import given
@@ -19,9 +19,7 @@ from tests.support.raw_datasets import given
 SETTINGS = SceneSettings(
     task="distill",
     train=True,
-    field_of_view=((-8.0, -8.0, -2.0), (8.0, 8.0, 2.0)),
-    grids=((16, 16), (16, 4), (16, 4)),
-    num_neighbors=4,
+    needs=SceneNeeds(((-8.0, -8.0, -2.0), (8.0, 8.0, 2.0)), 4, ((16, 16), (16, 4), (16, 4))),
     image_size=(8, 12),
 )
 CAPACITIES = Capacities(300, 4, (300,) * 3, (900,) * 3)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from scalr_jax.data import transforms
 from scalr_jax.data.readers.pandaset import PandaSet
-from scalr_jax.data.scenes import PLANE_AXES, Frame
+from scalr_jax.data.scenes import PLANE_AXES, Frame, SceneNeeds
 from scalr_jax.data.whole_scan import check_points, whole_scan
 from scalr_jax.runtime.errors import BadFrameError
 from tests.support.paths import SAMPLES
@@ -119,7 +119,7 @@ def frame(num_points=200, **changes):
 
 
 def settings_of(task, **changes):
-    fields = {"task": task, "train": True, "field_of_view": FIELD_OF_VIEW, "grids": GRIDS, "image_size": (20, 30)}
+    fields = {"task": task, "train": True, "needs": SceneNeeds(FIELD_OF_VIEW, 16, GRIDS), "image_size": (20, 30)}
     return transforms.SceneSettings(**{**fields, **changes})
 
 
@@ -260,7 +260,7 @@ def test_points_of_a_scene_are_ordered_by_cell_of_the_first_plane():
     for task in ("distill", "segment"):
         extra = {"image": np.zeros((30, 60, 3), np.uint8), "pixels": np.ones((4000, 2)), "visible": np.ones(4000, bool)}
         frame = Frame("a frame", points, np.eye(4), **(extra if task == "distill" else {"labels": np.zeros(4000, int)}))
-        chosen = transforms.SceneSettings(task, True, FIELD_OF_VIEW, GRIDS, image_size=(30, 60))
+        chosen = transforms.SceneSettings(task, True, SceneNeeds(FIELD_OF_VIEW, 16, GRIDS), image_size=(30, 60))
         scene = transforms.make_scene(frame, 0, (0.0, 1.0), chosen, rng)
         assert (np.diff(scene.planes[0].cell) >= 0).all()
         for plane in scene.planes:

@@ -53,12 +53,12 @@ def test_voxels_are_those_of_the_augmented_points(scenes, street_cache):
     """As the cells of a WaffleIron: the published augmentation turns coordinates and features by different angles."""
     sparse, settings = scenes
     planar, planar_settings = _scenes(small_config(street_cache, task="probe"))
-    low = np.array(settings.field_of_view[0])
+    low = np.array(settings.needs.field_of_view[0])
     for a, b in zip(sparse, planar, strict=True):
         assert (a.neighbors.shape, a.planes) == ((len(a.feats), 0), ())
-        xyz = low + a.voxels.coordinates * settings.student_voxel_size
+        xyz = low + a.voxels.coordinates * settings.needs.voxel_size
         assert np.abs(xyz[:, :2] - a.feats[:, 1:3]).max() > 0.5
-        cells = cell_position(xyz, (0, 1), planar_settings.grids[0], settings.field_of_view)
+        cells = cell_position(xyz, (0, 1), planar_settings.needs.grids[0], settings.needs.field_of_view)
         assert len(a.feats) == len(b.feats)
         assert (np.sort(cells) == np.sort(b.planes[0].position[b.planes[0].cell])).mean() > 0.999  # rounded to float32
         np.testing.assert_array_equal(a.voxels.counts, count_levels(np.floor(a.voxels.coordinates)))
@@ -311,6 +311,6 @@ def test_layer_decay_counts_residual_blocks():
 
 def test_settings_without_voxels_are_a_waffleirons(street_cache):
     settings = make_settings(small_config(street_cache), task="distill", train=True)
-    assert (settings.student_voxel_size, len(settings.grids)) == (None, 3)
+    assert (settings.needs.voxel_size, len(settings.needs.grids)) == (None, 3)
     sparse = make_settings(small_config(street_cache, **NARROW), task="distill", train=True)
-    assert (sparse.student_voxel_size, sparse.grids, sparse.num_neighbors) == (0.1, (), 0)
+    assert (sparse.needs.voxel_size, sparse.needs.grids, sparse.needs.num_neighbors) == (0.1, (), 0)

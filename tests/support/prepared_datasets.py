@@ -12,6 +12,7 @@ from scalr_jax.data.readers.folder import Folder
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.pandaset import PandaSet
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
+from scalr_jax.data.scenes import SceneNeeds
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.prepare import run as prepare
 from tests.support import raw_datasets as raw
@@ -19,9 +20,7 @@ from tests.support import raw_datasets as raw
 SETTINGS = SceneSettings(
     task="distill",
     train=True,
-    field_of_view=((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0)),
-    grids=((256, 256), (256, 32), (256, 32)),
-    num_neighbors=4,
+    needs=SceneNeeds(((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0)), 4, ((256, 256), (256, 32), (256, 32))),
     max_points=100_000,
     image_size=(56, 112),
     augmentation="none",
