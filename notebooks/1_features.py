@@ -14,20 +14,16 @@
 # similarity to one point. Everything is generated, nothing is downloaded; on a CPU it takes about a minute.
 
 # %% [markdown]
-# On Colab write the repository's address into `REPOSITORY` first, and this installs the package; where it is installed
-# already, the cell does nothing.
+# On Colab write the repository's address into `REPOSITORY` first, and this cell installs the package. Where it is
+# installed already, the cell does nothing.
 
 # %%
 import importlib.util
-import site
 import subprocess
-import sys
 
-REPOSITORY = ""  # as git clone takes it
+REPOSITORY = ""  # https://...
 if importlib.util.find_spec("scalr_jax") is None:
-    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "scalr_jax_source"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "./scalr_jax_source[notebooks]"], check=True)
-    site.main()
+    subprocess.run(["pip", "install", "-q", f"scalr_jax[notebooks] @ git+{REPOSITORY}"], check=True)
 
 # %% [markdown]
 # A config says everything about a run: 48 generated streets, a student of 3 layers, 32 wide, the teacher that comes
@@ -36,9 +32,9 @@ if importlib.util.find_spec("scalr_jax") is None:
 # %%
 from pathlib import Path
 
-from scalr_jax import config as defaults
+from scalr_jax.config import get_config
 
-config = defaults.get_config()
+config = get_config()
 config.num_steps = 100
 config.data.update(dataset="streets", num_scenes=48, image_size=(112, 224), num_workers=0)
 config.data.update(points_per_shard=4_800, scenes_per_shard=2)
@@ -102,10 +98,10 @@ features.shape, distilled.shape
 
 # %%
 from IPython.display import Image
-from scalr_jax.figures import colors as correlation
+from scalr_jax.figures.colors import color_by_axes, cosine_similarity, fit_color_axes
 from scalr_jax.figures.pictures import Panel, draw_with_image
 
-colors = correlation.color_by_axes(distilled, correlation.fit_color_axes(distilled))
+colors = color_by_axes(distilled, fit_color_axes(distilled))
 xyz = frame.points[:, :3]
 seen = (frame.image, frame.pixels, frame.visible)
 panel = Panel("three principal components", colors)
@@ -121,7 +117,7 @@ import numpy as np
 car = streets.class_names.index("car")
 cars = np.flatnonzero((frame.labels == car) & frame.visible)
 query = cars[np.linalg.norm(xyz[cars], axis=1).argmin()]
-similarity = correlation.cosine_similarity(distilled, query)
+similarity = cosine_similarity(distilled, query)
 panel = Panel("one point on a car", similarity, label="cosine similarity to the star")
 draw_with_image(Path("runs/notebooks/car.png"), xyz, "Similarity to one point", panel, *seen, query=query)
 Image("runs/notebooks/car.png", width=900)

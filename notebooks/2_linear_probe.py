@@ -15,20 +15,16 @@
 # About a minute on a CPU.
 
 # %% [markdown]
-# On Colab write the repository's address into `REPOSITORY` first, and this installs the package; where it is installed
-# already, the cell does nothing.
+# On Colab write the repository's address into `REPOSITORY` first, and this cell installs the package. Where it is
+# installed already, the cell does nothing.
 
 # %%
 import importlib.util
-import site
 import subprocess
-import sys
 
-REPOSITORY = ""  # as git clone takes it
+REPOSITORY = ""  # https://...
 if importlib.util.find_spec("scalr_jax") is None:
-    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "scalr_jax_source"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "./scalr_jax_source[notebooks]"], check=True)
-    site.main()
+    subprocess.run(["pip", "install", "-q", f"scalr_jax[notebooks] @ git+{REPOSITORY}"], check=True)
 
 # %% [markdown]
 # The student of `1_features.ipynb`; if it is not there, it is distilled now. The teacher never saw a class.
@@ -36,9 +32,9 @@ if importlib.util.find_spec("scalr_jax") is None:
 # %%
 from pathlib import Path
 
-from scalr_jax import config as defaults
+from scalr_jax.config import get_config
 
-config = defaults.get_config()
+config = get_config()
 config.num_steps = 100
 config.data.update(dataset="streets", num_scenes=48, image_size=(112, 224), num_workers=0)
 config.data.update(points_per_shard=4_800, scenes_per_shard=2)
@@ -63,11 +59,11 @@ if not (workdir / "results.json").exists():
 # %%
 import jax
 import scalr_jax
-from scalr_jax.interop import student as interop
 from scalr_jax.interop.layout import empty_batch
+from scalr_jax.interop.student import make_student
 
 distilled = scalr_jax.load(workdir)
-student = interop.make_student(distilled.config)
+student = make_student(distilled.config)
 init = jax.jit(lambda key, batch: student.init(key, batch, train=False))
 batch = empty_batch(distilled.config.num_features, distilled.config.grids)
 random = scalr_jax.Model(distilled.config, init(jax.random.key(0), batch))
@@ -191,7 +187,8 @@ from scalr_jax.figures.pictures import draw_predictions
 frame, names = validation.frame(0), train.class_names
 rows = predictions["distilled"][: len(frame.points)]
 picture = Path("runs/notebooks/prediction.png")
-draw_predictions(picture, frame.points[:, :3], frame.name, rows, names, labels=frame.labels, label_names=names)
+title = f"classes of {frame.name}"
+draw_predictions(picture, frame.points[:, :3], title, rows, names, labels=frame.labels, label_names=names)
 Image(picture, width=1200)
 
 # %% [markdown]

@@ -14,20 +14,16 @@
 # predict. Generated streets play the part of your recordings. About a minute on a CPU.
 
 # %% [markdown]
-# On Colab write the repository's address into `REPOSITORY` first, and this installs the package; where it is installed
-# already, the cell does nothing.
+# On Colab write the repository's address into `REPOSITORY` first, and this cell installs the package. Where it is
+# installed already, the cell does nothing.
 
 # %%
 import importlib.util
-import site
 import subprocess
-import sys
 
-REPOSITORY = ""  # as git clone takes it
+REPOSITORY = ""  # https://...
 if importlib.util.find_spec("scalr_jax") is None:
-    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "scalr_jax_source"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "./scalr_jax_source[notebooks]"], check=True)
-    site.main()
+    subprocess.run(["pip", "install", "-q", f"scalr_jax[notebooks] @ git+{REPOSITORY}"], check=True)
 
 # %% [markdown]
 # Recordings: a lidar that looks ahead, 1.9 m above the ground, and one camera. Replace this cell by your own files.
@@ -65,12 +61,12 @@ sorted(str(path.relative_to(root)) for path in root.glob("*/*/000000.*"))
 import json
 
 import numpy as np
-from scalr_jax.data.streets import sensors as street_sensors
+from scalr_jax.data.streets import sensors
 
-axes, position = street_sensors.camera_pose(0)
+axes, position = sensors.camera_pose(0)
 lidar_to_camera = np.eye(4)
 lidar_to_camera[:3, :3], lidar_to_camera[:3, 3] = axes, -axes @ position
-focal = float(street_sensors.focal_length((224, 448)))
+focal = float(sensors.focal_length((224, 448)))
 camera = {
     "size": [448, 224],
     "intrinsics": [[focal, 0, 223.5], [0, focal, 111.5], [0, 0, 1]],
@@ -104,9 +100,9 @@ Image("runs/notebooks/inspection/over_front_0.png", width=900)
 # teacher, `config.teacher.checkpoint = "dinov2_vits14_pretrain.pth"`, a larger student and many more steps.
 
 # %%
-from scalr_jax import config as defaults
+from scalr_jax.config import get_config
 
-config = defaults.get_config()
+config = get_config()
 config.num_steps = 60
 config.data.update(dataset="folder", root=str(root), image_size=(112, 224), num_workers=0)
 config.data.update(points_per_shard=8_192, scenes_per_shard=2, max_points=4_000)
@@ -130,11 +126,11 @@ if not (workdir / "results.json").exists():
 # `python -m scalr_jax.predict`. Your lidar's intensities are your own, so it is told the numbers of `dataset.json`.
 
 # %%
-from scalr_jax.predict import run as predict
+from scalr_jax.predict.run import run
 
 scans = ["--input=runs/notebooks/mine/drive_1/scans", "--intensity=39.6,28.9"]
 output = ["--output=runs/notebooks/predictions", "--formats=npz,png", "--overwrite", "--cache=none"]
-predict.run(["predict", "--model=runs/notebooks/mine_distilled", *scans, *output])
+run(["predict", "--model=runs/notebooks/mine_distilled", *scans, *output])
 
 # %% [markdown]
 # One of the pictures: like colours are like features.

@@ -14,20 +14,16 @@
 # it is written, and here once more. About a minute on a CPU. `docs/export.md` says what each format is for.
 
 # %% [markdown]
-# On Colab write the repository's address into `REPOSITORY` first, and this installs the package; where it is installed
-# already, the cell does nothing.
+# On Colab write the repository's address into `REPOSITORY` first, and this cell installs the package. Where it is
+# installed already, the cell does nothing.
 
 # %%
 import importlib.util
-import site
 import subprocess
-import sys
 
-REPOSITORY = ""  # as git clone takes it
+REPOSITORY = ""  # https://...
 if importlib.util.find_spec("scalr_jax") is None:
-    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "scalr_jax_source"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "./scalr_jax_source[notebooks]"], check=True)
-    site.main()
+    subprocess.run(["pip", "install", "-q", f"scalr_jax[notebooks] @ git+{REPOSITORY}"], check=True)
 
 # %% [markdown]
 # The student of `1_features.ipynb`; if it is not there, it is distilled now.
@@ -35,9 +31,9 @@ if importlib.util.find_spec("scalr_jax") is None:
 # %%
 from pathlib import Path
 
-from scalr_jax import config as defaults
+from scalr_jax.config import get_config
 
-config = defaults.get_config()
+config = get_config()
 config.num_steps = 100
 config.data.update(dataset="streets", num_scenes=48, image_size=(112, 224), num_workers=0)
 config.data.update(points_per_shard=4_800, scenes_per_shard=2)
@@ -105,10 +101,10 @@ print(f"largest difference {np.abs(onnx_features - wanted).max():.1e}, largest v
 
 # %%
 from IPython.display import Image
-from scalr_jax.figures import colors as correlation
+from scalr_jax.figures.colors import color_by_axes, fit_color_axes
 from scalr_jax.figures.pictures import draw_top_view
 
-colors = correlation.color_by_axes(onnx_features, correlation.fit_color_axes(onnx_features))
+colors = color_by_axes(onnx_features, fit_color_axes(onnx_features))
 draw_top_view(Path("runs/notebooks/onnx.png"), points[:, :3], "Features from onnxruntime, as colours", colors=colors)
 Image("runs/notebooks/onnx.png", width=600)
 

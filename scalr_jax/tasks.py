@@ -262,7 +262,9 @@ def evaluate(config: Any, workdir: Path) -> dict:
             report.write_confusion(workdir / "confusion.json", confusion, rings, dataset.class_names)
             write_json(workdir / "results.json", results)
             title = f"{config.data.dataset}, {config.data.split}: mIoU {results['miou']:.1%}"
-            report.draw_confusion(workdir / "figures" / "confusion.png", confusion.sum(axis=0), results, title)
+            from scalr_jax.figures.charts import draw_confusion
+
+            draw_confusion(workdir / "figures" / "confusion.png", confusion.sum(axis=0), results, title)
             print(report.confusion_table(confusion.sum(axis=0), dataset.class_names), flush=True)
             print(f"\n{report.class_table(results)}", flush=True)
     return results
@@ -279,7 +281,10 @@ def robustness(config: Any, workdir: Path) -> dict:
         results = robust.measure(config, workdir, evaluator, dataset, weights)
         if jax.process_index() == 0:
             write_json(workdir / "results.json", results)
-            robust.draw(workdir / "figures" / "robustness.png", results, f"{config.data.dataset}: {config.checkpoint}")
+            from scalr_jax.figures.charts import draw_robustness
+
+            title = f"{config.data.dataset}: {config.checkpoint}"
+            draw_robustness(workdir / "figures" / "robustness.png", results, title)
             print(robust.table(results), flush=True)
     return results
 

@@ -26,9 +26,10 @@ from scalr_jax.bench import scenes as bench_scenes
 from scalr_jax.bench.student import add_student_arguments, sizes_of, student_of
 from scalr_jax.bench.teacher import add_teacher_arguments, teacher_of
 from scalr_jax.bench.timing import Parser, compiled_bytes, device_bytes, header, interleave, rounded, show_times
-from scalr_jax.models.flops import flops, student_products, teacher_flops, utilisation
+from scalr_jax.models.flops import flops, student_products, teacher_flops
 from scalr_jax.models.student import Student
 from scalr_jax.models.vit import ViTConfig
+from scalr_jax.runtime.chips import utilisation
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import init_state

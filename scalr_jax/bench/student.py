@@ -50,8 +50,9 @@ from scalr_jax.bench.timing import (
     rounded,
     show_times,
 )
-from scalr_jax.models.flops import Sizes, flops, student_products, utilisation
+from scalr_jax.models.flops import Sizes, flops, student_products
 from scalr_jax.models.student import Student
+from scalr_jax.runtime.chips import utilisation
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import steps
 

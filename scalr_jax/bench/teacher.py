@@ -31,8 +31,9 @@ from scalr_jax.bench.timing import (
     two_sizes,
 )
 from scalr_jax.models import vit
-from scalr_jax.models.flops import teacher_flops, utilisation
+from scalr_jax.models.flops import teacher_flops
 from scalr_jax.models.vit import TEACHERS
+from scalr_jax.runtime.chips import utilisation
 from scalr_jax.runtime.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16")

@@ -1,4 +1,4 @@
-"""What an evaluation says: results of confusion matrices, tables for the terminal, files and a picture.
+"""Results of confusion matrices, tables for the terminal and files.
 
     IoU = TP / (TP + FP + FN)        mIoU: mean over the classes that are labelled or predicted
     recall = TP / (TP + FN)          accuracy = sum of TP / labelled points
@@ -113,36 +113,3 @@ def write_confusion(path: Path, confusion: np.ndarray, rings: Sequence[float], n
             "by_range": {ring: counts.tolist() for ring, counts in zip(ring_names(rings), confusion, strict=True)},
         },
     )
-
-
-def draw_confusion(path: Path, confusion: np.ndarray, results: dict[str, Any], title: str) -> None:
-    """A PNG: where each label's points went, and each class's IoU by distance."""
-    from matplotlib.figure import Figure
-
-    from scalr_jax.figures.pictures import save_figure
-
-    names, rings = list(results["iou"]), results["by_range"]
-    size = len(names)
-    percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    by_ring = np.array([[part["iou"][name] for part in (results, *rings.values())] for name in names], float) * 100
-    side = max(3.2, 0.42 * size)
-    figure = Figure(figsize=(side + 0.62 * by_ring.shape[1] + 4.2, side + 1.8), layout="constrained")
-    axes = figure.subplots(1, 2, width_ratios=(size, 1.25 * by_ring.shape[1]), sharey=True)
-    panels = (
-        ("where the points of each label went, %", percent, names, "Blues"),
-        ("IoU by distance, %", by_ring, ["all", *map(_short, rings)], "Greens"),
-    )
-    for ax, (text, values, columns, colors) in zip(axes, panels, strict=True):
-        ax.imshow(np.nan_to_num(values), cmap=colors, vmin=0, vmax=100, aspect="auto")
-        for i, j in np.ndindex(values.shape):
-            shown = values[i, j]
-            if np.isnan(shown) or shown >= 0.5 or colors == "Greens":
-                text_of = "-" if np.isnan(shown) else f"{shown:.0f}"
-                dark = not np.isnan(shown) and shown > 55
-                ax.text(j, i, text_of, ha="center", va="center", fontsize=8, color="white" if dark else "0.25")
-        ax.set_xticks(range(len(columns)), columns, rotation=60, ha="right")
-        ax.set_title(text, fontsize=10, loc="left")
-    axes[0].set_yticks(range(size), names)
-    axes[0].set(xlabel="prediction", ylabel="label")
-    axes[1].set_xlabel("metres from the lidar")
-    save_figure(figure, path, title)

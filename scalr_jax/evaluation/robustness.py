@@ -262,33 +262,3 @@ def table(results: Mapping[str, Any]) -> str:
     if found["corrupted_by"] == OWN:
         lines.append("these figures compare models with one another; they are none of the published benchmarks'")
     return "\n".join(lines)
-
-
-def draw(path: Path, results: Mapping[str, Any], title: str) -> None:
-    """A PNG: mIoU of each corruption and severity beside that of clear scans."""
-    from matplotlib.figure import Figure
-
-    from scalr_jax.figures.pictures import save_figure
-
-    found = results["robustness"]
-    names, severities = list(found["corruptions"]), found["severities"]
-    figure = Figure(figsize=(2.2 + 1.25 * len(names), 4.6), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(severities)
-    shades = ("#9ecae1", "#4292c6", "#08519c")[-len(severities) :]
-    for k, (severity, shade) in enumerate(zip(severities, shades, strict=True)):
-        values = [100 * found["corruptions"][name]["miou"][severity] for name in names]
-        places = np.arange(len(names)) + (k - (len(severities) - 1) / 2) * width
-        axes.bar(places, values, width, color=shade, label=severity)
-        for place, value in zip(places, values, strict=True):
-            text = axes.text(place, value + 0.4, f"{value:.0f}", ha="center", fontsize=8)
-            text.set_bbox({"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5})
-    clear = 100 * found["clear_miou"]
-    axes.axhline(clear, color="0.2", linestyle="--", linewidth=1, label=f"clear: {clear:.1f}")
-    axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
-    axes.set(ylabel="mIoU, %", ylim=(0, max(clear, 1.0) * 1.12))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(ncols=4, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    means = [f"{name} {found[key]:.1f} %" for name, key in (("mCE", "mce"), ("mRR", "mrr")) if found[key] is not None]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path, f"{title}\n{'; '.join([*means, 'corrupted by ' + found['corrupted_by']])}")

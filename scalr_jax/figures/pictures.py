@@ -16,7 +16,6 @@ from matplotlib.lines import Line2D
 
 from scalr_jax.data.scenes import IGNORE
 from scalr_jax.data.whole_scan import FARTHEST
-from scalr_jax.evaluation import metrics
 from scalr_jax.runtime.storage import written_whole
 
 BACKGROUND = "#10141c"
@@ -122,7 +121,7 @@ def draw_top_view(
 def draw_predictions(
     output: Path,
     xyz: np.ndarray,
-    name: str,
+    title: str,
     predictions: np.ndarray,
     class_names: Sequence[str],
     *,
@@ -130,7 +129,6 @@ def draw_predictions(
     label_names: Sequence[str] = (),
 ) -> None:
     """A PNG of predicted classes [N]; beside them the labels [N], and where they differ if the classes are the same."""
-    title = f"classes of {name}"
     legend = class_legend(predictions, class_names)
     panels = [Panel("prediction", color_labels(predictions, class_names), legend)]
     if labels is not None:
@@ -141,8 +139,6 @@ def draw_predictions(
         colors = np.full((len(labels), 3), IGNORED, np.uint8)
         colors[right], colors[valid & ~right] = RIGHT, WRONG
         panels.append(Panel("prediction against label", colors, [("right", _hex(RIGHT)), ("wrong", _hex(WRONG))]))
-        found = metrics.summarize(metrics.confusion_matrix(labels[valid], predictions[valid], len(class_names)))
-        title += f": {found['accuracy']:.1%} of the labelled points right, mIoU of this scan {found['miou']:.3f}"
     draw_panels(output, xyz, title, panels)
 
 

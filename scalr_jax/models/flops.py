@@ -1,4 +1,4 @@
-"""FLOPs of the student and the teacher, counted by hand, and the peak of known chips.
+"""FLOPs of the student and the teacher, counted by hand.
 
 Counted are matrix products of valid rows, 2 rows inner outer each, forward and (for the student) both products of
 the backward pass. Not counted: norms, activations, the convolutions over cells, anything computed twice. So
@@ -15,28 +15,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
 
 from scalr_jax.models.vit import ViTConfig, num_tokens
-
-# Dense bfloat16 FLOP/s by `device_kind`; the first pattern that matches counts. From the makers' data sheets.
-PEAKS: tuple[tuple[str, float], ...] = (
-    (r"H100.*PCIe", 756e12),
-    (r"H100 NVL|H200 NVL", 835e12),
-    (r"H100|H200|GH200", 989e12),
-    (r"B200", 2250e12),
-    (r"A100|A800", 312e12),
-    (r"L40S", 362e12),
-    (r"TPU ?7x", 1153.5e12),  # a device, of which a chip has two
-    (r"TPU v6", 918e12),
-    (r"TPU v5 ?(lite|e)", 197e12),
-    (r"TPU v5", 459e12),
-    (r"TPU v4", 275e12),
-    (r"TPU v3", 61.5e12),  # a core
-)
 
 
 class Product(NamedTuple):
@@ -93,17 +76,6 @@ def teacher_flops(config: ViTConfig, num_images: int, image_size: tuple[int, int
     mlp = (3 if config.ffn == "swiglu" else 2) * c * config.hidden
     block = 2 * tokens * (4 * c * c + mlp) + 4 * tokens * tokens * c
     return num_images * (2 * patches * config.patch_size**2 * 3 * c + config.depth * block)
-
-
-def peak(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a chip; None where it is not known."""
-    return next((value for pattern, value in PEAKS if re.search(pattern, device_kind)), None)
-
-
-def utilisation(num_flops: float, seconds: float, device_kind: str) -> float | None:
-    """MFU: the share of the chip's peak that the model's own FLOPs take; None on CPU and unknown chips."""
-    best = peak(device_kind)
-    return None if best is None else num_flops / seconds / best
 
 
 def traced_flops(function: Any, *arguments: Any) -> int:

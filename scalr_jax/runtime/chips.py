@@ -1,4 +1,4 @@
-"""TPU topologies to compile for, and what is known of each chip.
+"""Peaks of known chips, and TPU topologies to compile for.
 
 Memory: what the TPU compiler grants a program of one device (it says so when one does not fit; libtpu 0.0.42,
 2026-11-23). Peaks and the data-centre network (DCN): Google's Cloud TPU page of each chip. Links between chips (ICI):
@@ -45,6 +45,23 @@ CHIPS = {
 }
 
 
+# Dense bfloat16 FLOP/s by `device_kind`; the first pattern that matches counts. From the makers' data sheets.
+PEAKS: tuple[tuple[str, float], ...] = (
+    (r"H100.*PCIe", 756e12),
+    (r"H100 NVL|H200 NVL", 835e12),
+    (r"H100|H200|GH200", 989e12),
+    (r"B200", 2250e12),
+    (r"A100|A800", 312e12),
+    (r"L40S", 362e12),
+    (r"TPU ?7x", 1153.5e12),  # a device, of which a chip has two
+    (r"TPU v6", 918e12),
+    (r"TPU v5 ?(lite|e)", 197e12),
+    (r"TPU v5", 459e12),
+    (r"TPU v4", 275e12),
+    (r"TPU v3", 61.5e12),  # a core
+)
+
+
 class Topology(NamedTuple):
     """One slice."""
 
@@ -63,6 +80,17 @@ class Topology(NamedTuple):
     @property
     def num_devices(self) -> int:
         return self.num_chips * self.chip.devices
+
+
+def peak(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a chip; None where it is not known."""
+    return next((value for pattern, value in PEAKS if re.search(pattern, device_kind)), None)
+
+
+def utilisation(num_flops: float, seconds: float, device_kind: str) -> float | None:
+    """MFU: the share of the chip's peak that the model's own FLOPs take; None on CPU and unknown chips."""
+    best = peak(device_kind)
+    return None if best is None else num_flops / seconds / best
 
 
 def parse_topology(name: str) -> Topology:

@@ -50,14 +50,14 @@ from scalr_jax.data.readers.records import Records, is_prepared
 from scalr_jax.data.scenes import IGNORE, Frame
 from scalr_jax.data.streets.sensors import SENSORS as STREETS
 from scalr_jax.data.whole_scan import FARTHEST
-from scalr_jax.figures import colors as correlation
-from scalr_jax.figures import pictures as visualize_pictures
-from scalr_jax.figures.pictures import Panel
+from scalr_jax.evaluation import metrics
+from scalr_jax.figures.colors import choose_queries, color_by_axes, cosine_similarity, fit_color_axes
+from scalr_jax.figures.pictures import Panel, draw_panels, draw_predictions, draw_with_image
 from scalr_jax.runtime import model_flags
 from scalr_jax.runtime.command_line import fail, named, one_sentence
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.storage import check_writable
-from scalr_jax.visualize import viewer as visualize_viewer
+from scalr_jax.visualize.viewer import MAX_POINTS, write_viewer
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
 model_flags.define(FLAGS)
@@ -69,7 +69,7 @@ flags.DEFINE_integer("columns", None, "Of a .bin file.", flag_values=FLAGS)
 flags.DEFINE_enum("what", None, ("features", "distilled"), "What to draw.", flag_values=FLAGS)
 flags.DEFINE_list("query", None, "A place.", flag_values=FLAGS)
 flags.DEFINE_integer("num_queries", 4, "How many are chosen.", 1, 20, flag_values=FLAGS)
-flags.DEFINE_integer("max_points", visualize_viewer.MAX_POINTS, "Of the viewer.", 100, flag_values=FLAGS)
+flags.DEFINE_integer("max_points", MAX_POINTS, "Of the viewer.", 100, flag_values=FLAGS)
 
 
 def visualize(
@@ -81,7 +81,7 @@ def visualize(
     what: str | None = None,
     query: Sequence[float] | None = None,
     num_queries: int = 4,
-    max_points: int = visualize_viewer.MAX_POINTS,
+    max_points: int = MAX_POINTS,
 ) -> list[Path]:
     """Draws everything that model and frame allow; returns the files.
 
@@ -106,7 +106,7 @@ def visualize(
     points, xyz = points[finite], points[finite, :3]
     view = _part(frame, finite)
     labels = view.labels if view.labels is not None and (view.labels != IGNORE).any() else None
-    colors = correlation.color_by_axes(features, correlation.fit_color_axes(features))
+    colors = color_by_axes(features, fit_color_axes(features))
     files: list[Path] = []
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -114,27 +114,28 @@ def visualize(
         path = folder / name
         if view.image is not None and view.pixels is not None and view.visible is not None:
             seen = (view.image, view.pixels, view.visible)
-            visualize_pictures.draw_with_image(path, xyz, title, panel, *seen, query=query)
+            draw_with_image(path, xyz, title, panel, *seen, query=query)
         else:
-            visualize_pictures.draw_panels(path, xyz, title, [panel], query=query)
+            draw_panels(path, xyz, title, [panel], query=query)
         files.append(path)
 
     named = f"{'distilled features' if what == 'distilled' else 'features'} of {frame.name}"
     draw("pca.png", f"{named}: like colours, like features", Panel("three principal components", colors))
     chosen = _choose_queries(features, view, xyz, labels, query, num_queries)
     for number, point in enumerate(chosen):
-        similarity = correlation.cosine_similarity(features, point)
+        similarity = cosine_similarity(features, point)
         place = ", ".join(f"{value:.1f}" for value in xyz[point])
         kind = f", {label_names[labels[point]]}" if labels is not None and labels[point] < len(label_names) else ""
         panel = Panel(f"query at ({place}) m{kind}", similarity, label="cosine similarity to the star")
         draw(f"correlation_{number}.png", f"{named}: similarity to one point", panel, point)
     if predictions is not None:
         files.append(folder / "prediction.png")
-        visualize_pictures.draw_predictions(
-            files[-1], xyz, frame.name, predictions, model.class_names, labels=labels, label_names=label_names
-        )
+        title = f"classes of {frame.name}"
+        if labels is not None and tuple(label_names) == tuple(model.class_names):
+            title += _agreement(labels, predictions, len(label_names))
+        draw_predictions(files[-1], xyz, title, predictions, model.class_names, labels=labels, label_names=label_names)
     try:
-        visualize_viewer.write_viewer(
+        write_viewer(
             folder / "viewer.html",
             points,
             features,
@@ -152,6 +153,13 @@ def visualize(
     else:
         files.append(folder / "viewer.html")
     return files
+
+
+def _agreement(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> str:
+    """How well predictions [N] agree with labels [N], for a title."""
+    valid = (labels != IGNORE) & (predictions != IGNORE)
+    found = metrics.summarize(metrics.confusion_matrix(labels[valid], predictions[valid], num_classes))
+    return f": {found['accuracy']:.1%} of the labelled points right, mIoU of this scan {found['miou']:.3f}"
 
 
 def _part(frame: Frame, kept: np.ndarray) -> Frame:
@@ -172,7 +180,7 @@ def _choose_queries(features, view: Frame, xyz, labels, place, number: int) -> l
     if place is not None:
         return [int(np.linalg.norm(xyz - np.asarray(place, np.float64), axis=1).argmin())]
     allowed = view.visible if view.visible is not None else np.ones(len(xyz), bool)
-    return correlation.choose_queries(features, xyz, number, labels=labels, allowed=allowed) or [0]
+    return choose_queries(features, xyz, number, labels=labels, allowed=allowed) or [0]
 
 
 # ------------------------------------------------------------------------------------------------- which frame to draw
@@ -303,6 +311,3 @@ def main(arguments: list[str]) -> None:
         fail(one_sentence(error) + ("; free space on the disk and run the same command again" if full else ""))
     except KeyboardInterrupt:
         fail("interrupted")
-
-
-# ---------------------------------------------------------------------------------------------------- curves of a run

@@ -17,6 +17,7 @@ from scalr_jax.interop.layout import published_batch
 from scalr_jax.models import flops, vit
 from scalr_jax.models.student import Student
 from scalr_jax.models.waffleiron import WaffleIron
+from scalr_jax.runtime.chips import peak, utilisation
 from scalr_jax.train import optim, steps
 from tests.support.bench_batch import less_optimized, save_batch
 from tests.support.random_scenes import GRIDS
@@ -225,8 +226,8 @@ def test_known_chips():
     kinds = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "cpu": None}
     kinds |= {"NVIDIA A100-SXM4-80GB": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12}
     kinds |= {"TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12}
-    assert {kind: flops.peak(kind) for kind in kinds} == kinds
-    assert flops.utilisation(1e12, 1.0, "TPU v6e") == pytest.approx(1 / 918)
+    assert {kind: peak(kind) for kind in kinds} == kinds
+    assert utilisation(1e12, 1.0, "TPU v6e") == pytest.approx(1 / 918)
 
 
 def test_turns_are_interleaved():

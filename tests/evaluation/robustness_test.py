@@ -19,6 +19,7 @@ from scalr_jax.data.streets.streets import Streets
 from scalr_jax.evaluation import robustness
 from scalr_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from scalr_jax.evaluation.segmentation import Evaluator
+from scalr_jax.figures.charts import draw_robustness
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import InputError
 from tests.support.raw_datasets import given, write_nuscenes, write_semantic_kitti
@@ -128,7 +129,7 @@ def test_a_run_on_streets_resumes_part_by_part(finished, tmp_path):
     assert other.calls == 14
     assert "not" not in robustness.table(results).splitlines()[0]
     assert robustness.table(results).splitlines()[2].startswith("fog ")
-    robustness.draw(tmp_path / "robustness.png", results, "streets")
+    draw_robustness(tmp_path / "robustness.png", results, "streets")
     assert (tmp_path / "robustness.png").read_bytes().startswith(b"\x89PNG")
 
 

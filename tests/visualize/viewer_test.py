@@ -13,8 +13,8 @@ import pytest
 from scalr_jax.data.scenes import IGNORE
 from scalr_jax.data.streets.layout import CLASSES
 from scalr_jax.data.streets.streets import Streets
-from scalr_jax.figures import colors as correlation
-from scalr_jax.visualize import viewer as visualize_viewer
+from scalr_jax.figures.colors import color_by_axes, cosine_similarity, fit_color_axes
+from scalr_jax.visualize.viewer import quantize, write_viewer
 from tests.support.viewer_page import decode, read_viewer
 
 pytest.importorskip("plotly")
@@ -25,12 +25,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def test_bytes_keep_similarities(channels, within):
     """Exactly but for rounding up to 24 dimensions; of 200 with most of their variance in few, nearly."""
     features = np.random.default_rng(0).normal(size=(500, channels)) / (1 + np.arange(channels)) ** 0.7
-    codes = visualize_viewer.quantize(features)
+    codes = quantize(features)
     assert codes.dtype == np.int8
     assert codes.shape == (500, min(channels, 24))
     for query in (0, 9):
-        expected = correlation.cosine_similarity(features, query)
-        assert np.abs(correlation.cosine_similarity(codes.astype(float), query) - expected).max() < within
+        expected = cosine_similarity(features, query)
+        assert np.abs(cosine_similarity(codes.astype(float), query) - expected).max() < within
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,11 @@ def drawn(frame, tmp_path_factory):
     """The page of a street with random features, labels, and predictions that are the labels of other points."""
     features = np.random.default_rng(0).normal(size=(len(frame.points), 12)).astype(np.float32)
     path = tmp_path_factory.mktemp("viewer") / "viewer.html"
-    visualize_viewer.write_viewer(
+    write_viewer(
         path,
         frame.points,
         features,
-        correlation.color_by_axes(features, correlation.fit_color_axes(features)),
+        color_by_axes(features, fit_color_axes(features)),
         5,
         title="a <street> & more",
         predictions=frame.labels[::-1].copy(),
@@ -156,5 +156,5 @@ def test_the_viewer_in_a_browser(drawn, tmp_path):
     assert report["clicked"] == report["seen"][3][1:]
     codes = re.search(r"atob\('([^']+)'\)", text).group(1)
     codes = np.frombuffer(base64.b64decode(codes), np.int8).reshape(4000, -1)
-    expected = correlation.cosine_similarity(codes.astype(np.float64), query)
+    expected = cosine_similarity(codes.astype(np.float64), query)
     np.testing.assert_allclose(report["similarity"], expected, atol=1e-5)

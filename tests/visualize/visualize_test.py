@@ -12,8 +12,16 @@ from scalr_jax.data.readers import scan_inputs
 from scalr_jax.data.scenes import IGNORE
 from scalr_jax.data.streets.layout import CLASSES
 from scalr_jax.data.streets.streets import Streets
-from scalr_jax.figures import colors as correlation
-from scalr_jax.figures import pictures as visualize_pictures
+from scalr_jax.figures.colors import (
+    DARKEST,
+    NO_COLOR,
+    QUERY_DISTANCE,
+    choose_queries,
+    color_by_axes,
+    cosine_similarity,
+    fit_color_axes,
+)
+from scalr_jax.figures.pictures import IGNORED, class_color, class_legend, color_labels, top_view_box
 from scalr_jax.interop import student as interop
 from scalr_jax.visualize import run as visualize
 from tests.support.tiny_student import tiny_model, write_workdir
@@ -32,12 +40,12 @@ def random_features(number=400, channels=12, seed=0):
 def test_similarity_is_the_cosine():
     features = random_features()
     features[5] = 0
-    found = correlation.cosine_similarity(features, 3)
+    found = cosine_similarity(features, 3)
     for k in (0, 3, 77):
         expected = features[k] @ features[3] / np.linalg.norm(features[k]) / np.linalg.norm(features[3])
         assert found[k] == pytest.approx(expected, abs=1e-6)
     assert found[5] == 0
-    np.testing.assert_allclose(correlation.cosine_similarity(7.5 * features, 3), found, atol=1e-6)
+    np.testing.assert_allclose(cosine_similarity(7.5 * features, 3), found, atol=1e-6)
 
 
 def test_colors_are_those_of_the_principal_axes():
@@ -49,21 +57,21 @@ def test_colors_are_those_of_the_principal_axes():
     features = base + np.column_stack([np.zeros(2000), along, np.zeros((2000, 16))])
     rotation = np.linalg.qr(rng.normal(size=(20, 20)))[0]
     for turned in (features, features @ rotation, 3.0 * features):
-        colors = correlation.color_by_axes(turned, correlation.fit_color_axes(turned)).astype(float)
+        colors = color_by_axes(turned, fit_color_axes(turned)).astype(float)
         for k in range(3):
             assert abs(np.corrcoef(colors[:, k], along[:, k])[0, 1]) > 0.98
-        assert colors.min() == correlation.DARKEST
+        assert colors.min() == DARKEST
         assert colors.max() == 255
 
 
 def test_colors_of_little():
     few = random_features(50, 2)
     few[3] = 0
-    colors = correlation.color_by_axes(few, correlation.fit_color_axes(few))
+    colors = color_by_axes(few, fit_color_axes(few))
     assert colors.shape == (50, 3)
-    assert (colors[3] == correlation.NO_COLOR).all()
+    assert (colors[3] == NO_COLOR).all()
     nothing = np.zeros((4, 6), np.float32)
-    assert (correlation.color_by_axes(nothing, correlation.fit_color_axes(nothing)) == correlation.NO_COLOR).all()
+    assert (color_by_axes(nothing, fit_color_axes(nothing)) == NO_COLOR).all()
 
 
 def test_query_points():
@@ -72,28 +80,28 @@ def test_query_points():
     group = rng.integers(0, 3, 3000)
     features = (np.eye(8)[group] * 5 + rng.normal(size=(3000, 8)) * 0.3).astype(np.float32)
     xyz = rng.uniform(-60, 60, (3000, 3))
-    near = np.linalg.norm(xyz, axis=1) < correlation.QUERY_DISTANCE
+    near = np.linalg.norm(xyz, axis=1) < QUERY_DISTANCE
     allowed = np.arange(3000) % 2 == 0
-    found = correlation.choose_queries(features, xyz, 3, allowed=allowed)
+    found = choose_queries(features, xyz, 3, allowed=allowed)
     assert sorted(group[found]) == [0, 1, 2]
     assert (allowed & near)[found].all()
-    assert found == correlation.choose_queries(features, xyz, 3, allowed=allowed)
+    assert found == choose_queries(features, xyz, 3, allowed=allowed)
     labels = np.where(group == 2, IGNORE, group)
-    found = correlation.choose_queries(features, xyz, 5, labels=labels, allowed=allowed)
+    found = choose_queries(features, xyz, 5, labels=labels, allowed=allowed)
     assert sorted(labels[found]) == [0, 1]
-    assert correlation.choose_queries(features * 0, xyz, 3, allowed=allowed) == []
-    assert correlation.choose_queries(features, xyz, 3, allowed=np.zeros(3000, bool)) == []
+    assert choose_queries(features * 0, xyz, 3, allowed=allowed) == []
+    assert choose_queries(features, xyz, 3, allowed=np.zeros(3000, bool)) == []
 
 
 def test_colors_of_classes():
     names = ("car", "other-vehicle", "bicyclist", "traffic_cone", "something new")
     labels = np.array([0, 1, 1, 4, IGNORE])
-    colors = visualize_pictures.color_labels(labels, names)
-    assert tuple(colors[4]) == visualize_pictures.IGNORED
+    colors = color_labels(labels, names)
+    assert tuple(colors[4]) == IGNORED
     assert (colors[1] == colors[2]).all()
-    assert len({visualize_pictures.class_color(name) for name in names}) == 5
-    assert visualize_pictures.class_color("oth. vehicle") == visualize_pictures.class_color("other-vehicle")
-    texts = [text for text, _ in visualize_pictures.class_legend(labels, names)]
+    assert len({class_color(name) for name in names}) == 5
+    assert class_color("oth. vehicle") == class_color("other-vehicle")
+    texts = [text for text, _ in class_legend(labels, names)]
     assert texts == ["other-vehicle  40.0 %", "car  20.0 %", "something new  20.0 %", "no class  20.0 %"]
 
 
@@ -102,7 +110,7 @@ def test_classes_of_a_dataset_differ_in_color(dataset):
     from scalr_jax.data.readers.files import read_label_map
 
     names = CLASSES if dataset == "streets" else read_label_map(dataset).class_names
-    colors = [visualize_pictures.class_color(name) for name in names]
+    colors = [class_color(name) for name in names]
     assert len(set(colors)) == len(names), sorted(zip(colors, names, strict=True))
 
 
@@ -158,7 +166,7 @@ def test_a_scan_without_image_and_with_points_that_are_no_numbers(streets, tmp_p
     shown = read_viewer(files[-1])["data"][0]
     near = np.isfinite(points).all(axis=1) & (np.abs(points[:, :3]) < 1e4).all(axis=1)
     assert 0.9 * near.sum() < len(decode(shown["x"])) <= near.sum()
-    assert visualize_pictures.top_view_box(points[:, :3])[1] < 200
+    assert top_view_box(points[:, :3])[1] < 200
     assert np.abs(np.concatenate([decode(shown[axis]) for axis in "xyz"])).max() < 200
 
 
