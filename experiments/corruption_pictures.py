@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 from scalr_jax.data.scenes import IGNORE
 from scalr_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corrupted, check_corruption
 from scalr_jax.figures.pictures import BACKGROUND, color_labels, top_view_box
-from scalr_jax.runtime.command_line import fail, one_sentence
-from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.command_line import exit_codes
 from scalr_jax.runtime.storage import written_whole
 
 CLUTTER = (255, 255, 255)  # of points without a class, which stand out here
@@ -55,10 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--severity", default=SEVERITIES[2], help="light, moderate or heavy")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args(arguments)
-    try:
+    with exit_codes():
         draw_corruptions(given.output, _open(given), given.index, given.severity)
-    except (InputError, OSError) as error:
-        fail(one_sentence(error))
 
 
 def _open(given: argparse.Namespace) -> Any:

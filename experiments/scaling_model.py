@@ -36,7 +36,7 @@ from scalr_jax.bench.timing import Parser
 from scalr_jax.models.flops import Sizes, flops, student_products, teacher_flops
 from scalr_jax.models.vit import TEACHERS
 from scalr_jax.runtime.chips import Topology, parse_topology
-from scalr_jax.runtime.command_line import fail, one_sentence
+from scalr_jax.runtime.command_line import exit_codes
 from scalr_jax.runtime.errors import InputError
 
 HOP_SECONDS = 1e-6
@@ -206,7 +206,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> None:
-    try:
+    with exit_codes():
         found, step = parse(arguments), Step()
         print(f"{step.name}: {step.flops / 1e12:.1f} TFLOP a chip, all-reduces of {step.num_bytes / 1e6:.0f} MB\n")
         print(weak_table(step, found.topologies, found.slices, found.mfu))
@@ -214,8 +214,6 @@ def main(arguments: list[str]) -> None:
         print(strong_table(step, found.topologies, found.batch, found.mfu))
         if found.picture:
             draw(step, found.picture)
-    except (InputError, OSError) as error:
-        fail(one_sentence(error))
 
 
 if __name__ == "__main__":

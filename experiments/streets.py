@@ -41,9 +41,8 @@ from absl import logging
 from scalr_jax import tasks
 from scalr_jax.demo.run import add_seconds, part_config
 from scalr_jax.interop.teacher import ASSET
-from scalr_jax.runtime.command_line import fail, one_sentence
+from scalr_jax.runtime.command_line import exit_codes, use_cache
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.model_flags import use_cache
 from scalr_jax.runtime.storage import write_json
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -263,9 +262,8 @@ def run_all(arguments: argparse.Namespace, folder: Path, known: Sequence[Part]) 
             print(f"{len(todo) - number} of {len(chosen)} parts are left; the same command goes on", flush=True)
             return
         try:
-            run(part, folder)
-        except (InputError, OSError) as error:
-            fail(one_sentence(error))
+            with exit_codes(interrupted="the same command goes on"):
+                run(part, folder)
         finally:
             gather(arguments.seed, folder, known)
     print(f"all {len(chosen)} parts are done; python experiments/report.py --output={arguments.output} has the table")

@@ -85,9 +85,9 @@ for streets in (train, validation):
 
 # %%
 import numpy as np
-from scalr_jax.runtime import model_flags
+from scalr_jax.runtime.command_line import use_cache
 
-model_flags.use_cache()
+use_cache()
 
 
 def cached_features(name, function, streets):

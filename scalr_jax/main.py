@@ -17,7 +17,6 @@ Flags:
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -27,7 +26,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from scalr_jax.runtime.command_line import config_sentence, fail, one_sentence
+from scalr_jax.runtime.command_line import exit_codes, fail, parse_flags, require, sentence_of
 from scalr_jax.runtime.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a config file.")
@@ -38,24 +37,12 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which process this is.")
 CONNECT_SECONDS = flags.DEFINE_integer("connect_seconds", 120, "How long processes wait for one another at the start.")
 
 
-def parse_flags(arguments: list[str]) -> list[str]:
-    """absl's parsing, with --help and mistakes as users expect them."""
-    if any(argument in ("--help", "-h", "-help") for argument in arguments[1:]):
-        print(__doc__)
-        sys.exit(0)
-    try:
-        rest = flags.FLAGS(arguments)
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError, SyntaxError) as error:
-        fail(one_sentence(error))
-    if rest[1:]:
-        fail(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
-    try:
-        missing = CONFIG.value is None or not CONFIG.value.items() or WORKDIR.value is None
-    except OSError as error:  # ml_collections reports a config that does not load when it is first looked at
-        fail(config_sentence(error))
-    if missing:
-        fail("--config and --workdir are required, as in --config=configs/demo.py --workdir=runs/demo")
-    return rest
+def parse(arguments: list[str]) -> list[str]:
+    """The flags, for `app.run`."""
+    with exit_codes():
+        parse_flags(flags.FLAGS, arguments, __doc__)
+        require(flags.FLAGS, "config", "workdir", example="--config=configs/demo.py --workdir=runs/demo")
+    return arguments[:1]
 
 
 def set_deterministic() -> None:
@@ -97,17 +84,12 @@ def main(_: list[str]) -> None:
         run(CONFIG.value, Path(WORKDIR.value or ""))
     except distributed.Preempted as stop:
         print(stop, flush=True)
-    except (InputError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None and error.errno is None:
-            raise
-        sentence = one_sentence(error)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            sentence += f"; free space for {WORKDIR.value}, and the same command resumes from the last checkpoint"
-        distributed.end_if_not_alone(2, sentence)
-        fail(sentence)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command resumes from the last checkpoint")
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        resumes = "the same command resumes from the last checkpoint"
+        sentence = sentence_of(error, interrupted=resumes, full=f"free space for {WORKDIR.value}, and {resumes}")
+        if sentence is not None:
+            distributed.end_if_not_alone(2, sentence)
+            fail(sentence)
         traceback.print_exc()
         peer = isinstance(error, jax.errors.JaxRuntimeError)  # a collective that failed
         distributed.end_if_not_alone(1, distributed.LOST if peer else "a defect, see above; the other processes stop")
@@ -115,4 +97,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=parse)

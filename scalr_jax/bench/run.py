@@ -23,8 +23,8 @@ import json
 import sys
 from collections.abc import Callable
 
-from scalr_jax.runtime.command_line import fail, one_sentence
-from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.command_line import exit_codes
+from scalr_jax.runtime.errors import InputError
 
 NAMES = ("student", "step", "teacher", "pipeline", "predict", "published")
 
@@ -34,24 +34,22 @@ def main(arguments: list[str]) -> None:
         print(__doc__)
         sys.exit(0 if arguments else 2)
     name, *rest = arguments
-    if name not in NAMES:
-        fail(f"there is no bench {name!r}; give one of {', '.join(NAMES)}")
-    report(importlib.import_module(f"scalr_jax.bench.{name}").main, rest)
+    with exit_codes():
+        if name not in NAMES:
+            raise InputError(f"there is no bench {name!r}; give one of {', '.join(NAMES)}")
+        report(importlib.import_module(f"scalr_jax.bench.{name}").main, rest)
 
 
 def report(measure: Callable[[list[str]], dict], arguments: list[str]) -> None:
     """Runs a bench and prints its result as the last line; exit code 2 and one sentence for bad arguments or input."""
-    try:
-        result = measure(arguments)
-    except (InputError, BadFrameError) as error:
-        fail(one_sentence(error))
-    except OSError as error:
-        if error.filename is None:
-            raise
-        fail(one_sentence(error))
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        line = str(error).splitlines()[0]
-        fail(f"the device's memory is too small ({line}); use --remat=group, fewer --channels or less --depth")
+    with exit_codes():
+        try:
+            result = measure(arguments)
+        except RuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            line = str(error).splitlines()[0]
+            raise InputError(
+                f"the device's memory is too small ({line}); use --remat=group, fewer --channels or less --depth"
+            ) from error
     print(json.dumps(result), flush=True)

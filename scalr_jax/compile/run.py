@@ -35,7 +35,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ from ml_collections import config_flags
 
 from scalr_jax.compile import hlo, hlo_cost
 from scalr_jax.runtime.chips import ENVIRONMENT, Topology, parse_topology, tpu_devices
-from scalr_jax.runtime.command_line import config_sentence, fail, one_sentence
+from scalr_jax.runtime.command_line import exit_codes, parse_flags, require
 from scalr_jax.runtime.errors import InputError
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
@@ -56,26 +55,6 @@ flags.DEFINE_string("teacher", None, "The teacher's architecture.", flag_values=
 flags.DEFINE_string("text", None, "Where to write the compiled program.", flag_values=FLAGS)
 
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def parse_flags(arguments: list[str]) -> Any:
-    """Fills `FLAGS` and returns the config; --help and mistakes as users expect them."""
-    if any(argument in ("--help", "-h", "-help") for argument in arguments[1:]):
-        print(__doc__)
-        sys.exit(0)
-    FLAGS.unparse_flags()  # of an earlier call in this process
-    try:
-        rest = FLAGS(arguments)
-        config = CONFIG.value
-        empty = config is None or not config.items()
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError, SyntaxError) as error:
-        # ml_collections reports a config that does not load when it is first looked at
-        raise InputError(config_sentence(error)) from error
-    if rest[1:]:
-        raise InputError(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
-    if empty or FLAGS.topology is None:
-        raise InputError("--config and --topology are required, as in --config=configs/smoke.py --topology=v5e:2x2")
-    return config
 
 
 def compile_step(config: Any, topology: Topology, num_slices: int, teacher: str | None) -> tuple[dict[str, Any], str]:
@@ -144,7 +123,9 @@ def run(arguments: list[str]) -> dict[str, Any]:
     """Compiles, prints and returns the result. Raises `InputError`."""
     from scalr_jax.config import read_settings
 
-    config = parse_flags(arguments)
+    parse_flags(FLAGS, arguments, __doc__)
+    require(FLAGS, "config", "topology", example="--config=configs/smoke.py --topology=v5e:2x2")
+    config = CONFIG.value
     read_settings(config)
     topology = parse_topology(FLAGS.topology)
     result, text = compile_step(config, topology, FLAGS.slices, FLAGS.teacher)
@@ -158,17 +139,11 @@ def run(arguments: list[str]) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     # Before JAX is imported: this process compiles on the CPU, whatever devices there are.
     os.environ.update({"JAX_PLATFORMS": "cpu", **ENVIRONMENT})
-    try:
+    with exit_codes():
         result = run(arguments)
-    except InputError as error:
-        fail(one_sentence(error))
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        fail(one_sentence(error))
-    if not result["fits"]:
-        lacking = (result["peak_bytes_per_device"] - result["hbm_bytes"]) / 2**30
-        fail(
-            f"it does not fit: a device of {result['topology']} lacks {lacking:.2f} GiB; raise config.mesh.fsdp, lower "
-            "config.data.points_per_shard, or set config.model.remat=group"
-        )
+        if not result["fits"]:
+            lacking = (result["peak_bytes_per_device"] - result["hbm_bytes"]) / 2**30
+            raise InputError(
+                f"it does not fit: a device of {result['topology']} lacks {lacking:.2f} GiB; raise config.mesh.fsdp, "
+                "lower config.data.points_per_shard, or set config.model.remat=group"
+            )

@@ -26,7 +26,6 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,14 @@ from scalr_jax.interop.exported import FILES, READABLE, checksums
 from scalr_jax.models import build
 from scalr_jax.models.minkunet import MinkUNet
 from scalr_jax.models.waffleiron import WaffleIron
-from scalr_jax.runtime import model_flags
-from scalr_jax.runtime.command_line import fail, one_sentence
+from scalr_jax.runtime.command_line import (
+    define_model,
+    exit_codes,
+    model_arguments,
+    parse_flags,
+    require,
+    use_cache,
+)
 from scalr_jax.runtime.errors import InputError
 
 SPARSE_FORMS = ("stablehlo", "orbax")  # of a MinkUNet
@@ -59,7 +64,7 @@ CHECK_POINTS = 1_500
 Outputs = dict[str, np.ndarray]  # by name: "features", "distilled", "logits"
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
-model_flags.define(FLAGS)
+define_model(FLAGS)
 flags.DEFINE_enum("format", None, tuple(FILES), "What to write.", flag_values=FLAGS)
 flags.DEFINE_string("output", None, "The folder to write.", flag_values=FLAGS)
 flags.DEFINE_boolean("fold", False, "Fold batch norms and merge layer scales.", flag_values=FLAGS)
@@ -67,35 +72,20 @@ flags.DEFINE_boolean("overwrite", False, "Replace an exported folder.", flag_val
 flags.DEFINE_string("licence", "", "Of the weights.", flag_values=FLAGS)
 
 
-def parse_flags(arguments: list[str]) -> None:
-    """Fills `FLAGS`; --help and mistakes as users expect them."""
-    if any(argument in ("--help", "-h", "-help") for argument in arguments[1:]):
-        print((__doc__ or "").replace("{model}", model_flags.HELP))
-        sys.exit(0)
-    FLAGS.unparse_flags()  # of an earlier call in this process
-    try:
-        rest = FLAGS(arguments)
-    except (flags.Error, ValueError) as error:
-        raise InputError(one_sentence(error)) from error
-    if rest[1:]:
-        raise InputError(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
-    if not (FLAGS.model and FLAGS.format and FLAGS.output):
-        raise InputError(
-            "--model, --format and --output are required, as in --model=runs/pretrain --format=onnx --output=exports/a"
-        )
-
-
 def run(arguments: list[str]) -> None:
     """The command. Raises InputError and what the operating system raises."""
-    parse_flags(arguments)
+    parse_flags(FLAGS, arguments, __doc__)
+    example = "--model=runs/pretrain --format=onnx --output=exports/a"
+    require(FLAGS, "model", "format", "output", example=example)
     output, suffix = Path(FLAGS.output), Path(FILES[FLAGS.format]).suffix
     if suffix and output.suffix == suffix:
         raise InputError(f"--output={output} is the folder that will hold {FILES[FLAGS.format]}; leave out {suffix}")
     check_output(output, overwrite=FLAGS.overwrite)
     _need_packages(FLAGS.format)
+    use_cache(FLAGS.cache)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         difference = export_model(
-            model_flags.load_model(FLAGS),
+            api.load(**model_arguments(FLAGS)),
             FLAGS.format,
             output,
             folded=FLAGS.fold,
@@ -109,17 +99,9 @@ def run(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """`run`, with exit code 2 and one sentence for what is not a defect."""
-    try:
+    """`run`, with exit codes."""
+    with exit_codes(interrupted="nothing was written"):
         run(arguments)
-    except InputError as error:
-        fail(one_sentence(error))
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        fail(one_sentence(error))
-    except KeyboardInterrupt:
-        fail("interrupted; nothing was written")
 
 
 def export_model(

@@ -29,7 +29,6 @@ one scan was bad, after the others; 1 a defect.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import sys
@@ -49,8 +48,17 @@ from scalr_jax.data.scenes import IGNORE, Frame
 from scalr_jax.data.sensors import raw_labels
 from scalr_jax.figures import colors as correlation
 from scalr_jax.predict import outputs as predict_outputs
-from scalr_jax.runtime import model_flags
-from scalr_jax.runtime.command_line import fail, named, one_sentence
+from scalr_jax.runtime.command_line import (
+    define_model,
+    exit_codes,
+    model_arguments,
+    named,
+    numbers,
+    one_sentence,
+    parse_flags,
+    require,
+    use_cache,
+)
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.storage import check_writable, write_json, written_whole
 
@@ -61,7 +69,7 @@ LOCK = ".predict.lock"
 AGAIN = "free space on the disk and run the same command again: finished scans are kept"
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
-model_flags.define(FLAGS)
+define_model(FLAGS)
 flags.DEFINE_string("input", None, "A scan, or a folder of scans.", flag_values=FLAGS)
 flags.DEFINE_string("output", None, "A file or a folder.", flag_values=FLAGS)
 flags.DEFINE_list("formats", [], "What to write.", flag_values=FLAGS)
@@ -72,20 +80,10 @@ flags.DEFINE_enum("dtype", "float32", ("float32", "float16"), "Of features.", fl
 flags.DEFINE_boolean("overwrite", False, "Do finished scans again.", flag_values=FLAGS)
 
 
-def parse_flags(arguments: list[str]) -> None:
-    """Fills `FLAGS`; --help and mistakes as users expect them."""
-    if any(argument in ("--help", "-h", "-help") for argument in arguments[1:]):
-        print((__doc__ or "").replace("{model}", model_flags.HELP))
-        sys.exit(0)
-    FLAGS.unparse_flags()  # of an earlier call in this process
-    try:
-        rest = FLAGS(arguments)
-    except (flags.Error, ValueError) as error:
-        raise InputError(one_sentence(error)) from error
-    if rest[1:]:
-        raise InputError(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
-    if not FLAGS.model or not FLAGS.input:
-        raise InputError("--model and --input are required, as in --model=runs/pretrain --input=scan.bin")
+def parse(arguments: list[str]) -> None:
+    """Fills `FLAGS`. Raises InputError."""
+    parse_flags(FLAGS, arguments, __doc__)
+    require(FLAGS, "model", "input", example="--model=runs/pretrain --input=scan.bin")
 
 
 def predict(model: Any, points: np.ndarray, what: str, *, sector: tuple[float, float] | None = None) -> np.ndarray:
@@ -229,7 +227,7 @@ def read(scan: Path) -> Frame:
 
 
 def _sector() -> tuple[float, float] | None:
-    found = model_flags.numbers(FLAGS, "sector", 2)
+    found = numbers(FLAGS, "sector", 2)
     return None if found is None else (found[0], found[1])
 
 
@@ -313,13 +311,16 @@ def _run_folder(model: Any, what: str, outputs: dict[Path, list[Path]], folder: 
 
 def run(arguments: list[str]) -> None:
     """The command. Raises InputError and what the operating system raises."""
-    parse_flags(arguments)
+    parse(arguments)
     _sector()  # a mistake in it is told before anything is loaded
     scans = scan_inputs.list_scans(FLAGS.input)
     outputs, folder = choose_outputs(scans)
     formats = [path.suffix[1:] for path in next(iter(outputs.values()))]
     predict_outputs.check_formats(formats, FLAGS.what or "labels")
-    model = model_flags.load_model(FLAGS)
+    from scalr_jax import api  # starts JAX
+
+    use_cache(FLAGS.cache)
+    model = api.load(**model_arguments(FLAGS))
     what = choose_what(model.config, FLAGS.what)
     predict_outputs.check_formats(formats, what)
     if "label" in formats:
@@ -334,16 +335,6 @@ def run(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """`run`, with exit code 2 and one sentence for what is not a defect."""
-    try:
+    """`run`, with exit codes."""
+    with exit_codes(interrupted="the same command goes on where it stopped", full=AGAIN):
         run(arguments)
-    except InputError as error:
-        fail(one_sentence(error))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            fail(f"{one_sentence(error)}; {AGAIN}")
-        if error.filename is None and error.errno is None:
-            raise
-        fail(one_sentence(error))
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on where it stopped")

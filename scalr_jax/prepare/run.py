@@ -28,10 +28,8 @@ Exit codes: 0 done; 2 bad arguments or input, no space, or interrupted (one sent
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +41,12 @@ from scalr_jax.data.readers.records import is_prepared
 from scalr_jax.prepare import session as record_run
 from scalr_jax.prepare import source as record_source
 from scalr_jax.prepare.source import Images, Source
-from scalr_jax.prepare.writing import WriteError, plan_shards
-from scalr_jax.runtime.command_line import fail, one_sentence
+from scalr_jax.prepare.writing import AGAIN, plan_shards
+from scalr_jax.runtime.command_line import exit_codes, parse_flags, require
 from scalr_jax.runtime.errors import InputError
 
 DATASETS = ("nuscenes", "semantic_kitti", "pandaset", "pandar64", "pandargt", "folder", "streets")
 VOXEL_SIZE = 0.1  # metres, as published; with another data.voxel_size a loader finds the voxels itself
-AGAIN = "free space on the disk and run the same command again: finished files are kept"
 SENSORS = {"pandaset": "pandar64", "pandar64": "pandar64", "pandargt": "pandargt", "streets": "beams32"}
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
@@ -68,22 +65,11 @@ flags.DEFINE_boolean("verify", False, "Compare every byte with what was written.
 flags.DEFINE_boolean("inspect", False, "Only look at the raw dataset.", flag_values=FLAGS)
 
 
-def parse_flags(arguments: list[str]) -> None:
-    """Fills `FLAGS`; --help and mistakes as users expect them."""
-    if any(argument in ("--help", "-h", "-help") for argument in arguments[1:]):
-        print(__doc__)
-        sys.exit(0)
-    FLAGS.unparse_flags()  # of an earlier call in this process
-    try:
-        rest = FLAGS(arguments)
-    except (flags.Error, ValueError) as error:
-        raise InputError(one_sentence(error)) from error
-    if rest[1:]:
-        raise InputError(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
-    if not FLAGS.output or not (FLAGS.verify or (FLAGS.dataset and FLAGS.root)):
-        raise InputError(
-            "--dataset, --root and --output are required, as in --dataset=nuscenes --root=RAW --output=DIR"
-        )
+def parse(arguments: list[str]) -> None:
+    """Fills `FLAGS`. Raises InputError."""
+    parse_flags(FLAGS, arguments, __doc__)
+    if not (FLAGS.verify and FLAGS.output):
+        require(FLAGS, "dataset", "root", "output", example="--dataset=nuscenes --root=RAW --output=DIR")
 
 
 def image_choice() -> Images:
@@ -250,8 +236,8 @@ def verify() -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """The command. Raises InputError, WriteError and what the operating system raises."""
-    parse_flags(arguments)
+    """The command. Raises InputError and what the operating system raises."""
+    parse(arguments)
     if FLAGS.verify:
         verify()
     elif FLAGS.inspect:
@@ -263,19 +249,7 @@ def run(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """`run`, with exit code 2 and one sentence for what is not a defect."""
+    """`run`, with exit codes."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of the workers: their number is --num_processes
-    try:
+    with exit_codes(interrupted="the same command goes on where it stopped", full=AGAIN):
         run(arguments)
-    except InputError as error:
-        fail(one_sentence(error))
-    except WriteError as error:
-        fail(f"{one_sentence(error)}; {AGAIN}")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            fail(f"{one_sentence(error)}; {AGAIN}")
-        if error.filename is None and error.errno is None:
-            raise
-        fail(one_sentence(error))
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on where it stopped")

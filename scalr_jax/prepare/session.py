@@ -190,8 +190,7 @@ def write_missing(
     """Writes the shards that are not `finished` and returns the parts of all. `progress` gets numbers of frames done.
 
     Raises:
-      InputError: more than 1 % of all frames (and more than one) are bad, or a process was killed.
-      WriteError: the disk is full.
+      InputError: more than 1 % of all frames (and more than one) are bad, a process was killed, or the disk is full.
     """
     parts = dict(finished)
     num_frames = sum(len(source) for source in sources.values())

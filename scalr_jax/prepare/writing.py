@@ -26,6 +26,7 @@ from scalr_jax.runtime.storage import PARTIAL, checksum, write_atomically
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # images do not compress, and Zstd triples the time of reading
 PARTS = "parts"
+AGAIN = "free space on the disk and run the same command again: finished files are kept"
 
 
 class Shard(NamedTuple):
@@ -40,10 +41,6 @@ class Shard(NamedTuple):
     @property
     def file(self) -> str:
         return builders.shard_name(self.split, self.number, self.num_shards)
-
-
-class WriteError(Exception):
-    """The disk would not take what was written."""
 
 
 def plan_shards(split: str, num_frames: int, frames_per_shard: int) -> list[Shard]:
@@ -63,7 +60,7 @@ def write_shard(
       ("scans") and which cameras; sentences about bad frames ("bad") and images that were left out ("problems").
 
     Raises:
-      WriteError: the disk is full, or will not take the file for another reason.
+      InputError: the disk is full, or will not take the file for another reason.
     """
     final = folder / shard.file
     partial = folder / f".{shard.file}.{os.getpid()}{PARTIAL}"
@@ -73,7 +70,7 @@ def write_shard(
         partial.replace(final)
         write_atomically(folder / PARTS / f"{shard.file}.json", part)
     except OSError as error:
-        raise WriteError(f"{error.strerror or error} ({final})") from error
+        raise InputError(f"{error.strerror or error} ({final}); {AGAIN}") from error
     finally:
         partial.unlink(missing_ok=True)
     return part
@@ -107,9 +104,9 @@ def _write_records(path: Path, source: Source, shard: Shard, said: Callable[[int
         reader = array_record_module.ArrayRecordReader(str(path), options="readahead_buffer_size:0")
         with contextlib.closing(reader):
             if reader.num_records() != records:
-                raise WriteError(f"{reader.num_records()} of {records} records were written ({path})")
+                raise InputError(f"{reader.num_records()} of {records} records were written ({path}); {AGAIN}")
     except RuntimeError as error:  # array_record's only kind
-        raise WriteError(f"{' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"{' '.join(str(error).split())[:300]}; {AGAIN}") from error
     return part | {"records": records}
 
 
@@ -121,8 +118,7 @@ def write_shards(
     `said` gets the number of frames done since it was last called.
 
     Raises:
-      WriteError: as `write_shard`.
-      InputError: a process was killed.
+      InputError: as `write_shard`, or a process was killed.
     """
     if num_processes == 1 or len(shards) < 2:
         for shard in shards:
@@ -227,7 +223,7 @@ def _work(connection: Connection, folder: Path, sources: Mapping[str, Source]) -
             shard = connection.recv()
             try:
                 part = write_shard(folder, sources[shard.split], shard, said)
-            except (WriteError, InputError) as error:
+            except InputError as error:
                 connection.send(error)
             else:
                 connection.send(part)

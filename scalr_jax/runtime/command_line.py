@@ -1,25 +1,195 @@
-"""How every command ends when something given to it is wrong: exit code 2 and one sentence on stderr."""
+"""What the commands share: parsing flags, the flags that name a model, and how a command ends.
+
+Exit codes: 0 done; 2 and one sentence on stderr when something outside of the program is wrong; 1 and a traceback for a
+defect.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import math
 import os
 import re
 import sys
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn, TypedDict
+
+from absl import flags
+
+from scalr_jax.runtime.errors import BadFrameError, InputError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SPACE = "free space on the disk and run the same command again"
+CONFIG_ERRORS = (AttributeError, KeyError, ValueError, TypeError, OSError, ImportError, SyntaxError)  # of config files
+MODEL_FLAGS = """\
+    --model          a workdir of distill, probe or finetune, an exported folder, or a published .pth or .safetensors
+    --sensor         whose intensity (and for a published file field of view and grids) apply: nuscenes,
+                     semantic_kitti, pandar64 or pandargt; needed for published files and runs on several sensors
+    --intensity      mean,deviation of the raw intensity, instead of the sensor's
+    --field_of_view  x,y,z,x,y,z: the lowest and the highest corner in metres, instead of the sensor's or the run's
+    --grids          rows,columns of the planes xy, xz and yz, likewise: 256,256,256,32,256,32
+    --activation     relu or gelu, for published downstream files, which do not say it
+    --cache          folder of compiled programs, so that the next process need not compile (default:
+                     $XDG_CACHE_HOME/scalr_jax or ~/.cache/scalr_jax; delete it as you like); "none" for none"""
 
 
-def one_sentence(error: BaseException) -> str:
-    text = str(error)
-    if "Traceback (most recent call last)" in text:  # ml_collections hands on what a config file raised with its trace
-        text = text.strip().splitlines()[-1].removeprefix("scalr_jax.data.scenes.InputError: ")
-    return " ".join(text.split())
+# --------------------------------------------------------------------------------------------------------------- flags
+
+
+def parse_flags(values: flags.FlagValues, arguments: Sequence[str], text: str | None) -> None:
+    """Fills `values`. For --help prints `text`, with the flags of a model in place of {model}, and exits.
+
+    Raises:
+      InputError: an unknown flag, a wrong value, a config that cannot be loaded, or an argument that is no flag.
+    """
+    if {"--help", "-h", "-help"} & set(arguments[1:]):
+        print((text or "").replace("{model}", MODEL_FLAGS))
+        sys.exit(0)
+    values.unparse_flags()  # of an earlier call in this process
+    try:
+        rest = values(arguments)
+    except (flags.Error, *CONFIG_ERRORS) as error:
+        raise InputError(config_sentence(error)) from error
+    if rest[1:]:
+        raise InputError(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
+
+
+def require(values: flags.FlagValues, *names: str, example: str) -> None:
+    """Raises InputError unless all of these flags were given, and a config among them can be loaded."""
+    given: list[object] = [values[name].value for name in names]
+    try:
+        complete = all(value and getattr(value, "items", True) for value in given)
+    except OSError as error:  # a config that does not load is one whose every attribute raises
+        raise InputError(config_sentence(error)) from error
+    if not complete:
+        *others, last = [f"--{name}" for name in names]
+        raise InputError(f"{', '.join(others)} and {last} are required, as in {example}")
+
+
+def numbers(values: flags.FlagValues, name: str, count: int) -> list[float] | None:
+    """The numbers of a list flag; None when it was not given. Raises InputError when they are not `count` numbers."""
+    given = values[name].value
+    if given is None:
+        return None
+    try:
+        found = [float(text) for text in given]
+    except ValueError:
+        found = []
+    if len(found) != count or not all(math.isfinite(number) for number in found):
+        raise InputError(f"--{name}={','.join(given)} must be {count} numbers with commas between them")
+    return found
 
 
 def config_sentence(error: BaseException) -> str:
-    """What ml_collections says of a --config that it could not load, without its own words."""
+    """The sentence of an error of flags, without ml_collections' own words where a --config cannot be loaded."""
     text = one_sentence(error).removeprefix("Configuration is not available because of an earlier failure to load: ")
     missing = re.search(r"Attempted \[(?:Relative|Absolute) path\]: (.+?) \[Errno 2\]", text)
     return f"{missing[1]} is not there; give a config file, as in --config=configs/demo.py" if missing else text
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+class ModelArguments(TypedDict):
+    """The arguments of `scalr_jax.load`."""
+
+    path: str
+    sensor: str | None
+    intensity: tuple[float, float] | None
+    field_of_view: list[float] | None
+    grids: list[float] | None
+    activation: str | None
+
+
+def define_model(values: flags.FlagValues) -> None:
+    """Defines the flags of `MODEL_FLAGS` in `values`."""
+    flags.DEFINE_string("model", None, "Workdir, exported folder or published file.", flag_values=values)
+    flags.DEFINE_string("sensor", None, "Whose settings apply.", flag_values=values)
+    flags.DEFINE_list("intensity", None, "Mean, standard deviation.", flag_values=values)
+    flags.DEFINE_list("field_of_view", None, "Lowest and highest corner.", flag_values=values)
+    flags.DEFINE_list("grids", None, "Rows, columns of each plane.", flag_values=values)
+    flags.DEFINE_enum("activation", None, ("relu", "gelu"), "Of published downstream files.", flag_values=values)
+    flags.DEFINE_string("cache", None, "Folder of compiled programs.", flag_values=values)
+
+
+def model_arguments(values: flags.FlagValues) -> ModelArguments:
+    """What `scalr_jax.load` is to be called with. Raises InputError."""
+    intensity = numbers(values, "intensity", 2)
+    return {
+        "path": values.model,
+        "sensor": values.sensor,
+        "intensity": None if intensity is None else (intensity[0], intensity[1]),
+        "field_of_view": numbers(values, "field_of_view", 6),
+        "grids": numbers(values, "grids", 6),
+        "activation": values.activation,
+    }
+
+
+def use_cache(folder: str | Path | None = None) -> Path | None:
+    """Keeps compiled programs in `folder` (None: the user's cache, "none": not at all). Returns it, or None.
+
+    A folder that cannot be written costs only the time to compile: it is named, and no error. What is kept is found
+    again by the same JAX on the same kind of device.
+    """
+    if folder == "none":
+        return None
+    path = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scalr_jax"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "not writable")
+    except (OSError, RuntimeError) as error:
+        print(f"compiled programs are not kept: {path}: {getattr(error, 'strerror', None) or error}")
+        return None
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------- exit codes
+
+
+@contextlib.contextmanager
+def exit_codes(*, interrupted: str = "", full: str = SPACE) -> Iterator[None]:
+    """Turns errors that are no defects into exit code 2 and one sentence.
+
+    Args:
+      interrupted: what to add when the user stopped the command.
+      full: what to do when the disk is full.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        sentence = sentence_of(error, interrupted=interrupted, full=full)
+        if sentence is None:
+            raise
+        fail(sentence)
+
+
+def sentence_of(error: BaseException, *, interrupted: str = "", full: str = SPACE) -> str | None:
+    """What to tell the user of an error, with the arguments of `exit_codes`; None for a defect."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted; {interrupted}" if interrupted else "interrupted"
+    if isinstance(error, InputError | BadFrameError):
+        return one_sentence(error)
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return f"{one_sentence(error)}; {full}"
+    if isinstance(error, OSError) and (error.filename is not None or error.errno is not None):
+        return one_sentence(error)
+    return None
+
+
+def one_sentence(error: BaseException) -> str:
+    """The message in one line."""
+    text = str(error)
+    if "Traceback (most recent call last)" in text:  # ml_collections hands on what a config file raised with its trace
+        text = text.strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
+    return " ".join(text.split())
 
 
 def named(name: object, error: BaseException) -> str:
@@ -33,7 +203,7 @@ def say(message: str) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """Exit with code 2 and one sentence on stderr."""
+    """Exits with code 2 and one sentence on stderr."""
     say(message)
     sys.exit(2)
 

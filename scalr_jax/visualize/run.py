@@ -35,7 +35,6 @@ Exit codes: 0 done; 2 bad arguments or input, or no space (one sentence on stder
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -53,14 +52,22 @@ from scalr_jax.data.whole_scan import FARTHEST
 from scalr_jax.evaluation import metrics
 from scalr_jax.figures.colors import choose_queries, color_by_axes, cosine_similarity, fit_color_axes
 from scalr_jax.figures.pictures import Panel, draw_panels, draw_predictions, draw_with_image
-from scalr_jax.runtime import model_flags
-from scalr_jax.runtime.command_line import fail, named, one_sentence
-from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.command_line import (
+    define_model,
+    exit_codes,
+    model_arguments,
+    named,
+    numbers,
+    parse_flags,
+    require,
+    use_cache,
+)
+from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import check_writable
 from scalr_jax.visualize.viewer import MAX_POINTS, write_viewer
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
-model_flags.define(FLAGS)
+define_model(FLAGS)
 for _name in ("output", "input", "image", "calibration", "camera", "dataset", "root", "split"):
     flags.DEFINE_string(_name, None, "See --help.", flag_values=FLAGS)
 flags.DEFINE_integer("index", 0, "Number of the frame.", flag_values=FLAGS)
@@ -256,29 +263,17 @@ def _run_config(workdir: Path) -> dict[str, Any]:
         ) from None
 
 
-def parse_flags(arguments: list[str]) -> None:
-    """Fills `FLAGS`; --help and mistakes as users expect them."""
-    if any(argument in ("--help", "-h", "-help") for argument in arguments[1:]):
-        print((__doc__ or "").replace("{model}", model_flags.HELP))
-        sys.exit(0)
-    FLAGS.unparse_flags()  # of an earlier call in this process
-    try:
-        rest = FLAGS(arguments)
-    except (flags.Error, ValueError) as error:
-        raise InputError(one_sentence(error)) from error
-    if rest[1:]:
-        raise InputError(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
-    if not FLAGS.model or not FLAGS.output:
-        raise InputError("--model and --output are required, as in --model=runs/pretrain --input=scan.bin --output=DIR")
-
-
 def run(arguments: list[str]) -> None:
     """The command. Raises InputError, BadFrameError and what the operating system raises."""
-    parse_flags(arguments)
-    query = model_flags.numbers(FLAGS, "query", 3)
+    parse_flags(FLAGS, arguments, __doc__)
+    require(FLAGS, "model", "output", example="--model=runs/pretrain --input=scan.bin --output=DIR")
+    query = numbers(FLAGS, "query", 3)
     output = Path(FLAGS.output)
     check_writable(output / "viewer.html")
-    model = model_flags.load_model(FLAGS)
+    from scalr_jax import api  # starts JAX
+
+    use_cache(FLAGS.cache)
+    model = api.load(**model_arguments(FLAGS))
     frame, label_names = open_frame(output)
     for text in model.check(scan_inputs.student_points(frame)).values():
         print(f"warning: {frame.name}: {text}", file=sys.stderr)
@@ -299,15 +294,6 @@ def run(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """`run`, with exit code 2 and one sentence for what is not a defect."""
-    try:
+    """`run`, with exit codes."""
+    with exit_codes():
         run(arguments)
-    except (InputError, BadFrameError) as error:
-        fail(one_sentence(error))
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        fail(one_sentence(error) + ("; free space on the disk and run the same command again" if full else ""))
-    except KeyboardInterrupt:
-        fail("interrupted")

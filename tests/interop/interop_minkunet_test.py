@@ -353,7 +353,7 @@ def test_a_published_file_is_a_student(tmp_path):
     assert (config.name, config.minkunet.width, config.minkunet.voxel_size) == ("minkunet14", 0.1, 0.05)
     assert (config.minkunet.stem_convolutions, config.intensity, config.head) == (2, (0.0, 1.0), "linear")
     assert model.class_names == tuple(f"class {k}" for k in range(CLASSES))
-    predict.parse_flags(["predict", "--model=net.pt", "--input=scans"])
+    predict.parse(["predict", "--model=net.pt", "--input=scans"])
     written = predict.settings_of(model, "features")  # other voxels of the same weights are other features
     assert (written["name"], written["minkunet"]["voxel_size"], written["minkunet"]["reading"]) == (
         "minkunet14",

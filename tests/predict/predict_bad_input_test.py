@@ -7,7 +7,7 @@ import pytest
 
 from scalr_jax.data.readers import scan_inputs
 from scalr_jax.predict import run as predict
-from scalr_jax.runtime import model_flags
+from scalr_jax.runtime.command_line import use_cache
 from tests.support.predict_runs import EXPLICIT, command, loaded_once, make_points, sentence_of, write_bin, write_models
 
 
@@ -95,7 +95,7 @@ def test_a_full_disk_leaves_nothing_half_written(models, tmp_path):
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert model_flags.use_cache(tmp_path / "file" / "cache") is None
+    assert use_cache(tmp_path / "file" / "cache") is None
     assert "compiled programs are not kept" in capsys.readouterr().out
 
 

@@ -16,7 +16,7 @@ from scalr_jax.prepare import run as prepare
 from scalr_jax.prepare import session as record_run
 from scalr_jax.prepare import source as record_source
 from scalr_jax.prepare import writing as record_writing
-from scalr_jax.prepare.writing import WriteError, plan_shards
+from scalr_jax.prepare.writing import plan_shards
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import write_atomically
 from tests.support import raw_datasets as raw
@@ -223,7 +223,7 @@ def test_a_disk_that_fills_later_keeps_what_is_finished(kitti, monkeypatch):
         atomically(path, content)
 
     monkeypatch.setattr(record_writing, "write_atomically", full_after_two)
-    with pytest.raises(WriteError, match=r"No space left on device .*array_record-00002"):
+    with pytest.raises(InputError, match=r"No space left on device .*array_record-00002"):
         make("semantic_kitti", kitti, kitti / "out")
     monkeypatch.undo()
     stamps = [path.stat().st_mtime_ns for path in written]
@@ -317,5 +317,5 @@ def test_write_errors_reach_the_caller_from_both_ways_of_writing(kitti):
     source = prepare_source(kitti)
     shards = plan_shards("train", len(source), 128)
     for num_processes in (1, 2):
-        with pytest.raises(WriteError):
+        with pytest.raises(InputError, match="No such file"):
             list(record_writing.write_shards(kitti / "no", {"train": source}, shards, num_processes, lambda n: None))

@@ -11,7 +11,7 @@ import pytest
 import scalr_jax.api
 from scalr_jax.interop import student as interop
 from scalr_jax.predict import run as predict
-from scalr_jax.runtime import model_flags
+from scalr_jax.runtime.command_line import model_arguments
 from tests.support.tiny_student import tiny_model
 
 EXPLICIT = (
@@ -52,7 +52,7 @@ def load(path):
     flags = predict.FLAGS
     flags.unparse_flags()
     flags(["predict", f"--model={path}", *EXPLICIT])
-    return model_flags.load_model(flags)
+    return scalr_jax.api.load(**model_arguments(flags))
 
 
 def make_points(number=300, seed=0):
