@@ -157,8 +157,8 @@ def uses(package: Package, called: str, *, except_in: Sequence[str] = (), but: S
     found = []
     for module, tree in package.trees.items():
         if package.room(module) not in except_in:
-            for node in ast.walk(tree):
-                name = ast.unparse(node.func).split(".")[-1] if isinstance(node, ast.Call) else None
-                if name == called and ast.unparse(node) not in but:
-                    found.append(f"{package.file(module)}:{node.lineno} calls {called}")
+            calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+            for call in calls:
+                if ast.unparse(call.func).split(".")[-1] == called and ast.unparse(call) not in but:
+                    found.append(f"{package.file(module)}:{call.lineno} calls {called}")
     return found
