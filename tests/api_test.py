@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -143,8 +144,9 @@ def test_a_published_file_needs_its_sensor(tmp_path):
         scalr_jax.load(path, sensor="velodyne")
     with pytest.raises(ValueError, match=r"no grids = .*no|no field_of_view"):
         scalr_jax.load(path, sensor="nuscenes", field_of_view=((0, 0, 0), (0, 1, 1)))
+    wrong: dict[str, Any] = {"intensity": 3}
     with pytest.raises(ValueError, match="is no intensity"):
-        scalr_jax.load(path, sensor="nuscenes", intensity=3)
+        scalr_jax.load(path, sensor="nuscenes", **wrong)
     with pytest.raises(ValueError, match="does not exist"):
         scalr_jax.load(tmp_path / "nothing.pth", sensor="nuscenes")
 

@@ -19,6 +19,7 @@ from scalr_jax.models import build
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import optim
 from scalr_jax.train.state import init_state
+from tests.support.checks import present
 from tests.support.paths import ROOT
 from tests.support.runs import config_module, config_of
 from tests.support.tiny_student import tiny_model
@@ -150,7 +151,7 @@ def test_packed_steps_see_as_many_scenes_as_the_published():
 
 def test_docstrings_name_figure_and_command():
     for name in RECIPES:
-        text = config_module(name).__doc__
+        text = present(config_module(name).__doc__)
         assert f"--config=configs/{name}.py" in text, name
         assert "%" in text or "no figure" in text, name
 
@@ -206,7 +207,7 @@ class Numbers:
 def test_a_share_of_the_labels_is_every_nth_frame():
     share = every_nth(Numbers(19_130), 100)
     assert len(share) == 192
-    assert [share.frame(i, None) for i in (0, 1, 191)] == [0, 100, 19_100]
+    assert [share.frame(i, np.random.default_rng(0)) for i in (0, 1, 191)] == [0, 100, 19_100]
     assert share.intensity(2) == (200.0, 1.0)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.checks import present
+
 EXTRA = "needs the notebooks extra: pip install 'scalr_jax[notebooks]'"
 jupytext = pytest.importorskip("jupytext", reason=EXTRA)
 nbformat = pytest.importorskip("nbformat", reason=EXTRA)
@@ -15,9 +17,9 @@ for package in ("nbclient", "ipykernel", "onnxruntime"):
     pytest.importorskip(package, reason=EXTRA)
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-SPEC = importlib.util.spec_from_file_location("render", NOTEBOOKS / "render.py")
+SPEC = present(importlib.util.spec_from_file_location("render", NOTEBOOKS / "render.py"))
 render = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(render)
+present(SPEC.loader).exec_module(render)
 
 # Run as a last cell: what a reader is told is true of the variables that he sees.
 CHECKS = {

@@ -158,7 +158,7 @@ def make_batch(config: Any, scene_task: str, capacities: Capacities, mesh: Any) 
     distill = scene_task == "distill"
     nothing = SceneView(
         name="",
-        index=0,
+        stream_index=0,
         feats=np.zeros((0, 5), np.float32),
         neighbors=np.zeros((0, settings.needs.num_neighbors), np.int32),
         planes=(),

@@ -197,15 +197,15 @@ def pack_stream(scenes: Iterator[SceneView], capacities: Capacities, *, exactly:
             if exactly:
                 group = f"a group of {exactly} scenes up to {scene.name}"
                 raise InputError(f"{group} needs {', '.join(exceeded)}; raise it")
-            yield Pack(tuple(held), scene.index)
+            yield Pack(tuple(held), scene.stream_index)
             held, need = [], empty
         held.append(scene)
         need = add(need, size)
         if exactly and len(held) == exactly:
-            yield Pack(tuple(held), scene.index + 1)
+            yield Pack(tuple(held), scene.stream_index + 1)
             held, need = [], empty
     if held:
-        yield Pack(tuple(held), held[-1].index + 1)
+        yield Pack(tuple(held), held[-1].stream_index + 1)
 
 
 def pack_shard(scenes: Sequence[SceneView], capacities: Capacities, template: SceneView, grids) -> Batch:

@@ -68,7 +68,7 @@ class SceneView(NamedTuple):
     """One scene ready to be packed: indices are local to the scene. Built by `transforms.make_scene`."""
 
     name: str
-    index: int  # position in the stream: exact resume is stated with it
+    stream_index: int  # position in the stream: exact resume is stated with it
     feats: np.ndarray  # [N, F] float32
     neighbors: np.ndarray  # [N, K] int32
     planes: tuple[ScenePlane, ...]

@@ -145,15 +145,15 @@ def make_cache(config: Any, folder: Path, dataset: Any, variables: Any) -> Featu
     started = said = time.monotonic()
     missing = each_scene(config, dataset, variables, skip=lambda n: cache.path(n).exists())
     for done, (scene, features) in enumerate(missing, 1):
-        path = cache.path(scene.index)
+        path = cache.path(scene.stream_index)
         _save(path.with_suffix(".labels.npy"), scene.labels)
         _save(path, features.astype(config.probe.cache_dtype))
         now = time.monotonic()
         if done == 1:
             started = now  # the first one waited for the compiler
         elif now - said > PROGRESS_SECONDS and jax.process_index() == 0:
-            left = (now - started) / (done - 1) * (len(cache) - scene.index) / jax.process_count()
-            print(f"features: scene {scene.index + 1} of {len(cache)}  {format_seconds(left)} left", flush=True)
+            left = (now - started) / (done - 1) * (len(cache) - scene.stream_index) / jax.process_count()
+            print(f"features: scene {scene.stream_index + 1} of {len(cache)}  {format_seconds(left)} left", flush=True)
             said = now
     distributed.barrier(f"computed {folder}")
     if jax.process_index() == 0:

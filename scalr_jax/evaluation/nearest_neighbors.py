@@ -84,7 +84,7 @@ def make_bank(
     for scene, features in scenes:
         if bank is None:
             bank = np.zeros((num_classes, per_class, features.shape[1]), np.float32)
-        drawn = np.random.default_rng((seed, 1, scene.index)).random(len(features))
+        drawn = np.random.default_rng((seed, 1, scene.stream_index)).random(len(features))
         for label in set(np.unique(np.asarray(scene.labels))) - {IGNORE}:
             mine = np.flatnonzero(scene.labels == label)
             _keep_smallest(keys[label], bank[label], drawn[mine], features[mine])

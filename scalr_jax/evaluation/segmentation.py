@@ -32,7 +32,7 @@ HEADROOM = 1.5  # a pack is at least so much larger than the largest of the firs
 class ScanClasses(NamedTuple):
     """One scan's classes beside its labels; N original points, in the scan's order."""
 
-    index: int  # of the frame in the dataset
+    frame_index: int  # in the dataset
     classes: np.ndarray  # [N] uint8
     labels: np.ndarray  # [N] uint8
     ranges: np.ndarray  # [N] float32: metres from the origin of the student's frame
@@ -184,7 +184,7 @@ class Evaluator:
 def _scan(scene: SceneView, classes: np.ndarray) -> ScanClasses:
     assert scene.raw_labels is not None, "a scene of training"
     assert scene.raw_ranges is not None, "a scene of training"
-    return ScanClasses(scene.index, classes.astype(np.uint8), scene.raw_labels, scene.raw_ranges)
+    return ScanClasses(scene.stream_index, classes.astype(np.uint8), scene.raw_labels, scene.raw_ranges)
 
 
 class _Ballot:
@@ -199,7 +199,7 @@ class _Ballot:
         """Classes [N], or one copy's probabilities [N, classes]; yields what is decided."""
         if self._votes == 1:
             yield _scan(scene, rows)
-        elif self._scene is not None and self._scene.index == scene.index:
+        elif self._scene is not None and self._scene.stream_index == scene.stream_index:
             self._sum += rows
         else:
             yield from self.close()

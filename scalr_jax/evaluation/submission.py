@@ -81,11 +81,11 @@ class Submission:
 
     def add(self, scan: ScanClasses) -> None:
         """Writes one scan's file. Raises `InputError` when a point of the scan's file has no class."""
-        file, points = self._file(scan.index), self._num_points(scan.index)
+        file, points = self._file(scan.frame_index), self._num_points(scan.frame_index)
         if len(scan.classes) != points:
             raise InputError(
-                f"{self._dataset.name(scan.index)}: {points - len(scan.classes)} of {points} points are not finite, "
-                "and a submission needs a class for every point; repair the scan"
+                f"{self._dataset.name(scan.frame_index)}: {points - len(scan.classes)} of {points} points are not "
+                "finite, and a submission needs a class for every point; repair the scan"
             )
         if isinstance(self._dataset, NuScenes):
             content = (scan.classes + np.uint8(1)).tobytes()

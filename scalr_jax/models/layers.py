@@ -69,24 +69,31 @@ def _linear_backward(residuals: tuple, gradient: Array):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+def linear_weights(module: nn.Module, fan_in: int, features: int) -> tuple[Array, Array]:
+    """Parameters of a linear layer in `module`: `kernel` [fan_in, features] and `bias` [features], float32."""
+    init = torch_uniform(fan_in)
+    return module.param("kernel", init, (fan_in, features)), module.param("bias", init, (features,))
+
+
 class LinearWeights(nn.Module):
-    """The parameters of a linear layer: `kernel` [fan_in, features] and `bias` [features], float32."""
+    """`linear_weights` as a module of its own."""
 
     features: int
 
     @nn.compact
     def __call__(self, fan_in: int) -> tuple[Array, Array]:
-        init = torch_uniform(fan_in)
-        return self.param("kernel", init, (fan_in, self.features)), self.param("bias", init, (self.features,))
+        return linear_weights(self, fan_in, self.features)
 
 
-class Linear(LinearWeights):
+class Linear(nn.Module):
     """[N, C_in] -> [N, features] in `dtype`."""
 
-    dtype: Any = jnp.float32
+    features: int
+    dtype: jax.typing.DTypeLike = jnp.float32
 
+    @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel, bias = super().__call__(x.shape[-1])
+        kernel, bias = linear_weights(self, x.shape[-1], self.features)
         return linear(x.astype(self.dtype), kernel, bias)
 
 
@@ -101,34 +108,42 @@ def update_running(module: nn.Module, mean: Any, variance: Any, batch_mean: Arra
         variance.value = (1 - MOMENTUM) * variance.value + MOMENTUM * batch_variance
 
 
-class BatchStatistics(nn.Module):
+def batch_statistics(
+    module: nn.Module, x: Array, mask: Array, *, train: bool
+) -> tuple[tuple[Array, Array], Array, Array]:
     """What a batch norm of rows is made of: the mean [C] and inverse deviation [C] over the rows where `mask` is true,
     all shards together (the running ones unless `train`), and its parameters scale [C] and bias [C]. Float32."""
+    channels = x.shape[-1]
+    scale = module.param("scale", nn.initializers.ones, (channels,))
+    bias = module.param("bias", nn.initializers.zeros, (channels,))
+    running_mean = module.variable("batch_stats", "mean", jnp.zeros, (channels,))
+    running_variance = module.variable("batch_stats", "variance", jnp.ones, (channels,))
+    if train:
+        x = jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
+        axes = tuple(range(x.ndim - 1))
+        count = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
+        mean = x.sum(axes) / count
+        variance = jnp.where(mask[..., None], jnp.square(x - mean), 0.0).sum(axes) / count
+        update_running(module, running_mean, running_variance, mean, unbiased(variance, count))
+    else:
+        mean, variance = running_mean.value, running_variance.value
+    return (mean, jax.lax.rsqrt(variance + BATCH_NORM_EPS)), scale, bias
+
+
+class BatchStatistics(nn.Module):
+    """`batch_statistics` as a module of its own."""
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> tuple[tuple[Array, Array], Array, Array]:
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        running_variance = self.variable("batch_stats", "variance", jnp.ones, (channels,))
-        if train:
-            x = jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
-            axes = tuple(range(x.ndim - 1))
-            count = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
-            mean = x.sum(axes) / count
-            variance = jnp.where(mask[..., None], jnp.square(x - mean), 0.0).sum(axes) / count
-            update_running(self, running_mean, running_variance, mean, unbiased(variance, count))
-        else:
-            mean, variance = running_mean.value, running_variance.value
-        return (mean, jax.lax.rsqrt(variance + BATCH_NORM_EPS)), scale, bias
+        return batch_statistics(self, x, mask, train=train)
 
 
-class BatchNorm(BatchStatistics):
+class BatchNorm(nn.Module):
     """Batch norm of the last axis. Padded rows come out as finite numbers that nobody may read."""
 
+    @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        statistics, scale, bias = super().__call__(x, mask, train=train)
+        statistics, scale, bias = batch_statistics(self, x, mask, train=train)
         return normalize(x, mask, statistics) * scale + bias
 
 

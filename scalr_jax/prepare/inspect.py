@@ -138,11 +138,11 @@ def locate(dataset: Any, index: int) -> tuple[Any, int]:
         if hasattr(dataset, "indices"):
             dataset, index = dataset.dataset, int(dataset.indices[index])
         elif hasattr(dataset, "datasets"):
-            for part in dataset.datasets:
-                if index < len(part):
-                    break
-                index -= len(part)
-            dataset = part
+            parts = iter(dataset.datasets)
+            dataset = next(parts)
+            while index >= len(dataset):
+                index -= len(dataset)
+                dataset = next(parts)
         else:
             return dataset, index
 

@@ -44,7 +44,7 @@ def best_constant(teacher: Array, mask: Array, *, iterations: int = 4) -> Array:
     """
     q = normalize(teacher, mask)
     axes = tuple(range(q.ndim - 1))
-    weight = mask.astype(jnp.float32)
+    distance = weight = mask.astype(jnp.float32)
     for _ in range(iterations):
         direction = jnp.sum(q * weight[..., None], axis=axes)
         constant = direction / jnp.maximum(safe_norm(direction), EPS)

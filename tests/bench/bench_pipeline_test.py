@@ -8,6 +8,7 @@ from scalr_jax.data import transforms
 from scalr_jax.data.scenes import Frame, SceneNeeds
 from scalr_jax.runtime.errors import InputError
 from tests.support import raw_datasets as raw
+from tests.support.checks import present
 
 SETTINGS = transforms.SceneSettings(
     "distill",
@@ -32,12 +33,12 @@ def test_the_plain_steps_make_the_same_scene():
     assert len(feats) == len(fast.feats) > 1000
     match = np.lexsort(feats.T), np.lexsort(fast.feats.T)  # rows that belong together
     np.testing.assert_allclose(feats[match[0]], fast.feats[match[1]], atol=1e-5)
-    np.testing.assert_array_equal(paired[match[0]], fast.pixels[match[1]])
+    np.testing.assert_array_equal(paired[match[0]], present(fast.pixels)[match[1]])
     for k, plane in enumerate(fast.planes):
         np.testing.assert_array_equal(cells[k][match[0]], plane.position[plane.cell][match[1]])
     rank = np.argsort(match[0]), np.argsort(match[1])  # of a row in the common order
     np.testing.assert_array_equal(rank[0][neighbors[match[0]]], rank[1][fast.neighbors[match[1]]])
-    ours = raw.given(fast.image)  # rounded to uint8 twice
+    ours = present(fast.image)  # rounded to uint8 twice
     np.testing.assert_allclose(resized.transpose(1, 2, 0) * 255, ours, atol=1.01)
 
 

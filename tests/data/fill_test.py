@@ -37,7 +37,7 @@ def test_points_and_images_are_filled_on_the_published_mixture():
     ]
     assert not [scene.error for pool in pools for scene in pool if scene.error]
     drawn = rng.choice(4, size=3000, p=np.array(weights) / sum(weights))
-    scenes = [pools[k][rng.integers(len(pools[k]))]._replace(index=i) for i, k in enumerate(drawn)]
+    scenes = [pools[k][rng.integers(len(pools[k]))]._replace(stream_index=i) for i, k in enumerate(drawn)]
     data = config.data
     capacities = packing.Capacities(
         data.points_per_shard, data.scenes_per_shard, tuple(data.cells_per_shard), tuple(data.halo_per_shard)
@@ -49,4 +49,5 @@ def test_points_and_images_are_filled_on_the_published_mixture():
     assert points / capacities.points >= 0.85
     assert images / capacities.scenes >= 0.70
     assert images == pytest.approx(recipes.PACK_MEAN, rel=0.05)
-    assert [scene.index for pack in packs for scene in pack.scenes] == list(range(packs[-1].scenes[-1].index + 1))
+    packed = [scene.stream_index for pack in packs for scene in pack.scenes]
+    assert packed == list(range(packed[-1] + 1))

@@ -14,7 +14,7 @@ from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import Frame, SceneNeeds
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from tests.support.raw_datasets import given
+from tests.support.checks import present
 
 SETTINGS = SceneSettings(
     task="distill",
@@ -146,8 +146,7 @@ def test_resume_is_exact(stop):
     whole = run(dataset=dataset, num_shards=2, shards=range(2))
     p = pipeline(dataset=dataset, num_shards=2, shards=range(2))
     steps = p.steps(CAPACITIES, p.sample(4)[0])
-    for _ in range(stop):
-        positions = next(steps).positions
+    positions = [next(steps).positions for _ in range(stop)][-1]
     resumed = run(positions.tolist(), 12 - stop, dataset=dataset, num_shards=2, shards=range(2), num_workers=2)
     assert resumed == whole[stop:]
 
@@ -235,7 +234,7 @@ def test_a_scene_with_labels_outside_the_classes_is_a_bad_frame(train, caplog):
     assert found[-1].bad_frames == 1
     assert "clouds/17: 1 labels are up to 7, and the classes are 0 to 2; write or prepare" in caplog.text
     labels = [step.batch.labels for step in found] if train else [s.raw_labels for t in found for s in t.scenes[0]]
-    assert set(np.unique(np.concatenate([np.ravel(given(part)) for part in labels]))) == {0, 1, 2, 255}
+    assert set(np.unique(np.concatenate([np.ravel(present(part)) for part in labels]))) == {0, 1, 2, 255}
 
 
 def test_more_than_one_percent_of_bad_frames_stops():

@@ -10,6 +10,7 @@ from scalr_jax.data.readers.pandaset import PandaSet
 from scalr_jax.data.scenes import PLANE_AXES, Frame, SceneNeeds
 from scalr_jax.data.whole_scan import check_points, whole_scan
 from scalr_jax.runtime.errors import BadFrameError
+from tests.support.checks import present
 from tests.support.paths import SAMPLES
 
 FIELD_OF_VIEW = ((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0))
@@ -130,10 +131,10 @@ def test_a_distillation_scene_pairs_visible_points_with_their_pixels():
     assert len(scene.feats) == 100
     xyz = source.points[:, :3].astype(np.float32)
     rows = [int(np.flatnonzero((xyz == point).all(1))[0]) for point in scene.feats[:, 1:4]]
-    assert source.visible[rows].all()
-    np.testing.assert_array_equal(scene.pixels, np.floor(np.floor(source.pixels[rows]) / 2))
+    assert present(source.visible)[rows].all()
+    np.testing.assert_array_equal(scene.pixels, np.floor(np.floor(present(source.pixels)[rows]) / 2))
     np.testing.assert_allclose(scene.feats[:, 4], np.linalg.norm(xyz[rows], axis=1), rtol=1e-6)
-    assert scene.image.shape == (20, 30, 3)
+    assert present(scene.image).shape == (20, 30, 3)
 
 
 def test_the_same_rng_gives_the_same_scene():
@@ -172,7 +173,7 @@ def test_evaluation_maps_every_point_to_its_nearest_kept_point():
     source = frame(300)
     settings = settings_of("segment", train=False, voxel_size=1.0)
     scene = transforms.make_scene(source, 0, (0, 1), settings, np.random.default_rng(0))
-    assert len(scene.upsample) == len(scene.raw_labels) == 300
+    assert len(present(scene.upsample)) == len(present(scene.raw_labels)) == 300
     kept = scene.feats[:, 1:4]
     distance = np.linalg.norm(source.points[:, None, :3] - kept[None], axis=-1)
     np.testing.assert_allclose(distance[np.arange(300), scene.upsample], distance.min(1), rtol=1e-5)
@@ -258,8 +259,10 @@ def test_points_of_a_scene_are_ordered_by_cell_of_the_first_plane():
     rng = np.random.default_rng(0)
     points = rng.normal(size=(4000, 4)) * [20, 20, 2, 9]
     for task in ("distill", "segment"):
-        extra = {"image": np.zeros((30, 60, 3), np.uint8), "pixels": np.ones((4000, 2)), "visible": np.ones(4000, bool)}
-        frame = Frame("a frame", points, np.eye(4), **(extra if task == "distill" else {"labels": np.zeros(4000, int)}))
+        frame = Frame("a frame", points, np.eye(4), labels=np.zeros(4000, int))
+        if task == "distill":
+            image = np.zeros((30, 60, 3), np.uint8)
+            frame = frame._replace(image=image, pixels=np.ones((4000, 2)), visible=np.ones(4000, bool), labels=None)
         chosen = transforms.SceneSettings(task, True, SceneNeeds(FIELD_OF_VIEW, 16, GRIDS), image_size=(30, 60))
         scene = transforms.make_scene(frame, 0, (0.0, 1.0), chosen, rng)
         assert (np.diff(scene.planes[0].cell) >= 0).all()

@@ -92,7 +92,7 @@ def test_the_loss_falls_and_reaches_every_parameter(views):
 
     moments = optimizer.init(state)
     batch = demo_teacher.make_batch(views, 2, np.random.default_rng(0))
-    losses = []
+    losses, gradient = [], state
     for _ in range(12):
         state, moments, value, gradient = step(state, moments, batch)
         losses.append(float(value))

@@ -21,7 +21,8 @@ from scalr_jax.evaluation.segmentation import Evaluator, ScanClasses, evaluate
 from scalr_jax.evaluation.submission import Submission
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from tests.support.raw_datasets import given, write_nuscenes, write_semantic_kitti
+from tests.support.checks import present
+from tests.support.raw_datasets import write_nuscenes, write_semantic_kitti
 from tests.support.runs import config_of
 from tests.support.tiny_student import write_workdir
 
@@ -34,7 +35,7 @@ def probed(tmp_path_factory):
     return write_workdir(tmp_path_factory.mktemp("probed") / "run", "probe", "segment", 12, dataset="streets")
 
 
-def evaluation_config(street_cache, probed="", **changes):
+def evaluation_config(street_cache, probed="", /, **changes):
     config = config_of("smoke")
     config.task, config.checkpoint = "evaluate", str(probed)
     config.data.update(root=str(street_cache), split="train", num_scenes=5, points_per_shard=1_024, num_workers=0)
@@ -98,7 +99,7 @@ def test_votes_are_the_mean_of_the_copies_probabilities(street_cache, tmp_path, 
     config = evaluation_config(street_cache, **{"data.augmentation": augmentation, "data.num_scenes": 3})
     dataset = make_dataset(config, "train", cache=tmp_path)
     evaluator = Evaluator(config, ByHeight(), {}, 3, votes=4)
-    scans = {scan.index: scan for scan in evaluator.scans(dataset)}
+    scans = {scan.frame_index: scan for scan in evaluator.scans(dataset)}
     assert sorted(scans) == [0, 1, 2]
     make = BuildScene(dataset, dataclasses.replace(make_settings(config, task="segment", train=False), votes=True), 0)
     for index, scan in scans.items():
@@ -124,10 +125,10 @@ def test_what_a_vote_turns_and_scales():
         settings = dataclasses.replace(make_settings(config, task="segment", train=False), votes=True)
         scene = make_scene(frame, 0, (0.0, 1.0), settings, np.random.default_rng(5))
         kept = np.rint(scene.feats[:, 0]).astype(int)
-        np.testing.assert_array_equal(scene.labels, frame.labels[kept])
+        np.testing.assert_array_equal(scene.labels, present(frame.labels)[kept])
         np.testing.assert_array_equal(scene.raw_labels, frame.labels)
-        np.testing.assert_allclose(given(scene.raw_ranges), radius, rtol=1e-6)
-        assert (scene.upsample[kept] == np.arange(len(kept))).all()
+        np.testing.assert_allclose(present(scene.raw_ranges), radius, rtol=1e-6)
+        assert (present(scene.upsample)[kept] == np.arange(len(kept))).all()
         scale = scene.feats[:, 4] / radius[kept]
         level = np.hypot(scene.feats[:, 1], scene.feats[:, 2]) / np.hypot(*frame.points[kept, :2].T)
         np.testing.assert_allclose(scale, scale[0], rtol=1e-5)
@@ -213,7 +214,7 @@ def test_tables_hold_what_comes_late_and_may_be_given(street_cache, tmp_path):
     evaluator = Evaluator(config, ByHeight(), {}, 3)
     dataset = make_dataset(config, "train", cache=tmp_path)
     sample = evaluator._pipeline(dataset).sample(3)
-    assert [scene.index for scene in sample] == [0, 2, 4]
+    assert [scene.stream_index for scene in sample] == [0, 2, 4]
     cells = evaluator._choose_capacities(sample).cells
     assert cells[0] == 50_000
     assert cells[1] > 9
@@ -350,7 +351,7 @@ def test_half_a_submission_is_none(tmp_path):
     changed = "1 files are not as they were written"
     with pytest.raises(InputError, match=changed), Submission(dataset, folder) as submission:
         submission.add(scan)
-        submission.add(scan._replace(index=1))
+        submission.add(scan._replace(frame_index=1))
         next(iter(folder.parent.glob(".out.partial/*/*/*/000001.label"))).write_bytes(bytes(40))
         submission.finish()
     assert not list(tmp_path.glob("*out*"))

@@ -22,7 +22,8 @@ from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.figures.charts import draw_robustness
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import InputError
-from tests.support.raw_datasets import given, write_nuscenes, write_semantic_kitti
+from tests.support.checks import present
+from tests.support.raw_datasets import write_nuscenes, write_semantic_kitti
 from tests.support.runs import config_of
 from tests.support.tiny_student import write_workdir
 
@@ -35,7 +36,7 @@ MINKUNET_18 = (75.76, (53.64, 73.91, 40.35, 73.39, 68.54, 26.58, 63.83, 50.95), 
 @pytest.mark.parametrize("row", [WAFFLEIRON, MINKUNET_34, MINKUNET_18])
 def test_published_rows(row):
     clear, means, mce, mrr = row
-    miou = {
+    miou: dict[str, dict[str, float]] = {
         name: dict(zip(SEVERITIES, np.array([1.1, 1.0, 0.9]) * mean / 100, strict=True))  # any with this mean
         for name, mean in zip(CORRUPTIONS, means, strict=True)
     }
@@ -238,7 +239,7 @@ def test_semantic_kitti_c(tmp_path):
     assert (len(foggy), foggy.name(1), foggy.class_names) == (3, "fog/light/000001", clear.class_names)
     expected, found = clear.frame(1), foggy.frame(1)
     np.testing.assert_array_equal(found.points, expected.points[:-1])
-    np.testing.assert_array_equal(given(found.labels), given(expected.labels)[:-1])
+    np.testing.assert_array_equal(present(found.labels), present(expected.labels)[:-1])
     with pytest.raises(InputError, match="snow/light/velodyne: no such folder"):
         open_released(clear, tmp_path / "c", "snow", "light")
     labels.unlink()

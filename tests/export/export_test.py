@@ -23,7 +23,7 @@ from scalr_jax.export.inputs import LEVELS, make_inputs, pad_inputs, sum_tree
 from scalr_jax.interop import student as interop
 from scalr_jax.interop.exported import READABLE
 from scalr_jax.runtime.errors import InputError
-from tests.support.prepared_datasets import assert_one_sentence
+from tests.support.checks import assert_one_sentence, present
 from tests.support.tiny_student import tiny_model, write_workdir
 
 SETTINGS = {
@@ -211,7 +211,7 @@ def test_the_stablehlo_program_compiles_for_a_tpu(models, tmp_path, topology):
     place = jax.sharding.SingleDeviceSharding(tpu_devices(topology)[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (weights, inputs))
     compiled = jax.jit(program.call).lower(*shapes).compile()
-    assert "T(8,128)" in compiled.as_text(), "tiles are a TPU's"
+    assert "T(8,128)" in present(compiled.as_text()), "tiles are a TPU's"
     assert {name: rows.shape for name, rows in compiled.out_info.items()} == {
         "features": (len(inputs["feats"]), 8),
         "logits": (len(inputs["feats"]), 5),
@@ -280,7 +280,7 @@ def test_a_published_file_names_no_licence_that_it_does_not_know(tmp_path):
 
 def code_of(readme):
     """The first block of Python of a card."""
-    return re.search(r"```python\n(.*?)```", readme.read_text(), re.DOTALL).group(1)
+    return present(re.search(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)).group(1)
 
 
 @pytest.mark.parametrize(

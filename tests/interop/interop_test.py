@@ -44,7 +44,7 @@ def test_published_logits(golden, name):
     arrays = golden(name)
     model, variables = load(name)
     assert (model.head, model.out_features) == ("segment", 16)
-    logits = apply_published_layout(model, variables, *(arrays[key] for key in LAYOUT))
+    logits = apply_published_layout(model.to_dict(), variables, *(arrays[key] for key in LAYOUT))
     assert scale_error(logits, arrays["logits"]) < 1e-5
 
 
@@ -66,7 +66,7 @@ def test_padding_as_released(golden):
 def test_written_back_as_read(tmp_path, name):
     """Names, shapes, dtypes and values of the published file, and our own arrays when read again."""
     model, variables = load(name)
-    interop.save_torch_checkpoint(tmp_path / "again.pth", model, variables)
+    interop.save_torch_checkpoint(tmp_path / "again.pth", model.to_dict(), variables)
     (theirs, key), (ours, our_key) = state_dict(checkpoint(name)), state_dict(tmp_path / "again.pth")
     assert our_key == key
     assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
@@ -82,7 +82,7 @@ def test_written_back_as_read(tmp_path, name):
 def test_pytorch_takes_them_strictly(tmp_path, name):
     torch = pytest.importorskip("torch")
     model, variables = load(name)
-    interop.save_torch_checkpoint(tmp_path / "x.pth", model, variables)
+    interop.save_torch_checkpoint(tmp_path / "x.pth", model.to_dict(), variables)
     ours = torch.load(tmp_path / "x.pth", weights_only=True)
     ours = ours.get("model_point") or ours["net"]
     torch_student(model).load_state_dict({k.removeprefix("module."): v for k, v in ours.items()}, strict=True)

@@ -15,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests.support.checks import present
 from tests.support.paths import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -315,9 +316,9 @@ def worker(tmp_path, train, *, stop=False):
         overdue = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
         overdue.start()
         if stop:
-            assert process.stdout.readline() == "ready\n"
+            assert present(process.stdout).readline() == "ready\n"
             process.terminate()
-        output = process.stdout.read()
+        output = present(process.stdout).read()
         code = process.wait()
         overdue.cancel()
         return code, output

@@ -27,7 +27,7 @@ def scene(seed, number=POINTS):
 
 
 def coordinates(xyz):
-    return (xyz - np.float32(VIEW[0])) / SIZE
+    return (xyz - np.array(VIEW[0], np.float32)) / SIZE
 
 
 @functools.lru_cache

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,9 +23,10 @@ from scalr_jax.runtime import sharding
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import optim
+from tests.support.checks import present
 from tests.support.runs import distill, losses, small_config
 
-FAST = {"xla_backend_optimization_level": 0}  # compiles faster, which is what these tests spend their time on
+FAST = {"xla_backend_optimization_level": "0"}  # compiles faster, which is what these tests spend their time on
 NARROW = {"model.name": "minkunet14", "model.minkunet.width": 0.1}
 
 
@@ -44,7 +46,7 @@ def scenes(street_cache):
 
 
 def _scenes(config):
-    dataset = make_dataset(config, "train", cache=None)
+    dataset = make_dataset(config, "train", cache=Path("unused"))
     settings = make_settings(config, task="segment", train=True)
     return Pipeline(dataset, settings, seed=1).sample(4), settings
 
@@ -87,7 +89,7 @@ def test_a_pack_that_is_full_of_pairs_is_followed_by_another(scenes):
     tight = roomy._replace(pairs=(roomy.pairs[0], most, *roomy.pairs[2:]))
     packs = list(packing.pack_stream(iter(members), tight))
     assert len(packs) > 1
-    assert [scene.index for pack in packs for scene in pack.scenes] == [scene.index for scene in members]
+    assert [scene.stream_index for pack in packs for scene in pack.scenes] == [scene.stream_index for scene in members]
     with pytest.raises(InputError, match=r"pairs where data\.pairs_per_shard is .*; raise it"):
         list(packing.pack_stream(iter(members), tight._replace(pairs=(*tight.pairs[:4], 1))))
 
@@ -102,9 +104,8 @@ def test_room_by_direction_is_taken_where_it_costs_little(scenes, monkeypatch):
     for more in (0.5, 4.0):
         monkeypatch.setattr(voxels, "MORE", more)
         capacities = derive()
-        sizes = voxels.sizes_of(
-            jax.tree.map(lambda part: part[None], packing.pack_shard([], capacities, members[0], ()).voxels.room)
-        )
+        shard = packing.pack_shard([], capacities, members[0], ())
+        sizes = voxels.sizes_of(jax.tree.map(lambda part: part[None], present(shard.voxels).room))
         chosen[more] = [bool(size.directions) for size in sizes]
         for scene in members:
             for turned in (

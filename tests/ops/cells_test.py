@@ -126,8 +126,8 @@ def test_normalized_rows_are_summed_in_blocks_as_at_once(norm):
 @given(st.integers(0, 10_000))
 def test_neighbor_max_equals_its_reference(seed):
     rng = np.random.default_rng(seed)
-    offsets = rng.normal(size=(20, 4, 5)).astype(np.float32)
-    arguments = [rng.normal(size=shape).astype(np.float32) for shape in ((5, 8), (8,), (8, 6))]
+    offsets = jnp.asarray(rng.normal(size=(20, 4, 5)), jnp.float32)
+    arguments = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 8), (8,), (8, 6))]
     weights = rng.normal(size=(20, 6)).astype(np.float32)
     np.testing.assert_allclose(
         neighbor_max(offsets, *arguments), neighbor_max_reference(offsets, *arguments), rtol=1e-5, atol=1e-5

@@ -16,7 +16,7 @@ from scalr_jax.ops.voxels import Sizes, count_levels, pooled, room_for, sizes_fo
 EXTENT, NUM_SCENES, NUM_POINTS, LEVELS = (8, 6, 4), 2, 160, 3
 # On the second level the pairs have room by direction.
 SIZES = (Sizes(160, 28 * 256, 256), Sizes(64, 0, 128, tuple(range(48, 61))), Sizes(16, 28 * 128, 128))
-FAST = {"xla_backend_optimization_level": 0}  # compiles faster, which is what these tests spend their time on
+FAST = {"xla_backend_optimization_level": "0"}  # compiles faster, which is what these tests spend their time on
 fast_jit = functools.partial(jax.jit, compiler_options=FAST)
 make = fast_jit(functools.partial(sparse_conv.make_levels, sizes=SIZES, num_scenes=NUM_SCENES, extent=EXTENT))
 
@@ -255,7 +255,7 @@ def test_trilinear_reading():
     """Where every voxel is there it is linear interpolation; elsewhere a weighted mean of those that are."""
     rng = np.random.default_rng(0)
     full = np.array([[x, y, z] for x in range(8) for y in range(5) for z in range(4)], np.float32)
-    offset = rng.uniform(-0.5, 0.5, (NUM_POINTS, 3)).astype(np.float32)
+    offset = jnp.asarray(rng.uniform(-0.5, 0.5, (NUM_POINTS, 3)), jnp.float32)
     inner = ((full > 0) & (full < (7, 4, 3))).all(axis=1)
     voxels = make(full.astype(np.int32), np.zeros(NUM_POINTS, np.int32))
     weights = sparse_conv.trilinear_weights(voxels, offset)
@@ -271,7 +271,7 @@ def test_trilinear_reading():
 def test_trilinear_reading_of_sparse_voxels_and_its_gradient(name):
     coordinates, scene = CASES[name]
     rng = np.random.default_rng(0)
-    offset = rng.uniform(-0.5, 0.5, (NUM_POINTS, 3)).astype(np.float32)
+    offset = jnp.asarray(rng.uniform(-0.5, 0.5, (NUM_POINTS, 3)), jnp.float32)
     voxels = make(coordinates, scene)
     weights = sparse_conv.trilinear_weights(voxels, offset)
     valid = scene < NUM_SCENES

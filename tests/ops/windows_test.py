@@ -109,6 +109,7 @@ def test_rows_in_any_order_equal_the_plain_forms(dtype, seed, lowest, highest):
     if seed % 2:
         index.sort(axis=1)
     table, values = (rng.normal(size=(2, size, 5)).astype(np.float32) for size in (NUM_ROWS, NUM_LINKS))
+    index = jnp.asarray(index)
     selected, sums = select_and_sum(table, values, index, dtype)
     np.testing.assert_array_equal(selected, rows.select_rows_reference(jnp.asarray(table, dtype), index))
     expected = rows.sum_rows_reference(jnp.asarray(values, dtype), index, NUM_ROWS)
@@ -117,7 +118,7 @@ def test_rows_in_any_order_equal_the_plain_forms(dtype, seed, lowest, highest):
 
 def test_selecting_and_adding_up_are_each_others_gradient():
     rng = np.random.default_rng(0)
-    index = rng.integers(-1, NUM_ROWS, (1, NUM_LINKS), dtype=np.int32)
+    index = jnp.asarray(rng.integers(-1, NUM_ROWS, (1, NUM_LINKS)), jnp.int32)
     table, values = (rng.normal(size=(1, size, 3)).astype(np.float32) for size in (NUM_ROWS, NUM_LINKS))
 
     def inner(table, values):

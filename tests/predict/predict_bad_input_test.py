@@ -62,7 +62,7 @@ def test_one_sentence_for_what_is_wrong(models, tmp_path, monkeypatch, capsys, f
     monkeypatch.chdir(tmp_path)
     write_bin(tmp_path / "scan.bin", make_points(301))
     write_bin(tmp_path / "nan.bin", np.full((301, 4), np.nan))
-    write_bin(tmp_path / "far.bin", make_points(301) + np.float32([5000, 0, 0, 0]))
+    write_bin(tmp_path / "far.bin", make_points(301) + np.array([5000, 0, 0, 0], np.float32))
     write_bin(tmp_path / "scans" / "0.bin", make_points())
     write_bin(tmp_path / "parent" / "scans" / "0.bin", make_points())
     np.save("points.npy", make_points())

@@ -3,7 +3,7 @@
 import pytest
 
 from scalr_jax.prepare import run as prepare
-from tests.support.prepared_datasets import assert_one_sentence
+from tests.support.checks import assert_one_sentence
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from scalr_jax.prepare.writing import plan_shards
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import write_atomically
 from tests.support import raw_datasets as raw
-from tests.support.prepared_datasets import assert_one_sentence, make
+from tests.support.checks import assert_one_sentence
+from tests.support.prepared_datasets import make
 
 NUM_SCANS = 24
 

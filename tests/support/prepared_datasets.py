@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def assert_equal(one, other, path=""):
 def scenes(dataset, index, camera, settings=SETTINGS):
     frame = dataset.frame(index, camera=camera)
     statistics = dataset.intensity
-    return transforms.make_scene(frame, 0, statistics, settings, First())
+    return transforms.make_scene(frame, 0, statistics, settings, cast(np.random.Generator, First()))
 
 
 def make_config(root, **data):
@@ -78,10 +79,3 @@ def make_config(root, **data):
     with config.data.unlocked():
         config.data.update({"root": str(root), "image_size": (56, 112), **data})
     return config
-
-
-def assert_one_sentence(said, match):
-    """What a command said on stderr has one line of error, with `match` in it, and no traceback."""
-    (line,) = [line for line in said.replace("\r", "\n").splitlines() if line.startswith("scalr_jax: error: ")]
-    assert match in line
-    assert "Traceback" not in said

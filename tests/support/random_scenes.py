@@ -19,7 +19,7 @@ def random_scene(seed, num_points=40, *, num_neighbors=4, index=0, spread=1.0):
     planes = tuple(make_plane(xyz, axes, grid, FIELD_OF_VIEW) for axes, grid in zip(PLANE_AXES, GRIDS, strict=True))
     return SceneView(
         name=f"scene {seed}",
-        index=index,
+        stream_index=index,
         feats=make_features(xyz, rng.uniform(0, 255, num_points), (100.0, 50.0)),
         neighbors=find_neighbors(xyz, num_neighbors),
         planes=planes,

@@ -15,12 +15,6 @@ KITTI_P2 = np.array([[700.0, 0, 600, 45], [0, 700, 180, -0.3], [0, 0, 1, 0.005]]
 KITTI_TR = np.array([[0.0, -1, 0, 0], [0, 0, -1, -0.06], [1, 0, 0, -0.3]])
 
 
-def given(array: np.ndarray | None) -> np.ndarray:
-    """A field of a frame that must not be None."""
-    assert array is not None
-    return array
-
-
 def global_name(module: str, name: str) -> bytes:
     return b"c" + f"{module}\n{name}\n".encode()
 

@@ -41,12 +41,12 @@ def test_padding_does_not_touch_the_distillation_loss_or_its_gradient():
 
 def test_best_constant_is_the_best():
     rng = np.random.default_rng(0)
-    q = (rng.normal(size=(300, 5)) + np.array([2, 0, 0, 1, 0])).astype(np.float32)
-    mask = np.arange(300) < 250
+    q = jnp.asarray(rng.normal(size=(300, 5)) + np.array([2, 0, 0, 1, 0]), jnp.float32)
+    mask = jnp.arange(300) < 250
     best = losses.best_constant(q, mask, iterations=20)
     np.testing.assert_allclose(losses.best_constant(q, mask), best, rtol=1e-3)
-    for constant in rng.normal(size=(200, 5)) * 0.3 + np.array([2, 0, 0, 1, 0]):
-        assert losses.distillation(np.broadcast_to(constant.astype(np.float32), q.shape), q, mask) >= best - 1e-6
+    for constant in jnp.asarray(rng.normal(size=(200, 5)) * 0.3 + np.array([2, 0, 0, 1, 0]), jnp.float32):
+        assert losses.distillation(jnp.broadcast_to(constant, q.shape), q, mask) >= best - 1e-6
 
 
 def test_a_label_outside_the_classes_is_named():
@@ -110,12 +110,11 @@ def lovasz_reference(logits, labels):
 
 def test_lovasz_equals_its_reference_and_ignores_padding():
     rng = np.random.default_rng(1)
-    logits, labels = rng.normal(size=(40, 5)).astype(np.float32), rng.integers(0, 4, 40)
-    expected = lovasz_reference(logits.astype(np.float64), labels)
-    np.testing.assert_allclose(losses.lovasz_softmax(logits, labels, np.ones(40, bool)), expected, rtol=1e-5)
-    more = np.concatenate([logits, 10 * rng.normal(size=(9, 5)).astype(np.float32)])
-    mask = np.arange(49) < 40
-    padded = losses.lovasz_softmax(more, np.append(labels, np.full(9, 255)), mask)
+    logits, labels = jnp.asarray(rng.normal(size=(40, 5)), jnp.float32), jnp.asarray(rng.integers(0, 4, 40))
+    expected = lovasz_reference(np.asarray(logits, np.float64), np.asarray(labels))
+    np.testing.assert_allclose(losses.lovasz_softmax(logits, labels, jnp.ones(40, bool)), expected, rtol=1e-5)
+    more = jnp.concatenate([logits, 10 * rng.normal(size=(9, 5)).astype(np.float32)])
+    padded = losses.lovasz_softmax(more, jnp.append(labels, np.full(9, 255)), jnp.arange(49) < 40)
     np.testing.assert_allclose(padded, expected, rtol=1e-5)
 
 

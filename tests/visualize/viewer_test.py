@@ -15,6 +15,7 @@ from scalr_jax.data.streets.layout import CLASSES
 from scalr_jax.data.streets.streets import Streets
 from scalr_jax.figures.colors import color_by_axes, cosine_similarity, fit_color_axes
 from scalr_jax.visualize.viewer import quantize, write_viewer
+from tests.support.checks import present
 from tests.support.viewer_page import decode, read_viewer
 
 pytest.importorskip("plotly")
@@ -154,7 +155,7 @@ def test_the_viewer_in_a_browser(drawn, tmp_path):
         visible = [i for i, on in enumerate(button["args"][0]["visible"]) if on]
         assert report["seen"][k] == [button["label"], k, visible]
     assert report["clicked"] == report["seen"][3][1:]
-    codes = re.search(r"atob\('([^']+)'\)", text).group(1)
+    codes = present(re.search(r"atob\('([^']+)'\)", text)).group(1)
     codes = np.frombuffer(base64.b64decode(codes), np.int8).reshape(4000, -1)
     expected = cosine_similarity(codes.astype(np.float64), query)
     np.testing.assert_allclose(report["similarity"], expected, atol=1e-5)

@@ -24,6 +24,7 @@ from scalr_jax.figures.colors import (
 from scalr_jax.figures.pictures import IGNORED, class_color, class_legend, color_labels, top_view_box
 from scalr_jax.interop import student as interop
 from scalr_jax.visualize import run as visualize
+from tests.support.checks import present
 from tests.support.tiny_student import tiny_model, write_workdir
 from tests.support.viewer_page import decode, read_viewer
 
@@ -196,7 +197,7 @@ def test_pixels_lie_where_the_calibration_says(streets, tmp_path):
     scan = scan_inputs.read_frame(tmp_path / "scan.npy")
     paired = scan_inputs.pair_image(scan, tmp_path / "front.png", tmp_path / "cameras.json")
     np.testing.assert_array_equal(paired.visible, frame.visible)
-    np.testing.assert_allclose(paired.pixels[frame.visible], frame.pixels[frame.visible], atol=1e-2)
+    np.testing.assert_allclose(present(paired.pixels)[frame.visible], present(frame.pixels)[frame.visible], atol=1e-2)
     np.testing.assert_array_equal(paired.image, frame.image)
 
 

@@ -27,7 +27,7 @@ class Field(NamedTuple):
 
     name: str
     dtype: np.dtype
-    count: int  # values of this field in a row
+    num_values: int  # values of this field in a row
     offset: int  # bytes from the row's beginning
     column: int  # of its first value in a row of text
 
@@ -56,7 +56,7 @@ def read_pcd(content: bytes, choose: Callable[[list[str]], list[str]]) -> Mappin
       ValueError: a damaged or truncated file; the message is half a sentence that says what is wrong.
     """
     header = parse_header(content)
-    by_name = {field.name: field for field in header.fields if field.count == 1}
+    by_name = {field.name: field for field in header.fields if field.num_values == 1}
     wanted = [by_name[name] for name in choose(list(by_name))]
     body = memoryview(content)[header.size :]
     if header.encoding == "ascii":
@@ -88,7 +88,7 @@ def parse_header(content: bytes) -> Header:
     if encoding not in ENCODINGS:
         raise ValueError(f"its header says DATA {encoding}, which is none of {', '.join(ENCODINGS)}")
     fields = _parse_fields(entries)
-    row_bytes = fields[-1].offset + fields[-1].count * fields[-1].dtype.itemsize
+    row_bytes = fields[-1].offset + fields[-1].num_values * fields[-1].dtype.itemsize
     return Header(fields, _parse_points(entries), encoding, row_bytes, size)
 
 

@@ -224,10 +224,10 @@ def _to_halo(num_halo: int, sharded: tuple, kernel: Array, *, interpret: bool) -
         jax.ShapeDtypeStruct((num_halo, num_channels), cells.dtype),
         [spec[name] for name in ("index", "sides", "kernel", "cells")],
         spec["halo"],
-        (links.by_block, links.index, sides, kernel.reshape(3, 3, -1), cells),
+        (links.by_block, links.rows, sides, kernel.reshape(3, 3, -1), cells),
         links.num_by_block,
         interpret=interpret,
-        scratch=[pltpu.VMEM((3, links.index.shape[-1], channels), jnp.float32)],
+        scratch=[pltpu.VMEM((3, links.rows.shape[-1], channels), jnp.float32)],
     )
 
 
@@ -240,7 +240,7 @@ def _to_cells(num_cells: int, sharded: tuple, kernel: Array, *, interpret: bool)
         jax.ShapeDtypeStruct((num_cells, num_channels), jnp.float32),
         [spec[name] for name in ("index", "sides", "kernel", "halo")],
         spec["cells"],
-        (links.by_window, links.index, sides, kernel.reshape(3, 3, -1), halo),
+        (links.by_window, links.rows, sides, kernel.reshape(3, 3, -1), halo),
         links.num_by_window,
         interpret=interpret,
     )
@@ -256,7 +256,7 @@ def _to_kernel(sharded: tuple, _: tuple, *, interpret: bool) -> Array:
         jax.ShapeDtypeStruct((3, 3, 8, num_channels), jnp.float32),
         [spec[name] for name in ("index", "sides", "halo", "cells")],
         pl.BlockSpec((3, 3, 8, channels), lambda c, i, tiles: (0, 0, 0, c)),
-        (links.by_block, links.index, sides, halo, cells),
+        (links.by_block, links.rows, sides, halo, cells),
         links.num_by_block,
         interpret=interpret,
     )

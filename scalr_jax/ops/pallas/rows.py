@@ -45,7 +45,7 @@ class Links(NamedTuple):
     A block's links may reach into its neighbours' rows: `margin` rows before and after its own.
     """
 
-    index: Array  # [D, lists, blocks, 1, BLOCK] int32; -1 for none
+    rows: Array  # [D, lists, blocks, 1, BLOCK] int32; -1 for none
     by_block: Array  # [D, tiles] int32: block << SHIFT | list * windows + window, ascending; every block occurs
     num_by_block: Array  # [D] int32
     by_window: Array  # [D, tiles] int32: window << SHIFT | list * blocks + block, ascending; every window occurs
@@ -239,7 +239,7 @@ def _select(num_links: int, sharded: tuple, _: tuple, *, interpret: bool) -> Arr
         jax.ShapeDtypeStruct((num_links, table.shape[1]), table.dtype),
         pl.BlockSpec((1, 1, 1, block), lambda c, i, tiles: (0, tiles[i] >> SHIFT, 0, 0)),
         (window, block),
-        (links.by_block, links.index, table),
+        (links.by_block, links.rows, table),
         num_tiles=links.num_by_block,
         interpret=interpret,
     )
@@ -254,7 +254,7 @@ def _sum(num_rows: int, sharded: tuple, _: tuple, *, interpret: bool) -> Array:
         jax.ShapeDtypeStruct((num_rows, values.shape[1]), jnp.float32),
         pl.BlockSpec((1, 1, 1, block), lambda c, i, tiles: (0, tiles[i] & MINOR, 0, 0)),
         (block, window),
-        (links.by_window, links.index, values),
+        (links.by_window, links.rows, values),
         num_tiles=links.num_by_window,
         interpret=interpret,
     )

@@ -15,6 +15,7 @@ from scalr_jax.data.scenes import IGNORE
 from scalr_jax.runtime.errors import BadFrameError
 from tests.support import raw_datasets as raw
 from tests.support import scan_writers as writers
+from tests.support.checks import present
 from tests.support.paths import SAMPLES
 
 
@@ -37,8 +38,8 @@ def test_pixels_by_hand(root):
     visible = (depth > 1) & (column > 0) & (column < 399) & (row > 0) & (row < 199)
     assert 0 < visible.sum() < 200
     np.testing.assert_array_equal(frame.visible, visible)
-    np.testing.assert_allclose(raw.given(frame.pixels)[visible], np.stack([row, column], axis=1)[visible], atol=1e-9)
-    assert (raw.given(frame.image) == 60).all()
+    np.testing.assert_allclose(present(frame.pixels)[visible], np.stack([row, column], axis=1)[visible], atol=1e-9)
+    assert (present(frame.image) == 60).all()
 
 
 def test_fx_and_a_skew(root):
@@ -48,7 +49,7 @@ def test_fx_and_a_skew(root):
     skewed = Folder(root).frame(0)
     points = named.points
     shift = -3 * (points[:, 2] - 0.2) / (points[:, 0] - 0.5)
-    np.testing.assert_allclose(skewed.pixels[:, 1] - named.pixels[:, 1], shift, atol=1e-5)
+    np.testing.assert_allclose(present(skewed.pixels)[:, 1] - present(named.pixels)[:, 1], shift, atol=1e-5)
 
 
 def test_opencv_distortion_by_hand():
@@ -94,7 +95,7 @@ def test_kitti_as_a_folder_has_the_same_pixels(tmp_path, sequence):
     rows = {key: np.array(value.split(), float) for key, value in lines}
     projection, matrix = rows["P2"].reshape(3, 4), np.vstack([rows["Tr"].reshape(3, 4), [0, 0, 0, 1]])
     matrix[:3, 3] += np.linalg.inv(projection[:, :3]) @ projection[:, 3]
-    height, width = raw.given(kitti.image).shape[:2]
+    height, width = present(kitti.image).shape[:2]
     camera = {"size": [width, height], "intrinsics": projection[:, :3].tolist(), "lidar_to_camera": matrix.tolist()}
     raw.write_json(tmp_path / "dataset.json", {"cameras": {"left": camera}, "sensor_height": 1.73})
     for name, link in (("scans", "velodyne"), ("left", "image_2")):
@@ -104,11 +105,9 @@ def test_kitti_as_a_folder_has_the_same_pixels(tmp_path, sequence):
     frame = dataset.frame(0)
     np.testing.assert_array_equal(frame.points, kitti.points)
     np.testing.assert_array_equal(frame.image, kitti.image)
-    both = raw.given(frame.visible) & raw.given(kitti.visible)
-    assert (
-        both.sum() > 0.999 * raw.given(kitti.visible).sum()
-    )  # KITTI's rule: 1 m ahead of the lidar, not of the camera
-    np.testing.assert_allclose(frame.pixels[both], kitti.pixels[both], atol=1e-9)
+    both = present(frame.visible) & present(kitti.visible)
+    assert both.sum() > 0.999 * present(kitti.visible).sum()  # KITTI's rule: 1 m ahead of the lidar, not of the camera
+    np.testing.assert_allclose(present(frame.pixels)[both], present(kitti.pixels)[both], atol=1e-9)
     np.testing.assert_allclose(frame.to_ego[2], [0, 0, 1, 0.03])
 
 
@@ -181,7 +180,7 @@ def test_a_scene_may_have_its_own_calibration(root):
     camera = {**raw.FOLDER_CAMERA, "intrinsics": [[400.0, 0, 201], [0, 400, 99], [0, 0, 1]]}
     raw.write_json(root / "b/cameras.json", {"front": camera})
     frames = [Folder(root, split="all").frame(i) for i in (0, 2)]
-    offsets = [raw.given(frame.pixels)[:, 1] - 201 for frame in frames]
+    offsets = [present(frame.pixels)[:, 1] - 201 for frame in frames]
     points = [frame.points for frame in frames]
     for focal, offset, xyz in zip((210, 400), offsets, points, strict=True):
         np.testing.assert_allclose(offset, -focal * xyz[:, 1] / (xyz[:, 0] - 0.5), atol=1e-4)

@@ -9,6 +9,7 @@ from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
 from scalr_jax.data.scenes import IGNORE
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support import raw_datasets as raw
+from tests.support.checks import present
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_wrong_labels_are_named(request, name, file, count):
 def test_a_few_bad_points_are_dropped_with_their_labels(kitti):
     spoil_point(kitti / KITTI_00 / "velodyne/000000.bin", row=1, columns=4)
     frame = SemanticKITTI(kitti, cameras=["image_2"], labels=True).frame(0)
-    labels = raw.given(frame.labels)
+    labels = present(frame.labels)
     np.testing.assert_array_equal(frame.points, np.delete(raw.points_ahead(50), 1, axis=0))
     np.testing.assert_array_equal(labels[:3], [IGNORE, 8, 0])
     assert len(labels) == 49

@@ -15,6 +15,7 @@ from scalr_jax.data.scenes import IGNORE, Frame
 from scalr_jax.evaluation.corruptions import beams_of
 from scalr_jax.runtime.errors import InputError
 from tests.support import raw_datasets as raw
+from tests.support.checks import present
 from tests.support.paths import SAMPLES, SHARED
 
 GOLDEN = SHARED / "golden" / "readers_real_samples.npz"
@@ -45,9 +46,9 @@ def ego_points(frame: Frame) -> np.ndarray:
 
 
 def assert_pairs_agree(golden, key, frame):
-    visible, pixels = raw.given(frame.visible), golden[f"{key}/pixels"]
+    visible, pixels = present(frame.visible), golden[f"{key}/pixels"]
     assert visible.sum() == golden[f"{key}/count"]
-    floored = np.floor(raw.given(frame.pixels)[visible]).astype(np.int64)
+    floored = np.floor(present(frame.pixels)[visible]).astype(np.int64)
     np.testing.assert_array_equal(every(floored, len(pixels)), pixels[:, 1:])
     return every(ego_points(frame)[visible], len(pixels))
 
@@ -71,7 +72,7 @@ class TestGolden:
         dataset = PandaSet(SAMPLES / "pandaset", sensor=sensor, frames=[45], labels=True)
         frame, key = dataset.frame(0), f"pandaset/{sensor}/45/semseg"
         assert frame.image is None
-        found = raw.given(frame.labels)
+        found = present(frame.labels)
         np.testing.assert_array_equal(np.bincount(found, minlength=256), golden[f"{key}/histogram"])
         labels, points = golden[f"{key}/labels"], golden[f"{key}/points"]
         np.testing.assert_array_equal(every(found, len(labels)), labels)
@@ -82,7 +83,7 @@ class TestGolden:
         to find the beams."""
         dataset = PandaSet(SAMPLES / "pandaset", frames=[0, 45, 54], labels=True)
         for index in range(3):
-            step = np.diff(raw.given(dataset.frame(index).beams).astype(int))
+            step = np.diff(present(dataset.frame(index).beams).astype(int))
             assert ((step < 0) | (step > 30)).mean() > 0.999  # the next lower beam, or the next firing's highest
 
     @pytest.mark.parametrize("sequence", ["00", "01", "02"])
@@ -99,7 +100,7 @@ class TestGolden:
 
     def test_semantic_kitti_labels_without_an_image(self):
         frame = SemanticKITTI(SAMPLES / "semantic_kitti", split="validation", labels=True).frame(0)
-        labels = raw.given(frame.labels)
+        labels = present(frame.labels)
         assert labels.shape == (123389,)
         assert set(np.unique(labels)) <= {*range(19), IGNORE}
 
@@ -143,8 +144,8 @@ def test_pandaset_uses_the_poses_of_the_frame_number(pandaset):
             np.testing.assert_allclose(ego_points(frame), local - np.array([0, 0, 1.6, 0]), atol=1e-5)
             pixels, visible = seen(local, raw.PANDASET_LENS.values(), (1920, 1080), margin=0)
             np.testing.assert_array_equal(frame.visible, visible)
-            np.testing.assert_allclose(raw.given(frame.pixels), pixels, atol=1e-2)
-            image = raw.given(frame.image)
+            np.testing.assert_allclose(present(frame.pixels), pixels, atol=1e-2)
+            image = present(frame.image)
             assert image.shape == (1080, 1920, 3)
             np.testing.assert_allclose(image[0, 0], 10 * number, atol=2)
 
@@ -170,7 +171,7 @@ def test_pandaset_knows_the_beam_of_each_point_while_the_car_moves(pandaset):
     assert PandaSet(pandaset).frame(0, camera=None).beams is None  # without labels nobody asks
     frame = PandaSet(pandaset, labels=True).frame(0)
     np.testing.assert_array_equal(frame.beams, beam)
-    to_sensor = raw.given(frame.to_sensor)
+    to_sensor = present(frame.to_sensor)
     middle = np.abs(share - 0.5) < 0.01
     np.testing.assert_allclose((world @ to_sensor[:3, :3].T + to_sensor[:3, 3])[middle], rays[middle], atol=0.11)
     found = beams_of(world @ to_sensor[:3, :3].T + to_sensor[:3, 3], "pandar64")
@@ -202,7 +203,7 @@ def test_pandaset_draws_each_camera_that_is_there(tmp_path):
 
 def test_pandaset_labels_follow_their_points(pandaset):
     dataset = PandaSet(pandaset, sensor="pandargt", labels=True)
-    labels = raw.given(dataset.frame(0).labels)
+    labels = present(dataset.frame(0).labels)
     raw_labels = (np.arange(100) % 43)[np.arange(100) % 5 > 2]
     assert [dataset.class_names[labels[list(raw_labels).index(i)]] for i in (13, 8, 38)] == [
         "car",
@@ -236,8 +237,8 @@ def test_semantic_kitti_reads_both_layouts(tmp_path, apart):
     projected = (
         np.column_stack([points[:, :3], np.ones(50)]) @ (raw.KITTI_P2 @ np.vstack([raw.KITTI_TR, [0, 0, 0, 1]])).T
     )
-    np.testing.assert_allclose(raw.given(frame.pixels), projected[:, 1::-1] / projected[:, 2:], atol=1e-9)
-    assert raw.given(frame.visible).any()
+    np.testing.assert_allclose(present(frame.pixels), projected[:, 1::-1] / projected[:, 2:], atol=1e-9)
+    assert present(frame.visible).any()
     labels = SemanticKITTI(tmp_path, split="validation", labels=True).frame(0).labels
     np.testing.assert_array_equal(labels, np.resize([IGNORE, 0, 8, 0, 18], 50))
 
@@ -249,7 +250,7 @@ def test_nuscenes_goes_through_both_times(nuscenes):
     np.testing.assert_array_equal(frame.points, points)
     pixels, visible = seen(points[:, :3] - [1.0, 0, 0], (700, 700, 400, 220), (800, 450), margin=1)
     np.testing.assert_array_equal(frame.visible, visible)
-    np.testing.assert_allclose(raw.given(frame.pixels), pixels, atol=0.1)  # float32 in global coordinates
+    np.testing.assert_allclose(present(frame.pixels), pixels, atol=0.1)  # float32 in global coordinates
 
 
 def test_nuscenes_numbers_its_beams(nuscenes):

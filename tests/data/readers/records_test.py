@@ -18,6 +18,7 @@ from scalr_jax.data.readers.records import Records
 from scalr_jax.prepare import run as prepare
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support import raw_datasets as raw
+from tests.support.checks import present
 from tests.support.paths import SAMPLES
 from tests.support.prepared_datasets import (
     READERS,
@@ -65,11 +66,11 @@ def test_evaluation_sees_every_point_in_its_order(tiny, name):
         assert_equal(scenes(plain, i, None, SEGMENTATION), scenes(records, i, None, SEGMENTATION))
         assert_equal(scenes(plain, i, files.RANDOM, SEGMENTATION), scenes(records, i, files.RANDOM, SEGMENTATION))
         trained = dataclasses.replace(SEGMENTATION, train=True, augmentation="published")
-        pair = [
+        one, other = (
             transforms.make_scene(d.frame(i), 0, d.intensity, trained, np.random.default_rng(i))
             for d in (plain, records)
-        ]
-        assert_equal(*pair)
+        )
+        assert_equal(one, other)
 
 
 def test_a_prepared_scan_keeps_its_lidar(tmp_path):
@@ -79,9 +80,9 @@ def test_a_prepared_scan_keeps_its_lidar(tmp_path):
     folder = make("pandaset", tmp_path, tmp_path / "records", "--labels")
     plain = PandaSet(tmp_path / "pandaset", split="train", labels=True).frame(0)
     record = Records(folder, split="train", labels=True).frame(0)
-    assert len(np.unique(raw.given(plain.beams))) > 5
+    assert len(np.unique(present(plain.beams))) > 5
     np.testing.assert_array_equal(record.beams, plain.beams)
-    seen, again = (transforms.to_ego(frame.points, raw.given(frame.to_sensor)) for frame in (plain, record))
+    seen, again = (transforms.to_ego(frame.points, present(frame.to_sensor)) for frame in (plain, record))
     np.testing.assert_allclose(seen, again, atol=1e-5)
 
 
@@ -162,7 +163,7 @@ def test_data_root_may_be_prepared_records(tiny, tmp_path):
     panda.data.frames = ("05",)
     assert len(make_dataset(panda, "train", cache=tmp_path)) == 1
     panda.task = "probe"
-    assert raw.given(make_dataset(panda, "train", cache=tmp_path).frame(0, None).labels).shape == (60,)
+    assert present(make_dataset(panda, "train", cache=tmp_path).frame(0, None).labels).shape == (60,)
 
 
 def test_one_scene_can_be_trained_and_validated_on_by_frame(tiny, tmp_path):

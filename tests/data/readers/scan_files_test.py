@@ -9,6 +9,7 @@ from scalr_jax.data.readers import pcd
 from scalr_jax.data.readers.scan_files import INTENSITY_NAMES, read_scan
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support import scan_writers as writers
+from tests.support.checks import present
 
 
 def write(path, table, encoding):
@@ -80,8 +81,9 @@ def test_pcd_fields_of_several_values_and_padding(tmp_path, encoding):
     content = path.read_bytes().replace(b"FIELDS x y ring z", b"FIELDS x y _ z")
     path.write_bytes(content)
     np.testing.assert_array_equal(read_scan(path).points, writers.expected_points(table))
-    wide = np.zeros(9, [("normal", "<f4", 3), *[(name, table.dtype[name]) for name in table.dtype.names]])
-    for name in table.dtype.names:
+    names = present(table.dtype.names)
+    wide = np.zeros(9, [("normal", "<f4", 3), *[(name, table.dtype[name]) for name in names]])
+    for name in names:
         wide[name] = table[name]
     writers.write_pcd(path, wide, encoding)
     assert b"COUNT 3 1" in path.read_bytes()
