@@ -19,10 +19,10 @@ from scalr_jax.ops import sparse_conv
 from scalr_jax.ops.voxels import count_levels, extent_of, room_for, sizes_for
 from scalr_jax.predict import run as predict
 from scalr_jax.runtime.errors import InputError
+from tests.support.fast import FAST
 
 VIEW, SIZE = ((0.0, 0.0, 0.0), (12.0, 10.0, 6.0)), 0.5
 STEM, WIDTHS, BLOCKS, FEATURES, CLASSES = 4, (4, 6, 8, 8, 8, 6, 6, 5), (1, 2, 1, 1, 1, 1, 1, 1), 3, 7
-FAST = {"xla_backend_optimization_level": 0}  # compiles faster, which is what these tests spend their time on
 LAYOUTS = ("minkowski", "torchsparse")
 
 

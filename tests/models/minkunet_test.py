@@ -10,12 +10,12 @@ import pytest
 from scalr_jax.data.scenes import PackedVoxels
 from scalr_jax.models import minkunet
 from scalr_jax.ops.voxels import count_levels, extent_of, room_for
+from tests.support.fast import FAST
 
 VIEW = ((-3.2, -3.2, -1.6), (3.2, 3.2, 1.6))
 SMALL = minkunet.MinkUNet((1, 0, 0, 0, 1, 0, 0, 0), (4, 6, 8, 10, 8, 6, 6, 6), 4)
 SIZE, POINTS = 0.1, 200
 EXTENT = extent_of(VIEW, SIZE)
-FAST = {"xla_backend_optimization_level": 0}  # compiles faster, which is what these tests spend their time on
 
 
 def scene(seed, number=POINTS):

@@ -24,9 +24,9 @@ from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import optim
 from tests.support.checks import present
+from tests.support.fast import FAST
 from tests.support.runs import distill, losses, small_config
 
-FAST = {"xla_backend_optimization_level": "0"}  # compiles faster, which is what these tests spend their time on
 NARROW = {"model.name": "minkunet14", "model.minkunet.width": 0.1}
 
 

@@ -1,7 +1,5 @@
 """The student: published numbers, and the laws of packing and padding."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,14 +9,11 @@ import pytest
 from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.interop import student as interop
 from scalr_jax.interop.layout import apply_published_layout, published_batch
+from tests.support.fast import fast_jit
 from tests.support.random_scenes import GRIDS, pack, random_scene, stack
 from tests.support.small_student import init, small_student
 
 KINDS = ("scalr", "batchnorm", "scalr_plus")
-
-
-# Compiles faster, which is what these tests spend their time on.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def apply(student, variables, batch, *, train=False):

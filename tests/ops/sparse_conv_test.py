@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from scalr_jax.ops import cells, sparse_conv
 from scalr_jax.ops.voxels import Sizes, count_levels, pooled, room_for, sizes_for, sizes_of
+from tests.support.fast import FAST
 
 EXTENT, NUM_SCENES, NUM_POINTS, LEVELS = (8, 6, 4), 2, 160, 3
 # On the second level the pairs have room by direction.
 SIZES = (Sizes(160, 28 * 256, 256), Sizes(64, 0, 128, tuple(range(48, 61))), Sizes(16, 28 * 128, 128))
-FAST = {"xla_backend_optimization_level": "0"}  # compiles faster, which is what these tests spend their time on
 fast_jit = functools.partial(jax.jit, compiler_options=FAST)
 make = fast_jit(functools.partial(sparse_conv.make_levels, sizes=SIZES, num_scenes=NUM_SCENES, extent=EXTENT))
 
