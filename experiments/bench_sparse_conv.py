@@ -146,7 +146,7 @@ def network(
     config = get_config()
     config.model.name, config.model.minkunet.voxel_size = arguments.network, arguments.voxel_size
     config.model.field_of_view = (tuple(LOW.tolist()), tuple(HIGH.tolist()))
-    student: Any = build.make_student(config, head="none", out_features=0)
+    student: Any = build.make_student(config.model, head="none", out_features=0, platform=jax.default_backend())
     coordinates = (batch.feats[..., 1:4] - LOW) / arguments.voxel_size
     coordinates = np.clip(coordinates, 0, np.array(extent) - 0.1).astype(np.float32)
     options = steps.compiler_options(jax.default_backend())

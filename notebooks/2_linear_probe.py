@@ -60,12 +60,11 @@ if not (workdir / "results.json").exists():
 import jax
 import scalr_jax
 from scalr_jax.interop.layout import empty_batch
-from scalr_jax.interop.student import make_student
 
 distilled = scalr_jax.load(workdir)
-student = make_student(distilled.config)
+student = distilled.student
 init = jax.jit(lambda key, batch: student.init(key, batch, train=False))
-batch = empty_batch(distilled.config.num_features, distilled.config.grids)
+batch = empty_batch(distilled.config.num_features, student.needs)
 random = scalr_jax.Model(distilled.config, init(jax.random.key(0), batch))
 
 # %% [markdown]

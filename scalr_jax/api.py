@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from scalr_jax.config import get_config
+from scalr_jax.config import get_config, student_settings
 from scalr_jax.data import sensors
 from scalr_jax.data.build import given_intensity
 from scalr_jax.data.packing import pack_shard, static_capacities
@@ -29,7 +29,8 @@ from scalr_jax.data.whole_scan import check_points, whole_scan
 from scalr_jax.interop import minkunet as interop_minkunet
 from scalr_jax.interop import student as interop
 from scalr_jax.interop.exported import is_export, read_export
-from scalr_jax.models import build
+from scalr_jax.models.build import make_backbone, make_student
+from scalr_jax.models.heads import segmentation_head
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
 
@@ -50,6 +51,7 @@ class Model:
       config: the model config, what `interop.save_torch_checkpoint` takes, with `intensity`, `voxel_size` and, where
         they are known, `class_names`.
       variables: {"params", "batch_stats"}, on the default device.
+      student: the Flax module, whose variables these are.
       class_names: of a segmentation model, "class 0", ... where they are not known; else ().
     """
 
@@ -58,21 +60,18 @@ class Model:
         self.variables = jax.device_put(dict(variables))
         unnamed = [f"class {k}" for k in range(config.out_features)] if config.head in SEGMENTATION_HEADS else []
         self.class_names = tuple(config.get("class_names") or unnamed)
-        dtype = build.compute_dtype(config.dtype)
-        self._sparse = build.is_sparse(config)
-        if self._sparse:
-            student = build.make_sparse_student(config, head=config.head, out_features=config.out_features)
-        else:
-            student = interop.make_student(config, dtype=dtype, implementation=config.implementation)
-        backbone = student.clone(head="none")
-        self._student = student
+        (device, *_) = jax.tree.leaves(self.variables)[0].devices()
+        self.student = make_student(
+            student_settings(config), head=config.head, out_features=config.out_features, platform=device.platform
+        )
+        backbone = self.student.clone(head="none")
         self._embed = jax.jit(lambda variables, batch: backbone.apply(variables, batch, train=False))
         self._head = jax.jit(self.apply)
         self._classes = jax.jit(lambda variables, batch: self.apply(variables, batch).argmax(-1))
 
     def apply(self, variables: Any, batch: Any) -> Any:
         """The pure function underneath: variables and a `scenes.Batch` -> the head's output [D, P, C_out] float32."""
-        return self._student.apply(variables, batch, train=False)
+        return self.student.apply(variables, batch, train=False)
 
     def embed(self, points: Any) -> np.ndarray:
         """The backbone's features [N, C] float32. Raises ValueError for points that are none."""
@@ -99,7 +98,7 @@ class Model:
     def _run(self, function: Any, points: Any, *, fill: float) -> np.ndarray:
         """`function`'s rows of the kept points, spread over all points."""
         scene, nearest = whole_scan(check_points(points), self.config)
-        grids = [] if self._sparse else [tuple(grid) for grid in self.config.grids]
+        grids = self.student.needs.grids
         shard = pack_shard([scene], static_capacities(scene, grids), scene, grids)
         batch = jax.tree.map(lambda x: jnp.asarray(x)[None], shard)
         rows = np.asarray(function(self.variables, batch))[0]
@@ -205,11 +204,11 @@ def _load_workdir(path: Path, sensor: str | None, given: dict) -> tuple[dict, di
         raise InputError(f"{path} is a run of task {written.get('task')!r}, which leaves no student")
     variables = load_variables(path / "checkpoints")
     params = variables["params"]
-    head = build.segmentation_head(params)
+    head = segmentation_head(params)
     out = params["head"] if head else params["head"]["out"]
     settings = {
         **model,
-        "num_features": build.num_features(params),
+        "num_features": make_backbone(student_settings(model)).num_features(params),
         "head": head or "distill",
         "head_hidden": 0 if head else model["head_hidden"],  # the distillation head's, which a probe has not
         "out_features": out["bias"].shape[0],

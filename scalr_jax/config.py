@@ -9,7 +9,7 @@ schedule, so that shortening a run keeps its shape.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -302,6 +302,17 @@ def read_settings(config: ConfigDict) -> Settings:
     problems += _problems(settings)
     if problems:
         raise InputError(f"config: {'; '.join(problems)}; docs/config.md lists every key")
+    return settings
+
+
+def student_settings(model: Mapping[str, Any]) -> StudentSettings:
+    """The settings of a model config that has other keys too, or lacks younger ones. Raises `InputError`."""
+    values, problems = get_config().model.to_dict(), []
+    values |= {name: value for name, value in model.items() if name in values}
+    values["minkunet"] = {**keys.defaults(MinkunetSettings), **values["minkunet"]}
+    settings = keys.read(StudentSettings, values, problems, "model.")
+    if problems:
+        raise InputError("; ".join(problems))
     return settings
 
 

@@ -23,8 +23,11 @@ from scalr_jax.evaluation.zero_shot import zero_shot
 from scalr_jax.interop import minkunet as interop_minkunet
 from scalr_jax.interop import student as interop
 from scalr_jax.interop.layout import empty_batch
-from scalr_jax.models import build
-from scalr_jax.models.student import StudentOnFeatures, without_head
+from scalr_jax.models.backbone import CachedFeatures
+from scalr_jax.models.build import make_backbone, make_student
+from scalr_jax.models.heads import segmentation_head
+from scalr_jax.models.student import without_head
+from scalr_jax.runtime import sharding
 from scalr_jax.runtime import workdir as workdir_of_run
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
@@ -86,7 +89,7 @@ def load_backbone(config: Any) -> dict:
     Raises `InputError` when it is neither, and with every setting in which it differs from `config.model`.
     """
     path = Path(config.checkpoint)
-    if config.checkpoint and path.is_file() and build.is_sparse(config.model):
+    if config.checkpoint and path.is_file() and interop_minkunet.is_minkunet(path):
         there, variables = interop_minkunet.load_minkunet(path)
         inputs = {"intensity": interop_minkunet.INTENSITY, "voxel_size": there["minkunet"]["voxel_size"]}
         _check_model(path, there, inputs, config)
@@ -116,15 +119,11 @@ def load_backbone(config: Any) -> dict:
     )
 
 
-WAFFLEIRON = ("channels", "depth", "norm", "activation", "num_neighbors")
-MINKUNET = tuple(f"minkunet.{key}" for key in ("width", "stem_convolutions", "voxel_size", "reading"))
-
-
 def _check_model(path: Path, there: Any, inputs: dict[str, Any], config: Any) -> None:
     """Raises `InputError` that lists the settings in which a checkpoint's model (`config.model`) and the points that it
     was trained on (`inputs`, of `config.data`) differ from the config's."""
     settings = [{"name": "waffleiron", **flatten(model)} for model in (there, config.model)]
-    keys = ("name", *(MINKUNET if build.is_sparse(config.model) else WAFFLEIRON))
+    keys = ("name", *make_backbone(config.model).weight_keys)
     found = [(key, *(of.get(key) for of in settings)) for key in keys]
     wrong = [f"{key} is {a} there, {b} in config.model" for key, a, b in found if a not in (None, b)]
     for key, value in inputs.items():
@@ -137,8 +136,8 @@ def _check_model(path: Path, there: Any, inputs: dict[str, Any], config: Any) ->
 
 def _check_shapes(path: Path, variables: dict, config: Any) -> None:
     """The like of a folder without config.json, of which only the weights' shapes tell."""
-    student = build.make_student(config, head="none", out_features=0)
-    batch = empty_batch(len(FEATURES), build.grids_of(config))
+    student = make_student(config.model, head="none", out_features=0, platform=sharding.platform())
+    batch = empty_batch(len(FEATURES), student.needs)
     wanted = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
     if jax.tree.map(np.shape, without_head(variables)) != jax.tree.map(np.shape, dict(wanted)):
         raise InputError(
@@ -154,8 +153,8 @@ def _segment(config: Any, workdir: Path, *, label: str, frozen: bool, initial: d
     num_classes = num_classes_of(config, dataset)
     task = segmentation_task(config, num_classes, label=label, initial=initial, frozen=frozen)
     student = task.student
-    if isinstance(student, StudentOnFeatures):
-        student = student.student
+    if isinstance(student.backbone, CachedFeatures):
+        student = student.clone(backbone=student.backbone.backbone)
         with workdir_of_run.claim(config, workdir):
             dataset = make_cache(config, workdir / "features", dataset, initial)
     state = train(config, workdir, dataset, task)
@@ -211,11 +210,12 @@ def load_segmenter(config: Any) -> tuple[Any, dict, int]:
     Raises `InputError` when the checkpoint has no such head, or is of another model than `config.model`.
     """
     variables = load_backbone(config)
-    head = build.segmentation_head(variables["params"])
+    head = segmentation_head(variables["params"])
     if head is None:
         raise InputError(f"{config.checkpoint} holds no segmentation head; give the workdir of a probe or fine-tuning")
     num_classes = variables["params"]["head"]["bias"].shape[0]
-    return build.make_student(config, head=head, out_features=num_classes), variables, num_classes
+    student = make_student(config.model, head=head, out_features=num_classes, platform=sharding.platform())
+    return student, variables, num_classes
 
 
 def class_order(config: Any, dataset: Any, num_classes: int) -> np.ndarray:

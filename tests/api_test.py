@@ -130,7 +130,7 @@ def test_heads_say_what_they_cannot(distilled, probed):
 
 
 def test_the_pure_function_is_underneath(distilled):
-    out = jax.eval_shape(distilled.apply, distilled.variables, empty_batch(5, distilled.config.grids))
+    out = jax.eval_shape(distilled.apply, distilled.variables, empty_batch(5, distilled.student.needs))
     assert out.shape == (1, 2, 6)
 
 

@@ -1,7 +1,6 @@
 """Every config of configs/: it builds its state, and has the published sizes and lengths."""
 
 import inspect
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,18 +9,18 @@ import pytest
 from scalr_jax import config as defaults
 from scalr_jax import recipes, tasks
 from scalr_jax.compile import abstract
-from scalr_jax.data.build import make_dataset, make_settings
+from scalr_jax.data.build import make_dataset
 from scalr_jax.data.joined import every_nth, intensity_statistics
 from scalr_jax.interop import student as interop
 from scalr_jax.interop.layout import empty_batch
 from scalr_jax.interop.teacher import make_teacher
-from scalr_jax.models import build
+from scalr_jax.models.build import make_backbone, make_student
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import optim
 from scalr_jax.train.state import init_state
 from tests.support.checks import present
 from tests.support.paths import ROOT
-from tests.support.runs import config_module, config_of
+from tests.support.runs import config_module, config_of, scene_settings
 from tests.support.tiny_student import tiny_model
 
 CONFIGS = ROOT / "configs"
@@ -44,18 +43,19 @@ def variants():
 def abstract_state(config):
     """The train state's shapes; no array is made."""
     distill = config.task == "distill"
-    student = build.make_student(
-        config,
+    student = make_student(
+        config.model,
+        platform="cpu",
         head="distill" if distill else config.model.segmentation_head,
         out_features=TEACHER_WIDTH if distill else CLASSES[config.data.dataset],
         frozen_backbone=config.task == "probe",
     )
-    optimizer = optim.make_optimizer(config.optimizer, depth=config.model.depth)
+    optimizer = optim.make_optimizer(config.optimizer, student.backbone)
     optim.make_schedule(config.optimizer, float(config.num_steps))
     trainable = ("head",) if config.task == "probe" else None
     key = jax.random.key(0)
     return jax.eval_shape(
-        lambda batch: init_state(student, batch, optimizer, trainable, key), empty_batch(5, config.model.grids)
+        lambda batch: init_state(student, batch, optimizer, trainable, key), empty_batch(5, student.needs)
     )
 
 
@@ -70,7 +70,7 @@ def test_every_config_builds_its_state(name, method):
     assert count(state.params["backbone"]) > 6e6
     trained = state.params["head"] if config.task == "probe" else state.params
     assert count(state.opt_state) == 2 * count(trained) + 1  # two moments and Adam's count
-    make_settings(config, task="distill" if config.task == "distill" else "segment", train=True)
+    scene_settings(config, task="distill" if config.task == "distill" else "segment", train=True)
     if config.data.scenes_per_step:
         assert config.data.points_per_shard == config.data.scenes_per_shard * config.data.max_points
 
@@ -80,12 +80,12 @@ def test_every_config_takes_a_minkunet(name, method):
     """Scenes, room of its tables (that of the largest scenes where a step holds so many) and the student; no array."""
     config = config_of(name, *method)
     config.model.name = "minkunet34"
-    settings = make_settings(config, task="distill" if config.task == "distill" else "segment", train=True)
+    settings = scene_settings(config, task="distill" if config.task == "distill" else "segment", train=True)
     assert (settings.needs.voxel_size, settings.needs.grids) == (0.1, ())
-    student: Any = build.make_student(config, head=config.model.segmentation_head, out_features=16)
-    assert (sum(student.blocks), student.widths[-1]) == (23, 96)
-    optim.make_optimizer(config.optimizer, depth=sum(student.blocks), blocks=student.blocks)
-    room = abstract.choose_capacities(config)
+    backbone = make_backbone(config.model)
+    assert (backbone.depth, backbone.channels) == (23, 96)
+    optim.make_optimizer(config.optimizer, backbone)
+    room = abstract.choose_capacities(config, backbone.needs)
     scenes = config.data.scenes_per_step
     assert room.pairs[0] >= (scenes * recipes.SCENE_PAIRS[0] if scenes else recipes.PACK_PAIRS[0])
 
@@ -94,9 +94,9 @@ def test_every_config_takes_a_minkunet(name, method):
 def test_a_minkunet34_has_the_published_size(head):
     config = config_of("probe/nuscenes", "scalr")
     config.model.name = "minkunet34"
-    student = build.make_student(config, head=head, out_features=16)
+    student = make_student(config.model, head=head, out_features=16, platform="cpu")
     shapes = jax.eval_shape(
-        lambda batch: student.init(jax.random.key(0), batch, train=False), empty_batch(5, build.grids_of(config))
+        lambda batch: student.init(jax.random.key(0), batch, train=False), empty_batch(5, student.needs)
     )
     assert count(shapes["params"]["backbone"]) / 1e6 == pytest.approx(37.86, abs=0.02)
 

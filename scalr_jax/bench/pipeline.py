@@ -30,6 +30,7 @@ from scalr_jax.data.build import make_dataset, make_settings
 from scalr_jax.data.joined import intensity_statistics
 from scalr_jax.data.readers import files
 from scalr_jax.data.scenes import PLANE_AXES, Frame
+from scalr_jax.models.build import make_backbone
 from scalr_jax.runtime.errors import InputError
 
 BATCH_SIZE = 8  # of the published loader
@@ -89,7 +90,7 @@ def _settings(arguments: argparse.Namespace) -> tuple[Any, transforms.SceneSetti
     config.data.dataset, config.data.root = arguments.dataset, arguments.root
     if "pandaset" in arguments.dataset:  # others have no choice of sensors
         config.data.sensors = (arguments.sensor,)
-    return config, make_settings(config, task="distill", train=True)
+    return config, make_settings(config, make_backbone(config.model).needs, task="distill", train=True)
 
 
 def _dataset(config: Any, name: str, root: str, *, several: bool) -> Any:

@@ -41,8 +41,7 @@ from scalr_jax.data.sensors import INTENSITY, PRETRAINING
 from scalr_jax.data.whole_scan import whole_scan
 from scalr_jax.export.fold import fold
 from scalr_jax.export.inputs import scene_inputs
-from scalr_jax.interop import student as interop
-from scalr_jax.interop.layout import empty_batch
+from scalr_jax.interop.layout import empty_batch, student_of
 from scalr_jax.runtime.errors import InputError
 
 SCANS = {
@@ -77,9 +76,9 @@ def random_model(channels: int, depth: int, intensity: tuple[float, float]) -> M
     config.unlock()
     config.update(channels=channels, depth=depth, num_features=len(transforms.FEATURES), head="none", out_features=0)
     config.update(intensity=intensity, voxel_size=get_config().data.voxel_size, grids=PRETRAINING.grids)
-    student = interop.make_student(config)
+    student = student_of(config)
     init = jax.jit(lambda batch: student.init(jax.random.key(0), batch, train=False))
-    return Model(config, init(empty_batch(config.num_features, config.grids)))
+    return Model(config, init(empty_batch(config.num_features, student.needs)))
 
 
 def _find_scan(arguments: argparse.Namespace, folder: Path) -> tuple[Path, str]:
@@ -158,7 +157,7 @@ def _stages(
     needs = SceneNeeds(config.field_of_view, grids=config.grids)
     xyz = np.ascontiguousarray(scene.feats[:, 1:4])
     capacities = static_capacities(scene, grids)
-    student = interop.make_student(config)
+    student = student_of(config)
     network = jax.jit(lambda variables, batch: student.apply(variables, batch, train=False))
 
     def voxelise() -> Any:

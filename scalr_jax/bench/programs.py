@@ -39,7 +39,7 @@ OPTIMIZER = SimpleNamespace(
 
 def student_step(student: Student) -> tuple[Callable, Callable]:
     """(init(batch) -> state, step(state, target, batch) -> (state, metrics)), as in training."""
-    optimizer = optim.make_optimizer(OPTIMIZER, depth=student.depth)
+    optimizer = optim.make_optimizer(OPTIMIZER, student.backbone)
     step = steps.make_student_step(student, optimizer, optim.make_schedule(OPTIMIZER, 1.0), seed=0, batch_size=8)
     return lambda batch: init_state(student, batch, optimizer, None, jax.random.key(0)), step
 
@@ -70,14 +70,15 @@ def forward_pass(student: Student, batch: Any) -> Callable[[], Any]:
 def layers_alone(student: Student, batch: Any) -> dict[str, Callable[[], Any]]:
     """Three layers, one a plane: forward, and forward with the gradients of input and parameters."""
     num_scenes, x = batch.scene_points.shape[1], _rows(student, batch, jnp.float32)
+    backbone: Any = student.backbone
     model = WaffleIron(
         PLANES,
-        student.grids,
-        student.norm,
-        student.activation,
-        student.drop_path,
-        student.implementation,
-        student.remat,
+        backbone.needs.grids,
+        backbone.norm,
+        backbone.activation,
+        backbone.drop_path,
+        backbone.implementation,
+        backbone.remat,
         student.dtype,
     )
     variables = jax.jit(
@@ -108,13 +109,14 @@ def layers_alone(student: Student, batch: Any) -> dict[str, Callable[[], Any]]:
 
 def _rows(student: Student, batch: Any, dtype: Any, seed: int = 0) -> Any:
     """Random rows [D * P, C]."""
-    return jax.random.normal(jax.random.key(seed), (batch.scene.size, student.channels), jnp.float32).astype(dtype)
+    shape = (batch.scene.size, student.backbone.channels)
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
 
 
 def layer_products(student: Student, num_rows: int) -> dict[str, Callable[[], Any]]:
     """The products of one layer, in the layer's dtype."""
     keys = jax.random.split(jax.random.key(0), 4)
-    c, dtype = student.channels, student.dtype
+    c, dtype = student.backbone.channels, student.dtype
     kernels = tuple(bench_products.unit_gain(key, c, c, dtype=dtype) for key in keys[:2])
     x, gradient = (jax.random.normal(key, (num_rows, c)).astype(dtype) for key in keys[2:])
     forward, both = jax.jit(bench_products.forward), jax.jit(bench_products.forward_backward)
@@ -138,13 +140,14 @@ def spatial_alone(student: Student, batch: Any) -> tuple[dict[str, Callable[[], 
     """Spatial mixing without its norm, forward and backward: top view, top view dense, all planes."""
     num_scenes, mask = batch.scene_points.shape[1], to_rows(batch.scene < batch.scene_points.shape[1])
     x, gradient = (_rows(student, batch, student.dtype, seed) for seed in (0, 1))
+    backbone: Any = student.backbone
+    grids = backbone.needs.grids
 
     def make(planes: tuple[int, ...], implementation: str) -> Any:
         mixes = [
-            SpatialMix(student.grids[k], student.norm, student.activation, implementation, student.dtype)
-            for k in planes
+            SpatialMix(grids[k], backbone.norm, backbone.activation, implementation, student.dtype) for k in planes
         ]
-        tables = [_read_by(implementation, batch.planes[k], student.grids[k]) for k in planes]
+        tables = [_read_by(implementation, batch.planes[k], grids[k]) for k in planes]
 
         def mix_all(all_params: list, x: Any, tables: list) -> Any:
             with nn.intercept_methods(_without_norm):
@@ -164,7 +167,7 @@ def spatial_alone(student: Student, batch: Any) -> tuple[dict[str, Callable[[], 
         compiled = jax.jit(both).lower(all_params, x, gradient, tables).compile()
         return (lambda: compiled(all_params, x, gradient, tables)), working_bytes(compiled)
 
-    implementation = student.implementation
+    implementation = backbone.implementation
     if implementation == "auto":  # as `WaffleIron` decides
         implementation = "windows" if jax.default_backend() == "tpu" else "cells"
     chosen, chosen_bytes = make((0,), implementation)

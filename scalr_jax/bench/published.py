@@ -107,7 +107,8 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace, torch: A
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # so that PyTorch has the GPU to itself
         batch = jax.tree.map(jnp.asarray, scenes.batch._replace(images=None, pixels=None, labels=None))
         variables = jax.tree.map(np.asarray, jax.jit(lambda b: student.init(jax.random.key(0), b, train=False))(batch))
-    model = {"channels": student.channels, "depth": student.depth, "norm": student.norm, "head": "distill"}
+    backbone: Any = student.backbone
+    model = {"channels": backbone.channels, "depth": backbone.depth, "norm": backbone.norm, "head": "distill"}
     model |= {"head_hidden": 0, "out_features": student.out_features, "num_features": batch.feats.shape[-1]}
     theirs = _Published(torch, package, model, published_state_dict(model, variables), scenes)
     wanted = theirs.outputs()
@@ -138,8 +139,8 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace, torch: A
         "points": scenes.num_points,
         "num_scenes": scenes.num_scenes,
         "source": scenes.source,
-        "channels": student.channels,
-        "depth": student.depth,
+        "channels": backbone.channels,
+        "depth": backbone.depth,
         "dtype": jnp.dtype(student.dtype).name,
         **medians,
         "scenes_per_s": scenes.num_scenes / medians["step_s"],

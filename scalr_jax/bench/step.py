@@ -102,7 +102,7 @@ def distillation_step(
 ) -> tuple[Callable[[], Any], int | None]:
     """A function that makes one step, and what a step needs in memory by XLA's plan."""
     settings = bench_programs.OPTIMIZER
-    optimizer = optim.make_optimizer(settings, depth=student.depth)
+    optimizer = optim.make_optimizer(settings, student.backbone)
     schedule = optim.make_schedule(settings, 1.0)
     step = steps.make_distill_step(student, vit_config, optimizer, schedule, seed=0, batch_size=8, which=FEATURE)
     state = jax.jit(lambda batch: init_state(student, batch, optimizer, None, jax.random.key(0)))(batch)

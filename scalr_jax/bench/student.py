@@ -50,8 +50,13 @@ from scalr_jax.bench.timing import (
     rounded,
     show_times,
 )
+from scalr_jax.data.scenes import SceneNeeds
+from scalr_jax.data.sensors import PRETRAINING
+from scalr_jax.models.build import compute_dtype
 from scalr_jax.models.flops import Sizes, flops, student_products
 from scalr_jax.models.student import Student
+from scalr_jax.models.waffleiron import WaffleIronBackbone
+from scalr_jax.runtime import sharding
 from scalr_jax.runtime.chips import utilisation
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import steps
@@ -97,26 +102,32 @@ def student_of(arguments: argparse.Namespace, grids: Any) -> Student:
     """The student that the arguments describe."""
     if not 0 <= arguments.drop_path < 1:
         raise InputError(f"--drop_path={arguments.drop_path} is not in [0, 1)")
-    low = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    backbone = WaffleIronBackbone(
+        SceneNeeds(PRETRAINING.field_of_view, grids=tuple(grids)),
+        arguments.channels,
+        arguments.depth,
+        arguments.norm,
+        arguments.activation,
+        arguments.drop_path,
+        arguments.implementation,
+        arguments.remat,
+    )
     return Student(
-        channels=arguments.channels,
-        depth=arguments.depth,
-        grids=grids,
-        head="distill",
+        backbone,
         out_features=arguments.out_features,
         head_hidden=HEADS[arguments.head],
-        norm=arguments.norm,
-        activation=arguments.activation,
-        drop_path=arguments.drop_path,
-        implementation=arguments.implementation,
-        remat=arguments.remat,
-        dtype=jnp.dtype(low if arguments.dtype == "auto" else arguments.dtype),
+        dtype=compute_dtype(arguments.dtype, sharding.platform()),
     )
+
+
+def of_depth(student: Student, depth: int) -> Student:
+    return student.clone(backbone=dataclasses.replace(student.backbone, depth=depth))  # type: ignore[type-var]
 
 
 def sizes_of(student: Student, batch: Any) -> Sizes:
     neighbors, features = batch.neighbors.shape[-1], batch.feats.shape[-1]
-    return Sizes(student.channels, student.depth, student.out_features, student.head_hidden, neighbors, features)
+    backbone = student.backbone
+    return Sizes(backbone.channels, backbone.depth, student.out_features, student.head_hidden, neighbors, features)
 
 
 def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: bool = True) -> dict[str, Any]:
@@ -126,10 +137,9 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: 
     step, plan_bytes = bench_programs.training_step(student, batch)
     jax.block_until_ready(step())
     peak_on_device = device_bytes()  # before other programs raise it
-    first = max(student.depth, LOOPED)
+    first = max(student.backbone.depth, LOOPED)
     looped = {
-        depth: bench_programs.training_step(dataclasses.replace(student, depth=depth), batch)[0]
-        for depth in (first, first + PLANES)
+        depth: bench_programs.training_step(of_depth(student, depth), batch)[0] for depth in (first, first + PLANES)
     }
     spatial, spatial_bytes = bench_programs.spatial_alone(student, batch)
     dense_grid = spatial.pop("spatial_dense")
@@ -169,7 +179,7 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: 
         "rows": num_rows,
         "num_scenes": scenes.num_scenes,
         "source": scenes.source,
-        **{name: getattr(student, name) for name in ("channels", "depth", "implementation", "remat")},
+        **{name: getattr(student.backbone, name) for name in ("channels", "depth", "implementation", "remat")},
         "dtype": jnp.dtype(student.dtype).name,
         "spatial_dense_s": None,
         **medians,
@@ -211,7 +221,7 @@ def compile_times(arguments: argparse.Namespace) -> dict[str, Any]:
     try:
         for _ in range(arguments.runs + 1):  # the first turn warms up
             for depth in depths:
-                student = dataclasses.replace(student_of(arguments, scenes.grids), depth=depth)
+                student = of_depth(student_of(arguments, scenes.grids), depth)
                 start = time.perf_counter()
                 init, step = bench_programs.student_step(student)
                 state = jax.eval_shape(init, batch)

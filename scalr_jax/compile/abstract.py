@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from scalr_jax import recipes
 from scalr_jax.data.build import make_settings
 from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.data.readers.files import read_label_map
-from scalr_jax.data.scenes import Batch, SceneView, SceneVoxels
-from scalr_jax.models import build, vit
+from scalr_jax.data.scenes import Batch, SceneNeeds, SceneView, SceneVoxels
+from scalr_jax.models import vit
 from scalr_jax.models.vit import TEACHERS, ViTConfig
 from scalr_jax.ops.voxels import DIRECTIONS, LEVELS, pooled
 from scalr_jax.runtime import sharding
@@ -59,8 +60,8 @@ def make_run(config: Any, mesh: Any, teacher: str | None = None) -> AbstractRun:
         config.model.dtype = "bfloat16"  # "auto" asks the machine that compiles, which is no TPU
     check_divides(config, mesh.size)
     task, teacher_config = make_task(config, teacher)
-    capacities = choose_capacities(config)
-    batch = make_batch(config, task.scene_task, capacities, mesh)
+    capacities = choose_capacities(config, task.student.needs)
+    batch = make_batch(config, task.student.needs, task.scene_task, capacities, mesh)
     scenes = config.data.scenes_per_step or capacities.scenes * mesh.size  # a constant of the schedule, of any value
     program = train.make_program(config, task, batch, mesh, float(scenes))
     params = placed(task.teacher, sharding.parameter_shardings(task.teacher, mesh))
@@ -133,7 +134,7 @@ def num_classes(config: Any) -> int:
     )
 
 
-def choose_capacities(config: Any) -> Capacities:
+def choose_capacities(config: Any, needs: SceneNeeds) -> Capacities:
     """From the config where it gives them, else tables as full as those of the published mixture, or, where every step
     holds so many scenes, as of its largest."""
     data = config.data
@@ -142,7 +143,7 @@ def choose_capacities(config: Any) -> Capacities:
         return tuple(given) or tuple(-(-data.points_per_shard * n // of_points // 128) * 128 for n in packed)
 
     points, scenes = data.points_per_shard, data.scenes_per_shard
-    if build.is_sparse(config.model):
+    if needs.voxel_size is not None:
         voxels, pairs, of_points = recipes.PACK_VOXELS, recipes.PACK_PAIRS, recipes.PACK_POINTS
         if data.scenes_per_step:
             voxels, pairs, of_points = recipes.SCENE_VOXELS, recipes.SCENE_PAIRS, recipes.MAX_POINTS
@@ -152,9 +153,9 @@ def choose_capacities(config: Any) -> Capacities:
     return Capacities(points, scenes, cells, halo)
 
 
-def make_batch(config: Any, scene_task: str, capacities: Capacities, mesh: Any) -> Batch:
+def make_batch(config: Any, needs: SceneNeeds, scene_task: str, capacities: Capacities, mesh: Mesh) -> Batch:
     """Shapes of a batch, by packing no scene at all as a run packs its first."""
-    settings = make_settings(config, task=scene_task, train=True)
+    settings = make_settings(config, needs, task=scene_task, train=True)
     distill = scene_task == "distill"
     nothing = SceneView(
         name="",

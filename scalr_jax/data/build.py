@@ -17,7 +17,6 @@ from scalr_jax.data.readers.records import Records, is_begun
 from scalr_jax.data.scenes import IGNORE, SceneNeeds, SceneView
 from scalr_jax.data.sensors import MERGED
 from scalr_jax.data.transforms import SceneSettings
-from scalr_jax.models.build import grids_of, is_sparse
 from scalr_jax.ops.voxels import extent_of
 from scalr_jax.runtime import distributed
 from scalr_jax.runtime.errors import BadFrameError, InputError
@@ -215,16 +214,16 @@ def _frame_numbers(data: Any, key: str) -> tuple[int, ...]:
     return tuple(int(frame) for frame in frames)
 
 
-def make_settings(config: Any, *, task: str, train: bool) -> SceneSettings:
-    """`task`: "distill", "segment" or "features"."""
+def make_settings(config: Any, needs: SceneNeeds, *, task: str, train: bool) -> SceneSettings:
+    """`needs`: the student's; `task`: "distill", "segment" or "features"."""
     data = config.data
     fixed = train and config.task == "probe" and config.probe.features != "augmented"
-    if is_sparse(config.model):
-        _check_keys_fit(config)
+    if needs.voxel_size is not None:
+        _check_keys_fit(data, needs.field_of_view, needs.voxel_size)
     return SceneSettings(
         task=task,
         train=train,
-        needs=_needs(config, cached=task == "features"),
+        needs=needs,
         voxel_size=data.voxel_size,
         max_points=data.max_points,
         image_size=tuple(data.image_size),
@@ -234,28 +233,12 @@ def make_settings(config: Any, *, task: str, train: bool) -> SceneSettings:
     )
 
 
-def _needs(config: Any, *, cached: bool) -> SceneNeeds:
-    """What the student needs of a scene; of a `cached` one, which has the backbone's features, no tables."""
-    model, sparse = config.model, is_sparse(config.model)
-    low, high = model.field_of_view
-    return SceneNeeds(
-        (tuple(low), tuple(high)),
-        0 if sparse else model.num_neighbors,
-        () if cached else grids_of(config),
-        model.minkunet.voxel_size if sparse and not cached else None,
-    )
-
-
-def _check_keys_fit(config: Any) -> None:
+def _check_keys_fit(data: Any, field_of_view: tuple, size: float) -> None:
     """Raises `InputError` when a pack has more places for voxels than 32-bit keys tell apart (`ops.sparse_conv`)."""
-    data, size = config.data, config.model.minkunet.voxel_size
-    low, high = (tuple(corner) for corner in config.model.field_of_view)
-    if size <= 0:
-        return  # refused with the student
-    x, y, z = extent_of((low, high), size)
+    x, y, z = extent_of(field_of_view, size)
     if data.scenes_per_shard * (x + 2) * (y + 2) >= 2**31 or data.points_per_shard * (z + 2) >= 2**31:
         raise InputError(
-            f"model.minkunet.voxel_size = {size} makes {x} x {y} x {z} voxels of model.field_of_view, and "
+            f"the student's voxel_size = {size} makes {x} x {y} x {z} voxels of model.field_of_view, and "
             f"data.scenes_per_shard = {data.scenes_per_shard} of these are too many for 32-bit keys; take larger "
             "voxels or a smaller field of view"
         )

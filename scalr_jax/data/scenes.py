@@ -14,9 +14,11 @@ This module imports NumPy only, so that data workers never start a JAX backend.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
+
+A = TypeVar("A")  # np.ndarray or jax.Array
 
 IGNORE = 255  # the label of a point without a class
 
@@ -100,35 +102,35 @@ class ScenePlane(NamedTuple):
     cell_taps: np.ndarray  # [m, 9] int32: rows of the 3x3 neighbours in the halo table, -1 for none
 
 
-class Plane(NamedTuple):
+class Plane(NamedTuple, Generic[A]):
     """Packed cell tables of one plane; see the legend of `docs/design.md`."""
 
-    cell: np.ndarray  # [D, P] int32
-    grid_index: np.ndarray  # [D, M] int32: scene * H * W + i * W + j; S * H * W for unused rows
-    order: np.ndarray  # [D, P] int32: points sorted by cell
-    start: np.ndarray  # [D, M + 1] int32: where each cell's run begins in `order`
-    inverse_count: np.ndarray  # [D, M] float32: 1 / points in the cell, 0 for unused rows
-    halo_index: np.ndarray  # [D, H] int32: as grid_index, of the halo cells
-    halo_taps: np.ndarray  # [D, H, 9] int32
-    cell_taps: np.ndarray  # [D, M, 9] int32
+    cell: A  # [D, P] int32
+    grid_index: A  # [D, M] int32: scene * H * W + i * W + j; S * H * W for unused rows
+    order: A  # [D, P] int32: points sorted by cell
+    start: A  # [D, M + 1] int32: where each cell's run begins in `order`
+    inverse_count: A  # [D, M] float32: 1 / points in the cell, 0 for unused rows
+    halo_index: A  # [D, H] int32: as grid_index, of the halo cells
+    halo_taps: A  # [D, H, 9] int32
+    cell_taps: A  # [D, M, 9] int32
 
 
-class PackedVoxels(NamedTuple):
+class PackedVoxels(NamedTuple, Generic[A]):
     """What the device makes a MinkUNet's tables from."""
 
-    coordinates: np.ndarray  # [D, P, 3] float32, as in `SceneVoxels`; 0 for padding
-    room: tuple[tuple[np.ndarray, ...], ...]  # [D, 0, ...] of each level: static sizes, see `data.voxels.room_for`
+    coordinates: A  # [D, P, 3] float32, as in `SceneVoxels`; 0 for padding
+    room: tuple[tuple[A, ...], ...]  # [D, 0, ...] of each level: static sizes, see `data.voxels.room_for`
 
 
-class Batch(NamedTuple):
-    """What a step reads. `None` for what the task does not need."""
+class Batch(NamedTuple, Generic[A]):
+    """What a step reads: NumPy's arrays, and on a device JAX's. `None` for what the task does not need."""
 
-    feats: np.ndarray  # [D, P, F] float32
-    scene: np.ndarray  # [D, P] int32, S marks padding
-    scene_points: np.ndarray  # [D, S] int32: points of each scene, 0 for an empty slot
-    neighbors: np.ndarray  # [D, P, K] int32
-    planes: tuple[Plane, ...]
-    images: np.ndarray | None = None  # [D, S, h, w, 3] uint8
-    pixels: np.ndarray | None = None  # [D, P, 2] int32
-    labels: np.ndarray | None = None  # [D, P] int32
-    voxels: PackedVoxels | None = None  # for a MinkUNet; `planes` is then ()
+    feats: A  # [D, P, F] float32
+    scene: A  # [D, P] int32, S marks padding
+    scene_points: A  # [D, S] int32: points of each scene, 0 for an empty slot
+    neighbors: A  # [D, P, K] int32
+    planes: tuple[Plane[A], ...]
+    images: A | None = None  # [D, S, h, w, 3] uint8
+    pixels: A | None = None  # [D, P, 2] int32
+    labels: A | None = None  # [D, P] int32
+    voxels: PackedVoxels[A] | None = None  # for a MinkUNet; `planes` is then ()

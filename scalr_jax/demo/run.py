@@ -28,7 +28,8 @@ from scalr_jax.evaluation.segmentation import evaluate
 from scalr_jax.figures.colors import cosine_similarity
 from scalr_jax.figures.curves import draw_loss, read_curve
 from scalr_jax.figures.pictures import Panel, draw_with_image
-from scalr_jax.models import build
+from scalr_jax.models.build import make_backbone, make_student
+from scalr_jax.runtime import sharding
 from scalr_jax.runtime.storage import write_json
 from scalr_jax.train.loop import distillation_task, segmentation_task, train
 from scalr_jax.train.state import variables_of
@@ -127,10 +128,11 @@ def part_config(config: Any, task: str) -> Any:
 
 def _random_backbone(config: Any, dataset: Any) -> dict:
     """Random weights whose batch norms have seen some steps of data: without it the probe would read raw metres."""
-    pipeline = Pipeline(dataset, make_settings(config, task="distill", train=True), seed=config.seed + 1)
+    student = make_student(config.model, head="none", out_features=0, platform=sharding.platform())
+    settings = make_settings(config, student.needs, task="distill", train=True)
+    pipeline = Pipeline(dataset, settings, seed=config.seed + 1)
     sample = pipeline.sample()
     capacities = choose_capacities(config, sample)
-    student = build.make_student(config, head="none", out_features=0)
     variables = jax.jit(lambda batch: student.init(jax.random.key(config.seed), batch, train=False))(
         jax.tree.map(jax.numpy.asarray, pipeline.empty_batch(capacities, sample[0]))
     )
@@ -152,9 +154,9 @@ def draw_correlations(config: Any, dataset: Any, variables: Any, folder: Path, *
     """Correlation maps of the distilled student for scenes with a car in view; query: the car's middle point."""
     part = part_config(config, "distill")
     part.data.augmentation = "none"
-    pipeline = Pipeline(dataset, make_settings(part, task="distill", train=False), epochs=1)
     out_features = variables["params"]["head"]["out"]["bias"].shape[0]
-    student = build.make_student(part, head="distill", out_features=out_features)
+    student = make_student(part.model, head="distill", out_features=out_features, platform=sharding.platform())
+    pipeline = Pipeline(dataset, make_settings(part, student.needs, task="distill", train=False), epochs=1)
     apply = jax.jit(lambda variables, batch: student.apply(variables, batch, train=False))
     car = dataset.class_names.index("car")
     drawn: list[Path] = []
@@ -196,9 +198,8 @@ def _query_point(scene: SceneView, frame: Any, car: int) -> int | None:
 def _features(apply: Any, variables: Any, scene: SceneView, config: Any) -> np.ndarray:
     """The student's output [N, C] for one scene alone."""
     capacities = derive_capacities([scene], points=config.data.points_per_shard, scenes=1)
-    batch = jax.tree.map(
-        lambda x: jax.numpy.asarray(x)[None], pack_shard([scene], capacities, scene, build.grids_of(config))
-    )
+    shard = pack_shard([scene], capacities, scene, make_backbone(config.model).needs.grids)
+    batch = jax.tree.map(lambda x: jax.numpy.asarray(x)[None], shard)
     return np.asarray(apply(variables, batch))[0, : len(scene.feats)]
 
 

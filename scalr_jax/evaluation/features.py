@@ -27,7 +27,7 @@ from scalr_jax.data.packing import choose_capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.readers import files
 from scalr_jax.data.scenes import SceneView
-from scalr_jax.models import build
+from scalr_jax.models.build import make_backbone, make_student
 from scalr_jax.models.student import without_head
 from scalr_jax.runtime import distributed, sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
@@ -44,7 +44,7 @@ FREE_MODEL = ("segmentation_head", "head_hidden", "drop_path", "remat", "num_cla
 
 def make_pipeline(config: Any, dataset: Any, mesh: Any) -> Pipeline:
     """Every scene of `dataset` once, as in every epoch of a probe on fixed scenes."""
-    settings = make_settings(config, task="segment", train=True)
+    settings = make_settings(config, make_backbone(config.model).needs, task="segment", train=True)
     return Pipeline(
         dataset,
         dataclasses.replace(settings, augmentation="none", fixed=True),
@@ -68,7 +68,7 @@ def each_scene(
     sample = pipeline.sample()
     check_labels(sample, dataset.class_names, len(dataset.class_names))
     capacities = choose_capacities(config, sample)
-    student = build.make_student(config, head="none", out_features=0)
+    student = make_student(config.model, head="none", out_features=0, platform=sharding.platform())
     variables = jax.device_put(without_head(variables), sharding.replicated(mesh))
 
     def apply(variables, batch):
@@ -212,9 +212,10 @@ def _check_space(config: Any, cache: FeatureCache, dataset: Any) -> None:
     """Prints what the cache will take, and compares it with what the disk has."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     points = np.mean([len(scene.feats) for scene in make_pipeline(config, dataset, mesh).sample()])
-    size = points * len(cache) * (build.channels_of(config.model) * np.dtype(config.probe.cache_dtype).itemsize + 1)
+    channels = make_backbone(config.model).channels
+    size = points * len(cache) * (channels * np.dtype(config.probe.cache_dtype).itemsize + 1)
     print(
-        f"features: {len(cache)} scenes x about {points:,.0f} points x {build.channels_of(config.model)} channels in "
+        f"features: {len(cache)} scenes x about {points:,.0f} points x {channels} channels in "
         f"{config.probe.cache_dtype}: about {size / 1e9:.2g} GB in {cache.folder}",
         flush=True,
     )

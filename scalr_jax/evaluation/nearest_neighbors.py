@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scalr_jax.data.scenes import IGNORE, SceneView
+from scalr_jax.data.scenes import IGNORE, Batch, SceneNeeds, SceneView
 from scalr_jax.evaluation.features import each_scene
-from scalr_jax.models import build
-from scalr_jax.models.student import without_head
-from scalr_jax.runtime import distributed
+from scalr_jax.models.build import make_student
+from scalr_jax.models.student import Classifier, Variables, without_head
+from scalr_jax.runtime import distributed, sharding
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train.losses import normalize
 
@@ -34,12 +34,16 @@ class NearestNeighbors(NamedTuple):
     """`apply(variables, batch, train=False)` -> logarithms of votes [D, P, classes], whose softmax is each class's
     share of them. variables: {"backbone", "bank", "labels"}."""
 
-    student: Any  # with head "none"
+    student: Classifier  # with head "none"
     num_classes: int
     num_neighbors: int
     temperature: float
 
-    def apply(self, variables: Any, batch: Any, *, train: bool) -> Array:
+    @property
+    def needs(self) -> SceneNeeds:
+        return self.student.needs
+
+    def apply(self, variables: Variables, batch: Batch, *, train: bool) -> Array:
         features = self.student.apply(variables["backbone"], batch, train=train)
         found = votes(
             features,
@@ -123,6 +127,6 @@ def nearest_neighbors(config: Any, dataset: Any, backbone: dict, num_classes: in
         print(f"knn: a bank of {len(bank):,} points, {counts.min()} to {counts.max()} of a class", flush=True)
         if missing := [name for name, count in zip(dataset.class_names, counts, strict=True) if not count]:
             print(f"knn: no labelled point of {', '.join(missing)} in training; never predicted", flush=True)
-    student = build.make_student(config, head="none", out_features=0)
+    student = make_student(config.model, head="none", out_features=0, platform=sharding.platform())
     classifier = NearestNeighbors(student, num_classes, probe.num_neighbors, probe.temperature)
     return classifier, {"backbone": without_head(backbone), "bank": bank, "labels": labels}

@@ -21,6 +21,7 @@ from scalr_jax.data.packing import Capacities, derive_capacities, flat, given_ta
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import SceneView
 from scalr_jax.evaluation import metrics
+from scalr_jax.models.student import Classifier, Variables
 from scalr_jax.runtime import distributed, sharding
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.logging import PROGRESS_SECONDS, format_seconds
@@ -38,7 +39,7 @@ class ScanClasses(NamedTuple):
     ranges: np.ndarray  # [N] float32: metres from the origin of the student's frame
 
 
-def evaluate(config: Any, dataset: Any, student: Any, variables: Any, num_classes: int) -> np.ndarray:
+def evaluate(config: Any, dataset: Any, student: Classifier, variables: Variables, num_classes: int) -> np.ndarray:
     """Confusion matrix [classes, classes] int64 over every labelled point of every scan of `dataset`, once each."""
     confusion = Evaluator(config, student, variables, num_classes).confusion(dataset).sum(axis=0)
     if confusion.sum() == 0:
@@ -51,7 +52,7 @@ class Evaluator:
 
     Args:
         config: of the run: `data`, `model`, `mesh`, `seed`.
-        student: has `apply(variables, batch, train=False)` -> [D, P, classes].
+        student: scores each class.
         variables: its parameters and statistics.
         num_classes: at most 255.
         votes: augmented copies of each scan, by `config.data.augmentation`; 1: the scan as it is.
@@ -65,8 +66,8 @@ class Evaluator:
     def __init__(
         self,
         config: Any,
-        student: Any,
-        variables: Any,
+        student: Classifier,
+        variables: Variables,
         num_classes: int,
         *,
         votes: int = 1,
@@ -83,7 +84,7 @@ class Evaluator:
         self.config, self.num_classes, self.votes = config, num_classes, votes
         self._order = np.arange(num_classes) if order is None else order
         self._mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-        settings = make_settings(config, task="segment", train=False)
+        settings = make_settings(config, student.needs, task="segment", train=False)
         self._settings = dataclasses.replace(settings, votes=votes > 1)
         make_step = steps.make_classify_step if votes == 1 else steps.make_probability_step
         outputs = (sharding.batch_sharding(self._mesh), sharding.replicated(self._mesh))

@@ -25,11 +25,14 @@ import scipy.optimize
 import scipy.special
 
 from scalr_jax.data.readers import files
-from scalr_jax.data.scenes import IGNORE
+from scalr_jax.data.scenes import IGNORE, Batch, SceneNeeds
 from scalr_jax.data.transforms import check_classes, resize_image
 from scalr_jax.interop.teacher import make_teacher
-from scalr_jax.models import build, vit
+from scalr_jax.models import vit
+from scalr_jax.models.build import make_student
+from scalr_jax.models.student import Classifier, Variables
 from scalr_jax.ops.bilinear import sample_tokens
+from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
 from scalr_jax.train.losses import normalize
 
@@ -41,9 +44,13 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 class ZeroShot(NamedTuple):
     """`apply(variables, batch, train=False)` -> logits [D, P, classes]. variables: {"student", "weights", "bias"}."""
 
-    student: Any  # with its distillation head
+    student: Classifier  # with its distillation head
 
-    def apply(self, variables: Any, batch: Any, *, train: bool) -> Array:
+    @property
+    def needs(self) -> SceneNeeds:
+        return self.student.needs
+
+    def apply(self, variables: Variables, batch: Batch, *, train: bool) -> Array:
         distilled = self.student.apply(variables["student"], batch, train=train)
         unit = normalize(distilled, jnp.ones(distilled.shape[:-1], bool))
         return jnp.einsum("dpc,lc->dpl", unit, variables["weights"], precision="highest") + variables["bias"]
@@ -106,8 +113,8 @@ def zero_shot(config: Any, dataset: Any, variables: dict, num_classes: int) -> t
         if missing:
             print(f"zero_shot: none of {', '.join(missing)}; never predicted", flush=True)
     weights, bias = fit_logistic(features, labels, num_classes, config.probe.inverse_regularization)
-    student = build.make_student(config, head="distill", out_features=width).clone(head_hidden=hidden)
-    return ZeroShot(student), {"student": variables, "weights": weights, "bias": bias}
+    student = make_student(config.model, head="distill", out_features=width, platform=sharding.platform())
+    return ZeroShot(student.clone(head_hidden=hidden)), {"student": variables, "weights": weights, "bias": bias}
 
 
 def _check_teacher(config: Any) -> None:

@@ -42,9 +42,8 @@ from scalr_jax.export import card as export_card
 from scalr_jax.export.fold import fold
 from scalr_jax.export.folder import check_output, new_folder, save_example, write_weights
 from scalr_jax.export.inputs import HEADS, pad_inputs, scene_inputs
-from scalr_jax.interop import student as interop
 from scalr_jax.interop.exported import FILES, READABLE, checksums
-from scalr_jax.models import build
+from scalr_jax.interop.layout import student_of
 from scalr_jax.models.minkunet import MinkUNet
 from scalr_jax.models.waffleiron import WaffleIron
 from scalr_jax.runtime.command_line import (
@@ -57,7 +56,6 @@ from scalr_jax.runtime.command_line import (
 )
 from scalr_jax.runtime.errors import InputError
 
-SPARSE_FORMS = ("stablehlo", "orbax")  # of a MinkUNet
 LARGEST_DIFFERENCE = 1e-4
 CHECK_POINTS = 1_500
 
@@ -130,11 +128,10 @@ def export_model(
     """
     if form not in FILES:
         raise InputError(f"format = {form!r} is none of {', '.join(FILES)}")
-    if build.is_sparse(model.config) and (folded or form not in SPARSE_FORMS):
-        raise InputError(
-            f"a {model.config.name} is exported as {' or '.join(SPARSE_FORMS)}, and not folded; give one of these as "
-            "--format, and no --fold"
-        )
+    backbone = model.student.backbone
+    if form not in backbone.exports or (folded and not backbone.folds):
+        folds = "" if backbone.folds else ", and not folded; give one of these as --format, and no --fold"
+        raise InputError(f"a {model.config.name} is exported as {' or '.join(backbone.exports)}{folds}")
     _need_packages(form)
     settings = {**model.config.to_dict(), "format": form, "implementation": "cells"}
     original: dict = jax.tree.map(np.asarray, model.variables)
@@ -201,11 +198,8 @@ def example_scan(settings: Mapping[str, Any], num_points: int = CHECK_POINTS) ->
 def make_reference(settings_json: str) -> Callable[[Any, SceneView], Outputs]:
     """The model itself in float32: (variables, scene) -> features [N, C] and the head's output by its name."""
     settings = json.loads(settings_json)
-    sparse = build.is_sparse(settings)
-    grids = [] if sparse else [tuple(grid) for grid in settings["grids"]]
-    student: Any = (
-        interop.make_sparse_student(settings) if sparse else interop.make_student(settings, implementation="cells")
-    )
+    student = student_of(settings, implementation="cells")
+    grids = student.needs.grids
     apply = jax.jit(
         lambda variables, batch: student.apply(
             variables,

@@ -11,7 +11,6 @@ argument, because as constants they would be folded at each compilation.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,10 +22,8 @@ import numpy as np
 from scalr_jax.data.scenes import Batch, Plane
 from scalr_jax.export.inputs import HEADS, PLANES
 from scalr_jax.export.voxel_tables import BLOCK
-from scalr_jax.interop import student as interop
-from scalr_jax.models import build
-from scalr_jax.models.minkunet import MinkUNet
-from scalr_jax.models.student import SparseStudentOnTables
+from scalr_jax.interop.layout import student_of
+from scalr_jax.models.minkunet import GivenTables, MinkUNet
 from scalr_jax.models.waffleiron import WaffleIron
 from scalr_jax.ops import sparse_conv
 from scalr_jax.ops.voxels import LEVELS
@@ -54,8 +51,8 @@ def _nested(weights: Mapping[str, Any]) -> dict:
 
 def make_program(model: Mapping[str, Any]) -> Any:
     """The pure function (weights, inputs) -> outputs by name; all are flat dicts of arrays."""
-    sparse = build.is_sparse(model)
-    student: Any = _on_tables(model) if sparse else interop.make_student(model, implementation="cells")
+    student = student_of(model, implementation="cells")
+    sparse = student.needs.voxel_size is not None
 
     def program(weights: dict, inputs: dict) -> dict:
         rows, state = student.apply(  # type: ignore[misc]
@@ -70,13 +67,6 @@ def make_program(model: Mapping[str, Any]) -> Any:
         return outputs
 
     return program
-
-
-def _on_tables(model: Mapping[str, Any]) -> SparseStudentOnTables:
-    """The MinkUNet of an export's settings, whose tables are inputs."""
-    student = interop.make_sparse_student(model)
-    fields = {f.name: getattr(student, f.name) for f in dataclasses.fields(student) if f.name not in ("parent", "name")}
-    return SparseStudentOnTables(**fields)
 
 
 def _sparse_batch(inputs: Mapping[str, Any]) -> Batch:
@@ -108,7 +98,7 @@ def _sparse_batch(inputs: Mapping[str, Any]) -> Batch:
     scene: Any = jnp.where(valid, 0, 1)
     none: Any = jnp.zeros((1, 0), jnp.int32)
     batch: Any = Batch(inputs["feats"], scene, valid.sum(dtype=jnp.int32)[None], none, ())
-    batch = batch._replace(voxels=(tables, inputs["offset"]))
+    batch = batch._replace(voxels=GivenTables(tables, inputs["offset"]))
     return jax.tree.map(lambda x: x[None], batch)
 
 
@@ -148,7 +138,8 @@ def _none_to(row: Any, rows: Any) -> Any:
 
 def export_program(model: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> bytes:
     """The program, lowered for all platforms and serialised."""
-    shapes = _sparse_shapes(model) if build.is_sparse(model) else _plane_shapes(model)
+    sparse = student_of(model).needs.voxel_size is not None
+    shapes = _sparse_shapes(model) if sparse else _plane_shapes(model)
     inputs = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
     exported = jax.export.export(jax.jit(make_program(model)), platforms=PLATFORMS)(abstract, inputs)

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scalr_jax.config import student_settings
 from scalr_jax.data.packing import Capacities, pack_shard
-from scalr_jax.data.scenes import Batch, SceneView, SceneVoxels
+from scalr_jax.data.scenes import Batch, SceneNeeds, SceneView, SceneVoxels
 from scalr_jax.data.transforms import plane_tables
-from scalr_jax.interop.names import NUM_PLANES
+from scalr_jax.models.build import make_student
 from scalr_jax.models.student import Student
 from scalr_jax.ops.voxels import DIRECTIONS, LEVELS, pooled
 from scalr_jax.runtime.errors import InputError
@@ -24,35 +25,23 @@ from scalr_jax.runtime.errors import InputError
 PADDINGS = ("masked", "published")
 
 
-def make_student(
-    model: Mapping[str, Any], *, grids: Any = None, implementation: str = "auto", dtype: Any = jnp.float32
-) -> Student:
-    """The Linen module of a model config as `load_torch_checkpoint` returns it."""
-    return Student(
-        channels=model["channels"],
-        depth=model["depth"],
-        grids=tuple((int(h), int(w)) for h, w in (model["grids"] if grids is None else grids)),
-        head=model["head"],
-        out_features=model["out_features"],
-        head_hidden=model["head_hidden"],
-        norm=model["norm"],
-        activation=model["activation"],
-        drop_path=model["drop_path"],
-        implementation=implementation,
-        dtype=dtype,
-    )
+def student_of(model: Mapping[str, Any], **changes: Any) -> Student:
+    """The float32 student of a model config, as `load_torch_checkpoint` and `Model.config` have it, with `changes`."""
+    settings = student_settings({**model, "dtype": "float32", **changes})
+    return make_student(settings, head=model["head"], out_features=model["out_features"], platform="cpu")
 
 
-def empty_batch(num_features: int, grids: Any) -> Batch:
-    """The smallest batch, all padding: what shapes of parameters are derived from. Without `grids` a MinkUNet's."""
-    scene = SceneView("", 0, np.zeros((0, num_features), np.float32), np.zeros((0, 1), np.int32), (), None, None, None)
-    if grids:
-        capacities = Capacities(2, 1, (2,) * NUM_PLANES, (2,) * NUM_PLANES)
-    else:
+def empty_batch(num_features: int, needs: SceneNeeds) -> Batch:
+    """The smallest batch, all padding: what shapes of parameters are derived from."""
+    feats, neighbors = np.zeros((0, num_features), np.float32), np.zeros((0, needs.num_neighbors), np.int32)
+    scene = SceneView("", 0, feats, neighbors, (), None, None, None)
+    sizes = (2,) * len(needs.grids)
+    capacities = Capacities(2, 1, sizes, sizes)
+    if needs.voxel_size is not None:
         counts = np.zeros((LEVELS, 2 + len(DIRECTIONS)), np.int64)
         scene = scene._replace(voxels=SceneVoxels(np.zeros((0, 3), np.float32), counts))
-        capacities = Capacities(2, 1, (), (), (2,) * LEVELS, (2,) * LEVELS, pooled((2,) * LEVELS))
-    return jax.tree.map(lambda x: x[None], pack_shard((), capacities, scene, grids))
+        capacities = Capacities(2, 1, sizes, sizes, (2,) * LEVELS, (2,) * LEVELS, pooled((2,) * LEVELS))
+    return jax.tree.map(lambda x: x[None], pack_shard((), capacities, scene, needs.grids))
 
 
 def published_batch(feat, cell_ind, occupied_cells, neighbors_emb, grids, *, padding: str = "masked") -> Batch:
@@ -96,7 +85,7 @@ def apply_published_layout(
     in training include padded points); "published", they are points like the others, as in the released ScaLR+.
     """
     batch = published_batch(feat, cell_ind, occupied_cells, neighbors_emb, grids, padding=padding)
-    student = make_student({**model_config, "drop_path": 0.0}, grids=grids, implementation=implementation)
+    student = student_of(model_config, drop_path=0.0, grids=np.asarray(grids).tolist(), implementation=implementation)
     mutable = ["batch_stats"] if train else False
     result = jax.jit(lambda v, b: student.apply(v, b, train=train, mutable=mutable))(variables, batch)
     rows, updated = result if train else (result, None)

@@ -16,11 +16,9 @@ import ml_collections
 import numpy as np
 
 from scalr_jax.config import get_config
-from scalr_jax.interop.layout import empty_batch, make_student
-from scalr_jax.interop.names import NUM_PLANES, published_state_dict, theirs_shape, to_ours, weight_table
+from scalr_jax.interop.layout import empty_batch, student_of
+from scalr_jax.interop.names import published_state_dict, theirs_shape, to_ours, weight_table
 from scalr_jax.interop.torch_file import read_weights_file, write_torch_file
-from scalr_jax.models import build
-from scalr_jax.models.student import SparseStudent
 from scalr_jax.runtime.errors import InputError
 
 CONTAINERS = ("model_point", "model_points", "net")
@@ -111,22 +109,14 @@ def convert_weights(weights: Mapping[str, np.ndarray], model: Mapping[str, Any],
 
 def _shapes(model: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
     """Shapes of our own tree, by path, from the student itself."""
-    sparse = build.is_sparse(model)
-    grids = () if sparse else ((2, 2),) * NUM_PLANES
-    batch = empty_batch(int(model["num_features"]), grids)
-    student: Any = make_sparse_student(model) if sparse else make_student(model, grids=grids)
+    student = student_of(model)
+    batch = empty_batch(int(model["num_features"]), student.needs)
     variables = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
     flat: dict[str, dict[str, tuple[int, ...]]] = {"params": {}, "batch_stats": {}}
     for kind in flat:
         for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get(kind, {})):
             flat[kind]["/".join(str(key.key) for key in path)] = leaf.shape
     return flat
-
-
-def make_sparse_student(model: Mapping[str, Any]) -> SparseStudent:
-    """The MinkUNet of a model config, in float32."""
-    config: Any = ml_collections.ConfigDict({**model, "dtype": "float32"})
-    return build.make_sparse_student(config, head=config.head, out_features=config.out_features)
 
 
 def check_shapes(model: Mapping[str, Any], variables: Mapping[str, Any], name: str) -> None:

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from scalr_jax.models import vit
 from scalr_jax.models.build import compute_dtype
 from scalr_jax.ops.positions import INTERPOLATIONS
+from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import InputError
 
 
@@ -25,12 +26,8 @@ def make_teacher(config: Any) -> tuple[Any, Any]:
     """(vit_config, params in the compute dtype) of `config.teacher`."""
     teacher = config.teacher
     if teacher.checkpoint == "demo":
-        pass
-
         vit_config, params = load_demo_teacher()
     elif Path(teacher.checkpoint).name == "demo_teacher.safetensors" and Path(teacher.checkpoint).is_file():
-        pass
-
         vit_config, params = load_teacher(teacher.checkpoint)  # of a run with config.task = "teacher"
     elif teacher.checkpoint and Path(teacher.checkpoint).is_file():
         from scalr_jax.interop.vit import load_dinov2
@@ -52,7 +49,7 @@ def make_teacher(config: Any) -> tuple[Any, Any]:
     patch = vit_config.patch_size
     if any(size % patch for size in config.data.image_size):
         raise InputError(f"data.image_size = {tuple(config.data.image_size)} is not a multiple of the patch, {patch}")
-    dtype = compute_dtype("auto")
+    dtype = compute_dtype("auto", sharding.platform())
     return vit_config, jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
 
 

@@ -44,3 +44,11 @@ class SegmentationHead(nn.Module):
         kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.num_classes))
         bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
         return x @ kernel + bias
+
+
+def segmentation_head(params: dict) -> str | None:
+    """Which segmentation head the parameters have: "segment" (batch norm and linear), "mlp", "linear" or none."""
+    head = params.get("head", {})
+    if "kernel" not in head:
+        return None
+    return "mlp" if "hidden" in head else "segment" if "norm" in head else "linear"

@@ -10,15 +10,21 @@ or, by its distances, that and the neighbours ("trilinear").
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from absl import logging
+from jax.typing import DTypeLike
 
+from scalr_jax.config import StudentSettings
+from scalr_jax.data.scenes import Batch, PackedVoxels, SceneNeeds
 from scalr_jax.models.layers import BatchNorm, per_shard, to_rows
 from scalr_jax.ops import cells, sparse_conv
-from scalr_jax.ops.voxels import sizes_of
+from scalr_jax.ops.voxels import extent_of, sizes_of
 from scalr_jax.runtime.sharding import whole
 
 Array = jax.Array
@@ -30,7 +36,6 @@ BLOCKS = {
     "minkunet18": (2, 2, 2, 2, 2, 2, 2, 2),
     "minkunet34": (2, 3, 4, 6, 2, 2, 2, 2),
 }
-READINGS = ("nearest", "trilinear")
 
 
 def scaled_widths(width: float) -> tuple[int, ...]:
@@ -165,3 +170,79 @@ def finer(x: Array, level: sparse_conv.Level, kernel: Array) -> Array:
 def _of_shards(function: Any, x: Array, level: sparse_conv.Level) -> Array:
     x = x.reshape(level.number.shape[0], -1, x.shape[-1])
     return to_rows(per_shard(function, x, level))
+
+
+class GivenTables(NamedTuple):
+    """In place of a batch's `voxels`: the tables themselves, and where each point is in its voxel."""
+
+    tables: sparse_conv.Voxels
+    offset: Array  # [D, P, 3], -0.5 to 0.5 from the centre
+
+
+@dataclasses.dataclass(frozen=True)
+class MinkUNetBackbone:
+    """A MinkUNet: the hyperparameters, by their keys of `config.model` and `config.model.minkunet`."""
+
+    needs: SceneNeeds  # voxels
+    name: str  # of `BLOCKS`
+    width: float = 1.0
+    stem_convolutions: int = 1
+    reading: str = "nearest"
+
+    exports: ClassVar[tuple[str, ...]] = ("stablehlo", "orbax")
+    folds: ClassVar[bool] = False
+    weight_keys: ClassVar[tuple[str, ...]] = tuple(
+        f"minkunet.{key}" for key in ("width", "stem_convolutions", "voxel_size", "reading")
+    )
+
+    @classmethod
+    def of(cls, settings: StudentSettings) -> MinkUNetBackbone:
+        """The backbone of `config.model`."""
+        if settings.drop_path:
+            logging.log_first_n(logging.WARNING, "model.drop_path: a MinkUNet drops no path", 1)
+        minkunet = settings.minkunet
+        needs = SceneNeeds(settings.field_of_view, voxel_size=minkunet.voxel_size)
+        return cls(needs, settings.name, minkunet.width, minkunet.stem_convolutions, minkunet.reading)
+
+    @property
+    def channels(self) -> int:
+        return scaled_widths(self.width)[-1]
+
+    @property
+    def depth(self) -> int:
+        """Residual blocks."""
+        return sum(BLOCKS[self.name])
+
+    def num_features(self, params: Mapping) -> int:
+        return params["backbone"]["stem"]["kernel"].shape[1]
+
+    def layer_numbers(self, path: tuple[str, ...]) -> int:
+        """The stem is 0, residual block d is d + 1, with the convolution that leads to it."""
+        kind, *numbers = path[1].split("_")
+        if kind == "stem":
+            return 0
+        return 1 + sum(BLOCKS[self.name][: int(numbers[0])]) + (int(numbers[1]) if kind == "stage" else 0)
+
+    def describe(self) -> str:
+        voxels = f"voxels of {self.needs.voxel_size:g} metres"
+        return f"{self.name}, width {self.width:g}, {voxels}, read by {self.reading}"
+
+    def __call__(self, batch: Batch[Array], mask: Array, *, dtype: DTypeLike, train: bool) -> Array:
+        del mask
+        stem, *widths = scaled_widths(self.width)
+        network = MinkUNet(
+            BLOCKS[self.name], tuple(widths), stem, self.stem_convolutions, self.reading, dtype, name="backbone"
+        )
+        tables, offset = self._tables(batch.voxels, batch.scene, batch.scene_points.shape[1])
+        x = network(batch.feats, tables, offset, train=train)
+        # Sizes were counted on the host from the same coordinates: no room for a voxel is a defect, and must not pass.
+        return jnp.where((tables.missing == 0).all(), x, jnp.nan)
+
+    def _tables(self, voxels: PackedVoxels[Array] | GivenTables | None, scene: Array, num_scenes: int) -> GivenTables:
+        if isinstance(voxels, GivenTables):
+            return voxels
+        assert voxels is not None, "a MinkUNet needs voxels"
+        assert self.needs.voxel_size is not None, "a MinkUNet needs voxels"
+        extent = extent_of(self.needs.field_of_view, self.needs.voxel_size)
+        tables = tables_of(voxels, scene, extent, num_scenes=num_scenes)
+        return GivenTables(tables, voxels.coordinates % 1.0 - 0.5)

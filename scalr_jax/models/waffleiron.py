@@ -9,15 +9,21 @@ depth; when the number of planes does not divide the depth, the remaining planes
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
+from scalr_jax.config import StudentSettings
+from scalr_jax.data.scenes import PLANE_AXES, Batch, SceneNeeds
+from scalr_jax.models.embedding import PointEmbedding
 from scalr_jax.models.layers import LinearWeights, Norm, linear, normalize, per_shard, to_rows, torch_uniform
 from scalr_jax.ops import cell_conv, cells, windows
 
@@ -290,3 +296,64 @@ class WaffleIron(nn.Module):
         if num_rest:
             x, _ = Group(grids[:num_rest], name="rest", **settings)(x, planes, scene)
         return x
+
+
+@dataclasses.dataclass(frozen=True)
+class WaffleIronBackbone:
+    """Point embedding and WaffleIron: the hyperparameters, by their keys of `config.model`."""
+
+    needs: SceneNeeds  # neighbours and the grids of the planes
+    channels: int
+    depth: int
+    norm: str = "layer"
+    activation: str = "relu"
+    drop_path: float = 0.0
+    implementation: str = "auto"
+    remat: str = "none"
+
+    exports: ClassVar[tuple[str, ...]] = ("torch", "safetensors", "orbax", "stablehlo", "onnx")
+    folds: ClassVar[bool] = True
+    weight_keys: ClassVar[tuple[str, ...]] = ("channels", "depth", "norm", "activation", "num_neighbors")
+
+    @classmethod
+    def of(cls, settings: StudentSettings) -> WaffleIronBackbone:
+        """The backbone of `config.model`."""
+        return cls(
+            SceneNeeds(settings.field_of_view, settings.num_neighbors, settings.grids),
+            settings.channels,
+            settings.depth,
+            settings.norm,
+            settings.activation,
+            settings.drop_path,
+            settings.implementation,
+            settings.remat,
+        )
+
+    def num_features(self, params: Mapping) -> int:
+        return params["embedding"]["norm"]["scale"].shape[0]
+
+    def layer_numbers(self, path: tuple[str, ...]) -> int | np.ndarray:
+        """The embedding is 0, layer d of `WaffleIron` d + 1."""
+        if path[0] == "embedding":
+            return 0
+        plane, num_groups = int(path[2].removeprefix("plane_")), self.depth // len(PLANE_AXES)
+        first = len(PLANE_AXES) * (np.arange(num_groups) if path[1] == "groups" else np.array(num_groups))
+        return first + plane + 1
+
+    def describe(self) -> str:
+        return f"WaffleIron, {self.depth} layers, {self.channels} wide, {self.norm} norm, {self.activation}"
+
+    def __call__(self, batch: Batch[Array], mask: Array, *, dtype: DTypeLike, train: bool) -> Array:
+        x = PointEmbedding(self.channels, dtype, name="embedding")(batch.feats, batch.neighbors, mask, train=train)
+        layers = WaffleIron(
+            self.depth,
+            self.needs.grids,
+            self.norm,
+            self.activation,
+            self.drop_path,
+            self.implementation,
+            self.remat,
+            dtype,
+            name="backbone",
+        )
+        return layers(x, batch.planes, batch.scene, batch.scene_points.shape[1], train=train)

@@ -235,15 +235,13 @@ def settings_of(model: Any, what: str) -> dict[str, Any]:
     """What decides the content of an output file, for predict.json."""
     import jax
 
-    from scalr_jax.models import build
-
     checksum = 0
     for leaf in jax.tree.leaves(jax.device_get(model.variables)):
         checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
     keys = ("intensity", "field_of_view", "grids", "voxel_size", "num_neighbors", "activation", "dtype")
     chosen = {"what": what, "sector": FLAGS.sector, "columns": FLAGS.columns, "feature_dtype": FLAGS.dtype}
     found = {**chosen, "sensor": FLAGS.sensor, "weights": f"{checksum:08x}", **{key: model.config[key] for key in keys}}
-    if build.is_sparse(model.config):  # its voxels and reading are not told by the weights
+    if model.student.needs.voxel_size is not None:  # its voxels and reading are not told by the weights
         found |= {"name": model.config.name, "minkunet": model.config.minkunet.to_dict()}
     return json.loads(json.dumps(found))  # tuples as they are read back
 

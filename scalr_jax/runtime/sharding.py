@@ -45,6 +45,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
     return Mesh(np.concatenate(grids), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
+def platform() -> str:
+    """The platform of the devices that `make_mesh` takes."""
+    return jax.devices()[0].platform
+
+
 def _slices(devices: Any) -> list[list[Any]]:
     """The devices of each TPU slice (pod slices joined by a data-centre network), in order; all others are one."""
     if devices[0].platform != "tpu":

@@ -23,8 +23,9 @@ from scalr_jax.data.packing import Capacities, choose_capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import SceneView
 from scalr_jax.interop.teacher import make_teacher
-from scalr_jax.models import build
-from scalr_jax.models.student import StudentOnFeatures, without_head
+from scalr_jax.models.backbone import CachedFeatures
+from scalr_jax.models.build import make_student
+from scalr_jax.models.student import Student, without_head
 from scalr_jax.runtime import distributed, sharding
 from scalr_jax.runtime import workdir as workdir_of_run
 from scalr_jax.runtime.checkpoint import Checkpoints
@@ -39,7 +40,7 @@ class Task(NamedTuple):
 
     label: str  # begins each line of progress
     scene_task: str  # "distill", "segment" or "features"
-    student: Any
+    student: Student
     trainable: tuple[str, ...] | None  # top-level parameters that are trained; None: all
     make_step: Callable  # (optimizer, schedule) -> step(state, teacher, batch)
     teacher: Any = None  # frozen parameters, an argument of the step
@@ -50,7 +51,7 @@ class Task(NamedTuple):
 def distillation_task(config: Any, teacher: tuple[Any, Any] | None = None) -> Task:
     """`teacher`: (vit_config, parameters or their shapes) in place of what `config.teacher` names."""
     vit_config, params = teacher or make_teacher(config)
-    student = build.make_student(config, head="distill", out_features=vit_config.width)
+    student = make_student(config.model, head="distill", out_features=vit_config.width, platform=sharding.platform())
 
     def make_step(optimizer, schedule):
         return steps.make_distill_step(
@@ -69,12 +70,14 @@ def distillation_task(config: Any, teacher: tuple[Any, Any] | None = None) -> Ta
 def segmentation_task(config: Any, num_classes: int, *, label: str, initial: dict | None, frozen: bool) -> Task:
     """Probing (`frozen`) or fine-tuning; `initial` holds a backbone's params and batch_stats, or None for random."""
     head = "mlp" if frozen and config.probe.head == "mlp" else config.model.segmentation_head
-    student: Any = build.make_student(config, head=head, out_features=num_classes, frozen_backbone=frozen)
+    student = make_student(
+        config.model, head=head, out_features=num_classes, frozen_backbone=frozen, platform=sharding.platform()
+    )
     trainable = ("head",) if frozen else None
     cached = frozen and initial is not None and config.probe.features == "cached"
     if cached and initial is not None:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), without_head(initial))
-        student = StudentOnFeatures(student, shapes)
+        student = student.clone(backbone=CachedFeatures(student.backbone, shapes))
 
     def make_step(optimizer, schedule):
         step = steps.make_segment_step(
@@ -173,8 +176,7 @@ class Program(NamedTuple):
 def make_program(config: Any, task: Task, batch: Any, mesh: Any, expected: float) -> Program:
     """The jitted step for batches like `batch` (arrays or shapes, with shardings) of `expected` scenes."""
     total = config.optimizer.total_updates or config.num_steps * expected / config.optimizer.batch_size
-    depth, blocks = build.depth_of(config.model)
-    optimizer = optim.make_optimizer(config.optimizer, depth=depth, blocks=blocks)
+    optimizer = optim.make_optimizer(config.optimizer, task.student.backbone)
     step = task.make_step(optimizer, optim.make_schedule(config.optimizer, total))
     if config.optimizer.ema:
         step = steps.averaged(step, config.optimizer.ema)
@@ -207,7 +209,7 @@ def expected_scenes(sample: list[SceneView], capacities: Capacities, scenes_per_
 
 
 def _make_pipeline(config: Any, dataset: Any, task: Task, mesh: Any, workdir: Path) -> Pipeline:
-    settings = make_settings(config, task=task.scene_task, train=True)
+    settings = make_settings(config, task.student.needs, task=task.scene_task, train=True)
     if task.num_classes:
         settings = dataclasses.replace(settings, mixing=make_mixing(config, dataset, workdir / "instances"))
     return Pipeline(

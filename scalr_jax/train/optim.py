@@ -6,7 +6,7 @@ So a run whose packs hold a varying number of scenes follows the same curve in s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from scalr_jax.data.scenes import PLANE_AXES
+from scalr_jax.models.backbone import Backbone
 from scalr_jax.runtime.errors import InputError
 
 Array = jax.Array
@@ -64,11 +64,10 @@ def make_schedule(config: Any, total: float) -> Callable[[Array], Array]:
     raise InputError(f"optimizer.schedule = {config.schedule!r} is none of 'cosine', 'rsqrt', 'constant'")
 
 
-def make_optimizer(config: Any, *, depth: int = 0, blocks: Sequence[int] = ()) -> optax.GradientTransformation:
+def make_optimizer(config: Any, backbone: Backbone | None = None) -> optax.GradientTransformation:
     """AdamW or LAMB without the learning rate, which the step multiplies in; decay on all parameters, as published.
 
-    `config` is `config.optimizer`; `depth`, the student's, is what `layer_decay` counts layers with, and `blocks` a
-    MinkUNet's by stage.
+    `config` is `config.optimizer`; `layer_decay` counts the layers of `backbone`.
     """
     adam = [
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=1e-8),
@@ -82,11 +81,9 @@ def make_optimizer(config: Any, *, depth: int = 0, blocks: Sequence[int] = ()) -
         adam.append(scale_by_weights())
     if config.layer_decay == 1.0:
         return optax.chain(*adam)
-    if not 0 < config.layer_decay < 1 or depth < 1:
-        raise InputError(
-            f"optimizer.layer_decay = {config.layer_decay} is not in (0, 1] for a student of {depth} layers"
-        )
-    return optax.chain(*adam, scale_by_layer(depth, config.layer_decay, blocks))
+    if not 0 < config.layer_decay < 1 or backbone is None:
+        raise InputError(f"optimizer.layer_decay = {config.layer_decay} is not in (0, 1], or there is no student")
+    return optax.chain(*adam, scale_by_layer(backbone, config.layer_decay))
 
 
 def scale_by_weights() -> optax.GradientTransformation:
@@ -111,35 +108,19 @@ def scale_by_weights() -> optax.GradientTransformation:
     return optax.stateless(scale)
 
 
-def scale_by_layer(depth: int, decay: float, blocks: Sequence[int] = ()) -> optax.GradientTransformation:
+def scale_by_layer(backbone: Backbone, decay: float) -> optax.GradientTransformation:
     """Multiplies every update of a student by decay^(depth + 1 - layer), which is its learning rate's share.
 
-    Layers: the embedding 0, layer d of the backbone d + 1, the head depth + 1. Of a MinkUNet the stem 0, and residual
-    block d d + 1, with the convolution that leads to it.
+    Layers are as the backbone numbers them; the head's is depth + 1.
     """
 
     def scale(updates: Any, _: Any = None) -> Any:
         def one(path: tuple, update: Array) -> Array:
-            layers = layer_numbers(tuple(key.key for key in path), depth, blocks)
-            factor = decay ** (depth + 1 - np.asarray(layers, np.float64))
+            names = tuple(key.key for key in path)
+            layers = backbone.depth + 1 if names[0] == "head" else backbone.layer_numbers(names)
+            factor = decay ** (backbone.depth + 1 - np.asarray(layers, np.float64))
             return update * factor.astype(np.float32).reshape(factor.shape + (1,) * (update.ndim - factor.ndim))
 
         return jax.tree_util.tree_map_with_path(one, updates)
 
     return optax.stateless(scale)
-
-
-def layer_numbers(path: tuple[str, ...], depth: int, blocks: Sequence[int] = ()) -> Any:
-    """The layer of the parameter at `path`: a number, or one for each row of a stack of scanned layers."""
-    if path[0] in ("embedding", "head"):
-        return 0 if path[0] == "embedding" else depth + 1
-    if path[0] == "backbone" and blocks:
-        kind, *numbers = path[1].split("_")
-        if kind == "stem":
-            return 0
-        return 1 + sum(blocks[: int(numbers[0])]) + (int(numbers[1]) if kind == "stage" else 0)
-    if path[0] != "backbone" or path[1] not in ("groups", "rest"):
-        raise ValueError(f"the parameter {'/'.join(path)} belongs to no layer that layer_decay knows")
-    plane, num_groups = int(path[2].removeprefix("plane_")), depth // len(PLANE_AXES)
-    first = len(PLANE_AXES) * np.arange(num_groups) if path[1] == "groups" else len(PLANE_AXES) * num_groups
-    return first + plane + 1

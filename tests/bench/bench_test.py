@@ -15,13 +15,13 @@ from scalr_jax.bench import products, programs, published, scenes, timing
 from scalr_jax.bench.run import main
 from scalr_jax.interop.layout import published_batch
 from scalr_jax.models import flops, vit
-from scalr_jax.models.student import Student
 from scalr_jax.models.waffleiron import WaffleIron
 from scalr_jax.runtime.chips import peak, utilisation
 from scalr_jax.train import optim, steps
 from tests.support.bench_batch import less_optimized, save_batch
 from tests.support.checks import present
 from tests.support.random_scenes import GRIDS
+from tests.support.small_student import small_student
 
 HEADER = ("device", "jax", "runs")
 STUDENT = ["points", "points_per_s", "flops", "peak_bytes", "spatial_peak_bytes", "spatial_dense_peak_bytes"]
@@ -173,8 +173,8 @@ def test_flops_of_a_step_are_those_that_are_traced(batch_file):
     """The embedding's statistics (5 features wide) are the only products that are not counted."""
     loaded = scenes.load(batch_file)
     batch = jax.tree.map(jnp.asarray, loaded.batch)
-    student = Student(64, 6, GRIDS, out_features=48, head_hidden=96)
-    optimizer = optim.make_optimizer(programs.OPTIMIZER, depth=6)
+    student = small_student(channels=64, depth=6, out_features=48, head_hidden=96)
+    optimizer = optim.make_optimizer(programs.OPTIMIZER, student.backbone)
     schedule = optim.make_schedule(programs.OPTIMIZER, 1.0)
     step = steps.make_student_step(student, optimizer, schedule, seed=0, batch_size=8)
     state = jax.eval_shape(programs.student_step(student)[0], batch)

@@ -17,12 +17,12 @@ from scalr_jax import recipes
 from scalr_jax.compile import abstract, hlo
 from scalr_jax.compile import run as compile
 from scalr_jax.config import get_config
-from scalr_jax.data.build import make_dataset, make_settings
+from scalr_jax.data.build import make_dataset
 from scalr_jax.data.packing import Capacities, pack_shard, stack_shards
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.models import vit
+from scalr_jax.models.build import make_backbone
 from scalr_jax.models.layers import linear
-from scalr_jax.models.student import Student
 from scalr_jax.models.vit import TEACHERS
 from scalr_jax.runtime import chips, sharding
 from scalr_jax.runtime.errors import InputError
@@ -30,7 +30,8 @@ from scalr_jax.train import optim, steps
 from scalr_jax.train.state import init_state
 from tests.support.paths import ROOT
 from tests.support.random_scenes import GRIDS, IMAGE_SIZE, random_scene
-from tests.support.runs import config_of
+from tests.support.runs import config_of, scene_settings
+from tests.support.small_student import small_student
 
 CONFIG_FILES = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how ml_collections loads them
 
@@ -42,11 +43,12 @@ def test_shapes_are_those_of_a_run(tmp_path):
     mesh = sharding.make_mesh(8, 1)
     dataset = make_dataset(config, "train", cache=tmp_path)
     for task in ("distill", "segment"):
-        settings = make_settings(config, task=task, train=True)
+        needs = make_backbone(config.model).needs
+        settings = scene_settings(config, task=task, train=True)
         pipeline = Pipeline(dataset, settings, num_shards=8, shards=sharding.local_shards(mesh))
-        capacities = abstract.choose_capacities(config)
+        capacities = abstract.choose_capacities(config, needs)
         real = sharding.put_batch(pipeline.empty_batch(capacities, pipeline.sample(1)[0]), mesh)
-        made = abstract.make_batch(config, task, capacities, mesh)
+        made = abstract.make_batch(config, needs, task, capacities, mesh)
         assert jax.tree.structure(real) == jax.tree.structure(made)
         for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(made), strict=True):
             assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
@@ -54,11 +56,12 @@ def test_shapes_are_those_of_a_run(tmp_path):
 
 def test_open_capacities_are_those_of_the_published_mixture():
     config = recipes.packed(recipes.pretraining("scalr"), 1)
-    given = abstract.choose_capacities(config)
+    needs = make_backbone(config.model).needs
+    given = abstract.choose_capacities(config, needs)
     config.data.update(cells_per_shard=(), halo_per_shard=())
-    assert abstract.choose_capacities(config) == given
+    assert abstract.choose_capacities(config, needs) == given
     config.data.points_per_shard //= 2
-    assert abstract.choose_capacities(config).cells == tuple(n // 2 for n in given.cells)
+    assert abstract.choose_capacities(config, needs).cells == tuple(n // 2 for n in given.cells)
 
 
 def test_teachers_are_known_by_name_width_and_file():
@@ -177,7 +180,7 @@ def split_steps():
     batch = stack_shards([pack_shard(scenes, capacities, scenes[0], GRIDS) for scenes in shards])
     vit_config = vit.ViTConfig(patch_size=8, width=48, depth=3, num_heads=2, hidden=80, position_grid=(2, 3))
     weights = vit.init(vit_config, jax.random.key(1), IMAGE_SIZE)
-    student = Student(40, 15, GRIDS, head="distill", out_features=48)  # five groups, so that CPUs loop too
+    student = small_student(channels=40, depth=15, out_features=48)  # five groups, so that CPUs loop too
     optimizer = optim.make_optimizer(get_config().optimizer)
     step = steps.make_distill_step(student, vit_config, optimizer, lambda t: 1e-3, seed=0, batch_size=8, which="x")
 

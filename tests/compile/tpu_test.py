@@ -10,14 +10,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from scalr_jax.config import get_config
-from scalr_jax.data.scenes import Batch, Plane
+from scalr_jax.data.scenes import Batch, Plane, SceneNeeds
 from scalr_jax.models import vit
 from scalr_jax.models.student import Student
+from scalr_jax.models.waffleiron import WaffleIronBackbone
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.chips import tpu_devices
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import init_state
 from tests.support.checks import present
+from tests.support.random_scenes import FIELD_OF_VIEW
 
 pytestmark = pytest.mark.tpu
 
@@ -61,8 +63,9 @@ def abstract_batch(mesh):
 
 def compiled_text(mesh, head, make_step):
     """The compiled step of a student of two groups of layers, all state abstract."""
-    student = Student(256, 6, GRIDS, head=head, out_features=384, remat="group", dtype=jnp.bfloat16)
-    optimizer = optim.make_optimizer(get_config().optimizer, depth=6)
+    backbone = WaffleIronBackbone(SceneNeeds(FIELD_OF_VIEW, grids=GRIDS), 256, 6, remat="group")
+    student = Student(backbone, head=head, out_features=384, dtype=jnp.bfloat16)
+    optimizer = optim.make_optimizer(get_config().optimizer, backbone)
     batch = abstract_batch(mesh)
     state = jax.eval_shape(lambda b: init_state(student, b, optimizer, None, jax.random.key(0)), batch)
     teacher_config = vit.ViTConfig(depth=2)

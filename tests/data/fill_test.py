@@ -5,12 +5,12 @@ import pytest
 
 from scalr_jax import recipes
 from scalr_jax.data import packing
-from scalr_jax.data.build import make_settings
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.pandaset import PandaSet
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
 from tests.support.paths import SAMPLES
+from tests.support.runs import scene_settings
 
 NUM_SCENES = 120
 
@@ -30,7 +30,7 @@ def test_points_and_images_are_filled_on_the_published_mixture():
     ]
     weights = list(recipes.TRAIN_FRAMES.values())
     rng = np.random.default_rng(0)
-    settings = make_settings(config, task="distill", train=True)
+    settings = scene_settings(config, task="distill", train=True)
     pools = [
         [scene for i in range(NUM_SCENES // 4) for scene in [Pipeline(dataset, settings, seed=1).order()[i]]]
         for dataset in datasets

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from scalr_jax.data import instances, mixing
-from scalr_jax.data.build import make_dataset, make_mixing, make_settings
+from scalr_jax.data.build import make_dataset, make_mixing
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
 from scalr_jax.data.scenes import Frame
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support import raw_datasets as raw
 from tests.support.checks import present
-from tests.support.runs import config_of
+from tests.support.runs import config_of, scene_settings
 
 CLASSES = ("road", "car", "person", "tree")
 GROUND = 2.0  # metres below the sensor
@@ -201,7 +201,7 @@ def test_mixed_scenes_depend_on_seed_epoch_and_record_alone(workers, street_cach
     config = street_config(street_cache)
     dataset = make_dataset(config, "train", cache=street_cache)
     folder = tmp_path_factory.getbasetemp() / "street_instances"
-    settings = make_settings(config, task="segment", train=True)
+    settings = scene_settings(config, task="segment", train=True)
     mixed = Pipeline(dataset, settings.__class__(**{**vars(settings), "mixing": make_mixing(config, dataset, folder)}))
     order = mixed.order()
     stream: Any = Pipeline(dataset, mixed.settings, num_workers=workers).stream(0, 9)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scalr_jax import load, tasks
-from scalr_jax.data.build import make_dataset, make_settings
+from scalr_jax.data.build import make_dataset
 from scalr_jax.data.pipeline import BuildScene
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
@@ -19,11 +19,12 @@ from scalr_jax.data.transforms import make_scene, to_ego
 from scalr_jax.evaluation import metrics, report
 from scalr_jax.evaluation.segmentation import Evaluator, ScanClasses, evaluate
 from scalr_jax.evaluation.submission import Submission
+from scalr_jax.models.build import make_backbone
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support.checks import present
 from tests.support.raw_datasets import write_nuscenes, write_semantic_kitti
-from tests.support.runs import config_of
+from tests.support.runs import config_of, scene_settings
 from tests.support.tiny_student import write_workdir
 
 RINGS = (8.0, 16.0)
@@ -49,6 +50,9 @@ class ByHeight:
     """A model without a network: logits of three classes from the features."""
 
     WEIGHTS = np.array([[0.02, 0.3, -0.2, 0.1, -0.1], [0.1, -0.2, 0.3, -0.4, 0.0], [0.0, 0.1, 0.1, 0.5, 0.05]])
+
+    def __init__(self, config):
+        self.needs = make_backbone(config.model).needs
 
     def apply(self, variables, batch, train):
         return batch.feats @ jax.numpy.asarray(self.WEIGHTS.T, batch.feats.dtype)
@@ -98,10 +102,14 @@ def test_any_devices_packing_and_votes_give_the_same_confusion_matrix(street_cac
 def test_votes_are_the_mean_of_the_copies_probabilities(street_cache, tmp_path, augmentation):
     config = evaluation_config(street_cache, **{"data.augmentation": augmentation, "data.num_scenes": 3})
     dataset = make_dataset(config, "train", cache=tmp_path)
-    evaluator = Evaluator(config, ByHeight(), {}, 3, votes=4)
+    evaluator = Evaluator(config, ByHeight(config), {}, 3, votes=4)
     scans = {scan.frame_index: scan for scan in evaluator.scans(dataset)}
     assert sorted(scans) == [0, 1, 2]
-    make = BuildScene(dataset, dataclasses.replace(make_settings(config, task="segment", train=False), votes=True), 0)
+    make = BuildScene(
+        dataset,
+        dataclasses.replace(scene_settings(config, task="segment", train=False), votes=True),
+        0,
+    )
     for index, scan in scans.items():
         total = np.zeros((1, 3), np.float32)
         for vote in range(4):
@@ -122,7 +130,7 @@ def test_what_a_vote_turns_and_scales():
     config = config_of("smoke")
     for augmentation in ("published", "consistent"):
         config.data.augmentation = augmentation
-        settings = dataclasses.replace(make_settings(config, task="segment", train=False), votes=True)
+        settings = dataclasses.replace(scene_settings(config, task="segment", train=False), votes=True)
         scene = make_scene(frame, 0, (0.0, 1.0), settings, np.random.default_rng(5))
         kept = np.rint(scene.feats[:, 0]).astype(int)
         np.testing.assert_array_equal(scene.labels, present(frame.labels)[kept])
@@ -179,7 +187,7 @@ def test_a_run_keeps_its_workdir(street_cache, probed, tmp_path):
 def test_a_scan_that_cannot_be_read_is_counted_apart(street_cache, tmp_path, capsys):
     config = evaluation_config(street_cache, **{"data.num_scenes": 3})
     dataset = Labelled(make_dataset(config, "train", cache=tmp_path), lambda frame: frame.labels % 3)
-    good = Evaluator(config, ByHeight(), {}, 3)
+    good = Evaluator(config, ByHeight(config), {}, 3)
     good.confusion(dataset)
     assert good.num_scans == 3
     assert "could not be read" not in capsys.readouterr().out
@@ -190,7 +198,7 @@ def test_a_scan_that_cannot_be_read_is_counted_apart(street_cache, tmp_path, cap
         return frame(index, rng)
 
     dataset.frame = frame
-    bad = Evaluator(config, ByHeight(), {}, 3)
+    bad = Evaluator(config, ByHeight(config), {}, 3)
     bad.confusion(dataset)
     assert bad.num_scans == 2
     assert "1 of 3 scans could not be read" in capsys.readouterr().out
@@ -205,13 +213,13 @@ def test_an_output_that_is_not_finite_is_no_class(street_cache, tmp_path, votes)
         WEIGHTS = ByHeight.WEIGHTS * np.nan
 
     with pytest.raises(InputError, match=r"not finite for \d+ points of streets/train/0; its weights"):
-        Evaluator(config, Diverged(), {}, 3, votes=votes).confusion(dataset)
+        Evaluator(config, Diverged(config), {}, 3, votes=votes).confusion(dataset)
 
 
 def test_tables_hold_what_comes_late_and_may_be_given(street_cache, tmp_path):
     """The sample is from all over the set; `data.cells_per_shard` raises what is derived from it."""
     config = evaluation_config(street_cache, **{"data.cells_per_shard": (50_000, 9, 9)})
-    evaluator = Evaluator(config, ByHeight(), {}, 3)
+    evaluator = Evaluator(config, ByHeight(config), {}, 3)
     dataset = make_dataset(config, "train", cache=tmp_path)
     sample = evaluator._pipeline(dataset).sample(3)
     assert [scene.stream_index for scene in sample] == [0, 2, 4]
@@ -273,8 +281,8 @@ def test_the_order_of_the_classes_reaches_the_matrix(street_cache, tmp_path):
     dataset = make_dataset(config, "train", cache=tmp_path)
     dataset = Labelled(dataset, lambda frame: (frame.labels % 3).astype(np.uint8))
     order = np.array([2, 0, 1])
-    plain = Evaluator(config, ByHeight(), {}, 3).confusion(dataset)[0]
-    ordered = Evaluator(config, ByHeight(), {}, 3, order=order).confusion(dataset)[0]
+    plain = Evaluator(config, ByHeight(config), {}, 3).confusion(dataset)[0]
+    ordered = Evaluator(config, ByHeight(config), {}, 3, order=order).confusion(dataset)[0]
     np.testing.assert_array_equal(ordered[:, order], plain)
 
 
@@ -384,7 +392,7 @@ def test_an_evaluation_set_without_labels(street_cache, tmp_path):
     dataset = make_dataset(config, "train", cache=tmp_path)
     unlabelled = Labelled(dataset, lambda frame: np.full(len(frame.points), IGNORE, np.uint8))
     with pytest.raises(InputError, match="no labelled point"):
-        evaluate(config, unlabelled, ByHeight(), {}, 3)
+        evaluate(config, unlabelled, ByHeight(config), {}, 3)
 
 
 def test_labels_outside_the_map_are_named(tmp_path):
@@ -394,4 +402,4 @@ def test_labels_outside_the_map_are_named(tmp_path):
         path.write_bytes(np.full(50, 77, "<u4").tobytes())
     config = evaluation_config(tmp_path, **{"data.dataset": "semantic_kitti"})
     with pytest.raises(InputError, match=r"00000\d\.label: labels \[77\] are in no class"):
-        evaluate(config, make_dataset(config, "validation", cache=tmp_path), ByHeight(), {}, 19)
+        evaluate(config, make_dataset(config, "validation", cache=tmp_path), ByHeight(config), {}, 19)

@@ -3,20 +3,24 @@
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import scalr_jax
 from scalr_jax import tasks
 from scalr_jax.compile import abstract, hlo
 from scalr_jax.data import packing
-from scalr_jax.data.build import make_dataset, make_settings
+from scalr_jax.data.build import make_dataset
 from scalr_jax.data.pipeline import Pipeline
+from scalr_jax.data.scenes import SceneNeeds
 from scalr_jax.data.transforms import cell_position
 from scalr_jax.export.run import export_model
-from scalr_jax.models import build, minkunet
+from scalr_jax.models import minkunet
+from scalr_jax.models.build import make_backbone, make_student
 from scalr_jax.ops import voxels
 from scalr_jax.ops.voxels import count_levels, extent_of
 from scalr_jax.runtime import sharding
@@ -25,7 +29,8 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import optim
 from tests.support.checks import present
 from tests.support.fast import FAST
-from tests.support.runs import distill, losses, small_config
+from tests.support.random_scenes import FIELD_OF_VIEW
+from tests.support.runs import distill, losses, scene_settings, small_config
 
 NARROW = {"model.name": "minkunet14", "model.minkunet.width": 0.1}
 
@@ -47,7 +52,7 @@ def scenes(street_cache):
 
 def _scenes(config):
     dataset = make_dataset(config, "train", cache=Path("unused"))
-    settings = make_settings(config, task="segment", train=True)
+    settings = scene_settings(config, task="segment", train=True)
     return Pipeline(dataset, settings, seed=1).sample(4), settings
 
 
@@ -173,7 +178,7 @@ def test_distilled_probed_and_loaded(run, street_cache, tmp_path):
     model = scalr_jax.load(tmp_path)
     frame = make_dataset(config, "validation", cache=tmp_path).frame(0)
     features = model.embed(frame.points)
-    assert features.shape == (len(frame.points), build.channels_of(config.model))
+    assert features.shape == (len(frame.points), make_backbone(config.model).channels)
     assert np.isfinite(features).all()
     assert features.std(axis=0).max() > 0
     with pytest.raises(InputError, match="a minkunet14 is exported as stablehlo or orbax, and not folded"):
@@ -199,13 +204,13 @@ def test_finetuned_with_layer_decay(run, street_cache, tmp_path):
     results = tasks.finetune(config, tmp_path)
     assert 0 <= results["miou"] <= 1
     far = 1e-2 * (1 + config.optimizer.beta2) ** 0.5 / (1 + config.optimizer.beta1)
-    depth, blocks = build.depth_of(config.model)
+    backbone = make_backbone(config.model)
     before, after = run[1].params["backbone"], load_variables(tmp_path / "checkpoints")["params"]["backbone"]
 
     def check(path, old, new):
         names = ("backbone", *(key.key for key in path))
         if old.ndim == 3:
-            wanted = far * 0.5 ** (depth + 1 - optim.layer_numbers(names, depth, blocks))
+            wanted = far * 0.5 ** (backbone.depth + 1 - backbone.layer_numbers(names))
             assert np.median(np.abs(new - old)) == pytest.approx(wanted, rel=0.02), names
 
     jax.tree_util.tree_map_with_path(check, before, after)
@@ -236,32 +241,15 @@ def test_the_same_weights_on_other_inputs_are_refused(run, street_cache, change,
         tasks.load_backbone(config)
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"model.name": "minkunet"}, "none of waffleiron, minkunet14, minkunet18, minkunet34"),
-        ({**NARROW, "model.minkunet.reading": "linear"}, "none of nearest, trilinear"),
-        ({**NARROW, "model.minkunet.voxel_size": 0.0}, "must be positive"),
-        (
-            {**NARROW, "model.segmentation_head": "segmnt"},
-            r"model\.segmentation_head = 'segmnt' is none of segment, linear",
-        ),
-    ],
-)
-def test_a_wrong_setting_is_one_sentence(street_cache, changes, said):
-    with pytest.raises(InputError, match=said):
-        build.make_student(small_config(street_cache, **changes), head="none", out_features=0)
-
-
 def test_voxels_too_many_for_their_keys_are_one_sentence(street_cache):
     config = small_config(street_cache, **NARROW)
     config.model.minkunet.voxel_size = 0.01
-    make_settings(config, task="distill", train=True)
+    scene_settings(config, task="distill", train=True)
     config.model.minkunet.voxel_size = 0.003
     with pytest.raises(
         InputError, match=r"voxel_size = 0\.003 makes 42667 x 42667 x 5334 voxels of model\.field_of_view"
     ):
-        make_settings(config, task="distill", train=True)
+        scene_settings(config, task="distill", train=True)
 
 
 @pytest.mark.parametrize(("reading", "enough"), [("nearest", False), ("trilinear", True)])
@@ -269,7 +257,7 @@ def test_without_room_for_a_voxel_nothing_passes_as_a_result(scenes, street_cach
     (scene, *_), _ = scenes
     config = small_config(street_cache, **NARROW)
     config.model.minkunet.reading = reading
-    student = build.make_student(config, head="none", out_features=0)
+    student = make_student(config.model, head="none", out_features=0, platform="cpu")
     need = packing.sizes(scene)
     room = need if enough else need._replace(voxels=(need.voxels[0] - 1, *need.voxels[1:]))
     batch = jax.tree.map(lambda x: jax.numpy.asarray(x)[None], packing.pack_shard([scene], room, scene, ()))
@@ -283,9 +271,11 @@ def test_without_room_for_a_voxel_nothing_passes_as_a_result(scenes, street_cach
 def test_only_sums_cross_a_device(street_cache):
     """Of gradients and batch norms, in the compiled gradient of eight shards on eight devices; no table, no rows."""
     config = small_config(street_cache, **NARROW)
-    student = build.make_student(config, head="none", out_features=0)
+    student = make_student(config.model, head="none", out_features=0, platform="cpu")
     mesh = sharding.make_mesh(8, 1)
-    batch = abstract.make_batch(config, "distill", abstract.choose_capacities(config), mesh)
+    batch = abstract.make_batch(
+        config, student.needs, "distill", abstract.choose_capacities(config, student.needs), mesh
+    )
     shapes = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
 
     def loss(params, statistics, batch):
@@ -303,15 +293,18 @@ def test_only_sums_cross_a_device(street_cache):
 
 
 def test_layer_decay_counts_residual_blocks():
-    blocks = (2, 3, 4, 6, 2, 2, 2, 2)
-    number = lambda name: optim.layer_numbers(("backbone", name, "kernel"), 23, blocks)  # noqa: E731
+    backbone = minkunet.MinkUNetBackbone(SceneNeeds(FIELD_OF_VIEW), "minkunet34")
+    number = lambda name: backbone.layer_numbers(("backbone", name, "kernel"))  # noqa: E731
     names = ("stem", "stem_norm", "down_0", "stage_0_0", "stage_0_1", "down_1_norm", "stage_7_1")
     assert [number(name) for name in names] == [0, 0, 1, 1, 2, 3, 23]
-    assert optim.layer_numbers(("head", "kernel"), 23, blocks) == 24
+    updates = {"backbone": {"stage_7_1": np.ones(2)}, "head": {"kernel": np.ones(2)}}
+    scaled: Any = optim.scale_by_layer(backbone, 0.5).update(updates, optax.EmptyState())[0]
+    np.testing.assert_allclose(scaled["backbone"]["stage_7_1"], 0.5)
+    np.testing.assert_allclose(scaled["head"]["kernel"], 1.0)
 
 
 def test_settings_without_voxels_are_a_waffleirons(street_cache):
-    settings = make_settings(small_config(street_cache), task="distill", train=True)
-    assert (settings.needs.voxel_size, len(settings.needs.grids)) == (None, 3)
-    sparse = make_settings(small_config(street_cache, **NARROW), task="distill", train=True)
-    assert (sparse.needs.voxel_size, sparse.needs.grids, sparse.needs.num_neighbors) == (0.1, (), 0)
+    planar = make_backbone(small_config(street_cache).model).needs
+    assert (planar.voxel_size, len(planar.grids)) == (None, 3)
+    sparse = make_backbone(small_config(street_cache, **NARROW).model).needs
+    assert (sparse.voxel_size, sparse.grids, sparse.num_neighbors) == (0.1, (), 0)

@@ -8,7 +8,7 @@ import pytest
 
 from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.interop import student as interop
-from scalr_jax.interop.layout import apply_published_layout, published_batch
+from scalr_jax.interop.layout import apply_published_layout, published_batch, student_of
 from tests.support.fast import fast_jit
 from tests.support.random_scenes import GRIDS, pack, random_scene, stack
 from tests.support.small_student import init, small_student
@@ -61,7 +61,7 @@ def test_published_training_step(golden, kind, implementation):
     arrays = golden(f"student_{kind}_full")
     model, variables, layout = load_golden(arrays, kind)
     batch = published_batch(*layout)
-    student = interop.make_student({**model, "drop_path": 0.0}, grids=arrays["grids"], implementation=implementation)
+    student = student_of(model, drop_path=0.0, grids=arrays["grids"].tolist(), implementation=implementation)
     num_scenes, channels, num_points = arrays["target"].shape
     target = arrays["target"].transpose(0, 2, 1).reshape(1, -1, channels)
 

@@ -3,7 +3,8 @@
 import importlib.util
 import json
 
-from scalr_jax.data.build import make_dataset
+from scalr_jax.data.build import make_dataset, make_settings
+from scalr_jax.models.build import make_backbone
 from scalr_jax.train.loop import distillation_task, train
 from tests.support.paths import ROOT
 
@@ -46,3 +47,8 @@ def lines(workdir):
 
 def losses(workdir):
     return {line["step"]: line["train/loss"] for line in lines(workdir) if "train/loss" in line}
+
+
+def scene_settings(config, *, task, train):
+    """Settings of the scenes of a run."""
+    return make_settings(config, make_backbone(config.model).needs, task=task, train=train)

@@ -1,16 +1,23 @@
 """A WaffleIron for the grids of random scenes: three layers, 8 wide."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scalr_jax.data.scenes import SceneNeeds
 from scalr_jax.models.student import Student
-from tests.support.random_scenes import GRIDS
+from scalr_jax.models.waffleiron import WaffleIronBackbone
+from tests.support.random_scenes import FIELD_OF_VIEW, GRIDS
 
 
 def small_student(**changes):
     settings = {"channels": 8, "depth": 3, "grids": GRIDS, "out_features": 6, **changes}
-    return Student(**settings)
+    fields = {field.name for field in dataclasses.fields(Student)}
+    of_student = {name: settings.pop(name) for name in list(settings) if name in fields}
+    grids = settings.pop("grids")
+    return Student(WaffleIronBackbone(SceneNeeds(FIELD_OF_VIEW, 4, grids), **settings), **of_student)
 
 
 def init(student, batch):

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scalr_jax.config import get_config
-from scalr_jax.interop import student as interop
-from scalr_jax.interop.layout import empty_batch
+from scalr_jax.interop.layout import empty_batch, student_of
 from scalr_jax.runtime.checkpoint import Checkpoints
 
 
@@ -15,9 +14,9 @@ def tiny_model(head, out_features, **changes):
     model = get_config().model
     model.unlock()
     model.update({"channels": 8, "depth": 3, "head": head, "out_features": out_features, "num_features": 5, **changes})
-    student = interop.make_student(model)
+    student = student_of(model)
     shapes = jax.eval_shape(
-        lambda batch: student.init(jax.random.key(0), batch, train=False), empty_batch(5, model.grids)
+        lambda batch: student.init(jax.random.key(0), batch, train=False), empty_batch(5, student.needs)
     )
     rng = np.random.default_rng(0)
     return model, jax.tree.map(lambda x: rng.uniform(0.1, 0.9, x.shape).astype(np.float32), shapes)

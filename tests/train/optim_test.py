@@ -10,11 +10,17 @@ import pytest
 
 from scalr_jax import recipes
 from scalr_jax.config import get_config
+from scalr_jax.data.scenes import SceneNeeds
 from scalr_jax.interop.names import weight_table
+from scalr_jax.models.build import make_backbone
+from scalr_jax.models.waffleiron import WaffleIronBackbone
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import flatten
 from scalr_jax.train import optim
+from tests.support.random_scenes import FIELD_OF_VIEW
 from tests.support.tiny_student import tiny_model
+
+NEEDS = SceneNeeds(FIELD_OF_VIEW)
 
 
 def test_published_schedules(golden):
@@ -126,7 +132,7 @@ def test_layer_decay_by_its_formula(depth):
     layers = {"groups": {f"plane_{k}": {"bias": jnp.ones((groups, 2))} for k in range(3 if groups else 0)}}
     layers["rest"] = {f"plane_{k}": {"bias": jnp.ones(2)} for k in range(rest)}
     params = {"embedding": {"kernel": jnp.ones((2, 2))}, "backbone": layers, "head": {"bias": jnp.ones(3)}}
-    scaled: Any = optim.scale_by_layer(depth, decay).update(params, optax.EmptyState())[0]
+    scaled: Any = optim.scale_by_layer(WaffleIronBackbone(NEEDS, 2, depth), decay).update(params, optax.EmptyState())[0]
     np.testing.assert_allclose(scaled["embedding"]["kernel"], decay ** (depth + 1), rtol=1e-6)
     np.testing.assert_allclose(scaled["head"]["bias"], 1.0, rtol=1e-6)
     for d in range(depth):
@@ -140,7 +146,7 @@ def test_layer_decay_of_every_published_weight(depth):
     """Of a whole student, by the published names: embed.* is layer 0, *_mix.d.* layer d + 1, classif.* depth + 1."""
     model, variables = tiny_model("segment", 4, depth=depth, norm="batch")
     ones = jax.tree.map(jnp.ones_like, variables["params"])
-    scaled: Any = optim.scale_by_layer(depth, 0.9).update(ones, optax.EmptyState())[0]
+    scaled: Any = optim.scale_by_layer(make_backbone(model), 0.9).update(ones, optax.EmptyState())[0]
     factors = flatten(scaled)
     for entry in weight_table(model):
         if entry.weight.stats:
@@ -163,7 +169,7 @@ def test_layer_decay_in_the_optimizer():
     plain: Any = optim.make_optimizer(config)
     plain, _ = plain.update(params, plain.init(params), params)
     config.layer_decay = 0.5
-    decayed: Any = optim.make_optimizer(config, depth=2)
+    decayed: Any = optim.make_optimizer(config, WaffleIronBackbone(NEEDS, 2, 2))
     decayed, _ = decayed.update(params, decayed.init(params), params)
     np.testing.assert_allclose(decayed["head"], plain["head"])
     np.testing.assert_allclose(decayed["embedding"], plain["embedding"] / 8)

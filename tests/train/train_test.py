@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from scalr_jax import tasks
-from scalr_jax.data.build import make_dataset, make_settings
+from scalr_jax.data.build import make_dataset
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train.loop import distillation_task, train
-from tests.support.runs import distill, lines, losses, small_config
+from tests.support.runs import distill, lines, losses, scene_settings, small_config
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_no_gather_or_scatter_crosses_a_device(street_cache, tmp_path):
     mesh = sharding.make_mesh(8, 1)
     pipeline = Pipeline(
         dataset,
-        make_settings(config, task="distill", train=True),
+        scene_settings(config, task="distill", train=True),
         num_shards=8,
         shards=sharding.local_shards(mesh),
     )
