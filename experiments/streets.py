@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import runpy
 import shutil
@@ -38,9 +39,10 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from scalr_jax import tasks
-from scalr_jax.demo.run import add_seconds, part_config
+from scalr_jax.config import read_settings
+from scalr_jax.demo.run import add_seconds, part_settings
 from scalr_jax.interop.teacher import ASSET
+from scalr_jax.main import run as run_task
 from scalr_jax.runtime.command_line import exit_codes, use_cache
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import write_json
@@ -125,6 +127,14 @@ def _random(base: Any) -> Any:
     config.num_steps = config.checkpoint_every_steps = RANDOM_STEPS
     config.optimizer.update(learning_rate=0.0, schedule="constant")
     return config
+
+
+def part_config(config: Any, task: str) -> Any:
+    """The config of one part of the demo, which may be changed further."""
+    nested = dataclasses.asdict(part_settings(read_settings(config), task))
+    part = copy.deepcopy(config)
+    part.update(nested.pop("run") | nested)
+    return part
 
 
 def _segment(base: Any, task: str, start: Path | None, percent: int = 100) -> Any:
@@ -217,7 +227,7 @@ def run(part: Part, folder: Path) -> None:
     workdir, started = folder / part.name, time.monotonic()
     print(f"== {part.name}", flush=True)
     config = part.make()
-    getattr(tasks, config.task)(config, workdir)
+    run_task(config, workdir)
     shutil.rmtree(workdir / "features", ignore_errors=True)  # half a gigabyte a probe
     jax.clear_caches()  # hundreds of programs would stay in memory
     print(f"== {part.name}: {add_seconds(workdir, time.monotonic() - started):.0f} s", flush=True)

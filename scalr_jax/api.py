@@ -7,7 +7,6 @@ features, classes = model.embed(points), model.segment(points)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,16 @@ from ml_collections import ConfigDict
 
 from scalr_jax.config import get_config, student_settings
 from scalr_jax.data import sensors
-from scalr_jax.data.build import given_intensity
 from scalr_jax.data.packing import pack_shard, static_capacities
 from scalr_jax.data.scan_checks import check_scan
 from scalr_jax.data.scenes import IGNORE
-from scalr_jax.data.sensors import evaluated_classes, known_classes
+from scalr_jax.data.sensors import known_classes
 from scalr_jax.data.transforms import FEATURES
 from scalr_jax.data.whole_scan import check_points, whole_scan
 from scalr_jax.interop import minkunet as interop_minkunet
 from scalr_jax.interop import student as interop
-from scalr_jax.interop.exported import is_export, read_export
-from scalr_jax.models.build import make_backbone, make_student
-from scalr_jax.models.heads import segmentation_head
-from scalr_jax.runtime.checkpoint import load_variables
+from scalr_jax.interop.saved import choose_intensity, read_saved
+from scalr_jax.models.build import make_student
 from scalr_jax.runtime.errors import InputError
 
 SEGMENTATION_HEADS = ("segment", "mlp", "linear")
@@ -140,12 +136,12 @@ def load(
         raise InputError(f"{path} is a program, which the README.md beside it says how to run; give {MODELS}")
     given = {"intensity": intensity, "field_of_view": field_of_view, "grids": grids}
     given = {name: value for name, value in given.items() if value is not None}
-    if is_export(path):
-        config, variables = read_export(path)
-        if sensor is not None:
-            config["intensity"] = _sensor_intensity(sensor)
-    elif path.is_dir():
-        config, variables = _load_workdir(path, sensor, given)
+    if path.is_dir():
+        config, variables = read_saved(path)
+        if "intensity" not in given and "intensities" in config:
+            config["intensity"] = choose_intensity(config, path, sensor)
+        elif "intensity" not in given and sensor is not None:
+            config["intensity"] = sensors.intensity_of(sensor)
     else:
         config, variables = _load_published(path, sensor, given, activation)
     if config["num_features"] != len(FEATURES):
@@ -170,7 +166,7 @@ def _load_published(path: Path, sensor: str | None, given: dict, activation: str
     if sensor not in sensors.INTENSITY:
         raise InputError(f"sensor = {sensor!r} is none of {known}")
     settings["intensity"] = sensors.INTENSITY[sensor]
-    settings["class_names"] = _class_names(sensor, settings, [])
+    settings["class_names"] = _class_names(sensor, settings)
     if "field_of_view" not in given or "grids" not in given:
         settings["field_of_view"], settings["grids"] = sensors.published_view(sensor, settings)
     return settings, variables
@@ -183,71 +179,15 @@ def _load_minkunet(path: Path, sensor: str | None) -> tuple[dict, dict]:
     settings = {**model, **there, "minkunet": {**model["minkunet"], **there["minkunet"]}, "head_hidden": 0}
     settings |= {"intensity": interop_minkunet.INTENSITY, "num_features": len(FEATURES)}
     settings["voxel_size"] = settings["minkunet"]["voxel_size"]
-    settings["class_names"] = _class_names(sensor or "", settings, [])
+    settings["class_names"] = _class_names(sensor or "", settings)
     return settings, variables
 
 
-def _load_workdir(path: Path, sensor: str | None, given: dict) -> tuple[dict, dict]:
-    if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
-        inside = sorted(child.parent.name for child in path.glob("*/checkpoints"))
-        hint = f", as its folders {', '.join(inside)} are" if inside else ""
-        raise InputError(
-            f"{path} is not a workdir (it has no config.json and checkpoints/) and no exported folder (it has not the "
-            f"config.json of one); give {MODELS}{hint}"
-        )
-    try:
-        written = json.loads((path / "config.json").read_text())
-        data, model = ({**get_config()[part].to_dict(), **written[part]} for part in ("data", "model"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path / 'config.json'} is not the config of a run ({error!r})") from None
-    if written.get("task") not in ("distill", "probe", "finetune"):
-        raise InputError(f"{path} is a run of task {written.get('task')!r}, which leaves no student")
-    variables = load_variables(path / "checkpoints")
-    params = variables["params"]
-    head = segmentation_head(params)
-    out = params["head"] if head else params["head"]["out"]
-    settings = {
-        **model,
-        "num_features": make_backbone(student_settings(model)).num_features(params),
-        "head": head or "distill",
-        "head_hidden": 0 if head else model["head_hidden"],  # the distillation head's, which a probe has not
-        "out_features": out["bias"].shape[0],
-        "voxel_size": data["voxel_size"],
-    }
-    settings["class_names"] = _class_names(data["dataset"], settings, evaluated_classes(path))
-    if "intensity" not in given:
-        settings["intensity"] = _trained_intensity(path, data, sensor)
-    return settings, variables
-
-
-def _class_names(dataset: str, settings: Mapping[str, Any], found: list[str]) -> tuple[str, ...]:
-    """The names of a segmentation model's classes: those of its dataset, or those found; () when none are as many."""
+def _class_names(dataset: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a segmentation model's classes: those of its dataset; () when it has another number of them."""
     if settings["head"] not in SEGMENTATION_HEADS:
         return ()
-    return known_classes(dataset, settings["out_features"], found)
-
-
-def _trained_intensity(path: Path, data: dict, sensor: str | None) -> tuple[float, float]:
-    """Those that the run was given; else those of `sensor`, or of the only one that it was trained on."""
-    if data["intensity"]:
-        return given_intensity(data)
-    trained = sensors.trained_sensors(data)
-    if sensor is None and len(trained) != 1:
-        raise InputError(f"{path} was trained on several sensors ({', '.join(trained)}); give sensor=, one of them")
-    name = sensor or trained[0]
-    if name == "folder":
-        raise InputError(
-            f"{path} was trained on a folder of one's own scans; give intensity=(mean, standard deviation), as in the "
-            "folder's dataset.json or as the training printed it"
-        )
-    return _sensor_intensity(name)
-
-
-def _sensor_intensity(name: str) -> tuple[float, float]:
-    known = {**sensors.INTENSITY, **sensors.STREETS_INTENSITY}
-    if name not in known:
-        raise InputError(f"sensor = {name!r} is none of {', '.join(known)}")
-    return known[name]
+    return known_classes(dataset, settings["out_features"])
 
 
 def _checked(settings: dict) -> ConfigDict:

@@ -9,6 +9,7 @@ schedule, so that shortening a run keeps its shape.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -63,7 +64,7 @@ class DataSettings:
     sensors: tuple[str, ...] = key(("beams32",), "of streets or pandaset", choices=SENSORS)
     num_scenes: int = key(64, "streets: training scenes to render", low=1)
     num_validation_scenes: int = key(32, "streets: validation scenes to render", low=1)
-    scenes: tuple[str | int, ...] = key((), "only these scenes; (): all")
+    scenes: tuple[str, ...] = key((), "only these scenes; (): all")
     frames: tuple[int | str, ...] = key((), "only frames of these numbers; (): all", low=0)
     validation_frames: tuple[int | str, ...] = key((), "PandaSet: validate on these frames of the same scenes", low=0)
     split: str = key("train", "distill, evaluate: train, validation, test or all, as the dataset has them")
@@ -314,6 +315,12 @@ def student_settings(model: Mapping[str, Any]) -> StudentSettings:
     if problems:
         raise InputError("; ".join(problems))
     return settings
+
+
+def record_of(settings: Settings) -> dict[str, Any]:
+    """What config.json holds: the keys, nested as in a config, in JSON's types."""
+    nested = dataclasses.asdict(settings)
+    return json.loads(json.dumps(nested.pop("run") | nested))
 
 
 def dataset_names(data: DataSettings) -> tuple[str, ...]:

@@ -24,10 +24,9 @@ import warnings
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from scalr_jax.runtime.command_line import exit_codes, fail, parse_flags, require, sentence_of
-from scalr_jax.runtime.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a config file.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go.")
@@ -50,24 +49,25 @@ def set_deterministic() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
 
 
-def run(config, workdir: Path) -> None:
-    """Dispatch on `config.task`."""
-    from scalr_jax import tasks
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Checks the whole config, and does what `config.task` says."""
     from scalr_jax.config import read_settings
 
-    read_settings(config)
-    known = {
+    settings = read_settings(config)
+    from scalr_jax import tasks
+    from scalr_jax.demo.run import run_demo
+    from scalr_jax.demo.teacher import train_teacher
+
+    functions = {
         "distill": tasks.distill,
         "probe": tasks.probe,
         "finetune": tasks.finetune,
         "evaluate": tasks.evaluate,
         "robustness": tasks.robustness,
-        "demo": tasks.demo,
-        "teacher": tasks.teacher,
+        "demo": run_demo,
+        "teacher": train_teacher,
     }
-    if config.task not in known:
-        raise InputError(f"config.task = {config.task!r} is none of {', '.join(known)}")
-    known[config.task](config, workdir)
+    functions[settings.run.task](settings, workdir)
 
 
 def main(_: list[str]) -> None:

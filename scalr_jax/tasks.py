@@ -1,57 +1,104 @@
-"""What each `config.task` does: build the data and the model, train, write results.json."""
+"""What each `config.task` does: open the data, make the model, train, evaluate, write results.json.
+
+Here the frozen settings of the config get what the sensor or the dataset decides (number of classes, their order,
+intensities), and go on in parts: what is below takes the settings it needs, never the whole config.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
+from scalr_jax.config import Settings, TeacherSettings, all_keys, record_of
 from scalr_jax.data.build import make_dataset
-from scalr_jax.data.sensors import evaluated_classes, known_classes
-from scalr_jax.data.transforms import FEATURES
 from scalr_jax.evaluation import report
 from scalr_jax.evaluation import robustness as robust
-from scalr_jax.evaluation.features import checksum, make_cache
+from scalr_jax.evaluation.features import cache_key, checksum, make_cache
 from scalr_jax.evaluation.nearest_neighbors import nearest_neighbors
 from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.evaluation.submission import Submission
-from scalr_jax.evaluation.zero_shot import zero_shot
-from scalr_jax.interop import minkunet as interop_minkunet
-from scalr_jax.interop import student as interop
-from scalr_jax.interop.layout import empty_batch
+from scalr_jax.evaluation.zero_shot import Images, zero_shot
+from scalr_jax.figures.charts import draw_confusion, draw_robustness
+from scalr_jax.figures.curves import draw_loss
+from scalr_jax.interop import minkunet
+from scalr_jax.interop import student as waffleiron
+from scalr_jax.interop.saved import Saved, read_saved, write_settings
+from scalr_jax.interop.teacher import make_teacher
 from scalr_jax.models.backbone import CachedFeatures
 from scalr_jax.models.build import make_backbone, make_student
 from scalr_jax.models.heads import segmentation_head
-from scalr_jax.models.student import without_head
+from scalr_jax.models.student import Classifier, Student, Variables, without_head
+from scalr_jax.models.vit import ViTConfig
 from scalr_jax.runtime import sharding
-from scalr_jax.runtime import workdir as workdir_of_run
-from scalr_jax.runtime.checkpoint import load_variables
+from scalr_jax.runtime import workdir as workdirs
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import flatten, write_json
-from scalr_jax.train.loop import distillation_task, segmentation_task, train
+from scalr_jax.train.loop import Task, distillation_task, segmentation_task, train
 from scalr_jax.train.state import TrainState, variables_of
 
-PROBE_CHOICES = {
-    "method": ("head", "knn", "zero_shot"),
-    "head": ("linear", "mlp"),
-    "features": ("augmented", "fixed", "cached"),
-}
+Dataset = Any  # until its Protocol lands
+
+# ---- what every task needs
 
 
-def streets_cache(workdir: Path) -> Path:
-    return workdir / "streets"
+@contextlib.contextmanager
+def claimed(settings: Settings, workdir: Path) -> Iterator[None]:
+    """Holds `workdir` for a run of these settings; see `runtime.workdir.claim`."""
+    with workdirs.claim(workdir, record_of(settings), all_keys()):
+        yield
 
 
-def _dataset(config: Any, workdir: Path, split: str) -> Any:
+def open_dataset(settings: Settings, workdir: Path, split: str) -> Dataset:
     """The dataset of a split; prints the table of what was found."""
-    dataset = make_dataset(config, split, cache=streets_cache(workdir))
-    if jax.process_index() == 0 and hasattr(dataset, "describe"):
+    task, seed = settings.run.task, settings.run.seed
+    dataset = make_dataset(settings.data, split, task=task, seed=seed, cache=workdir / "streets")
+    if jax.process_index() == 0:
         print(dataset.describe(), flush=True)
     return dataset
+
+
+def student_of(settings: Settings, head: str, out_features: int, *, frozen: bool = False) -> Student:
+    """The student of `config.model` on this machine's devices."""
+    platform = sharding.platform()
+    return make_student(settings.model, head=head, out_features=out_features, platform=platform, frozen_backbone=frozen)
+
+
+def distillation(settings: Settings, teacher: tuple[ViTConfig, Any] | None = None) -> Task:
+    """The distillation of `config.teacher`, or of (architecture, parameters or their shapes)."""
+    teacher = teacher or make_teacher(settings.teacher, settings.data.image_size, sharding.platform())
+    student = student_of(settings, "distill", teacher[0].width)
+    return distillation_task(settings.training, student, teacher, settings.teacher.feature)
+
+
+def segmentation(settings: Settings, num_classes: int, *, label: str, frozen: bool, initial: Variables | None) -> Task:
+    """Probing (`frozen`) or fine-tuning; `initial` holds a backbone's params and batch_stats, or None for random."""
+    head = "mlp" if frozen and settings.probe.head == "mlp" else settings.model.segmentation_head
+    student = student_of(settings, head, num_classes, frozen=frozen)
+    fixed = settings.run.task == "probe" and settings.probe.features != "augmented"
+    if frozen and initial is not None and settings.probe.features == "cached":
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), without_head(initial))
+        student = student.clone(backbone=CachedFeatures(student.backbone, shapes))
+    return segmentation_task(
+        settings.training, student, label=label, num_classes=num_classes, initial=initial, fixed=fixed
+    )
+
+
+def num_classes_of(settings: Settings, dataset: Dataset) -> int:
+    """Number of the dataset's classes. Raises `InputError` when `model.num_classes` says another number."""
+    number = len(dataset.class_names)
+    if settings.model.num_classes not in (None, number):
+        raise InputError(
+            f"model.num_classes = {settings.model.num_classes}, and {settings.data.dataset} has {number} classes; "
+            "leave it out"
+        )
+    return number
 
 
 def last_metrics(workdir: Path) -> dict:
@@ -60,113 +107,208 @@ def last_metrics(workdir: Path) -> dict:
     return [line for line in lines if "train/loss" in line][-1]
 
 
-def distill(config: Any, workdir: Path) -> TrainState:
-    """Distil the teacher into the student; results.json holds the last logged metrics."""
-    dataset = _dataset(config, workdir, config.data.split)
-    state = train(config, workdir, dataset, distillation_task(config))
-    if jax.process_index() == 0:
-        write_json(workdir / "results.json", last_metrics(workdir))
-        from scalr_jax.figures.curves import draw_loss
+# ---- the checkpoint to start from
 
-        draw_loss(workdir)
+
+def load_backbone(settings: Settings) -> Saved:
+    """`config.checkpoint`: a workdir's newest checkpoint, an exported folder, or a published file.
+
+    Raises `InputError` when it is none of these, and with every setting in which it differs from the config.
+    """
+    path = Path(settings.run.checkpoint)
+    if settings.run.checkpoint and path.is_file():
+        saved, inputs = _published(path, settings.model.activation)
+    elif (settings.run.checkpoint and (path / "checkpoints").is_dir()) or (path / "results.json").is_file():
+        saved, inputs = read_saved(path), {"intensity": _given_intensity(path)}
+    else:
+        raise InputError(
+            f"config.checkpoint = {settings.run.checkpoint!r} is neither the workdir of a run nor a published student; "
+            "give one with --config.checkpoint=PATH (docs/weights.md says which files there are)"
+        )
+    keys = ("name", *make_backbone(settings.model).weight_keys)
+    there, here = flatten(saved.settings), flatten(dataclasses.asdict(settings.model))
+    found = [(key, there.get(key), here[key]) for key in keys]
+    wrong = [f"{key} is {a} there, {b} in config.model" for key, a, b in found if a not in (None, b)]
+    for key, value in inputs.items():
+        if value != getattr(settings.data, key):
+            wrong.append(f"{key} is {value} there, {getattr(settings.data, key)} in config.data")
+    if wrong:
+        raise InputError(f"{path} holds another student: {'; '.join(wrong)}; set these keys as they are there")
+    return saved
+
+
+def _published(path: Path, activation: str) -> tuple[Saved, dict[str, Any]]:
+    """A published file, and the inputs of `config.data` that it was trained on."""
+    if minkunet.is_minkunet(path):
+        found, variables = minkunet.load_minkunet(path)
+        inputs = {"intensity": minkunet.INTENSITY, "voxel_size": found["minkunet"]["voxel_size"]}
+        return Saved(found, variables), inputs
+    model, weights = waffleiron.read_student(path)
+    model.activation = model.activation or activation  # downstream files do not say theirs
+    return Saved({**model, "name": "waffleiron"}, waffleiron.convert_weights(weights, model, str(path))), {}
+
+
+def _given_intensity(workdir: Path) -> tuple[float, ...]:
+    """`data.intensity` of the run that wrote a workdir."""
+    try:
+        return tuple(json.loads((workdir / "config.json").read_text())["data"].get("intensity", ()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
+def load_segmenter(settings: Settings) -> tuple[Student, Saved]:
+    """The student with the segmentation head of `config.checkpoint`. Raises `InputError` when it has no such head."""
+    saved = load_backbone(settings)
+    params = saved.variables["params"]
+    head = segmentation_head(params)
+    if head is None:
+        raise InputError(
+            f"{settings.run.checkpoint} holds no segmentation head; give the workdir of a probe or fine-tuning"
+        )
+    return student_of(settings, head, params["head"]["bias"].shape[0]), saved
+
+
+def class_order(settings: Settings, dataset: Dataset, saved: Saved, num_classes: int) -> np.ndarray:
+    """The dataset's class [num_classes] of each class of the model, by name.
+
+    A published file does not name its classes: those of the dataset are then taken in order. Raises `InputError` when
+    the model and the dataset have other classes.
+    """
+    here = tuple(dataset.class_names)
+    there = tuple(saved.settings.get("class_names") or (here if len(here) == num_classes else ()))
+    if len(here) != num_classes or set(there) != set(here):
+        described = f" ({', '.join(there)})" if there else ""
+        raise InputError(
+            f"{settings.run.checkpoint} tells {num_classes} classes apart{described}, and {settings.data.dataset} has "
+            f"{len(here)} ({', '.join(here)}); evaluate on a dataset with the classes of the training"
+        )
+    return np.array([here.index(name) for name in there])
+
+
+# ---- training
+
+
+def distill(settings: Settings, workdir: Path) -> TrainState:
+    """Distils the teacher into the student; results.json holds the last logged metrics."""
+    with claimed(settings, workdir):
+        dataset = open_dataset(settings, workdir, settings.data.split)
+        task = distillation(settings)
+        save_settings(settings, workdir, task.student, dataset)
+        state = train(settings.training, workdir, dataset, task)
+        if jax.process_index() == 0:
+            write_json(workdir / "results.json", last_metrics(workdir))
+            draw_loss(workdir)
     return state
 
 
-def num_classes_of(config: Any, dataset: Any) -> int:
-    """Of the dataset's labels. Raises `InputError` when `model.num_classes` says another number."""
-    number = len(dataset.class_names)
-    if config.model.num_classes not in (None, number):
+def save_settings(settings: Settings, workdir: Path, student: Student, dataset: Dataset) -> None:
+    """Writes settings.json, on process 0."""
+    if jax.process_index() == 0:
+        write_settings(workdir, settings.model, settings.data, student, dataset)
+
+
+def probe(settings: Settings, workdir: Path) -> dict:
+    """What the frozen backbone of `config.checkpoint` knows, by `config.probe.method`; see docs/downstream.md."""
+    saved = load_backbone(settings)
+    if settings.probe.method == "head":
+        return _segment(settings, workdir, label="probe", frozen=True, initial=saved.variables)
+    with claimed(settings, workdir):
+        dataset = open_dataset(settings, workdir, "train")
+        validation = open_dataset(settings, workdir, "validation")
+        num_classes = num_classes_of(settings, dataset)
+        if settings.probe.method == "knn":
+            student = student_of(settings, "none", 0)
+            classifier, variables = nearest_neighbors(
+                settings.probe, settings.training, student, dataset, saved.variables, num_classes
+            )
+        else:
+            classifier, variables = _zero_shot(settings, dataset, saved.variables)
+        return _report(settings, workdir, validation, classifier, variables, label=settings.probe.method)
+
+
+def _zero_shot(settings: Settings, dataset: Dataset, variables: Variables) -> tuple[Classifier, Variables]:
+    """The zero-shot classifier of a distilled student. Raises `InputError` without the teacher that taught it."""
+    checkpoint, head = settings.run.checkpoint, variables["params"].get("head", {})
+    if "out" not in head:
+        raise InputError(f"{checkpoint} holds no distillation head; zero-shot needs the workdir of a distillation")
+    width, hidden = head["out"]["kernel"].shape[1], head["hidden"]["kernel"].shape[1] if "hidden" in head else 0
+    teacher = make_teacher(settings.teacher, settings.data.image_size, sharding.platform())
+    if teacher[0].width != width:
         raise InputError(
-            f"model.num_classes = {config.model.num_classes}, and {config.data.dataset} has {number} classes; leave it "
-            "out"
+            f"{checkpoint} was distilled from a teacher {width} wide, and teacher.checkpoint = "
+            f"{settings.teacher.checkpoint!r} is {teacher[0].width} wide; give the one it was distilled from"
         )
-    return number
+    _check_teacher(Path(checkpoint) / "config.json", settings.teacher)
+    images = Images(settings.data.image_size, settings.data.antialias, settings.run.seed)
+    student = student_of(settings, "distill", width).clone(head_hidden=hidden)
+    return zero_shot(settings.probe, student, teacher, settings.teacher.feature, dataset, variables, images)
 
 
-def load_backbone(config: Any) -> dict:
-    """params and batch_stats of `config.checkpoint`: a workdir's newest checkpoint, or a published file.
-
-    Raises `InputError` when it is neither, and with every setting in which it differs from `config.model`.
-    """
-    path = Path(config.checkpoint)
-    if config.checkpoint and path.is_file() and interop_minkunet.is_minkunet(path):
-        there, variables = interop_minkunet.load_minkunet(path)
-        inputs = {"intensity": interop_minkunet.INTENSITY, "voxel_size": there["minkunet"]["voxel_size"]}
-        _check_model(path, there, inputs, config)
-        return variables
-    if config.checkpoint and path.is_file():
-        there, weights = interop.read_student(path)
-        there.activation = there.activation or config.model.activation  # downstream files do not say theirs
-        _check_model(path, there, {}, config)
-        return interop.convert_weights(weights, there, str(path))
-    if config.checkpoint and (path / "checkpoints").is_dir():
-        if (path / "config.json").is_file():
-            written = json.loads((path / "config.json").read_text())
-            inputs = {"intensity": tuple(written["data"].get("intensity", ()))}
-            _check_model(path, written["model"], inputs, config)
-            return load_variables(path / "checkpoints")
-        variables = load_variables(path / "checkpoints")
-        _check_shapes(path, variables, config)
-        return variables
-    if config.checkpoint and (path / "results.json").is_file():
+def _check_teacher(path: Path, teacher: TeacherSettings) -> None:
+    """Raises `InputError` with what differs between `config.teacher` and that of the distillation, by its config.json;
+    files are compared by their name."""
+    if not path.is_file():
+        return
+    there = json.loads(path.read_text())["teacher"]
+    here = dataclasses.asdict(teacher)
+    there["checkpoint"], here["checkpoint"] = Path(there["checkpoint"]).name, Path(here["checkpoint"]).name
+    keys = ("checkpoint", "feature", "position_interpolation")
+    if wrong := [f"{key} is {there[key]} there, {here[key]} here" for key in keys if there.get(key) != here[key]]:
         raise InputError(
-            f"{path} keeps no weights: it is a probe of probe.method knn or zero_shot, an evaluation, or a run that "
-            "ended before its first checkpoint; give the run whose weights it used"
-        )
-    raise InputError(
-        f"config.checkpoint = {config.checkpoint!r} is neither the workdir of a run nor a published student; give one "
-        "with --config.checkpoint=PATH (docs/weights.md says which files there are)"
-    )
-
-
-def _check_model(path: Path, there: Any, inputs: dict[str, Any], config: Any) -> None:
-    """Raises `InputError` that lists the settings in which a checkpoint's model (`config.model`) and the points that it
-    was trained on (`inputs`, of `config.data`) differ from the config's."""
-    settings = [{"name": "waffleiron", **flatten(model)} for model in (there, config.model)]
-    keys = ("name", *make_backbone(config.model).weight_keys)
-    found = [(key, *(of.get(key) for of in settings)) for key in keys]
-    wrong = [f"{key} is {a} there, {b} in config.model" for key, a, b in found if a not in (None, b)]
-    for key, value in inputs.items():
-        here = config.data[key]
-        if value != (tuple(here) if isinstance(value, tuple) else here):
-            wrong.append(f"{key} is {value} there, {here} in config.data")
-    if wrong:
-        raise InputError(f"{path} holds another student: {'; '.join(wrong)}; set these keys as they are there")
-
-
-def _check_shapes(path: Path, variables: dict, config: Any) -> None:
-    """The like of a folder without config.json, of which only the weights' shapes tell."""
-    student = make_student(config.model, head="none", out_features=0, platform=sharding.platform())
-    batch = empty_batch(len(FEATURES), student.needs)
-    wanted = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
-    if jax.tree.map(np.shape, without_head(variables)) != jax.tree.map(np.shape, dict(wanted)):
-        raise InputError(
-            f"{path} holds a backbone of other shapes than config.model, and no config.json that says which; give the "
-            "model it was made with"
+            f"{path.parent} was distilled from another teacher than config.teacher ({'; '.join(wrong)}); give the one "
+            "it was distilled from"
         )
 
 
-def _segment(config: Any, workdir: Path, *, label: str, frozen: bool, initial: dict | None) -> dict:
-    """Train a segmentation head (and the backbone unless `frozen`), evaluate, write results.json."""
-    dataset = _dataset(config, workdir, "train")
-    validation = _dataset(config, workdir, "validation")
-    num_classes = num_classes_of(config, dataset)
-    task = segmentation_task(config, num_classes, label=label, initial=initial, frozen=frozen)
-    student = task.student
-    if isinstance(student.backbone, CachedFeatures):
-        student = student.clone(backbone=student.backbone.backbone)
-        with workdir_of_run.claim(config, workdir):
-            dataset = make_cache(config, workdir / "features", dataset, initial)
-    state = train(config, workdir, dataset, task)
-    return _report(config, workdir, validation, student, variables_of(state), num_classes, label)
+def finetune(settings: Settings, workdir: Path) -> dict:
+    """Trains all parameters, from `config.checkpoint`, or from random weights when it is empty."""
+    initial = load_backbone(settings).variables if settings.run.checkpoint else None
+    return _segment(settings, workdir, label="finetune", frozen=False, initial=initial)
 
 
-def _report(config: Any, workdir: Path, validation: Any, student: Any, variables: Any, num_classes: int, label: str):
-    """Evaluate and write results.json; `student` has `apply(variables, batch, train=False)` -> [D, P, classes]."""
-    evaluator = Evaluator(config, student, variables, num_classes)
-    confusion = evaluator.confusion(validation).sum(axis=0)
-    if confusion.sum() == 0:
-        raise InputError("the evaluation set has no labelled point; check data.split and the labels' folder")
+def _segment(settings: Settings, workdir: Path, *, label: str, frozen: bool, initial: Variables | None) -> dict:
+    """Trains a segmentation head (and the backbone unless `frozen`), evaluates, writes results.json."""
+    with claimed(settings, workdir):
+        dataset: Any = open_dataset(settings, workdir, "train")
+        validation = open_dataset(settings, workdir, "validation")
+        num_classes = num_classes_of(settings, dataset)
+        task = segmentation(settings, num_classes, label=label, frozen=frozen, initial=initial)
+        student = task.student
+        save_settings(settings, workdir, student, dataset)
+        if isinstance(student.backbone, CachedFeatures) and initial is not None:
+            student = student.clone(backbone=student.backbone.backbone)
+            key = cache_key(record_of(settings), dataset, initial)
+            dtype = settings.probe.cache_dtype
+            dataset = make_cache(
+                settings.training, student, workdir / "features", dataset, initial, key=key, dtype=dtype
+            )
+        state = train(settings.training, workdir, dataset, task)
+        return _report(settings, workdir, validation, student, variables_of(state), label=label)
+
+
+# ---- evaluation
+
+
+def make_evaluator(
+    settings: Settings, classifier: Classifier, variables: Variables, num_classes: int, **more: Any
+) -> Evaluator:
+    """The evaluator of a classifier on this run's devices; `more` as `Evaluator` takes it."""
+    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+    return Evaluator(settings.data, mesh, classifier, variables, num_classes, seed=settings.run.seed, **more)
+
+
+def _report(
+    settings: Settings,
+    workdir: Path,
+    validation: Dataset,
+    classifier: Classifier,
+    variables: Variables,
+    *,
+    label: str,
+) -> dict:
+    """Evaluates and writes results.json."""
+    evaluator = make_evaluator(settings, classifier, variables, len(validation.class_names))
+    confusion = _labelled(evaluator.confusion(validation)).sum(axis=0)
     results = {**report.results_of(confusion, validation.class_names), **_scans(evaluator, validation)}
     if jax.process_index() == 0:
         write_json(workdir / "results.json", results)
@@ -174,130 +316,63 @@ def _report(config: Any, workdir: Path, validation: Any, student: Any, variables
     return results
 
 
-def _scans(evaluator: Evaluator, dataset: Any) -> dict[str, int]:
+def _labelled(confusion: np.ndarray) -> np.ndarray:
+    """Confusion matrices that count a point. Raises `InputError` for others."""
+    if confusion.sum() == 0:
+        raise InputError("the evaluation set has no labelled point; check data.split and the labels' folder")
+    return confusion
+
+
+def _scans(evaluator: Evaluator, dataset: Dataset) -> dict[str, int]:
     """How many scans were evaluated, and how many could not be read."""
     return {"scans": evaluator.num_scans, "bad_scans": len(dataset) - evaluator.num_scans}
 
 
-def probe(config: Any, workdir: Path) -> dict:
-    """What the frozen backbone of `config.checkpoint` knows, by `config.probe.method`; see docs/downstream.md."""
-    for key, known in PROBE_CHOICES.items():
-        if config.probe[key] not in known:
-            raise InputError(f"probe.{key} = {config.probe[key]!r} is none of {', '.join(known)}")
-    backbone = load_backbone(config)
-    if config.probe.method == "head":
-        return _segment(config, workdir, label="probe", frozen=True, initial=backbone)
-    dataset = _dataset(config, workdir, "train")
-    validation = _dataset(config, workdir, "validation")
-    num_classes = num_classes_of(config, dataset)
-    with workdir_of_run.claim(config, workdir):
-        if config.probe.method == "knn":
-            student, variables = nearest_neighbors(config, dataset, backbone, num_classes)
-        else:
-            student, variables = zero_shot(config, dataset, backbone, num_classes)
-        return _report(config, workdir, validation, student, variables, num_classes, config.probe.method)
-
-
-def finetune(config: Any, workdir: Path) -> dict:
-    """All parameters, from `config.checkpoint`, or from random weights when it is empty."""
-    initial = load_backbone(config) if config.checkpoint else None
-    return _segment(config, workdir, label="finetune", frozen=False, initial=initial)
-
-
-def load_segmenter(config: Any) -> tuple[Any, dict, int]:
-    """The student with the segmentation head of `config.checkpoint`, its variables, and its number of classes.
-
-    Raises `InputError` when the checkpoint has no such head, or is of another model than `config.model`.
-    """
-    variables = load_backbone(config)
-    head = segmentation_head(variables["params"])
-    if head is None:
-        raise InputError(f"{config.checkpoint} holds no segmentation head; give the workdir of a probe or fine-tuning")
-    num_classes = variables["params"]["head"]["bias"].shape[0]
-    student = make_student(config.model, head=head, out_features=num_classes, platform=sharding.platform())
-    return student, variables, num_classes
-
-
-def class_order(config: Any, dataset: Any, num_classes: int) -> np.ndarray:
-    """The dataset's class [num_classes] of each class of the model in `config.checkpoint`, by name.
-
-    A published file does not name its classes: those of the dataset are then taken in order. Raises `InputError` when
-    the model and the dataset have other classes.
-    """
-    here, path = tuple(dataset.class_names), Path(config.checkpoint)
-    there = here if len(here) == num_classes else ()
-    if (path / "config.json").is_file():
-        trained_on = json.loads((path / "config.json").read_text())["data"]["dataset"]
-        there = known_classes(trained_on, num_classes, evaluated_classes(path)) or there
-    if len(here) != num_classes or set(there) != set(here):
-        described = f" ({', '.join(there)})" if there else ""
-        raise InputError(
-            f"{path} tells {num_classes} classes apart{described}, and {config.data.dataset} has {len(here)} "
-            f"({', '.join(here)}); evaluate on a dataset with the classes of the training"
-        )
-    return np.array([here.index(name) for name in there])
-
-
-def evaluate(config: Any, workdir: Path) -> dict:
+def evaluate(settings: Settings, workdir: Path) -> dict:
     """The probed or fine-tuned run in `config.checkpoint` on `config.data`; docs/evaluation.md says what it writes."""
-    student, variables, num_classes = load_segmenter(config)
-    dataset = _dataset(config, workdir, config.data.split)
-    order = class_order(config, dataset, num_classes)
-    rings = report.check_rings(config.evaluate.rings)
-    evaluator = Evaluator(config, student, variables, num_classes, votes=config.evaluate.votes, order=order)
-    with workdir_of_run.claim(config, workdir):
-        if config.evaluate.submission:
-            with Submission(dataset, workdir / "submission", config.evaluate.submission_uses) as submission:
+    evaluator, dataset, _ = _open_evaluation(settings, workdir)
+    rings, options = settings.evaluate.rings, settings.evaluate
+    with claimed(settings, workdir):
+        if options.submission:
+            with Submission(dataset, workdir / "submission", options.submission_uses) as submission:
                 confusion = evaluator.confusion(dataset, rings=rings, keep=submission.add)
                 submission.finish()
-        else:
-            confusion = evaluator.confusion(dataset, rings=rings)
-        if confusion.sum() == 0:
-            if config.evaluate.submission:
+            if confusion.sum() == 0:
                 return {}
-            raise InputError("the evaluation set has no labelled point; check data.split and the labels' folder")
+        else:
+            confusion = _labelled(evaluator.confusion(dataset, rings=rings))
         results = report.results_by_range(confusion, rings, dataset.class_names)
-        results = {**results, "votes": config.evaluate.votes, **_scans(evaluator, dataset)}
+        results = {**results, "votes": options.votes, **_scans(evaluator, dataset)}
         if jax.process_index() == 0:
             report.write_confusion(workdir / "confusion.json", confusion, rings, dataset.class_names)
             write_json(workdir / "results.json", results)
-            title = f"{config.data.dataset}, {config.data.split}: mIoU {results['miou']:.1%}"
-            from scalr_jax.figures.charts import draw_confusion
-
+            title = f"{settings.data.dataset}, {settings.data.split}: mIoU {results['miou']:.1%}"
             draw_confusion(workdir / "figures" / "confusion.png", confusion.sum(axis=0), results, title)
             print(report.confusion_table(confusion.sum(axis=0), dataset.class_names), flush=True)
             print(f"\n{report.class_table(results)}", flush=True)
     return results
 
 
-def robustness(config: Any, workdir: Path) -> dict:
+def _open_evaluation(settings: Settings, workdir: Path) -> tuple[Evaluator, Dataset, Variables]:
+    """The model of `config.checkpoint`, ready to classify the scans of `config.data`, and its variables."""
+    student, saved = load_segmenter(settings)
+    dataset = open_dataset(settings, workdir, settings.data.split)
+    order = class_order(settings, dataset, saved, student.out_features)
+    votes = settings.evaluate.votes
+    evaluator = make_evaluator(settings, student, saved.variables, student.out_features, votes=votes, order=order)
+    return evaluator, dataset, saved.variables
+
+
+def robustness(settings: Settings, workdir: Path) -> dict:
     """What the run in `config.checkpoint` loses under `config.evaluate.corruptions`; see docs/robustness.md."""
-    student, variables, num_classes = load_segmenter(config)
-    dataset = _dataset(config, workdir, config.data.split)
-    order = class_order(config, dataset, num_classes)
-    evaluator = Evaluator(config, student, variables, num_classes, votes=config.evaluate.votes, order=order)
-    weights = checksum(variables, head=True)
-    with workdir_of_run.claim(config, workdir):
-        results = robust.measure(config, workdir, evaluator, dataset, weights)
+    evaluator, dataset, variables = _open_evaluation(settings, workdir)
+    free = [row.name for row in all_keys() if row.resume]
+    key = robust.part_key(record_of(settings), checksum(variables, head=True), free)
+    with claimed(settings, workdir):
+        results = robust.measure(settings.evaluate, settings.data, workdir, evaluator, dataset, key)
         if jax.process_index() == 0:
             write_json(workdir / "results.json", results)
-            from scalr_jax.figures.charts import draw_robustness
-
-            title = f"{config.data.dataset}: {config.checkpoint}"
+            title = f"{settings.data.dataset}: {settings.run.checkpoint}"
             draw_robustness(workdir / "figures" / "robustness.png", results, title)
             print(robust.table(results), flush=True)
     return results
-
-
-def demo(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Distil, probe, train with supervision, compare; see `demo.py`."""
-    from scalr_jax.demo.run import run_demo
-
-    run_demo(config, workdir)
-
-
-def teacher(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Train the packaged demo teacher; see `demo_teacher.py`."""
-    from scalr_jax.demo.teacher import train_teacher
-
-    train_teacher(config, workdir)

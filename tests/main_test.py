@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from scalr_jax import tasks
-from scalr_jax.data.build import make_dataset
+from scalr_jax.config import read_settings
 from scalr_jax.data.streets.streets import Streets
 from scalr_jax.runtime.errors import InputError
 from tests.support.paths import ROOT
 from tests.support.raw_datasets import write_semantic_kitti
-from tests.support.runs import config_of
+from tests.support.runs import config_of, open_split
 from tests.support.tiny_student import write_workdir
 
 
@@ -121,10 +121,10 @@ def test_a_validation_set_without_labels_is_refused_before_training(task, tmp_pa
         for path in scans:
             path.write_bytes(np.zeros(50, "<u4").tobytes())
         if len(scans) < 3:
-            assert len(make_dataset(config, "validation", cache=tmp_path)) == 3
+            assert len(open_split(config, "validation", cache=tmp_path)) == 3
     with pytest.raises(InputError, match=r"none of 3 validation scans looked at \(3 in all\) has a labelled point"):
-        make_dataset(config, "validation", cache=tmp_path)
-    assert len(make_dataset(config, "train", cache=tmp_path)) == 3
+        open_split(config, "validation", cache=tmp_path)
+    assert len(open_split(config, "train", cache=tmp_path)) == 3
 
 
 def test_one_truncated_scan_is_skipped_and_many_stop(tmp_path, street_cache):
@@ -141,4 +141,4 @@ def test_one_truncated_scan_is_skipped_and_many_stop(tmp_path, street_cache):
     config = config_of("smoke")
     config.data.update(root=str(root), num_scenes=4)
     with pytest.raises(InputError, match="2 of 4 frames are bad"):
-        tasks.distill(config, tmp_path / "run")
+        tasks.distill(read_settings(config), tmp_path / "run")

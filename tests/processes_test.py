@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from scalr_jax import config as defaults
+from scalr_jax.config import read_settings, record_of
 from scalr_jax.runtime import distributed, workdir
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
@@ -208,22 +209,22 @@ def test_incomplete_or_wrong_cluster_flags_are_refused():
 
 
 def test_a_workdir_serves_one_live_run(tmp_path):
-    config = defaults.get_config()
+    config, keys = record_of(read_settings(defaults.get_config())), defaults.all_keys()
     with (
-        workdir.claim(config, tmp_path),
+        workdir.claim(tmp_path, config, keys),
         pytest.raises(InputError, match=f"in use by a live run .process {os.getpid()} on"),
-        workdir.claim(config, tmp_path),
+        workdir.claim(tmp_path, config, keys),
     ):
         pass
-    with workdir.claim(config, tmp_path):  # free again
+    with workdir.claim(tmp_path, config, keys):  # free again
         assert (tmp_path / "config.json").is_file()
 
 
 def test_a_workdir_that_cannot_be_one_is_refused(tmp_path):
-    config = defaults.get_config()
+    config, keys = record_of(read_settings(defaults.get_config())), defaults.all_keys()
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file is a file"), workdir.claim(config, tmp_path / "file"):
+    with pytest.raises(InputError, match="file is a file"), workdir.claim(tmp_path / "file", config, keys):
         pass
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json is not a run's config"), workdir.claim(config, tmp_path):
+    with pytest.raises(InputError, match=r"config\.json is not a run's config"), workdir.claim(tmp_path, config, keys):
         pass

@@ -10,6 +10,7 @@ real pipeline with its workers instead and prints the resident memory of each pr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -24,9 +25,9 @@ from PIL import Image
 from scipy.spatial import KDTree
 
 from scalr_jax.bench.timing import Parser
-from scalr_jax.config import get_config
+from scalr_jax.config import DataSettings, StudentSettings
 from scalr_jax.data import packing, pipeline, transforms
-from scalr_jax.data.build import make_dataset, make_settings
+from scalr_jax.data.build import make_dataset, scene_settings
 from scalr_jax.data.joined import intensity_statistics
 from scalr_jax.data.readers import files
 from scalr_jax.data.scenes import PLANE_AXES, Frame
@@ -40,9 +41,9 @@ STAGES = ("read", "decode", "voxelise", "project", "resize", "augment", "neighbo
 def main(argv: list[str]) -> dict:
     """Measures, prints a table and returns the object of the last line."""
     arguments = _parse(argv)
-    config, settings = _settings(arguments)
+    data, settings = _settings(arguments)
     if arguments.soak:
-        return _soak(config, settings, arguments)
+        return _soak(data, settings, arguments)
     names = arguments.dataset.split("+")
     line: dict[str, Any] = {
         "device": "cpu",
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> dict:
         "samples": arguments.samples,
     }
     for name in names:
-        result = _measure(name, config, settings, arguments)
+        result = _measure(name, data, settings, arguments)
         for key, value in result.items():
             line.setdefault(key, {})[name] = value
         _print_table(name, result)
@@ -76,41 +77,40 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _settings(arguments: argparse.Namespace) -> tuple[Any, transforms.SceneSettings]:
-    config = get_config()
+def _settings(arguments: argparse.Namespace) -> tuple[DataSettings, transforms.SceneSettings]:
+    """Data and scenes of the default student."""
     try:
-        config.data.image_size = tuple(int(size) for size in arguments.image_size.split(","))
-        height, width = config.data.image_size
+        height, width = (int(size) for size in arguments.image_size.split(","))
     except ValueError as error:
         raise InputError(f"--image_size={arguments.image_size} is not two numbers, as in 224,448") from error
     if min(height, width) < 1:
         raise InputError(f"--image_size={arguments.image_size} must be positive")
-    config.data.split = "all"
-    config.data.scaled_decode = not arguments.full_decode
-    config.data.dataset, config.data.root = arguments.dataset, arguments.root
-    if "pandaset" in arguments.dataset:  # others have no choice of sensors
-        config.data.sensors = (arguments.sensor,)
-    return config, make_settings(config, make_backbone(config.model).needs, task="distill", train=True)
+    data = DataSettings(
+        dataset=arguments.dataset,
+        root=arguments.root,
+        split="all",
+        image_size=(height, width),
+        scaled_decode=not arguments.full_decode,
+        sensors=(arguments.sensor,),
+    )
+    return data, scene_settings(data, make_backbone(StudentSettings()).needs, task="distill", train=True)
 
 
-def _dataset(config: Any, name: str, root: str, *, several: bool) -> Any:
-    config = config.copy_and_resolve_references()
-    config.data.dataset, config.data.root = name, str(Path(root) / name) if several else root
-    if name != "pandaset":
-        config.data.sensors = get_config().data.sensors
-    return make_dataset(config, "all", cache=Path(root))
+def _dataset(data: DataSettings, name: str, root: str, *, several: bool) -> Any:
+    data = dataclasses.replace(data, dataset=name, root=str(Path(root) / name) if several else root)
+    return make_dataset(data, "all", task="distill", seed=0, cache=Path(root))
 
 
-def _measure(name: str, config: Any, settings: transforms.SceneSettings, arguments: argparse.Namespace) -> dict:
+def _measure(name: str, data: DataSettings, settings: transforms.SceneSettings, arguments: argparse.Namespace) -> dict:
     several = "+" in arguments.dataset
-    ours = _dataset(config, name, arguments.root, several=several)
-    plain = _dataset(config, name, arguments.reference, several=several) if arguments.reference else None
+    ours = _dataset(data, name, arguments.root, several=several)
+    plain = _dataset(data, name, arguments.reference, several=several) if arguments.reference else None
     make = pipeline.BuildScene(ours, settings, seed=0)
     records = [i % len(ours) for i in range(arguments.samples)]
     sample = [make(i, (0, record)) for i, record in enumerate(records)]
     if errors := [scene.error for scene in sample if scene.error]:
         raise InputError(f"{len(errors)} of {len(sample)} frames are bad; the first one: {errors[0]}")
-    points, scenes = config.data.points_per_shard, config.data.scenes_per_shard
+    points, scenes = data.points_per_shard, data.scenes_per_shard
     capacities = packing.derive_capacities(sample, points=points, scenes=scenes)
 
     def run(stages: _Stages) -> None:
@@ -264,14 +264,12 @@ def _print_table(name: str, result: dict) -> None:
         print(f"  published steps, plainly: {reference:.1f} samples/s a core; ratio {result['ratio']:.2f}")
 
 
-def _soak(config: Any, settings: transforms.SceneSettings, arguments: argparse.Namespace) -> dict:
+def _soak(data: DataSettings, settings: transforms.SceneSettings, arguments: argparse.Namespace) -> dict:
     """Runs the pipeline with its workers; the largest growth of any process after the first tenth, in MiB."""
-    dataset = make_dataset(config, "all", cache=Path(arguments.root))
+    dataset = make_dataset(data, "all", task="distill", seed=0, cache=Path(arguments.root))
     loader = pipeline.Pipeline(dataset, settings, num_workers=arguments.num_workers)
     sample = loader.sample()
-    capacities = packing.derive_capacities(
-        sample, points=config.data.points_per_shard, scenes=config.data.scenes_per_shard
-    )
+    capacities = packing.derive_capacities(sample, points=data.points_per_shard, scenes=data.scenes_per_shard)
     done, rows, start = 0, [], time.monotonic()
     for step in loader.steps(capacities, sample[0]):
         done += step.num_scenes

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from scalr_jax import recipes
-from scalr_jax.data.build import make_settings
+from scalr_jax import recipes, tasks
+from scalr_jax.config import DataSettings, Settings
+from scalr_jax.data.build import scene_settings
 from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.data.readers.files import read_label_map
 from scalr_jax.data.scenes import Batch, SceneNeeds, SceneView, SceneVoxels
+from scalr_jax.data.transforms import FEATURES, SceneSettings
 from scalr_jax.models import vit
 from scalr_jax.models.vit import TEACHERS, ViTConfig
 from scalr_jax.ops.voxels import DIRECTIONS, LEVELS, pooled
@@ -49,28 +51,28 @@ class AbstractRun(NamedTuple):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.program.state.params))
 
 
-def make_run(config: Any, mesh: Any, teacher: str | None = None) -> AbstractRun:
-    """The step of `config` on `mesh`, in bfloat16 unless `model.dtype` says float32.
+def make_run(settings: Settings, mesh: Mesh, teacher: str | None = None) -> AbstractRun:
+    """The step of a config on `mesh`, in bfloat16 unless `model.dtype` says float32.
 
-    `teacher` names one of `TEACHERS` or its width, or "demo"; None: what `config.teacher.checkpoint` is called, else
-    ViT-L. Raises `InputError` for a config that trains nothing or does not divide among the devices.
+    `teacher` names one of `TEACHERS` or its width, or "demo"; None: what `teacher.checkpoint` is called, else ViT-L.
+    Raises `InputError` for a config that trains nothing or does not divide among the devices.
     """
-    config = config.copy_and_resolve_references()
-    if config.model.dtype == "auto":
-        config.model.dtype = "bfloat16"  # "auto" asks the machine that compiles, which is no TPU
-    check_divides(config, mesh.size)
-    task, teacher_config = make_task(config, teacher)
-    capacities = choose_capacities(config, task.student.needs)
-    batch = make_batch(config, task.student.needs, task.scene_task, capacities, mesh)
-    scenes = config.data.scenes_per_step or capacities.scenes * mesh.size  # a constant of the schedule, of any value
-    program = train.make_program(config, task, batch, mesh, float(scenes))
+    if settings.model.dtype == "auto":  # it asks the machine that compiles, which is no accelerator
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype="bfloat16"))
+    check_divides(settings.data.scenes_per_step, mesh.size)
+    task, teacher_config = make_task(settings, teacher)
+    needs = task.student.needs
+    capacities = choose_capacities(settings.data, needs)
+    scenes = scene_settings(settings.data, needs, task=task.scene_task, train=True)
+    batch = make_batch(scenes, capacities, mesh)
+    expected = settings.data.scenes_per_step or capacities.scenes * mesh.size  # a constant of the schedule
+    program = train.make_program(settings.training, task, batch, mesh, float(expected))
     params = placed(task.teacher, sharding.parameter_shardings(task.teacher, mesh))
     return AbstractRun(program, params, batch, capacities, teacher_config)
 
 
-def check_divides(config: Any, num_devices: int) -> None:
+def check_divides(scenes: int, num_devices: int) -> None:
     """Raises `InputError` when the scenes of a step do not divide among the devices."""
-    scenes = config.data.scenes_per_step
     if scenes % num_devices:
         raise InputError(
             f"data.scenes_per_step = {scenes} does not divide among {num_devices} devices; pack as many as fit, as "
@@ -78,22 +80,20 @@ def check_divides(config: Any, num_devices: int) -> None:
         )
 
 
-def make_task(config: Any, teacher: str | None) -> tuple[train.Task, ViTConfig | None]:
-    """The task of `config` with the teacher's shapes, and the teacher's architecture (None without one)."""
-    if config.task == "distill":
-        vit_config = choose_teacher(
-            config.teacher.checkpoint if teacher is None else teacher, given=teacher is not None
-        )
-        interpolation = config.teacher.position_interpolation
+def make_task(settings: Settings, teacher: str | None) -> tuple[train.Task, ViTConfig | None]:
+    """The task of a config with the teacher's shapes, and the teacher's architecture (None without one)."""
+    task = settings.run.task
+    if task == "distill":
+        checkpoint, interpolation = settings.teacher.checkpoint, settings.teacher.position_interpolation
+        vit_config = choose_teacher(checkpoint if teacher is None else teacher, given=teacher is not None)
         if interpolation != "auto":
             vit_config = dataclasses.replace(vit_config, position_interpolation=interpolation)
-        return train.distillation_task(config, (vit_config, teacher_shapes(config, vit_config))), vit_config
-    if config.task not in ("probe", "finetune"):
-        raise InputError(f"config.task = {config.task!r} trains no student in one step; distill, probe and finetune do")
-    label = config.task
-    return train.segmentation_task(
-        config, num_classes(config), label=label, initial=None, frozen=label == "probe"
-    ), None
+        params = teacher_shapes(settings.data.image_size, vit_config)
+        return tasks.distillation(settings, (vit_config, params)), vit_config
+    if task not in ("probe", "finetune"):
+        raise InputError(f"config.task = {task!r} trains no student in one step; distill, probe and finetune do")
+    number = settings.model.num_classes or num_classes(settings.data.dataset)
+    return tasks.segmentation(settings, number, label=task, frozen=task == "probe", initial=None), None
 
 
 def choose_teacher(name: str, *, given: bool) -> ViTConfig:
@@ -112,9 +112,8 @@ def choose_teacher(name: str, *, given: bool) -> ViTConfig:
     return TEACHERS[key or "vitl14"]
 
 
-def teacher_shapes(config: Any, vit_config: ViTConfig) -> Any:
+def teacher_shapes(image_size: tuple[int, int], vit_config: ViTConfig) -> Any:
     """Parameters in bfloat16. Raises `InputError` when images are no whole number of patches."""
-    image_size = tuple(config.data.image_size)
     try:
         vit.patch_grid(vit_config, image_size)
     except ValueError as error:
@@ -123,24 +122,19 @@ def teacher_shapes(config: Any, vit_config: ViTConfig) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
 
 
-def num_classes(config: Any) -> int:
-    """As `tasks.num_classes_of`, without the dataset."""
-    if config.model.num_classes:
-        return config.model.num_classes
-    if config.data.dataset in ("nuscenes", "semantic_kitti", "pandaset"):
-        return len(read_label_map(config.data.dataset).class_names)
-    raise InputError(
-        f"the classes of {config.data.dataset!r} are in its data; give their number, --config.model.num_classes=N"
-    )
+def num_classes(dataset: str) -> int:
+    """Number of a dataset's classes, without the dataset. Raises `InputError` when only its data say it."""
+    if dataset in ("nuscenes", "semantic_kitti", "pandaset"):
+        return len(read_label_map(dataset).class_names)
+    raise InputError(f"the classes of {dataset!r} are in its data; give their number, --config.model.num_classes=N")
 
 
-def choose_capacities(config: Any, needs: SceneNeeds) -> Capacities:
+def choose_capacities(data: DataSettings, needs: SceneNeeds) -> Capacities:
     """From the config where it gives them, else tables as full as those of the published mixture, or, where every step
     holds so many scenes, as of its largest."""
-    data = config.data
 
-    def tables(given: Any, packed: tuple[int, ...], of_points: int = recipes.PACK_POINTS) -> tuple[int, ...]:
-        return tuple(given) or tuple(-(-data.points_per_shard * n // of_points // 128) * 128 for n in packed)
+    def tables(given: tuple[int, ...], packed: tuple[int, ...], of_points: int = recipes.PACK_POINTS) -> tuple:
+        return given or tuple(-(-data.points_per_shard * n // of_points // 128) * 128 for n in packed)
 
     points, scenes = data.points_per_shard, data.scenes_per_shard
     if needs.voxel_size is not None:
@@ -153,25 +147,23 @@ def choose_capacities(config: Any, needs: SceneNeeds) -> Capacities:
     return Capacities(points, scenes, cells, halo)
 
 
-def make_batch(config: Any, needs: SceneNeeds, scene_task: str, capacities: Capacities, mesh: Mesh) -> Batch:
+def make_batch(settings: SceneSettings, capacities: Capacities, mesh: Mesh) -> Batch:
     """Shapes of a batch, by packing no scene at all as a run packs its first."""
-    settings = make_settings(config, needs, task=scene_task, train=True)
-    distill = scene_task == "distill"
+    distill, needs = settings.task == "distill", settings.needs
+    counts = np.zeros((LEVELS, 2 + len(DIRECTIONS)), int)
     nothing = SceneView(
         name="",
         stream_index=0,
-        feats=np.zeros((0, 5), np.float32),
-        neighbors=np.zeros((0, settings.needs.num_neighbors), np.int32),
+        feats=np.zeros((0, len(FEATURES)), np.float32),
+        neighbors=np.zeros((0, needs.num_neighbors), np.int32),
         planes=(),
         image=np.zeros((*settings.image_size, 3), np.uint8) if distill else None,
         pixels=np.zeros((0, 2), np.int32) if distill else None,
         labels=None if distill else np.zeros(0, np.uint8),
-        voxels=None
-        if settings.needs.grids
-        else SceneVoxels(np.zeros((0, 3), np.float32), np.zeros((LEVELS, 2 + len(DIRECTIONS)), int)),
+        voxels=None if needs.voxel_size is None else SceneVoxels(np.zeros((0, 3), np.float32), counts),
     )
     place = sharding.batch_sharding(mesh)
-    shard = pack_shard((), capacities, nothing, settings.needs.grids)
+    shard = pack_shard((), capacities, nothing, needs.grids)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((mesh.size, *x.shape), x.dtype, sharding=place), shard)
 
 

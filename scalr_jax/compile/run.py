@@ -43,6 +43,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from scalr_jax.compile import hlo, hlo_cost
+from scalr_jax.config import Settings, read_settings
 from scalr_jax.runtime.chips import ENVIRONMENT, Topology, parse_topology, tpu_devices
 from scalr_jax.runtime.command_line import exit_codes, parse_flags, require
 from scalr_jax.runtime.errors import InputError
@@ -57,15 +58,17 @@ flags.DEFINE_string("text", None, "Where to write the compiled program.", flag_v
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def compile_step(config: Any, topology: Topology, num_slices: int, teacher: str | None) -> tuple[dict[str, Any], str]:
+def compile_step(
+    settings: Settings, topology: Topology, num_slices: int, teacher: str | None
+) -> tuple[dict[str, Any], str]:
     """The result and the compiled program's text, "" when it does not fit. Raises `InputError`."""
     import jax
 
     from scalr_jax.compile.abstract import make_run
     from scalr_jax.runtime import sharding
 
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=tpu_devices(topology.name, num_slices))
-    run = make_run(config, mesh, teacher)
+    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, devices=tpu_devices(topology.name, num_slices))
+    run = make_run(settings, mesh, teacher)
     result: dict[str, Any] = {"topology": topology.name, "slices": num_slices, "devices": mesh.size}
     began = time.monotonic()
     try:
@@ -121,17 +124,14 @@ def show(result: dict[str, Any], mesh: str) -> None:
 
 def run(arguments: list[str]) -> dict[str, Any]:
     """Compiles, prints and returns the result. Raises `InputError`."""
-    from scalr_jax.config import read_settings
-
     parse_flags(FLAGS, arguments, __doc__)
     require(FLAGS, "config", "topology", example="--config=configs/smoke.py --topology=v5e:2x2")
-    config = CONFIG.value
-    read_settings(config)
+    settings = read_settings(CONFIG.value)
     topology = parse_topology(FLAGS.topology)
-    result, text = compile_step(config, topology, FLAGS.slices, FLAGS.teacher)
+    result, text = compile_step(settings, topology, FLAGS.slices, FLAGS.teacher)
     if FLAGS.text and text:
         Path(FLAGS.text).write_text(text)
-    show(result, f"{FLAGS.slices} x {topology.name}, mesh.fsdp = {config.mesh.fsdp}")
+    show(result, f"{FLAGS.slices} x {topology.name}, mesh.fsdp = {settings.mesh.fsdp}")
     print(json.dumps(result), flush=True)
     return result
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from scalr_jax.config import DataSettings
 from scalr_jax.data.scenes import IGNORE, Batch, PackedVoxels, Plane, ScenePlane, SceneView
 from scalr_jax.ops.voxels import DIRECTIONS, by_direction, pooled, room_for, turned
 from scalr_jax.runtime.errors import InputError
@@ -139,7 +140,7 @@ def given_tables(derived: Capacities, data: Any) -> Capacities:
     of them. With other pairs the room by direction grows or shrinks as much."""
     tables = {}
     for name in ("cells", "halo", "voxels", "pairs"):
-        given, needed = tuple(data[f"{name}_per_shard"]), getattr(derived, name)
+        given, needed = tuple(getattr(data, f"{name}_per_shard")), getattr(derived, name)
         if given and needed and len(given) != len(needed):
             raise InputError(f"data.{name}_per_shard = {given} has {len(given)} numbers, and {len(needed)} are needed")
         tables[name] = given if given and needed else needed
@@ -300,9 +301,8 @@ def _pack_plane(parts: Sequence[ScenePlane], counts: np.ndarray, capacities: Cap
     return Plane(cell, grid_index, order, start, inverse, halo_index, halo_taps, cell_taps)
 
 
-def choose_capacities(config: Any, sample: list[SceneView], *, exactly: int | None = None) -> Capacities:
+def choose_capacities(data: DataSettings, sample: list[SceneView], *, exactly: int | None = None) -> Capacities:
     """From the config where it gives them, else derived from a sample; `exactly`: of packs of so many scenes."""
-    data = config.data
     derived = derive_capacities(
         sample,
         points=data.points_per_shard,

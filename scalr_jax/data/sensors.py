@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from scalr_jax.config import MERGED, DataSettings, dataset_names
+from scalr_jax.data.joined import Joined, intensity_statistics
 from scalr_jax.data.readers import files
 from scalr_jax.data.readers.files import read_label_map
+from scalr_jax.data.readers.folder import Folder
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.pandaset import SENSORS as PANDASET
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
@@ -68,16 +70,49 @@ def published_view(sensor: str, model: Mapping[str, Any]) -> View:
     return PRETRAINING
 
 
-MERGED = ("nuscenes", "semantic_kitti", "pandar64", "pandargt")  # what `data.dataset = "merged"` joins
+def intensity_of(sensor: str) -> tuple[float, float]:
+    """Mean and standard deviation of a sensor's raw intensity. Raises `InputError` for an unknown one."""
+    known = {**INTENSITY, **STREETS_INTENSITY}
+    if sensor not in known:
+        raise InputError(f"sensor = {sensor!r} is none of {', '.join(known)}")
+    return known[sensor]
 
 
-def trained_sensors(data: Mapping[str, Any]) -> list[str]:
-    """The sensors that `config.data` names, in order."""
+def trained_sensors(dataset: str, chosen: Sequence[str]) -> list[str]:
+    """The sensors that `data.dataset` and `data.sensors` name, in order; "folder" for one's own."""
     found = []
-    for name in MERGED if data["dataset"] == "merged" else data["dataset"].split("+"):
+    for name in MERGED if dataset == "merged" else dataset.split("+"):
         table = {"streets": STREETS, "pandaset": PANDASET}.get(name)
-        found += [name] if table is None else [sensor for sensor in data["sensors"] if sensor in table]
+        found += [name] if table is None else [sensor for sensor in chosen if sensor in table]
     return found
+
+
+def known_intensities(data: Mapping[str, Any]) -> dict[str, tuple[float, float] | None]:
+    """Statistics by sensor, from `config.data` alone: None for one's own folder, which only the dataset says."""
+    given = tuple(data["intensity"])
+    known = {**INTENSITY, **STREETS_INTENSITY}
+    return {name: given or known.get(name) for name in trained_sensors(data["dataset"], data["sensors"])}
+
+
+def trained_intensities(data: DataSettings, dataset: Any) -> dict[str, tuple[float, float] | None]:
+    """Statistics by sensor that a run on `dataset` normalises raw intensities by."""
+    names = dataset_names(data)
+    parts = dataset.datasets if isinstance(dataset, Joined) and len(names) > 1 else (dataset,)
+    own = {name: intensity_statistics(part, 0) for name, part in zip(names, parts, strict=False) if name == "folder"}
+    return known_intensities(dataclasses.asdict(data)) | own
+
+
+def label_map_of(data: DataSettings, dataset: Any) -> dict[str, str | None] | None:
+    """The class (None: ignored) of each label number of the dataset's files; None for generated streets."""
+    names = tuple(dataset.class_names)
+    name = "pandaset" if data.dataset in PANDASET else data.dataset
+    if name in LABEL_MAPS:
+        classes = read_label_map(name).class_of_id
+    elif isinstance(dataset, Folder):
+        classes = dict(dataset.settings.class_of_id)
+    else:
+        return None
+    return {str(number): names[label] if label < len(names) else None for number, label in sorted(classes.items())}
 
 
 def raw_labels(labels: np.ndarray, class_names: Sequence[str]) -> tuple[np.ndarray, str | None]:
@@ -101,11 +136,3 @@ def known_classes(dataset: str, number: int, found: Sequence[str] = ()) -> tuple
     names = {"streets": STREET_CLASSES, **{known: read_label_map(known).class_names for known in LABEL_MAPS}}
     fitting = (tuple(given) for given in (names.get(name, ()), found) if len(given) == number)
     return next(fitting, ())
-
-
-def evaluated_classes(path: Path) -> list[str]:
-    """The classes whose IoU a run's results.json has, in order; none without one."""
-    try:
-        return [str(name) for name in json.loads((path / "results.json").read_text())["iou"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []

@@ -10,64 +10,68 @@ gap_closed = (b - a) / (c - a)
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from scalr_jax.data.build import make_dataset, make_settings
+from scalr_jax import tasks
+from scalr_jax.config import DataSettings, Settings
+from scalr_jax.data.build import make_dataset, scene_settings
 from scalr_jax.data.packing import choose_capacities, derive_capacities, pack_shard
 from scalr_jax.data.pipeline import Pipeline
-from scalr_jax.data.scenes import SceneView
+from scalr_jax.data.scenes import Frame, SceneView
 from scalr_jax.evaluation.report import results_of
-from scalr_jax.evaluation.segmentation import evaluate
 from scalr_jax.figures.colors import cosine_similarity
 from scalr_jax.figures.curves import draw_loss, read_curve
 from scalr_jax.figures.pictures import Panel, draw_with_image
-from scalr_jax.models.build import make_backbone, make_student
-from scalr_jax.runtime import sharding
+from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.storage import write_json
-from scalr_jax.train.loop import distillation_task, segmentation_task, train
-from scalr_jax.train.state import variables_of
+from scalr_jax.train.loop import Task, train
+from scalr_jax.train.state import TrainState, variables_of
+
+Dataset = Any  # until its Protocol lands
 
 CALIBRATION_STEPS = 20
 
 
-def run_demo(config: Any, workdir: Path) -> dict:
+def run_demo(settings: Settings, workdir: Path) -> dict:
     """Everything above, each part in its own folder of `workdir`, so that running again resumes. Prints the figures."""
     started = time.monotonic()
-    cache = workdir / "streets"
-    dataset = make_dataset(config, "train", cache=cache)
-    validation = make_dataset(config, "validation", cache=cache)
-    num_classes = len(dataset.class_names)
-
-    part = part_config(config, "distill")
-    state = train(part, workdir / "distill", dataset, distillation_task(part))
+    dataset, validation = (
+        make_dataset(settings.data, split, task="demo", seed=settings.run.seed, cache=workdir / "streets")
+        for split in ("train", "validation")
+    )
+    part = part_settings(settings, "distill")
+    task = tasks.distillation(part)
+    state = _train(part, workdir / "distill", dataset, task)
     distilled = jax.device_get(variables_of(state))
-    random = _random_backbone(part, dataset)
+    random = _random_backbone(part, task.student.clone(head="none"), dataset)
 
-    def segment(name: str, part: Any, *, frozen: bool, initial: dict | None) -> dict:
+    def segment(name: str, part: Settings, *, frozen: bool, initial: dict | None) -> dict:
         folder = workdir / name
         if not (folder / "results.json").exists():
-            task = segmentation_task(part, num_classes, label=name, initial=initial, frozen=frozen)
-            state = train(part, folder, dataset, task)
-            confusion = evaluate(part, validation, task.student, variables_of(state), num_classes)
-            results = results_of(confusion, dataset.class_names)
+            num_classes = len(dataset.class_names)
+            task = tasks.segmentation(part, num_classes, label=name, frozen=frozen, initial=initial)
+            state = _train(part, folder, dataset, task)
+            evaluator = tasks.make_evaluator(part, task.student, variables_of(state), num_classes)
+            results = results_of(evaluator.confusion(validation).sum(axis=0), dataset.class_names)
             write_json(folder / "results.json", results)
             print(f"{name}: mIoU {results['miou']:.3f}", flush=True)
         return json.loads((folder / "results.json").read_text())
 
-    probe = part_config(config, "probe")
+    probe = part_settings(settings, "probe")
     results_random = segment("probe_random", probe, frozen=True, initial=random)
     results_distilled = segment("probe_distilled", probe, frozen=True, initial=distilled)
     supervised = {}
-    for rate in config.demo.supervised_learning_rates:
-        part = part_config(config, "finetune")
-        part.optimizer.learning_rate = rate
+    for rate in settings.demo.supervised_learning_rates:
+        part = part_settings(settings, "finetune")
+        part = dataclasses.replace(part, optimizer=dataclasses.replace(part.optimizer, learning_rate=rate))
         supervised[rate] = segment(f"supervised_{rate:g}", part, frozen=False, initial=None)
     best = max(supervised, key=lambda rate: supervised[rate]["miou"])
 
@@ -85,9 +89,16 @@ def run_demo(config: Any, workdir: Path) -> dict:
     }
     write_json(workdir / "results.json", results)
     draw_loss(workdir / "distill", workdir / "figures" / "loss.png")
-    draw_correlations(config, validation, distilled, workdir / "figures")
+    draw_correlations(settings.data, task.student, validation, distilled, workdir / "figures")
     print(table(results), flush=True)
     return results
+
+
+def _train(settings: Settings, workdir: Path, dataset: Dataset, task: Task) -> TrainState:
+    """One part, in its own workdir."""
+    with tasks.claimed(settings, workdir):
+        tasks.save_settings(settings, workdir, task.student, dataset)
+        return train(settings.training, workdir, dataset, task)
 
 
 def gap_closed(random: float, distilled: float, supervised: float) -> float:
@@ -108,32 +119,35 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def part_config(config: Any, task: str) -> Any:
-    """The config of one part of the demo: "distill", "probe" or "finetune"."""
-    part = copy.deepcopy(config)
-    part.task = task
-    if task != "distill":
-        part.data.points_per_shard = config.demo.segment_points_per_shard
-        part.data.scenes_per_shard = config.demo.segment_scenes_per_shard
-        part.data.max_points = config.demo.segment_max_points
-        part.data.augmentation = "consistent"
-        part.optimizer.weight_decay = 0.003
+def part_settings(settings: Settings, task: str) -> Settings:
+    """The settings of one part of the demo: "distill", "probe" or "finetune"."""
+    replace, demo = dataclasses.replace, settings.demo
+    run = replace(settings.run, task=task)
+    if task == "distill":
+        return replace(settings, run=run)
+    data = replace(
+        settings.data,
+        points_per_shard=demo.segment_points_per_shard,
+        scenes_per_shard=demo.segment_scenes_per_shard,
+        max_points=demo.segment_max_points,
+        augmentation="consistent",
+    )
+    optimizer = replace(settings.optimizer, weight_decay=0.003)
     if task == "probe":
-        part.num_steps = config.demo.probe_steps
-        part.optimizer.learning_rate = config.demo.probe_learning_rate
-    elif task == "finetune":
-        part.num_steps = config.num_steps + config.demo.probe_steps
-    return part
+        run = replace(run, num_steps=demo.probe_steps)
+        optimizer = replace(optimizer, learning_rate=demo.probe_learning_rate)
+    else:
+        run = replace(run, num_steps=run.num_steps + demo.probe_steps)
+    return replace(settings, run=run, data=data, optimizer=optimizer)
 
 
-def _random_backbone(config: Any, dataset: Any) -> dict:
+def _random_backbone(settings: Settings, student: Student, dataset: Dataset) -> dict:
     """Random weights whose batch norms have seen some steps of data: without it the probe would read raw metres."""
-    student = make_student(config.model, head="none", out_features=0, platform=sharding.platform())
-    settings = make_settings(config, student.needs, task="distill", train=True)
-    pipeline = Pipeline(dataset, settings, seed=config.seed + 1)
+    scenes = scene_settings(settings.data, student.needs, task="distill", train=True)
+    pipeline = Pipeline(dataset, scenes, seed=settings.run.seed + 1)
     sample = pipeline.sample()
-    capacities = choose_capacities(config, sample)
-    variables = jax.jit(lambda batch: student.init(jax.random.key(config.seed), batch, train=False))(
+    capacities = choose_capacities(settings.data, sample)
+    variables = jax.jit(lambda batch: student.init(jax.random.key(settings.run.seed), batch, train=False))(
         jax.tree.map(jax.numpy.asarray, pipeline.empty_batch(capacities, sample[0]))
     )
 
@@ -150,13 +164,12 @@ def _random_backbone(config: Any, dataset: Any) -> dict:
     return jax.device_get(dict(variables))
 
 
-def draw_correlations(config: Any, dataset: Any, variables: Any, folder: Path, *, number: int = 2) -> list[Path]:
+def draw_correlations(
+    data: DataSettings, student: Student, dataset: Dataset, variables: Variables, folder: Path, *, number: int = 2
+) -> list[Path]:
     """Correlation maps of the distilled student for scenes with a car in view; query: the car's middle point."""
-    part = part_config(config, "distill")
-    part.data.augmentation = "none"
-    out_features = variables["params"]["head"]["out"]["bias"].shape[0]
-    student = make_student(part.model, head="distill", out_features=out_features, platform=sharding.platform())
-    pipeline = Pipeline(dataset, make_settings(part, student.needs, task="distill", train=False), epochs=1)
+    scenes = scene_settings(data, student.needs, task="distill", train=False, fixed=True)
+    pipeline = Pipeline(dataset, scenes, epochs=1)
     apply = jax.jit(lambda variables, batch: student.apply(variables, batch, train=False))
     car = dataset.class_names.index("car")
     drawn: list[Path] = []
@@ -166,7 +179,7 @@ def draw_correlations(config: Any, dataset: Any, variables: Any, folder: Path, *
         query = _query_point(scene, labels, car)
         if query is None:
             continue
-        features = _features(apply, variables, scene, part)
+        features = _features(apply, variables, scene, data.points_per_shard, student.needs.grids)
         panel = Panel("top view", cosine_similarity(features, query), label="cosine similarity to the star")
         title = "distilled student, unseen street: similarity to one point on a car"
         xyz, everywhere = scene.feats[:, 1:4], np.ones(len(scene.feats), bool)
@@ -179,7 +192,7 @@ def draw_correlations(config: Any, dataset: Any, variables: Any, folder: Path, *
     return drawn
 
 
-def _query_point(scene: SceneView, frame: Any, car: int) -> int | None:
+def _query_point(scene: SceneView, frame: Frame, car: int) -> int | None:
     """The point of the scene that is nearest to the middle of the largest car in view, or None."""
     if scene.error is not None:
         return None
@@ -195,11 +208,10 @@ def _query_point(scene: SceneView, frame: Any, car: int) -> int | None:
     return int(distance.argmin())
 
 
-def _features(apply: Any, variables: Any, scene: SceneView, config: Any) -> np.ndarray:
+def _features(apply: Callable, variables: Variables, scene: SceneView, points: int, grids: tuple) -> np.ndarray:
     """The student's output [N, C] for one scene alone."""
-    capacities = derive_capacities([scene], points=config.data.points_per_shard, scenes=1)
-    shard = pack_shard([scene], capacities, scene, make_backbone(config.model).needs.grids)
-    batch = jax.tree.map(lambda x: jax.numpy.asarray(x)[None], shard)
+    capacities = derive_capacities([scene], points=points, scenes=1)
+    batch = jax.tree.map(lambda x: jax.numpy.asarray(x)[None], pack_shard([scene], capacities, scene, grids))
     return np.asarray(apply(variables, batch))[0, : len(scene.feats)]
 
 

@@ -12,6 +12,7 @@ cosine, which is all that distillation sees, is not spent on one constant direct
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from scalr_jax.config import Settings
 from scalr_jax.data.streets.views import Views, render_views
 from scalr_jax.interop.teacher import ASSET, save_teacher
 from scalr_jax.models import vit
@@ -50,33 +52,33 @@ CONTINUOUS = {"normal": 3, "albedo": 3, "offset": 3}
 # ---- training
 
 
-def train_teacher(config: Any, workdir: Path) -> Path:
+def train_teacher(settings: Settings, workdir: Path) -> Path:
     """Renders the views into `data.root` (or `workdir/views`), trains, writes `workdir/demo_teacher.safetensors`, whose
     path it returns; `teacher.checkpoint` takes it.
 
-    `config` is `configs/demo_teacher.py`'s. To package the result, copy it to `scalr_jax/assets`.
+    `settings` are those of `configs/demo_teacher.py`. To package the result, copy it to `scalr_jax/assets`.
     """
+    run, data, adam, training = settings.run, settings.data, settings.optimizer, settings.teacher_training
     started = time.monotonic()
-    image_size = tuple(config.data.image_size)
-    cache = Path(config.data.root) if config.data.root else workdir / "views"
+    image_size = data.image_size
+    cache = Path(data.root) if data.root else workdir / "views"
     workdir.mkdir(parents=True, exist_ok=True)
-    views = render_views(cache, config.data.num_scenes, image_size, config.teacher_training.num_pixels, config.seed)
+    views = render_views(cache, data.num_scenes, image_size, training.num_pixels, run.seed)
     print(f"teacher: {len(views.images)} views after {time.monotonic() - started:.0f} s", flush=True)
 
     # Parameters: the ViT's and the heads' on its unit features.
-    vit_config = vit.ViTConfig(**config.teacher_training.vit)
-    key_vit, key_heads = jax.random.split(jax.random.key(config.seed))
+    vit_config = vit.ViTConfig(**dataclasses.asdict(training.vit))
+    key_vit, key_heads = jax.random.split(jax.random.key(run.seed))
     state = {"vit": vit.init(vit_config, key_vit, image_size), "heads": init_heads(vit_config.width, key_heads)}
     scales = {name: float(getattr(views, name).std()) for name in CONTINUOUS}
 
     # The step.
-    schedule: Any = make_schedule(config.optimizer, config.num_steps)
-    adam = config.optimizer
+    schedule: Any = make_schedule(adam, run.num_steps)
     optimizer = optax.chain(
-        optax.clip_by_global_norm(config.teacher_training.max_gradient),
+        optax.clip_by_global_norm(training.max_gradient),
         optax.adamw(schedule, adam.beta1, adam.beta2, weight_decay=adam.weight_decay),
     )
-    weights = config.teacher_training.weights.to_dict()
+    weights = dataclasses.asdict(training.weights)
 
     @jax.jit
     def step(state, moments, batch):
@@ -86,16 +88,16 @@ def train_teacher(config: Any, workdir: Path) -> Path:
 
     # The loop.
     moments = optimizer.init(state)
-    rng = np.random.default_rng(config.seed)
+    rng = np.random.default_rng(run.seed)
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "metrics.jsonl").open("w") as log:
-        for n in range(1, config.num_steps + 1):
-            batch = make_batch(views, config.optimizer.batch_size, rng)
+        for n in range(1, run.num_steps + 1):
+            batch = make_batch(views, adam.batch_size, rng)
             state, moments, metrics = step(state, moments, batch)
-            if n % config.log_every_steps == 0 or n == config.num_steps:
+            if n % run.log_every_steps == 0 or n == run.num_steps:
                 values = {name: round(float(value), 4) for name, value in metrics.items()}
                 log.write(json.dumps({"step": n, "seconds": time.monotonic() - started, **values}) + "\n")
-                print(f"teacher: step {n}/{config.num_steps}, {time.monotonic() - started:.0f} s, {values}", flush=True)
+                print(f"teacher: step {n}/{run.num_steps}, {time.monotonic() - started:.0f} s, {values}", flush=True)
     path = workdir / ASSET
     save_teacher(path, vit_config, state["vit"])
     return path

@@ -14,27 +14,26 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from scalr_jax.config import get_config
-from scalr_jax.data.build import check_labels, make_settings
+from scalr_jax.config import TrainSettings, all_keys
+from scalr_jax.data.build import check_labels, scene_settings
 from scalr_jax.data.packing import choose_capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.readers import files
-from scalr_jax.data.scenes import SceneView
-from scalr_jax.models.build import make_backbone, make_student
-from scalr_jax.models.student import without_head
+from scalr_jax.data.scenes import Batch, SceneNeeds, SceneView
+from scalr_jax.models.student import Student, Variables, without_head
 from scalr_jax.runtime import distributed, sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.logging import PROGRESS_SECONDS, format_seconds
 from scalr_jax.runtime.storage import flatten, write_json
 
-DTYPES = ("float32", "float16")
 # Settings that change neither scenes nor features.
 FREE_DATA = ("num_workers", "prefetch", "split", "augmentation", "points_per_shard", "scenes_per_shard")
 FREE_DATA += ("scenes_per_step", "cells_per_shard", "halo_per_shard", "voxels_per_shard", "pairs_per_shard")
@@ -42,43 +41,52 @@ FREE_DATA += ("image_size", "antialias", "scaled_decode")
 FREE_MODEL = ("segmentation_head", "head_hidden", "drop_path", "remat", "num_classes")
 
 
-def make_pipeline(config: Any, dataset: Any, mesh: Any) -> Pipeline:
+def make_pipeline(settings: TrainSettings, needs: SceneNeeds, dataset: Any, mesh: Mesh) -> Pipeline:
     """Every scene of `dataset` once, as in every epoch of a probe on fixed scenes."""
-    settings = make_settings(config, make_backbone(config.model).needs, task="segment", train=True)
     return Pipeline(
         dataset,
-        dataclasses.replace(settings, augmentation="none", fixed=True),
-        seed=config.seed,
+        scene_settings(settings.data, needs, task="segment", train=True, fixed=True),
+        seed=settings.run.seed,
         num_shards=mesh.size,
         shards=sharding.local_shards(mesh),
         epochs=1,
-        num_workers=config.data.num_workers,
+        num_workers=settings.data.num_workers,
     )
 
 
 def each_scene(
-    config: Any, dataset: Any, variables: Any, *, skip: Callable[[int], bool] | None = None
+    settings: TrainSettings,
+    student: Student,
+    dataset: Any,
+    variables: Variables,
+    *,
+    skip: Callable[[int], bool] | None = None,
 ) -> Iterator[tuple[SceneView, np.ndarray]]:
     """This process's scenes and the backbone's features [N, C] float32 of each.
 
-    `variables`: params and batch_stats. Each shard starts at its first scene `n` with `skip(n)` false.
+    Args:
+        settings: packing, workers, mesh and seed.
+        student: of which the backbone is computed.
+        dataset: whose frames.
+        variables: params and batch_stats.
+        skip: each shard starts at its first scene `n` with `skip(n)` false.
     """
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    pipeline = make_pipeline(config, dataset, mesh)
+    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+    pipeline = make_pipeline(settings, student.needs, dataset, mesh)
     sample = pipeline.sample()
     check_labels(sample, dataset.class_names, len(dataset.class_names))
-    capacities = choose_capacities(config, sample)
-    student = make_student(config.model, head="none", out_features=0, platform=sharding.platform())
+    capacities = choose_capacities(settings.data, sample)
+    backbone = student.clone(head="none")
     variables = jax.device_put(without_head(variables), sharding.replicated(mesh))
 
-    def apply(variables, batch):
-        return student.apply(variables, batch, train=False), (batch.scene_points > 0).sum()
+    def apply(variables: Variables, batch: Batch) -> tuple:
+        return backbone.apply(variables, batch, train=False), (batch.scene_points > 0).sum()
 
     compute = jax.jit(apply, out_shardings=(sharding.batch_sharding(mesh), sharding.replicated(mesh)))
     positions = [_first(shard, mesh.size, len(dataset), skip) for shard in pipeline.shards]
-    for item in prefetch(iter(pipeline.steps(capacities, sample[0], positions)), config.data.prefetch):
+    for item in prefetch(iter(pipeline.steps(capacities, sample[0], positions)), settings.data.prefetch):
         features, num_scenes = compute(variables, sharding.put_batch(item.batch, mesh))
-        if int(num_scenes) == 0:  # on no process is one left
+        if int(num_scenes) == 0:  # no process has a scene left
             return
         features = sharding.local_rows(features)  # [D_local, P, C]
         for shard, scenes in enumerate(item.scenes):
@@ -126,28 +134,41 @@ class FeatureCache:
         return SceneView(f"cached/{record}", position, features, none, (), None, None, labels)
 
 
-def make_cache(config: Any, folder: Path, dataset: Any, variables: Any) -> FeatureCache:
+def make_cache(
+    settings: TrainSettings,
+    student: Student,
+    folder: Path,
+    dataset: Any,
+    variables: Variables,
+    *,
+    key: Mapping[str, Any],
+    dtype: str,
+) -> FeatureCache:
     """Computes what `folder` lacks of the features of `dataset`, and returns them as a dataset.
 
+    Args:
+        settings, student, dataset, variables: as `each_scene` takes them.
+        folder: of the cache.
+        key: what the features depend on, from `cache_key`.
+        dtype: of the files, "float32" or "float16".
+
     Raises:
-        InputError: the folder holds features of another student or of other scenes, or the space does not suffice.
+        InputError: the folder holds features of another student or of other scenes, or the disk is too small.
     """
     cache = FeatureCache(folder, len(dataset), tuple(dataset.class_names))
-    if config.probe.cache_dtype not in DTYPES:
-        raise InputError(f"probe.cache_dtype = {config.probe.cache_dtype!r} is none of {', '.join(DTYPES)}")
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        _check_key(folder / "cache.json", cache_key(config, dataset, variables))
-        _check_space(config, cache, dataset)
+        _check_key(folder / "cache.json", key)
+        _check_space(settings, student, cache, dataset, dtype)
     distributed.barrier(f"features {folder}")
     if _is_complete(cache):
         return cache
     started = said = time.monotonic()
-    missing = each_scene(config, dataset, variables, skip=lambda n: cache.path(n).exists())
+    missing = each_scene(settings, student, dataset, variables, skip=lambda n: cache.path(n).exists())
     for done, (scene, features) in enumerate(missing, 1):
         path = cache.path(scene.stream_index)
         _save(path.with_suffix(".labels.npy"), scene.labels)
-        _save(path, features.astype(config.probe.cache_dtype))
+        _save(path, features.astype(dtype))
         now = time.monotonic()
         if done == 1:
             started = now  # the first one waited for the compiler
@@ -163,19 +184,19 @@ def make_cache(config: Any, folder: Path, dataset: Any, variables: Any) -> Featu
     return cache
 
 
-def cache_key(config: Any, dataset: Any, variables: Any) -> dict:
-    """What the features depend on: settings by dotted name, the frames, and a checksum of the weights."""
-    settings = flatten(json.loads(config.to_json_best_effort()))
+def cache_key(record: Mapping[str, Any], dataset: Any, variables: Variables) -> dict[str, Any]:
+    """What the features depend on: settings by dotted name, the frames, and a checksum of the weights.
+
+    `record`: the config as config.json holds it.
+    """
     kept = {
         key: value
-        for key, value in settings.items()
+        for key, value in flatten(record).items()
         if (key.startswith("data.") and key[5:] not in FREE_DATA)
         or (key.startswith("model.") and key[6:] not in FREE_MODEL)
         or key in ("seed", "probe.cache_dtype")
     }
-    frames = [len(dataset)]
-    if hasattr(dataset, "name"):
-        frames += [dataset.name(0), dataset.name(len(dataset) - 1)]
+    frames = [len(dataset), dataset.name(0), dataset.name(len(dataset) - 1)]
     return {**kept, "frames": frames, "weights": checksum(variables)}
 
 
@@ -188,19 +209,18 @@ def checksum(variables: Any, *, head: bool = False) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_key(path: Path, key: dict) -> None:
-    """Writes the key, or compares it with the one there."""
+def _check_key(path: Path, key: Mapping[str, Any]) -> None:
+    """Writes the key, or compares it with the saved one. Settings younger than the cache count as their defaults."""
     if not path.exists():
         write_json(path, {"key": key})
         return
     try:
-        there = json.loads(path.read_text())["key"]
+        saved = json.loads(path.read_text())["key"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} cannot be read; remove the folder, and the features are computed again") from None
     now = json.loads(json.dumps(key))
-    defaults = flatten(json.loads(get_config().to_json_best_effort()))  # of settings younger than the cache
-    there = {**{k: defaults[k] for k in now if k in defaults}, **there}
-    wrong = [f"{k}: {there.get(k)} there, {now.get(k)} now" for k in sorted(there | now) if there.get(k) != now.get(k)]
+    saved = json.loads(json.dumps({row.name: row.default for row in all_keys() if row.name in now})) | saved
+    wrong = [f"{k}: {saved.get(k)} saved, {now.get(k)} now" for k in sorted(saved | now) if saved.get(k) != now.get(k)]
     if wrong:
         raise InputError(
             f"{path.parent} holds features of another student or of other scenes ({'; '.join(wrong)}); remove it, or "
@@ -208,15 +228,15 @@ def _check_key(path: Path, key: dict) -> None:
         )
 
 
-def _check_space(config: Any, cache: FeatureCache, dataset: Any) -> None:
-    """Prints what the cache will take, and compares it with what the disk has."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    points = np.mean([len(scene.feats) for scene in make_pipeline(config, dataset, mesh).sample()])
-    channels = make_backbone(config.model).channels
-    size = points * len(cache) * (channels * np.dtype(config.probe.cache_dtype).itemsize + 1)
+def _check_space(settings: TrainSettings, student: Student, cache: FeatureCache, dataset: Any, dtype: str) -> None:
+    """Prints how large the cache will be, and compares it with the free space."""
+    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+    sample = make_pipeline(settings, student.needs, dataset, mesh).sample()
+    points, channels = np.mean([len(scene.feats) for scene in sample]), student.backbone.channels
+    size = points * len(cache) * (channels * np.dtype(dtype).itemsize + 1)
     print(
         f"features: {len(cache)} scenes x about {points:,.0f} points x {channels} channels in "
-        f"{config.probe.cache_dtype}: about {size / 1e9:.2g} GB in {cache.folder}",
+        f"{dtype}: about {size / 1e9:.2g} GB in {cache.folder}",
         flush=True,
     )
     there = sum(path.stat().st_size for path in cache.folder.glob("*.npy"))

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scalr_jax.config import ProbeSettings, TrainSettings
 from scalr_jax.data.scenes import IGNORE, Batch, SceneNeeds, SceneView
 from scalr_jax.evaluation.features import each_scene
-from scalr_jax.models.build import make_student
-from scalr_jax.models.student import Classifier, Variables, without_head
-from scalr_jax.runtime import distributed, sharding
+from scalr_jax.models.student import Classifier, Student, Variables, without_head
+from scalr_jax.runtime import distributed
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train.losses import normalize
 
@@ -112,21 +112,30 @@ def _keep_smallest(keys: np.ndarray, rows: np.ndarray, more_keys: np.ndarray, mo
     keys[:], rows[:] = both[order], np.concatenate([rows, more_rows])[order]
 
 
-def nearest_neighbors(config: Any, dataset: Any, backbone: dict, num_classes: int) -> tuple[NearestNeighbors, dict]:
-    """The classifier of `config.probe` and its variables. `backbone`: params and batch_stats, of which the head is left
-    out. Raises `InputError`."""
-    probe = config.probe
-    if min(probe.bank_per_class, probe.num_neighbors) < 1 or probe.temperature <= 0:
-        raise InputError(
-            f"probe.bank_per_class = {probe.bank_per_class} and probe.num_neighbors = {probe.num_neighbors} must be 1 "
-            f"at least, and probe.temperature = {probe.temperature} above 0"
-        )
-    bank, labels = make_bank(each_scene(config, dataset, backbone), num_classes, probe.bank_per_class, config.seed)
+def nearest_neighbors(
+    probe: ProbeSettings,
+    settings: TrainSettings,
+    student: Student,
+    dataset: Any,
+    backbone: Variables,
+    num_classes: int,
+) -> tuple[NearestNeighbors, dict]:
+    """The classifier of `config.probe` and its variables.
+
+    Args:
+        probe: size of the bank, neighbours and temperature.
+        settings: of the pass over the training scenes.
+        student: of which the backbone is used.
+        dataset: the training frames.
+        backbone: params and batch_stats; a head among them is left out.
+        num_classes: of the labels.
+    """
+    scenes = each_scene(settings, student, dataset, backbone)
+    bank, labels = make_bank(scenes, num_classes, probe.bank_per_class, settings.run.seed)
     counts = np.bincount(labels, minlength=num_classes)
     if jax.process_index() == 0:
         print(f"knn: a bank of {len(bank):,} points, {counts.min()} to {counts.max()} of a class", flush=True)
         if missing := [name for name, count in zip(dataset.class_names, counts, strict=True) if not count]:
             print(f"knn: no labelled point of {', '.join(missing)} in training; never predicted", flush=True)
-    student = make_student(config.model, head="none", out_features=0, platform=sharding.platform())
-    classifier = NearestNeighbors(student, num_classes, probe.num_neighbors, probe.temperature)
+    classifier = NearestNeighbors(student.clone(head="none"), num_classes, probe.num_neighbors, probe.temperature)
     return classifier, {"backbone": without_head(backbone), "bank": bank, "labels": labels}

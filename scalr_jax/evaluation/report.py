@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from scalr_jax.evaluation import metrics
-from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import write_json
 
 DIGITS = 4  # of an IoU by class
@@ -38,14 +37,6 @@ def results_of(confusion: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
 
 def _rounded(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), DIGITS)
-
-
-def check_rings(rings: Sequence[Any]) -> tuple[float, ...]:
-    """`evaluate.rings` as numbers; `InputError` unless they are positive and ascend."""
-    rings = tuple(rings)
-    if not all(isinstance(edge, int | float) and edge > 0 for edge in rings) or list(rings) != sorted(set(rings)):
-        raise InputError(f"evaluate.rings = {rings} must be distances in metres, positive and ascending")
-    return tuple(float(edge) for edge in rings)
 
 
 def ring_names(rings: Sequence[float]) -> list[str]:

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from scalr_jax.config import DataSettings, EvaluateSettings
 from scalr_jax.data.readers.released import open_released
-from scalr_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corrupted, check_corruption
-from scalr_jax.evaluation.report import check_rings, results_by_range, results_of
+from scalr_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corrupted
+from scalr_jax.evaluation.report import results_by_range, results_of
+from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import flatten, write_json
-from scalr_jax.runtime.workdir import FREE_KEYS
 
 OWN = "scalr_jax's generators"
 
@@ -92,7 +93,7 @@ def summarize(miou: Mapping[str, Mapping[str, float]], clear: float, baseline: B
     }
 
 
-def find_baseline(config: Any, corrupted_by: str) -> Baseline | None:
+def find_baseline(evaluate: EvaluateSettings, data: DataSettings, corrupted_by: str) -> Baseline | None:
     """What `evaluate.baseline` names: a published one, another run's results, or by the dataset ("auto").
 
     The published ones are means over three severities of a released set: "auto" takes them for nothing else.
@@ -101,26 +102,30 @@ def find_baseline(config: Any, corrupted_by: str) -> Baseline | None:
         InputError: none of these, a published one of another dataset or of other severities, or a run on other scans or
           with fewer corruptions or other severities.
     """
-    given, wanted = config.evaluate.baseline, tuple(config.evaluate.corruptions)
-    all_severities = sorted(config.evaluate.severities) == sorted(SEVERITIES)
+    given, all_severities = evaluate.baseline, sorted(evaluate.severities) == sorted(SEVERITIES)
     if given == "auto":
         released = corrupted_by != OWN and all_severities
-        return PUBLISHED.get(f"{config.data.dataset}_c") if released else None
+        return PUBLISHED.get(f"{data.dataset}_c") if released else None
     if given in PUBLISHED:
-        if given != f"{config.data.dataset}_c" or not all_severities:
+        if given != f"{data.dataset}_c" or not all_severities:
             published = f"the mean over {', '.join(SEVERITIES)} on {given.removesuffix('_c')}"
-            here = f"{', '.join(config.evaluate.severities)} on {config.data.dataset}"
             raise InputError(
-                f"evaluate.baseline = {given!r} is {published}, and this run has {here}; give the workdir of another "
-                "robustness run, or leave it out"
+                f"evaluate.baseline = {given!r} is {published}, and this run has {', '.join(evaluate.severities)} on "
+                f"{data.dataset}; give the workdir of another robustness run, or leave it out"
             )
         return PUBLISHED[given]
+    return _read_baseline(given, evaluate.corruptions, (_dataset_of(data), corrupted_by, evaluate.severities))
+
+
+def _read_baseline(given: str, wanted: Sequence[str], here: tuple) -> Baseline:
+    """The baseline in another run's results, for the corruptions `wanted`. `here`: dataset, origin of the corruptions
+    and severities of this run."""
     path = Path(given) / "results.json" if Path(given).is_dir() else Path(given)
     try:
         content = json.loads(path.read_text())
         found, support = content["robustness"], dict(content["support"])
         rows = {name: row["miou"] for name, row in found["corruptions"].items()}
-        there = (found["dataset"], found["corrupted_by"], tuple(found["severities"]))
+        saved = (found["dataset"], found["corrupted_by"], tuple(found["severities"]))
     except OSError:
         raise InputError(
             f"evaluate.baseline = {given!r} is none of auto, {', '.join(PUBLISHED)}, nor the workdir of a robustness "
@@ -128,111 +133,120 @@ def find_baseline(config: Any, corrupted_by: str) -> Baseline | None:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} holds no results of task robustness, and evaluate.baseline needs some") from None
-    here = (_dataset_of(config), corrupted_by, tuple(config.evaluate.severities))
-    if there != here or any(name not in rows for name in wanted):
+    if saved != here or any(name not in rows for name in wanted):
         raise InputError(
-            f"evaluate.baseline = {given}: its scans are {', '.join(map(str, there))} with {', '.join(rows)}, and this "
+            f"evaluate.baseline = {given}: its scans are {', '.join(map(str, saved))} with {', '.join(rows)}, and this "
             f"run's are {', '.join(map(str, here))} with {', '.join(wanted)}; evaluate the baseline in the same way"
         )
     return Baseline(str(given), {name: float(np.mean(list(rows[name].values()))) for name in wanted}, support)
 
 
-def _dataset_of(config: Any) -> str:
+def _dataset_of(data: DataSettings) -> str:
     """The scans: dataset, sensors, split."""
-    sensors = "+".join(config.data.sensors) if config.data.dataset in ("streets", "pandaset") else ""
-    return " ".join(filter(None, (config.data.dataset, sensors, config.data.split)))
+    sensors = "+".join(data.sensors) if data.dataset in ("streets", "pandaset") else ""
+    return " ".join(filter(None, (data.dataset, sensors, data.split)))
 
 
-def measure(config: Any, workdir: Path, evaluator: Any, dataset: Any, weights: str) -> dict[str, Any]:
-    """Evaluates clear and corrupted scans; returns what results.json holds.
+class _Parts:
+    """Parts of one evaluation, each computed once and kept in a file."""
 
-    Args:
-        config: `evaluate` says which corruptions.
-        workdir: finished parts are kept in its folder robustness.
-        evaluator: `segmentation.Evaluator`.
-        dataset: the clear validation set.
-        weights: a checksum: parts of another model are computed again.
+    def __init__(self, folder: Path, key: str, evaluator: Evaluator, rings: Sequence[float], names: Sequence[str]):
+        self._folder, self._key, self._evaluator, self._rings, self._names = folder, key, evaluator, rings, names
+        self._shape = (len(rings) + 1, len(names), len(names))
 
-    Raises:
-        InputError: unknown corruptions or severities, rings that do not ascend, a baseline that does not fit, no
-          labelled points, or a released set that is not there.
-    """
-    given, names = config.evaluate, tuple(dataset.class_names)
-    rings = check_rings(given.rings)
-    shape = (len(rings) + 1, len(names), len(names))
-    corrupted_by = str(given.corrupted_root) or OWN
-    if not given.corruptions or not given.severities:
-        raise InputError(
-            "evaluate.corruptions and evaluate.severities name what to evaluate; give one of each at least"
-        )
-    for corruption in given.corruptions:
-        for severity in given.severities:
-            check_corruption(corruption, severity)
-    baseline = find_baseline(config, corrupted_by)
-    key = _key(config, weights)
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name.replace(' ', '_')}.json"
 
-    def path_of(name: str) -> Path:
-        return workdir / "robustness" / f"{name.replace(' ', '_')}.json"
+    def saved(self, name: str) -> Part | None:
+        """A finished part; None when it is missing, cut short or of something else."""
+        return _read_part(self._path(name), self._key, self._shape)
 
-    def part(name: str, scans: Any) -> Part:
-        path = path_of(name)
-        found = _read_part(path, key, shape)
-        if found is None:
-            confusion = evaluator.confusion(scans, rings=rings)
-            found = Part(confusion, evaluator.num_scans, len(scans) - evaluator.num_scans)
+    def measure(self, name: str, scans: Any) -> Part:
+        """The saved part, or a new one. Raises `InputError` when it has no labelled point."""
+        part = self.saved(name)
+        if part is None:
+            confusion = self._evaluator.confusion(scans, rings=self._rings)
+            part = Part(confusion, self._evaluator.num_scans, len(scans) - self._evaluator.num_scans)
             if jax.process_index() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                counts = {"scans": found.scans, "bad_scans": found.bad_scans}
-                write_json(path, {"key": key, "classes": names, "confusion": confusion.tolist(), **counts})
-        if found.confusion.sum() == 0:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                content = {"key": self._key, "classes": self._names, "confusion": confusion.tolist()}
+                write_json(self._path(name), {**content, "scans": part.scans, "bad_scans": part.bad_scans})
+        if part.confusion.sum() == 0:
             raise InputError(
                 f"{name}: no labelled point is left; check data.split and the labels, or leave it out of "
                 "evaluate.corruptions"
             )
         if jax.process_index() == 0:
-            print(f"{name}: mIoU {100 * results_of(found.confusion.sum(axis=0), names)['miou']:.2f} %", flush=True)
-        return found
+            miou = results_of(part.confusion.sum(axis=0), self._names)["miou"]
+            print(f"{name}: mIoU {100 * miou:.2f} %", flush=True)
+        return part
 
+
+def measure(
+    evaluate: EvaluateSettings, data: DataSettings, workdir: Path, evaluator: Evaluator, dataset: Any, key: str
+) -> dict[str, Any]:
+    """Evaluates clear and corrupted scans; returns what results.json holds.
+
+    Args:
+        evaluate: which corruptions.
+        data: which scans.
+        workdir: finished parts are kept in its folder robustness.
+        evaluator: the model.
+        dataset: the clear validation set.
+        key: what a part depends on, from `part_key`: parts of something else are computed again.
+
+    Raises:
+        InputError: a baseline that does not fit, no labelled points, or a released set that is missing.
+    """
+    names, severities, rings = tuple(dataset.class_names), evaluate.severities, evaluate.rings
+    corrupted_by = evaluate.corrupted_root or OWN
+    baseline = find_baseline(evaluate, data, corrupted_by)
+    parts = _Parts(workdir / "robustness", key, evaluator, rings, names)
     scans = {
-        (corruption, severity): open_released(dataset, Path(given.corrupted_root), corruption, severity)
-        if given.corrupted_root
+        (corruption, severity): open_released(dataset, Path(evaluate.corrupted_root), corruption, severity)
+        if evaluate.corrupted_root
         else Corrupted(dataset, corruption, severity)
-        for corruption in given.corruptions
-        for severity in given.severities
+        for corruption in evaluate.corruptions
+        for severity in severities
     }
-    if not all(_read_part(path_of(" ".join(kind)), key, shape) is not None for kind in scans):
-        evaluator.reserve([dataset, *(scans[corruption, given.severities[-1]] for corruption in given.corruptions)])
-    whole = part("clear", dataset)
+    if not all(parts.saved(" ".join(kind)) is not None for kind in scans):
+        evaluator.reserve([dataset, *(scans[corruption, severities[-1]] for corruption in evaluate.corruptions)])
+    whole = parts.measure("clear", dataset)
     clear = results_by_range(whole.confusion, rings, names)
-    clear |= {"votes": given.votes, "scans": whole.scans, "bad_scans": whole.bad_scans}
+    clear |= {"votes": evaluate.votes, "scans": whole.scans, "bad_scans": whole.bad_scans}
     if baseline is not None and baseline.support is not None and baseline.support != clear["support"]:
         raise InputError(
-            f"evaluate.baseline = {given.baseline}: its clear scans have {sum(baseline.support.values())} labelled "
+            f"evaluate.baseline = {evaluate.baseline}: its clear scans have {sum(baseline.support.values())} labelled "
             f"points, and this run's {sum(clear['support'].values())}; evaluate the baseline on the same scans"
         )
     miou: dict[str, dict[str, float]] = {}
     more: dict[str, dict[str, dict[str, Any]]] = {}  # corruption -> iou, scans or bad_scans -> severity
-    for corruption in given.corruptions:
-        for severity in given.severities:
-            measured = part(f"{corruption} {severity}", scans[corruption, severity])
-            found = results_of(measured.confusion.sum(axis=0), names)
-            miou.setdefault(corruption, {})[severity] = found["miou"]
-            row = {"iou": found["iou"], "scans": measured.scans, "bad_scans": measured.bad_scans}
-            for name, value in row.items():
-                more.setdefault(corruption, {}).setdefault(name, {})[severity] = value
+    for (corruption, severity), corrupted in scans.items():
+        part = parts.measure(f"{corruption} {severity}", corrupted)
+        found = results_of(part.confusion.sum(axis=0), names)
+        miou.setdefault(corruption, {})[severity] = found["miou"]
+        row = {"iou": found["iou"], "scans": part.scans, "bad_scans": part.bad_scans}
+        for name, value in row.items():
+            more.setdefault(corruption, {}).setdefault(name, {})[severity] = value
     summary = summarize(miou, clear["miou"], baseline)
     for corruption, row in summary["corruptions"].items():
         row |= more[corruption]
-    described = {"dataset": _dataset_of(config), "corrupted_by": corrupted_by, "severities": list(given.severities)}
+    described = {"dataset": _dataset_of(data), "corrupted_by": corrupted_by, "severities": list(severities)}
     return {**clear, "robustness": {**described, **summary}}
 
 
-def _key(config: Any, weights: str) -> str:
-    """What a part depends on: the weights and every setting of scans and model."""
-    settings = flatten(json.loads(config.to_json_best_effort()))
+def part_key(record: Mapping[str, Any], weights: str, free: Collection[str]) -> str:
+    """What a part depends on: the weights and every setting of scans and model.
+
+    Args:
+        record: the config as config.json holds it.
+        weights: a checksum.
+        free: dotted keys that change no result.
+    """
+    settings = flatten(record)
     kept = {name: value for name, value in settings.items() if name.startswith(("data.", "model."))}
     kept |= {name: settings[name] for name in ("seed", "evaluate.votes", "evaluate.rings", "evaluate.corrupted_root")}
-    kept = {name: value for name, value in kept.items() if name not in FREE_KEYS}
+    kept = {name: value for name, value in kept.items() if name not in free}
     return hashlib.sha256(json.dumps([weights, kept], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from scalr_jax.data.build import make_settings
+from scalr_jax.config import DataSettings
+from scalr_jax.data.build import scene_settings
 from scalr_jax.data.packing import Capacities, derive_capacities, flat, given_tables, largest, sizes
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import SceneView
@@ -39,52 +41,36 @@ class ScanClasses(NamedTuple):
     ranges: np.ndarray  # [N] float32: metres from the origin of the student's frame
 
 
-def evaluate(config: Any, dataset: Any, student: Classifier, variables: Variables, num_classes: int) -> np.ndarray:
-    """Confusion matrix [classes, classes] int64 over every labelled point of every scan of `dataset`, once each."""
-    confusion = Evaluator(config, student, variables, num_classes).confusion(dataset).sum(axis=0)
-    if confusion.sum() == 0:
-        raise InputError("the evaluation set has no labelled point; check data.split and the labels' folder")
-    return confusion
-
-
 class Evaluator:
     """A segmentation model that classifies the scans of any number of datasets, compiled once.
 
     Args:
-        config: of the run: `data`, `model`, `mesh`, `seed`.
-        student: scores each class.
+        data: packing, workers and augmentation.
+        mesh: the devices.
+        student: a student with a segmentation head, or another classifier.
         variables: its parameters and statistics.
         num_classes: at most 255.
-        votes: augmented copies of each scan, by `config.data.augmentation`; 1: the scan as it is.
+        seed: of the copies that vote.
+        votes: augmented copies of each scan, by `data.augmentation`; 1: the scan as it is.
         order: [num_classes] the datasets' class of each of the model's; None: the same.
-        mesh: None: that of `config.mesh`.
-
-    Raises:
-        InputError: votes that are no positive number, or without an augmentation.
     """
 
     def __init__(
         self,
-        config: Any,
+        data: DataSettings,
+        mesh: Mesh,
         student: Classifier,
         variables: Variables,
         num_classes: int,
         *,
+        seed: int = 0,
         votes: int = 1,
         order: np.ndarray | None = None,
-        mesh: Any = None,
     ):
-        if votes < 1:
-            raise InputError(f"evaluate.votes = {votes} must be at least 1, which is no test-time augmentation")
-        if votes > 1 and config.data.augmentation not in ("published", "consistent"):
-            raise InputError(
-                f"evaluate.votes = {votes} with data.augmentation = {config.data.augmentation!r}: several votes need "
-                "'published' or 'consistent'"
-            )
-        self.config, self.num_classes, self.votes = config, num_classes, votes
+        self.num_classes, self.votes = num_classes, votes
+        self._data, self._mesh, self._seed = data, mesh, seed
         self._order = np.arange(num_classes) if order is None else order
-        self._mesh = mesh or sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-        settings = make_settings(config, student.needs, task="segment", train=False)
+        settings = scene_settings(data, student.needs, task="segment", train=False)
         self._settings = dataclasses.replace(settings, votes=votes > 1)
         make_step = steps.make_classify_step if votes == 1 else steps.make_probability_step
         outputs = (sharding.batch_sharding(self._mesh), sharding.replicated(self._mesh))
@@ -118,7 +104,7 @@ class Evaluator:
         self.num_scans = int(distributed.sum_over_processes(np.array([number]))[0])
         if self.num_scans < len(dataset) and jax.process_index() == 0:
             bad = len(dataset) - self.num_scans
-            print(f"{bad} of {len(dataset)} scans could not be read: they count nowhere", flush=True)
+            print(f"{bad} of {len(dataset)} scans could not be read: excluded from the results", flush=True)
         return distributed.sum_over_processes(confusion)
 
     def reserve(self, datasets: Sequence[Any], number: int = 4) -> None:
@@ -132,7 +118,7 @@ class Evaluator:
         sample = pipeline.sample()
         self._capacities = self._choose_capacities(sample)
         ballots = [_Ballot(self.votes) for _ in pipeline.shards]
-        steps_ahead = prefetch(iter(pipeline.steps(self._capacities, sample[0])), self.config.data.prefetch)
+        steps_ahead = prefetch(iter(pipeline.steps(self._capacities, sample[0])), self._data.prefetch)
         with contextlib.closing(steps_ahead) as items:
             for item in items:
                 rows, counts = self._step(self._variables, sharding.put_batch(item.batch, self._mesh))
@@ -159,18 +145,18 @@ class Evaluator:
         return Pipeline(
             dataset,
             self._settings,
-            seed=self.config.seed,
+            seed=self._seed,
             num_shards=self._mesh.size,
             shards=sharding.local_shards(self._mesh),
             epochs=1,
-            num_workers=self.config.data.num_workers,
+            num_workers=self._data.num_workers,
             votes=self.votes,
         )
 
     def _choose_capacities(self, sample: Sequence[SceneView]) -> Capacities:
         """Those of the last dataset as long as the sample fits with room to spare, so that nothing is compiled again;
-        else larger ones. Tables are at least as large as `config.data` gives them."""
-        held, data = self._capacities, self.config.data
+        else larger ones. Tables are at least as large as `data` gives them."""
+        held, data = self._capacities, self._data
         points = max(data.points_per_shard, int(HEADROOM * max(len(scene.feats) for scene in sample)))
         on_cpu = jax.default_backend() == "cpu"
         derived = derive_capacities(sample, points=points, scenes=data.scenes_per_shard, directions=on_cpu)

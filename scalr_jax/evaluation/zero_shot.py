@@ -12,7 +12,6 @@ no zero-shot figure.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,15 +23,14 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
+from scalr_jax.config import ProbeSettings
 from scalr_jax.data.readers import files
 from scalr_jax.data.scenes import IGNORE, Batch, SceneNeeds
 from scalr_jax.data.transforms import check_classes, resize_image
-from scalr_jax.interop.teacher import make_teacher
 from scalr_jax.models import vit
-from scalr_jax.models.build import make_student
-from scalr_jax.models.student import Classifier, Variables
+from scalr_jax.models.student import Classifier, Student, Variables
+from scalr_jax.models.vit import ViTConfig
 from scalr_jax.ops.bilinear import sample_tokens
-from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
 from scalr_jax.train.losses import normalize
 
@@ -54,6 +52,14 @@ class ZeroShot(NamedTuple):
         distilled = self.student.apply(variables["student"], batch, train=train)
         unit = normalize(distilled, jnp.ones(distilled.shape[:-1], bool))
         return jnp.einsum("dpc,lc->dpl", unit, variables["weights"], precision="highest") + variables["bias"]
+
+
+class Images(NamedTuple):
+    """How prototype images are read."""
+
+    size: tuple[int, int]  # rows, columns
+    antialias: bool
+    seed: int  # of the frames' cameras
 
 
 def fit_logistic(features: np.ndarray, labels: np.ndarray, num_classes: int, strength: float) -> tuple:
@@ -85,73 +91,62 @@ def fit_logistic(features: np.ndarray, labels: np.ndarray, num_classes: int, str
     return weights.astype(np.float32), biases.astype(np.float32)
 
 
-def zero_shot(config: Any, dataset: Any, variables: dict, num_classes: int) -> tuple[ZeroShot, dict]:
-    """The classifier of `config.probe` and its variables. `variables`: of a distilled student, with its head.
+def zero_shot(
+    probe: ProbeSettings,
+    student: Student,
+    teacher: tuple[ViTConfig, Any],
+    feature: str,
+    dataset: Any,
+    variables: Variables,
+    images: Images,
+) -> tuple[ZeroShot, dict]:
+    """The classifier of `config.probe` and its variables.
+
+    Args:
+        probe: the folder of prototypes, and the strength of the regression.
+        student: with its distillation head, as wide as the teacher.
+        teacher: the one it was distilled from: architecture and parameters.
+        feature: which of the teacher's features.
+        dataset: the training frames.
+        variables: of the student, with its head.
+        images: how images are read.
 
     Raises:
-        InputError: no distillation head, a teacher of another width or (where the run's config says which it had) of
-          another file or feature, or prototypes that are missing or unreadable.
+        InputError: prototypes that are missing or unreadable.
     """
-    head = variables["params"].get("head", {})
-    if "out" not in head:
-        raise InputError(
-            f"{config.checkpoint} holds no distillation head; zero-shot needs the workdir of a distillation"
-        )
-    width, hidden = head["out"]["kernel"].shape[1], head["hidden"]["kernel"].shape[1] if "hidden" in head else 0
-    vit_config, teacher = make_teacher(config)
-    if vit_config.width != width:
-        raise InputError(
-            f"{config.checkpoint} was distilled from a teacher {width} wide, and teacher.checkpoint = "
-            f"{config.teacher.checkpoint!r} is {vit_config.width} wide; give the one it was distilled from"
-        )
-    _check_teacher(config)
-    features, labels = gather_prototypes(config, dataset, vit_config, teacher)
+    features, labels = gather_prototypes(probe.prototypes, dataset, teacher, feature, images)
+    num_classes = len(dataset.class_names)
     counts = np.bincount(labels, minlength=num_classes)
     missing = [name for name, count in zip(dataset.class_names, counts, strict=True) if not count]
     if jax.process_index() == 0:
         print(f"zero_shot: {len(labels)} prototypes of {num_classes - len(missing)} classes", flush=True)
         if missing:
             print(f"zero_shot: none of {', '.join(missing)}; never predicted", flush=True)
-    weights, bias = fit_logistic(features, labels, num_classes, config.probe.inverse_regularization)
-    student = make_student(config.model, head="distill", out_features=width, platform=sharding.platform())
-    return ZeroShot(student.clone(head_hidden=hidden)), {"student": variables, "weights": weights, "bias": bias}
+    weights, bias = fit_logistic(features, labels, num_classes, probe.inverse_regularization)
+    return ZeroShot(student), {"student": variables, "weights": weights, "bias": bias}
 
 
-def _check_teacher(config: Any) -> None:
-    """Raises `InputError` with what differs between `config.teacher` and the distillation's; files go by their name."""
-    path = Path(config.checkpoint) / "config.json"
-    if not path.is_file():
-        return
-    there, here = json.loads(path.read_text())["teacher"], config.teacher.to_dict()
-    there["checkpoint"], here["checkpoint"] = Path(there["checkpoint"]).name, Path(here["checkpoint"]).name
-    keys = ("checkpoint", "feature", "position_interpolation")
-    if wrong := [f"{key} is {there[key]} there, {here[key]} here" for key in keys if there.get(key) != here[key]]:
-        raise InputError(
-            f"{config.checkpoint} was distilled from another teacher than config.teacher ({'; '.join(wrong)}); give "
-            "the one it was distilled from"
-        )
-
-
-def gather_prototypes(config: Any, dataset: Any, vit_config: Any, teacher: Any) -> tuple[np.ndarray, np.ndarray]:
+def gather_prototypes(
+    prototypes: str, dataset: Any, teacher: tuple[ViTConfig, Any], feature: str, images: Images
+) -> tuple[np.ndarray, np.ndarray]:
     """Unit prototypes [n, C_teacher] float32 and their classes [n]. Every process computes them all.
 
     Raises `InputError` when there is none.
     """
-    rows, columns = (int(n) for n in config.data.image_size)
-    size = (rows, rows) if config.probe.prototypes else (rows, columns)
-    grid = vit.patch_grid(vit_config, size)
-    which = config.teacher.feature
+    vit_config, params = teacher
+    rows, columns = images.size
+    images = images._replace(size=(rows, rows) if prototypes else (rows, columns))
+    grid = vit.patch_grid(vit_config, images.size)
 
     @jax.jit
     def tokens_of(image: Array) -> Array:
-        tokens = vit.features(vit_config, teacher, image[None].astype(jnp.float32) / 255.0, which=which)
+        tokens = vit.features(vit_config, params, image[None].astype(jnp.float32) / 255.0, which=feature)
         return vit.patch_tokens(tokens, vit_config).reshape(1, *grid, -1)
 
-    if config.probe.prototypes:
-        folder = Path(config.probe.prototypes)
-        found = list(_from_folder(folder, dataset.class_names, size, config.data.antialias, tokens_of))
+    if prototypes:
+        found = list(_from_folder(Path(prototypes), dataset.class_names, images, tokens_of))
     else:
-        found = list(_from_labels(config, dataset, size, tokens_of))
+        found = list(_from_labels(dataset, images, tokens_of))
         if not found:
             raise InputError(
                 f"none of the {len(dataset)} training images shows a labelled point; check data.root's labels, or give "
@@ -163,16 +158,16 @@ def gather_prototypes(config: Any, dataset: Any, vit_config: Any, teacher: Any) 
 
 
 def _from_folder(
-    folder: Path, names: Sequence[str], size: tuple[int, int], antialias: bool, tokens_of: Callable
+    folder: Path, names: Sequence[str], images: Images, tokens_of: Callable[..., Array]
 ) -> Iterator[tuple[np.ndarray, int]]:
     """One prototype an image of `folder/<name of the class>/`, or `folder/<number>_<name>/` as IGLOSS has them."""
-    mean_of = jax.jit(lambda tokens: mean_unit_feature(tokens, size))
+    mean_of = jax.jit(lambda tokens: mean_unit_feature(tokens, images.size))
     for path, label in find_images(folder, names):
         try:
             image = files.read_image(path)
         except BadFrameError as error:
             raise InputError(str(error)) from None
-        yield np.asarray(mean_of(tokens_of(resize_image(image, size, antialias=antialias)))), label
+        yield np.asarray(mean_of(tokens_of(resize_image(image, images.size, antialias=images.antialias)))), label
 
 
 def find_images(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
@@ -209,20 +204,18 @@ def mean_unit_feature(tokens: Array, size: tuple[int, int]) -> Array:
     return jax.lax.map(one_row, jnp.arange(h)).mean(axis=0)
 
 
-def _from_labels(
-    config: Any, dataset: Any, size: tuple[int, int], tokens_of: Callable
-) -> Iterator[tuple[np.ndarray, int]]:
+def _from_labels(dataset: Any, images: Images, tokens_of: Callable[..., Array]) -> Iterator[tuple[np.ndarray, int]]:
     """One prototype for each training image and class in it, over the pixels of the class's points."""
 
     @jax.jit
     def unit_features(tokens: Array, pixels: Array) -> Array:
-        feature = sample_tokens(tokens.astype(jnp.float32), jnp.zeros(len(pixels), jnp.int32), pixels, size)
+        feature = sample_tokens(tokens.astype(jnp.float32), jnp.zeros(len(pixels), jnp.int32), pixels, images.size)
         return normalize(feature, jnp.ones(len(pixels), bool))
 
     bad = 0
     for index in range(len(dataset)):
         try:
-            frame = dataset.frame(index, np.random.default_rng((config.seed, 2, index)))
+            frame = dataset.frame(index, np.random.default_rng((images.seed, 2, index)))
             check_classes(frame, len(dataset.class_names))
         except BadFrameError as error:
             bad += 1
@@ -237,12 +230,12 @@ def _from_labels(
                 "a folder of prototype images by class, --config.probe.prototypes=DIR"
             )
         seen = frame.visible & (frame.labels != IGNORE)
-        ratio = np.array(size) / np.array(frame.image_shape or frame.image.shape[:2])
+        ratio = np.array(images.size) / np.array(frame.image_shape or frame.image.shape[:2])
         pixels = np.floor(np.floor(frame.pixels[seen]) * ratio).astype(np.int32)
         number = 1 << max(10, int(seen.sum() - 1).bit_length())  # few sizes, few programs
         padded = np.zeros((number, 2), np.int32)
         padded[: len(pixels)] = pixels
-        image = resize_image(frame.image, size, antialias=config.data.antialias)
+        image = resize_image(frame.image, images.size, antialias=images.antialias)
         features = np.asarray(unit_features(tokens_of(image), padded))[: len(pixels)]
         for label in np.unique(frame.labels[seen]):
             yield features[frame.labels[seen] == label].mean(axis=0), int(label)

@@ -57,7 +57,9 @@ def licence_of(model_path: Path, training: Mapping[str, Any] | None, given: str)
     if training is None:
         previous = _exported_licence(model_path)
         return previous or f"not stated; {PUBLISHED}"
-    names = {_dataset_of(name) for name in sensors.trained_sensors(training["data"])}
+    names = {
+        _dataset_of(name) for name in sensors.trained_sensors(training["data"]["dataset"], training["data"]["sensors"])
+    }
     teacher = training["teacher"]["checkpoint"]
     data = "; ".join(sorted({TERMS.get(name, name) for name in names}))
     terms = [f"trained on: {data}"]
@@ -164,7 +166,7 @@ def _training_text(training: Mapping[str, Any] | None) -> str:
     if training is None:
         return "as published; the file does not say it"
     data = training["data"]
-    names = ", ".join(sensors.trained_sensors(data))
+    names = ", ".join(sensors.trained_sensors(data["dataset"], data["sensors"]))
     return f"{training['task']} on {data['dataset']} ({names}), split {data['split']}, {training['num_steps']} steps"
 
 

@@ -15,45 +15,46 @@ from flax import traverse_util
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from scalr_jax.config import TeacherSettings
+from scalr_jax.interop.vit import load_dinov2
 from scalr_jax.models import vit
 from scalr_jax.models.build import compute_dtype
-from scalr_jax.ops.positions import INTERPOLATIONS
-from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import InputError
 
+ASSET = "demo_teacher.safetensors"
 
-def make_teacher(config: Any) -> tuple[Any, Any]:
-    """(vit_config, params in the compute dtype) of `config.teacher`."""
-    teacher = config.teacher
-    if teacher.checkpoint == "demo":
+
+def make_teacher(settings: TeacherSettings, image_size: tuple[int, int], platform: str) -> tuple[vit.ViTConfig, dict]:
+    """The ViT of `config.teacher`: its architecture, and its parameters in the compute dtype.
+
+    Args:
+        settings: which file, feature and interpolation.
+        image_size: rows and columns of the images that it will see.
+        platform: of the devices that compute it.
+
+    Raises:
+        InputError: a file that is missing or no ViT, or images that are no whole number of patches.
+    """
+    checkpoint = Path(settings.checkpoint)
+    if settings.checkpoint == "demo":
         vit_config, params = load_demo_teacher()
-    elif Path(teacher.checkpoint).name == "demo_teacher.safetensors" and Path(teacher.checkpoint).is_file():
-        vit_config, params = load_teacher(teacher.checkpoint)  # of a run with config.task = "teacher"
-    elif teacher.checkpoint and Path(teacher.checkpoint).is_file():
-        from scalr_jax.interop.vit import load_dinov2
-
-        vit_config, params = load_dinov2(teacher.checkpoint, num_heads=teacher.num_heads)
+    elif checkpoint.name == ASSET and checkpoint.is_file():
+        vit_config, params = load_teacher(checkpoint)  # of a run with config.task = "teacher"
+    elif settings.checkpoint and checkpoint.is_file():
+        vit_config, params = load_dinov2(settings.checkpoint, num_heads=settings.num_heads)
     else:
         raise InputError(
-            f"teacher.checkpoint = {teacher.checkpoint!r} is not a file; fetch dinov2_vitl14_pretrain.pth from the "
+            f"teacher.checkpoint = {settings.checkpoint!r} is not a file; fetch dinov2_vitl14_pretrain.pth from the "
             "DINOv2 project's release page (docs/weights.md) and give its path, --config.teacher.checkpoint=PATH, or "
             "take the small packaged teacher, --config.teacher.checkpoint=demo"
         )
-    if teacher.position_interpolation != "auto":
-        if teacher.position_interpolation not in INTERPOLATIONS:
-            raise InputError(
-                f"teacher.position_interpolation = {teacher.position_interpolation!r} is none of auto, "
-                f"{', '.join(INTERPOLATIONS)}"
-            )
-        vit_config = dataclasses.replace(vit_config, position_interpolation=teacher.position_interpolation)
+    if settings.position_interpolation != "auto":
+        vit_config = dataclasses.replace(vit_config, position_interpolation=settings.position_interpolation)
     patch = vit_config.patch_size
-    if any(size % patch for size in config.data.image_size):
-        raise InputError(f"data.image_size = {tuple(config.data.image_size)} is not a multiple of the patch, {patch}")
-    dtype = compute_dtype("auto", sharding.platform())
+    if any(size % patch for size in image_size):
+        raise InputError(f"data.image_size = {image_size} is not a multiple of the patch, {patch}")
+    dtype = compute_dtype("auto", platform)
     return vit_config, jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-
-
-ASSET = "demo_teacher.safetensors"
 
 
 def load_demo_teacher() -> tuple[vit.ViTConfig, dict]:

@@ -7,54 +7,45 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import logging
 
-from scalr_jax.config import get_config
 from scalr_jax.runtime import distributed
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.keys import Row
 from scalr_jax.runtime.storage import flatten, write_json
-
-# Keys that may differ between a run and its resumption: they change neither the data order nor the parameters. Sizes of
-# tables are among them because a run stops at the first scene that these do not hold, and goes on when they are raised.
-FREE_KEYS = (
-    "log_every_steps",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "keep_every_steps",
-    "data.num_workers",
-    "data.prefetch",
-    "data.cells_per_shard",
-    "data.halo_per_shard",
-    "data.voxels_per_shard",
-    "data.pairs_per_shard",
-)
-
-LOCAL_KEYS = ("data.num_workers", "data.prefetch", "data.root")  # may differ between the processes of one run
 
 
 @contextlib.contextmanager
-def claim(config: Any, workdir: Path) -> Iterator[None]:
-    """Holds `workdir` for a run of `config`: its config.json is written, or compared with the one there.
+def claim(workdir: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> Iterator[None]:
+    """Holds `workdir` for a run: its config.json is written, or compared with the one there.
+
+    Keys that may change on resume change neither the data's order nor the parameters. Sizes of tables are among them,
+    because a run stops at the first scene that these do not hold, and goes on when they are raised.
+
+    Args:
+        workdir: the run's folder.
+        record: the config, nested, in JSON's types.
+        keys: the table of config keys: which may change, and the defaults of keys younger than config.json.
 
     Raises:
         InputError: the folder holds a run of another config (every difference is listed), is in use by a live run, or
           the processes of this run disagree on the config or do not share the folder.
     """
-    new = json.loads(config.to_json_best_effort())
-    distributed.check_agreement({**new, "workdir": str(workdir.absolute())}, free=LOCAL_KEYS)
+    local = tuple(row.name for row in keys if row.local)
+    distributed.check_agreement({**record, "workdir": str(workdir.absolute())}, free=local)
     path = workdir / "config.json"
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
-            _compare(path, new)
+            _compare(path, record, keys)
             fresh = not path.exists()
             _make(workdir)
             stack.enter_context(_lock(workdir / "lock"))
-            write_json(path, new)
+            write_json(path, record)
             stack.enter_context(_forget_if_nothing_was_done(path, fresh))
         distributed.barrier(f"claim {workdir}")
         if not path.exists():
@@ -83,20 +74,20 @@ def _make(workdir: Path) -> None:
         raise InputError(f"{workdir} is a file; give a folder as --workdir") from None
 
 
-def _compare(path: Path, new: dict) -> None:
-    """A key that the run's config.json does not have is younger than the run, which then had its default."""
+def _compare(path: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> None:
+    """Raises `InputError` with every difference. Keys missing from an older config.json count as their defaults."""
     if not path.exists():
         return
     try:
         there = flatten(json.loads(path.read_text()))
     except (ValueError, AttributeError) as error:
         raise InputError(f"{path} is not a run's config ({error}); use another --workdir, or remove it") from None
-    now = flatten(new)
-    old = {**flatten(json.loads(get_config().to_json_best_effort())), **there}
+    now, free = flatten(record), {row.name for row in keys if row.resume}
+    old = json.loads(json.dumps({row.name: row.default for row in keys})) | there
     differences = [
         f"{key}: {old.get(key)} there, {now.get(key)} now"
         for key in sorted(old | now)
-        if old.get(key) != now.get(key) and key not in FREE_KEYS
+        if old.get(key) != now.get(key) and key not in free
     ]
     if differences:
         raise InputError(

@@ -1,8 +1,9 @@
 """The training loop, told as a story. The same for distillation, probing and fine-tuning.
 
-Order of resuming: (1) the config is compared with the workdir's; (2) capacities are derived again from the same first
-scenes; (3) the state's shapes and shardings; (4) the newest readable checkpoint fills them, or fresh values do;
-(5) metrics.jsonl is cut to the checkpoint's step; (6) every data stream starts at its first unfinished scene.
+Order of resuming: (1) the workdir is claimed, and the config compared with its own; (2) capacities are derived again
+from the same first scenes; (3) the state's shapes and shardings; (4) the newest readable checkpoint fills them, or
+fresh values do; (5) metrics.jsonl is cut to the checkpoint's step; (6) every data stream starts at its first
+unfinished scene.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from scalr_jax.data.build import check_labels, make_mixing, make_settings
+from scalr_jax.config import TrainSettings
+from scalr_jax.data.build import check_labels, make_mixing, scene_settings
 from scalr_jax.data.packing import Capacities, choose_capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import SceneView
-from scalr_jax.interop.teacher import make_teacher
 from scalr_jax.models.backbone import CachedFeatures
-from scalr_jax.models.build import make_student
-from scalr_jax.models.student import Student, without_head
+from scalr_jax.models.student import Student, Variables, without_head
+from scalr_jax.models.vit import ViTConfig
 from scalr_jax.runtime import distributed, sharding
-from scalr_jax.runtime import workdir as workdir_of_run
 from scalr_jax.runtime.checkpoint import Checkpoints
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.logging import MetricWriter
@@ -44,84 +45,118 @@ class Task(NamedTuple):
     trainable: tuple[str, ...] | None  # top-level parameters that are trained; None: all
     make_step: Callable  # (optimizer, schedule) -> step(state, teacher, batch)
     teacher: Any = None  # frozen parameters, an argument of the step
-    initial: dict | None = None  # parameters and batch statistics to start from, by top-level name
+    initial: Variables | None = None  # parameters and batch statistics to start from, by top-level name
     num_classes: int = 0  # of the labels; 0: none are used
+    fixed: bool = False  # the same scenes in every epoch, not augmented
 
 
-def distillation_task(config: Any, teacher: tuple[Any, Any] | None = None) -> Task:
-    """`teacher`: (vit_config, parameters or their shapes) in place of what `config.teacher` names."""
-    vit_config, params = teacher or make_teacher(config)
-    student = make_student(config.model, head="distill", out_features=vit_config.width, platform=sharding.platform())
+def distillation_task(settings: TrainSettings, student: Student, teacher: tuple[ViTConfig, Any], feature: str) -> Task:
+    """Distillation of a frozen teacher.
 
-    def make_step(optimizer, schedule):
+    Args:
+        settings: seed and the schedule's unit.
+        student: with head "distill", as wide as the teacher.
+        teacher: its architecture, and its parameters or their shapes.
+        feature: which of the teacher's features, "x_pre_norm" or "x".
+    """
+    vit_config, params = teacher
+
+    def make_step(optimizer: Any, schedule: Callable) -> Callable:
         return steps.make_distill_step(
             student,
             vit_config,
             optimizer,
             schedule,
-            seed=config.seed,
-            batch_size=config.optimizer.batch_size,
-            which=config.teacher.feature,
+            seed=settings.run.seed,
+            batch_size=settings.optimizer.batch_size,
+            which=feature,
         )
 
     return Task("distill", "distill", student, None, make_step, params)
 
 
-def segmentation_task(config: Any, num_classes: int, *, label: str, initial: dict | None, frozen: bool) -> Task:
-    """Probing (`frozen`) or fine-tuning; `initial` holds a backbone's params and batch_stats, or None for random."""
-    head = "mlp" if frozen and config.probe.head == "mlp" else config.model.segmentation_head
-    student = make_student(
-        config.model, head=head, out_features=num_classes, frozen_backbone=frozen, platform=sharding.platform()
-    )
-    trainable = ("head",) if frozen else None
-    cached = frozen and initial is not None and config.probe.features == "cached"
-    if cached and initial is not None:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), without_head(initial))
-        student = student.clone(backbone=CachedFeatures(student.backbone, shapes))
+def segmentation_task(
+    settings: TrainSettings,
+    student: Student,
+    *,
+    label: str,
+    num_classes: int,
+    initial: Variables | None = None,
+    fixed: bool = False,
+) -> Task:
+    """Probing (a student whose backbone is frozen) or fine-tuning.
 
-    def make_step(optimizer, schedule):
+    Args:
+        settings: seed and the schedule's unit.
+        student: with a segmentation head; on cached features where its backbone is `CachedFeatures`.
+        label: begins each line of progress.
+        num_classes: of the labels.
+        initial: a backbone's params and batch_stats to start from; None: random.
+        fixed: the same scenes in every epoch, not augmented.
+    """
+    trainable = ("head",) if student.frozen_backbone else None
+
+    def make_step(optimizer: Any, schedule: Callable) -> Callable:
         step = steps.make_segment_step(
             student,
             optimizer,
             schedule,
-            seed=config.seed,
-            batch_size=config.optimizer.batch_size,
+            seed=settings.run.seed,
+            batch_size=settings.optimizer.batch_size,
             trainable=trainable,
         )
         return lambda state, teacher, batch: step(state, batch)
 
-    scene_task = "features" if cached else "segment"
-    return Task(label, scene_task, student, trainable, make_step, None, initial, num_classes)
+    scene_task = "features" if isinstance(student.backbone, CachedFeatures) else "segment"
+    return Task(label, scene_task, student, trainable, make_step, None, initial, num_classes, fixed)
 
 
-def train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
-    """Train to `config.num_steps`, resuming when `workdir` holds a run of the same config. Returns the last state."""
-    with workdir_of_run.claim(config, workdir):
-        return _train(config, workdir, dataset, task)
+def train(settings: TrainSettings, workdir: Path, dataset: Any, task: Task) -> TrainState:
+    """Trains to `num_steps`, resuming when `workdir` holds a checkpoint. Returns the last state.
 
+    Args:
+        settings: steps, packing, optimiser and mesh.
+        workdir: claimed for this run (`runtime.workdir.claim`).
+        dataset: the training frames.
+        task: what is trained, and how.
 
-def _train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
+    Raises:
+        InputError: data that cannot be trained on, or a checkpoint of another run.
+        distributed.Preempted: the run was asked to stop, and has saved its state.
+    """
     # Devices, data and the static sizes of a pack.
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    pipeline = _make_pipeline(config, dataset, task, mesh, workdir)
+    run = settings.run
+    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp)
+    scenes = scene_settings(settings.data, task.student.needs, task=task.scene_task, train=True, fixed=task.fixed)
+    if task.num_classes:
+        scenes = dataclasses.replace(scenes, mixing=make_mixing(settings.data, dataset, workdir / "instances"))
+    pipeline = Pipeline(
+        dataset,
+        scenes,
+        seed=run.seed,
+        num_shards=mesh.size,
+        shards=sharding.local_shards(mesh),
+        num_workers=settings.data.num_workers,
+        scenes_per_step=settings.data.scenes_per_step or None,
+    )
     sample = pipeline.sample()
     if task.num_classes:
         check_labels(sample, dataset.class_names, task.num_classes)
-    capacities = choose_capacities(config, sample, exactly=pipeline.exactly)
-    expected = expected_scenes(sample, capacities, config.data.scenes_per_step, mesh.size)
+    capacities = choose_capacities(settings.data, sample, exactly=pipeline.exactly)
+    expected = expected_scenes(sample, capacities, settings.data.scenes_per_step, mesh.size)
 
     # The step, and where its state lies.
     batch = sharding.put_batch(pipeline.empty_batch(capacities, sample[0]), mesh)
-    program = make_program(config, task, batch, mesh, expected)
+    program = make_program(settings, task, batch, mesh, expected)
     teacher = jax.device_put(task.teacher, sharding.parameter_shardings(task.teacher, mesh))
 
     # Resume, or begin.
-    writer = MetricWriter(workdir, num_steps=config.num_steps, active=jax.process_index() == 0, label=task.label)
+    writer = MetricWriter(workdir, num_steps=run.num_steps, active=jax.process_index() == 0, label=task.label)
     checkpoints = Checkpoints(
         workdir / "checkpoints",
-        every=config.checkpoint_every_steps,
-        keep=config.keep_checkpoints,
-        keep_every=config.keep_every_steps,
+        every=run.checkpoint_every_steps,
+        keep=run.keep_checkpoints,
+        keep_every=run.keep_every_steps,
     )
     positions = np.array(pipeline.shards, np.int32)
     global_positions = sharding.put_batch(positions, mesh)
@@ -130,7 +165,7 @@ def _train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
         state, global_positions = restored
         positions = sharding.local_rows(global_positions)
         writer.resume(int(state.step))
-        print(f"{task.label} resumed at step {int(state.step)} of {config.num_steps}", flush=True)
+        print(f"{task.label} resumed at step {int(state.step)} of {run.num_steps}", flush=True)
     else:
         state = jax.jit(program.fresh, out_shardings=program.shardings)(batch)
         if task.initial is not None:
@@ -139,12 +174,12 @@ def _train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
 
     # The loop. Its order matters: read, step, save what the step finished, log.
     number, stopped = int(state.step), False
-    source = prefetch(iter(pipeline.steps(capacities, sample[0], positions.tolist())), config.data.prefetch)
-    log = _Log(writer, capacities, mesh.size, config.log_every_steps)
+    source = prefetch(iter(pipeline.steps(capacities, sample[0], positions.tolist())), settings.data.prefetch)
+    log = _Log(writer, capacities, mesh.size, run.log_every_steps)
     # Whatever ends the loop, a save that was begun is finished.
     closing = contextlib.closing
     with distributed.Preemption() as preemption, closing(writer), closing(checkpoints), closing(source):
-        while number < config.num_steps and not stopped:
+        while number < run.num_steps and not stopped:
             item = next(source)
             batch = sharding.put_batch(item.batch, mesh)
             with jax.transfer_guard("disallow"):
@@ -152,14 +187,14 @@ def _train(config: Any, workdir: Path, dataset: Any, task: Task) -> TrainState:
             number += 1
             stopped = preemption.reached(number)
             global_positions = sharding.put_batch(item.positions.astype(np.int32), mesh)
-            last = number == config.num_steps or stopped
+            last = number == run.num_steps or stopped
             checkpoints.save(number, state, global_positions, force=last)
             # Where a resumed run begins, so does its next line.
-            log.add(number, metrics, item.bad_frames, now=last or number % config.checkpoint_every_steps == 0)
+            log.add(number, metrics, item.bad_frames, now=last or number % run.checkpoint_every_steps == 0)
         checkpoints.wait()
-    if number < config.num_steps:
+    if number < run.num_steps:
         raise distributed.Preempted(
-            f"{task.label} stopped as asked after step {number} of {config.num_steps}; the same command resumes"
+            f"{task.label} stopped as asked after step {number} of {run.num_steps}; the same command resumes"
         )
     return state
 
@@ -173,18 +208,19 @@ class Program(NamedTuple):
     step: Any  # jitted: (state, teacher, batch) -> (state, metrics); the state is donated
 
 
-def make_program(config: Any, task: Task, batch: Any, mesh: Any, expected: float) -> Program:
+def make_program(settings: TrainSettings, task: Task, batch: Any, mesh: Mesh, expected: float) -> Program:
     """The jitted step for batches like `batch` (arrays or shapes, with shardings) of `expected` scenes."""
-    total = config.optimizer.total_updates or config.num_steps * expected / config.optimizer.batch_size
-    optimizer = optim.make_optimizer(config.optimizer, task.student.backbone)
-    step = task.make_step(optimizer, optim.make_schedule(config.optimizer, total))
-    if config.optimizer.ema:
-        step = steps.averaged(step, config.optimizer.ema)
-    key = jax.random.key(config.seed)
+    optimizer_settings, seed = settings.optimizer, settings.run.seed
+    total = optimizer_settings.total_updates or settings.run.num_steps * expected / optimizer_settings.batch_size
+    optimizer = optim.make_optimizer(optimizer_settings, task.student.backbone)
+    step = task.make_step(optimizer, optim.make_schedule(optimizer_settings, total))
+    if optimizer_settings.ema:
+        step = steps.averaged(step, optimizer_settings.ema)
+    key = jax.random.key(seed)
 
     def fresh(batch):
         state = init_state(task.student, batch, optimizer, task.trainable, key)
-        return start_average(state, task.trainable or tuple(state.params)) if config.optimizer.ema else state
+        return start_average(state, task.trainable or tuple(state.params)) if optimizer_settings.ema else state
 
     shapes = jax.eval_shape(fresh, batch)
     shardings = sharding.parameter_shardings(shapes, mesh)
@@ -208,26 +244,11 @@ def expected_scenes(sample: list[SceneView], capacities: Capacities, scenes_per_
     return num_shards * min(capacities.scenes, max(1.0, capacities.points / mean_points - 0.5))
 
 
-def _make_pipeline(config: Any, dataset: Any, task: Task, mesh: Any, workdir: Path) -> Pipeline:
-    settings = make_settings(config, task.student.needs, task=task.scene_task, train=True)
-    if task.num_classes:
-        settings = dataclasses.replace(settings, mixing=make_mixing(config, dataset, workdir / "instances"))
-    return Pipeline(
-        dataset,
-        settings,
-        seed=config.seed,
-        num_shards=mesh.size,
-        shards=sharding.local_shards(mesh),
-        num_workers=config.data.num_workers,
-        scenes_per_step=config.data.scenes_per_step or None,
-    )
-
-
 def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
-def _start_from(state: TrainState, initial: dict, shardings: Any) -> TrainState:
+def _start_from(state: TrainState, initial: Variables, shardings: Any) -> TrainState:
     """Replace the top-level parameters and statistics that `initial` has (embedding and backbone)."""
     initial = without_head(initial)
     params, statistics = {**state.params, **initial["params"]}, {**state.batch_stats, **initial["batch_stats"]}

@@ -3,6 +3,7 @@
 The tests marked `tpu` compile for topologies that are not there: python -m pytest -m tpu tests/compile_test.py
 """
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -16,8 +17,7 @@ import pytest
 from scalr_jax import recipes
 from scalr_jax.compile import abstract, hlo
 from scalr_jax.compile import run as compile
-from scalr_jax.config import get_config
-from scalr_jax.data.build import make_dataset
+from scalr_jax.config import get_config, read_settings
 from scalr_jax.data.packing import Capacities, pack_shard, stack_shards
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.models import vit
@@ -30,7 +30,7 @@ from scalr_jax.train import optim, steps
 from scalr_jax.train.state import init_state
 from tests.support.paths import ROOT
 from tests.support.random_scenes import GRIDS, IMAGE_SIZE, random_scene
-from tests.support.runs import config_of, scene_settings
+from tests.support.runs import config_of, open_split, scene_settings
 from tests.support.small_student import small_student
 
 CONFIG_FILES = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how ml_collections loads them
@@ -41,14 +41,13 @@ def test_shapes_are_those_of_a_run(tmp_path):
     config = config_of("smoke")
     config.data.update(num_scenes=1, cells_per_shard=(4096, 2048, 2048), halo_per_shard=(8192, 4096, 4096))
     mesh = sharding.make_mesh(8, 1)
-    dataset = make_dataset(config, "train", cache=tmp_path)
+    dataset = open_split(config, "train", cache=tmp_path)
     for task in ("distill", "segment"):
-        needs = make_backbone(config.model).needs
         settings = scene_settings(config, task=task, train=True)
         pipeline = Pipeline(dataset, settings, num_shards=8, shards=sharding.local_shards(mesh))
-        capacities = abstract.choose_capacities(config, needs)
+        capacities = abstract.choose_capacities(read_settings(config).data, settings.needs)
         real = sharding.put_batch(pipeline.empty_batch(capacities, pipeline.sample(1)[0]), mesh)
-        made = abstract.make_batch(config, needs, task, capacities, mesh)
+        made = abstract.make_batch(settings, capacities, mesh)
         assert jax.tree.structure(real) == jax.tree.structure(made)
         for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(made), strict=True):
             assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
@@ -56,12 +55,13 @@ def test_shapes_are_those_of_a_run(tmp_path):
 
 def test_open_capacities_are_those_of_the_published_mixture():
     config = recipes.packed(recipes.pretraining("scalr"), 1)
-    needs = make_backbone(config.model).needs
-    given = abstract.choose_capacities(config, needs)
-    config.data.update(cells_per_shard=(), halo_per_shard=())
-    assert abstract.choose_capacities(config, needs) == given
-    config.data.points_per_shard //= 2
-    assert abstract.choose_capacities(config, needs).cells == tuple(n // 2 for n in given.cells)
+    settings = read_settings(config)
+    needs = make_backbone(settings.model).needs
+    given = abstract.choose_capacities(settings.data, needs)
+    data = dataclasses.replace(settings.data, cells_per_shard=(), halo_per_shard=())
+    assert abstract.choose_capacities(data, needs) == given
+    data = dataclasses.replace(data, points_per_shard=data.points_per_shard // 2)
+    assert abstract.choose_capacities(data, needs).cells == tuple(n // 2 for n in given.cells)
 
 
 def test_teachers_are_known_by_name_width_and_file():
@@ -70,14 +70,12 @@ def test_teachers_are_known_by_name_width_and_file():
     assert [width(name) for name in names] == [1024, 1536, 384, 768, 384]
     assert width("dinov3_vit7b16_pretrain_lvd1689m.pth") == 4096
     assert width("demo") == abstract.choose_teacher("demo", given=True).width
-    shapes = abstract.teacher_shapes(recipes.pretraining("scalr"), TEACHERS["vit7b16"])
+    shapes = abstract.teacher_shapes((224, 448), TEACHERS["vit7b16"])
     assert sum(x.size for x in jax.tree.leaves(shapes)) == pytest.approx(6.716e9, rel=0.001)  # DINOv3, table 2
     with pytest.raises(InputError, match=r"--teacher=resnet50 names no known teacher.*vit7b16 \(4096 wide\)"):
         abstract.choose_teacher("resnet50", given=True)
     with pytest.raises(InputError, match=r"data\.image_size"):
-        config = get_config()
-        config.data.image_size = (224, 450)
-        abstract.teacher_shapes(config, TEACHERS["vitl14"])
+        abstract.teacher_shapes((224, 450), TEACHERS["vitl14"])
 
 
 @CONFIG_FILES
@@ -107,13 +105,13 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
 def test_configs_that_train_nothing_or_do_not_divide_are_named():
     mesh = sharding.make_mesh(8, 1)
     with pytest.raises(InputError, match="does not divide among 8 devices"):
-        abstract.make_run(recipes.waffleiron("nuscenes", 256), mesh)
+        abstract.make_run(read_settings(recipes.waffleiron("nuscenes", 256)), mesh)
     with pytest.raises(InputError, match="'demo' trains no student"):
-        abstract.make_run(config_of("demo"), mesh)
+        abstract.make_run(read_settings(config_of("demo")), mesh)
     config = config_of("smoke")
     config.task = "finetune"
     with pytest.raises(InputError, match=r"model\.num_classes"):
-        abstract.make_run(config, mesh)
+        abstract.make_run(read_settings(config), mesh)
 
 
 @CONFIG_FILES
@@ -244,7 +242,7 @@ def pod_run(topology, *, slices=1, fsdp=1, **model):
     config.data.update(points_per_shard=POINTS, scenes_per_shard=2, scenes_per_step=0, image_size=IMAGE)
     config.data.update(cells_per_shard=(CELLS,) * 3, halo_per_shard=(HALO,) * 3)
     mesh = sharding.make_mesh(-1, fsdp, devices=chips.tpu_devices(topology, slices))
-    return abstract.make_run(config, mesh, "vits14"), mesh.size
+    return abstract.make_run(read_settings(config), mesh, "vits14"), mesh.size
 
 
 def pod_collectives(*arguments, **settings):

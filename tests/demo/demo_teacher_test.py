@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from scalr_jax.config import get_config
+from scalr_jax.config import get_config, read_settings
 from scalr_jax.data.streets import sensors as street_sensors
 from scalr_jax.data.streets.streets import split_seed
 from scalr_jax.data.streets.views import render_views
@@ -55,7 +55,8 @@ def test_a_teacher_of_ones_own_is_what_a_distillation_is_given(tmp_path):
     config = get_config()
     config.teacher.checkpoint = str(path)
     config.data.image_size = IMAGE_SIZE
-    assert make_teacher(config)[0] == vit_config
+    settings = read_settings(config)
+    assert make_teacher(settings.teacher, settings.data.image_size, "cpu")[0] == vit_config
 
 
 def test_views_hold_no_sky_and_no_label(views):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scalr_jax import tasks
+from scalr_jax.config import read_settings
 from scalr_jax.demo import run as demo
 from tests.support.runs import config_of
 
@@ -27,9 +27,9 @@ def finished(tmp_path_factory, street_cache):
 
         make_mesh = sharding.make_mesh
         patch.setattr(sharding, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, devices=_one_device()))
-        tasks.demo(config, workdir)
+        demo.run_demo(read_settings(config), workdir)
         first = json.loads((workdir / "results.json").read_text())
-        tasks.demo(config, workdir)
+        demo.run_demo(read_settings(config), workdir)
     return workdir, first
 
 

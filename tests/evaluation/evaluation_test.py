@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 
 from scalr_jax import load, tasks
-from scalr_jax.data.build import make_dataset
+from scalr_jax.config import read_settings
 from scalr_jax.data.pipeline import BuildScene
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
-from scalr_jax.data.scenes import IGNORE, Frame
+from scalr_jax.data.scenes import IGNORE, Frame, SceneNeeds
 from scalr_jax.data.transforms import make_scene, to_ego
 from scalr_jax.evaluation import metrics, report
-from scalr_jax.evaluation.segmentation import Evaluator, ScanClasses, evaluate
+from scalr_jax.evaluation.segmentation import Evaluator, ScanClasses
 from scalr_jax.evaluation.submission import Submission
-from scalr_jax.models.build import make_backbone
+from scalr_jax.interop.saved import Saved
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support.checks import present
 from tests.support.raw_datasets import write_nuscenes, write_semantic_kitti
-from tests.support.runs import config_of, scene_settings
+from tests.support.runs import config_of, evaluator_of, open_split, scene_settings
 from tests.support.tiny_student import write_workdir
 
 RINGS = (8.0, 16.0)
@@ -51,10 +51,9 @@ class ByHeight:
 
     WEIGHTS = np.array([[0.02, 0.3, -0.2, 0.1, -0.1], [0.1, -0.2, 0.3, -0.4, 0.0], [0.0, 0.1, 0.1, 0.5, 0.05]])
 
-    def __init__(self, config):
-        self.needs = make_backbone(config.model).needs
+    needs = SceneNeeds(((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0)), 16, ((256, 256), (256, 32), (256, 32)))
 
-    def apply(self, variables, batch, train):
+    def apply(self, variables, batch, *, train):
         return batch.feats @ jax.numpy.asarray(self.WEIGHTS.T, batch.feats.dtype)
 
 
@@ -80,12 +79,13 @@ def test_any_devices_packing_and_votes_give_the_same_confusion_matrix(street_cac
     config = evaluation_config(street_cache, probed)
     many = evaluation_config(street_cache, probed, **{"data.points_per_shard": 40_000, "data.scenes_per_shard": 3})
     one = sharding.make_mesh(1, 1, jax.devices()[:1])
-    dataset = make_dataset(config, "train", cache=tmp_path)
-    student, variables, _ = tasks.load_segmenter(config)
+    data = read_settings(many).data
+    dataset = open_split(config, "train", cache=tmp_path)
+    student, (_, variables) = tasks.load_segmenter(read_settings(config))
     found = {}
     for votes in (1, 3):
-        apart = Evaluator(config, student, variables, 12, votes=votes).confusion(dataset, rings=RINGS)
-        together = Evaluator(many, student, variables, 12, votes=votes, mesh=one).confusion(dataset, rings=RINGS)
+        apart = evaluator_of(config, student, variables, 12, votes=votes).confusion(dataset, rings=RINGS)
+        together = Evaluator(data, one, student, variables, 12, votes=votes).confusion(dataset, rings=RINGS)
         np.testing.assert_array_equal(apart, together)
         found[votes] = apart
     assert not np.array_equal(found[1], found[3])
@@ -101,15 +101,11 @@ def test_any_devices_packing_and_votes_give_the_same_confusion_matrix(street_cac
 @pytest.mark.parametrize("augmentation", ["published", "consistent"])
 def test_votes_are_the_mean_of_the_copies_probabilities(street_cache, tmp_path, augmentation):
     config = evaluation_config(street_cache, **{"data.augmentation": augmentation, "data.num_scenes": 3})
-    dataset = make_dataset(config, "train", cache=tmp_path)
-    evaluator = Evaluator(config, ByHeight(config), {}, 3, votes=4)
+    dataset = open_split(config, "train", cache=tmp_path)
+    evaluator = evaluator_of(config, ByHeight(), {}, 3, votes=4)
     scans = {scan.frame_index: scan for scan in evaluator.scans(dataset)}
     assert sorted(scans) == [0, 1, 2]
-    make = BuildScene(
-        dataset,
-        dataclasses.replace(scene_settings(config, task="segment", train=False), votes=True),
-        0,
-    )
+    make = BuildScene(dataset, dataclasses.replace(scene_settings(config, task="segment", train=False), votes=True), 0)
     for index, scan in scans.items():
         total = np.zeros((1, 3), np.float32)
         for vote in range(4):
@@ -150,7 +146,7 @@ def test_what_a_vote_turns_and_scales():
 
 
 def test_a_run_leaves_results_confusion_matrix_and_picture(street_cache, probed, tmp_path, capsys):
-    results = tasks.evaluate(evaluation_config(street_cache, probed), tmp_path)
+    results = tasks.evaluate(read_settings(evaluation_config(street_cache, probed)), tmp_path)
     text = (tmp_path / "results.json").read_text()
     assert json.loads(text) == results
     assert "NaN" not in text
@@ -174,20 +170,20 @@ def test_a_run_leaves_results_confusion_matrix_and_picture(street_cache, probed,
 def test_a_run_keeps_its_workdir(street_cache, probed, tmp_path):
     """Neither another evaluation nor that of the probe's own workdir replaces results; the config lies beside them."""
     config = evaluation_config(street_cache, probed, **{"data.num_scenes": 1})
-    results = tasks.evaluate(config, tmp_path)
+    results = tasks.evaluate(read_settings(config), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["data"]["num_scenes"] == 1
     assert (results["scans"], results["bad_scans"]) == (1, 0)
     with pytest.raises(InputError, match=r"another config \(data\.num_scenes: 1 there, 2 now\)"):
-        tasks.evaluate(evaluation_config(street_cache, probed, **{"data.num_scenes": 2}), tmp_path)
+        tasks.evaluate(read_settings(evaluation_config(street_cache, probed, **{"data.num_scenes": 2})), tmp_path)
     with pytest.raises(InputError, match="another config"):
-        tasks.evaluate(config, probed)
+        tasks.evaluate(read_settings(config), probed)
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
 def test_a_scan_that_cannot_be_read_is_counted_apart(street_cache, tmp_path, capsys):
     config = evaluation_config(street_cache, **{"data.num_scenes": 3})
-    dataset = Labelled(make_dataset(config, "train", cache=tmp_path), lambda frame: frame.labels % 3)
-    good = Evaluator(config, ByHeight(config), {}, 3)
+    dataset = Labelled(open_split(config, "train", cache=tmp_path), lambda frame: frame.labels % 3)
+    good = evaluator_of(config, ByHeight(), {}, 3)
     good.confusion(dataset)
     assert good.num_scans == 3
     assert "could not be read" not in capsys.readouterr().out
@@ -198,7 +194,7 @@ def test_a_scan_that_cannot_be_read_is_counted_apart(street_cache, tmp_path, cap
         return frame(index, rng)
 
     dataset.frame = frame
-    bad = Evaluator(config, ByHeight(config), {}, 3)
+    bad = evaluator_of(config, ByHeight(), {}, 3)
     bad.confusion(dataset)
     assert bad.num_scans == 2
     assert "1 of 3 scans could not be read" in capsys.readouterr().out
@@ -207,20 +203,20 @@ def test_a_scan_that_cannot_be_read_is_counted_apart(street_cache, tmp_path, cap
 @pytest.mark.parametrize("votes", [1, 2])
 def test_an_output_that_is_not_finite_is_no_class(street_cache, tmp_path, votes):
     config = evaluation_config(street_cache, **{"data.num_scenes": 1})
-    dataset = make_dataset(config, "train", cache=tmp_path)
+    dataset = open_split(config, "train", cache=tmp_path)
 
     class Diverged(ByHeight):
         WEIGHTS = ByHeight.WEIGHTS * np.nan
 
     with pytest.raises(InputError, match=r"not finite for \d+ points of streets/train/0; its weights"):
-        Evaluator(config, Diverged(config), {}, 3, votes=votes).confusion(dataset)
+        evaluator_of(config, Diverged(), {}, 3, votes=votes).confusion(dataset)
 
 
 def test_tables_hold_what_comes_late_and_may_be_given(street_cache, tmp_path):
     """The sample is from all over the set; `data.cells_per_shard` raises what is derived from it."""
     config = evaluation_config(street_cache, **{"data.cells_per_shard": (50_000, 9, 9)})
-    evaluator = Evaluator(config, ByHeight(config), {}, 3)
-    dataset = make_dataset(config, "train", cache=tmp_path)
+    evaluator = evaluator_of(config, ByHeight(), {}, 3)
+    dataset = open_split(config, "train", cache=tmp_path)
     sample = evaluator._pipeline(dataset).sample(3)
     assert [scene.stream_index for scene in sample] == [0, 2, 4]
     cells = evaluator._choose_capacities(sample).cells
@@ -236,13 +232,13 @@ def test_a_probe_of_one_sensor_on_another(street_cache, probed, tmp_path):
     expected = {}
     for sensor in ("beams32", "solid"):
         config.data.sensors = (sensor,)
-        dataset = make_dataset(config, "validation", cache=tmp_path)
+        dataset = open_split(config, "validation", cache=tmp_path)
         model, expected[sensor] = load(probed, intensity=dataset.intensity(0)), np.zeros((12, 12), np.int64)
         for index in range(2):
             frame = dataset.frame(index)
             points = np.concatenate([to_ego(frame.points, frame.to_ego), frame.points[:, 3:]], axis=1)
             expected[sensor] += metrics.confusion_matrix(frame.labels, model.segment(points), 12)
-        tasks.evaluate(config, tmp_path / sensor)
+        tasks.evaluate(read_settings(config), tmp_path / sensor)
         found = json.loads((tmp_path / sensor / "confusion.json").read_text())
         np.testing.assert_array_equal(found["counts"], expected[sensor])
     assert expected["beams32"].sum() != expected["solid"].sum()
@@ -261,28 +257,29 @@ def test_an_empty_class_is_named_and_not_in_the_mean():
 
 def test_classes_are_matched_by_name(street_cache, probed, tmp_path):
     """A dataset with the model's classes in another order; another number, or other names, are refused."""
-    config = evaluation_config(street_cache, probed)
+    settings = read_settings(evaluation_config(street_cache, probed))
+    saved = tasks.load_backbone(settings)
 
     class Shuffled:
-        class_names = make_dataset(config, "train", cache=tmp_path).class_names[::-1]
+        class_names = tuple(saved.settings["class_names"])[::-1]
 
-    np.testing.assert_array_equal(tasks.class_order(config, Shuffled, 12), np.arange(12)[::-1])
+    np.testing.assert_array_equal(tasks.class_order(settings, Shuffled, saved, 12), np.arange(12)[::-1])
     Shuffled.class_names = ("tram", *Shuffled.class_names[1:])
     with pytest.raises(InputError, match=r"12 classes apart \(road, .*\), and streets has 12 \(tram, "):
-        tasks.class_order(config, Shuffled, 12)
-    config.checkpoint = str(tmp_path / "published.pth")  # says nothing of its classes
-    np.testing.assert_array_equal(tasks.class_order(config, Shuffled, 12), np.arange(12))
+        tasks.class_order(settings, Shuffled, saved, 12)
+    saved = Saved({}, {})  # a published file says nothing of its classes
+    np.testing.assert_array_equal(tasks.class_order(settings, Shuffled, saved, 12), np.arange(12))
     with pytest.raises(InputError, match="tells 5 classes apart, and streets has 12"):
-        tasks.class_order(config, Shuffled, 5)
+        tasks.class_order(settings, Shuffled, saved, 5)
 
 
 def test_the_order_of_the_classes_reaches_the_matrix(street_cache, tmp_path):
     config = evaluation_config(street_cache, **{"data.num_scenes": 2})
-    dataset = make_dataset(config, "train", cache=tmp_path)
+    dataset = open_split(config, "train", cache=tmp_path)
     dataset = Labelled(dataset, lambda frame: (frame.labels % 3).astype(np.uint8))
     order = np.array([2, 0, 1])
-    plain = Evaluator(config, ByHeight(config), {}, 3).confusion(dataset)[0]
-    ordered = Evaluator(config, ByHeight(config), {}, 3, order=order).confusion(dataset)[0]
+    plain = evaluator_of(config, ByHeight(), {}, 3).confusion(dataset)[0]
+    ordered = evaluator_of(config, ByHeight(), {}, 3, order=order).confusion(dataset)[0]
     np.testing.assert_array_equal(ordered[:, order], plain)
 
 
@@ -309,7 +306,7 @@ def test_semantic_kitti_submission(tmp_path, street_cache, capsys):
         if path.suffix in (".label", ".png"):
             path.unlink()
     config = evaluation_config(tmp_path / "kitti", **{"data.dataset": "semantic_kitti"})
-    dataset = make_dataset(config, "test", cache=tmp_path)
+    dataset = open_split(config, "test", cache=tmp_path)
     classes = submitted(dataset, tmp_path / "run" / "submission", street_cache, 19)
     inverse = np.array([10, 11, 15, 18, 20, 30, 31, 32, 40, 44, 48, 49, 50, 51, 70, 71, 72, 80, 81])
     for index in range(2):
@@ -383,16 +380,17 @@ def test_half_a_submission_is_none(tmp_path):
 )
 def test_a_wrong_evaluation_is_one_sentence(changes, words, street_cache, probed, tmp_path):
     with pytest.raises(InputError, match=words):
-        tasks.evaluate(evaluation_config(street_cache, probed, **changes), tmp_path)
+        tasks.evaluate(read_settings(evaluation_config(street_cache, probed, **changes)), tmp_path)
     assert not (tmp_path / "results.json").exists()
 
 
 def test_an_evaluation_set_without_labels(street_cache, tmp_path):
     config = evaluation_config(street_cache, **{"data.num_scenes": 2})
-    dataset = make_dataset(config, "train", cache=tmp_path)
+    dataset = open_split(config, "train", cache=tmp_path)
     unlabelled = Labelled(dataset, lambda frame: np.full(len(frame.points), IGNORE, np.uint8))
+    confusion = evaluator_of(config, ByHeight(), {}, 3).confusion(unlabelled)
     with pytest.raises(InputError, match="no labelled point"):
-        evaluate(config, unlabelled, ByHeight(config), {}, 3)
+        tasks._labelled(confusion)
 
 
 def test_labels_outside_the_map_are_named(tmp_path):
@@ -402,4 +400,4 @@ def test_labels_outside_the_map_are_named(tmp_path):
         path.write_bytes(np.full(50, 77, "<u4").tobytes())
     config = evaluation_config(tmp_path, **{"data.dataset": "semantic_kitti"})
     with pytest.raises(InputError, match=r"00000\d\.label: labels \[77\] are in no class"):
-        evaluate(config, make_dataset(config, "validation", cache=tmp_path), ByHeight(config), {}, 19)
+        evaluator_of(config, ByHeight(), {}, 19).confusion(open_split(config, "validation", cache=tmp_path))

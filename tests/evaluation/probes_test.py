@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from scalr_jax import tasks
-from scalr_jax.data.build import make_dataset
+from scalr_jax.config import read_settings, record_of
 from scalr_jax.data.scenes import IGNORE, SceneView
 from scalr_jax.evaluation import features, nearest_neighbors, zero_shot
 from scalr_jax.interop.teacher import make_teacher
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.train.loop import segmentation_task, train
+from scalr_jax.train.loop import train
 from scalr_jax.train.state import variables_of
 from tests.support.checks import present
-from tests.support.runs import config_of
+from tests.support.runs import config_of, open_split
 from tests.support.tiny_student import write_workdir
 
 TEACHER_WIDTH = 128  # the packaged one's
@@ -44,6 +44,13 @@ def probe_config(street_cache, backbone, **changes):
     return config
 
 
+def make_cache(config, folder, dataset, variables):
+    settings = read_settings(config)
+    student = tasks.student_of(settings, "none", 0)
+    key = features.cache_key(record_of(settings), dataset, variables)
+    return features.make_cache(settings.training, student, folder, dataset, variables, key=key, dtype="float32")
+
+
 def losses(workdir):
     lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [line["train/loss"] for line in lines if "train/loss" in line]
@@ -52,12 +59,15 @@ def losses(workdir):
 def test_a_probe_on_cached_features_equals_one_on_the_same_scenes(tmp_path, street_cache, backbone):
     """Every loss, the trained head and the whole checkpoint's layout; with a hidden layer, which starts at random."""
     config = probe_config(street_cache, backbone, **{"probe.features": "fixed", "probe.head": "mlp"})
-    dataset = make_dataset(config, "train", cache=tmp_path)
-    task = segmentation_task(config, 12, label="probe", initial=tasks.load_backbone(config), frozen=True)
-    state = train(config, tmp_path / "fixed", dataset, task)
+    dataset = open_split(config, "train", cache=tmp_path)
+    settings = read_settings(config)
+    initial = tasks.load_backbone(settings).variables
+    task = tasks.segmentation(settings, 12, label="probe", initial=initial, frozen=True)
+    with tasks.claimed(settings, tmp_path / "fixed"):
+        state = train(settings.training, tmp_path / "fixed", dataset, task)
     fixed = jax.device_get(variables_of(state))
     config = probe_config(street_cache, backbone, **{"probe.features": "cached", "probe.head": "mlp"})
-    results = tasks.probe(config, tmp_path / "cached")
+    results = tasks.probe(read_settings(config), tmp_path / "cached")
     cached = load_variables(tmp_path / "cached" / "checkpoints")
     np.testing.assert_allclose(losses(tmp_path / "cached"), losses(tmp_path / "fixed"), rtol=1e-5)
     assert jax.tree.structure(fixed) == jax.tree.structure(cached)
@@ -74,9 +84,9 @@ def test_a_probe_on_cached_features_equals_one_on_the_same_scenes(tmp_path, stre
 def test_a_cache_resumes_and_is_refused_for_another_student(tmp_path, street_cache, backbone, capsys):
     config = probe_config(street_cache, backbone)
     variables = load_variables(backbone / "checkpoints")
-    dataset = make_dataset(config, "train", cache=tmp_path)
+    dataset = open_split(config, "train", cache=tmp_path)
     folder = tmp_path / "features"
-    cache = features.make_cache(config, folder, dataset, variables)
+    cache = make_cache(config, folder, dataset, variables)
     assert "8 scenes x about 1,500 points x 8 channels in float32" in capsys.readouterr().out
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert len(before) == 17
@@ -86,27 +96,27 @@ def test_a_cache_resumes_and_is_refused_for_another_student(tmp_path, street_cac
     for kept in folder.glob("00000[1-7].npy"):  # as if it was killed after the first scene
         kept.unlink()
     (folder / "cache.json").write_text(json.dumps({"key": json.loads(before["cache.json"])["key"]}))
-    features.make_cache(config, folder, dataset, variables)
+    make_cache(config, folder, dataset, variables)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     (folder / "cache.json").write_text(json.dumps({"key": json.loads(before["cache.json"])["key"]}))  # after the last
-    features.make_cache(config, folder, dataset, variables)
+    make_cache(config, folder, dataset, variables)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     other = jax.tree.map(lambda x: x + 1, variables)
-    with pytest.raises(InputError, match=r"of other scenes \(weights: .* there, .* now\); remove it"):
-        features.make_cache(config, folder, dataset, other)
+    with pytest.raises(InputError, match=r"of other scenes \(weights: .* saved, .* now\); remove it"):
+        make_cache(config, folder, dataset, other)
     config.data.max_points = 1000
-    with pytest.raises(InputError, match=r"data\.max_points: 1500 there, 1000 now"):
-        features.make_cache(config, folder, dataset, variables)
+    with pytest.raises(InputError, match=r"data\.max_points: 1500 saved, 1000 now"):
+        make_cache(config, folder, dataset, variables)
     head = {kind: {**tree, "head": {"bias": np.ones(3)}} for kind, tree in variables.items()}
     assert features.checksum(head) == features.checksum(variables)  # the head is not what features depend on
 
 
 def test_a_cache_that_does_not_fit_is_not_begun(tmp_path, street_cache, backbone, monkeypatch):
     config = probe_config(street_cache, backbone)
-    dataset = make_dataset(config, "train", cache=tmp_path)
+    dataset = open_split(config, "train", cache=tmp_path)
     monkeypatch.setattr(features.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(InputError, match=r"need about 0\.0 GB, and 0\.0 GB are free; use --config\.probe\.cache_dtype"):
-        features.make_cache(config, tmp_path / "features", dataset, load_variables(backbone / "checkpoints"))
+        make_cache(config, tmp_path / "features", dataset, load_variables(backbone / "checkpoints"))
     assert not list((tmp_path / "features").glob("*.npy"))
 
 
@@ -160,11 +170,11 @@ def test_the_bank_is_balanced_and_does_not_depend_on_the_order():
 
 def test_the_knn_probe_is_the_same_on_one_device_and_on_eight(tmp_path, street_cache, backbone, monkeypatch):
     changes = {"probe.method": "knn", "probe.bank_per_class": 40, "probe.num_neighbors": 5}
-    eight = tasks.probe(probe_config(street_cache, backbone, **changes), tmp_path / "eight")
+    eight = tasks.probe(read_settings(probe_config(street_cache, backbone, **changes)), tmp_path / "eight")
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, devices=jax.devices()[:1]))
     changes["mesh.data"] = 1
-    one = tasks.probe(probe_config(street_cache, backbone, **changes), tmp_path / "one")
+    one = tasks.probe(read_settings(probe_config(street_cache, backbone, **changes)), tmp_path / "one")
     assert one["miou"] == pytest.approx(eight["miou"], abs=1e-4)
     assert json.loads((tmp_path / "eight/results.json").read_text()) == eight
     assert (tmp_path / "eight/config.json").exists()
@@ -223,7 +233,7 @@ def test_zero_shot_from_image_regions_and_from_a_folder(tmp_path, street_cache, 
     from PIL import Image
 
     changes = {"probe.method": "zero_shot"}
-    results = tasks.probe(probe_config(street_cache, backbone, **changes), tmp_path / "regions")
+    results = tasks.probe(read_settings(probe_config(street_cache, backbone, **changes)), tmp_path / "regions")
     assert 0 <= results["miou"] <= 1
     assert "zero_shot: " in capsys.readouterr().out
     for name in ("car", "2_road"):
@@ -231,14 +241,14 @@ def test_zero_shot_from_image_regions_and_from_a_folder(tmp_path, street_cache, 
         pixels = np.random.default_rng(len(name)).integers(0, 255, (90, 160, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / name / "0.png")
     changes["probe.prototypes"] = str(tmp_path / "images")
-    results = tasks.probe(probe_config(street_cache, backbone, **changes), tmp_path / "folder")
+    results = tasks.probe(read_settings(probe_config(street_cache, backbone, **changes)), tmp_path / "folder")
     assert "2 prototypes of 2 classes" in capsys.readouterr().out
     assert all(np.isnan(value) or value == 0 for name, value in results["iou"].items() if name not in ("car", "road"))
 
 
 def test_zero_shot_without_a_labelled_point_in_any_image(tmp_path, street_cache, backbone):
     config = probe_config(street_cache, backbone, **{"data.num_scenes": 3})
-    dataset = make_dataset(config, "train", cache=tmp_path)
+    dataset = open_split(config, "train", cache=tmp_path)
 
     class Unlabelled:
         class_names = dataset.class_names
@@ -250,21 +260,18 @@ def test_zero_shot_without_a_labelled_point_in_any_image(tmp_path, street_cache,
             frame = dataset.frame(index, rng)
             return frame._replace(labels=np.where(frame.visible, IGNORE, frame.labels))
 
-    vit_config, teacher = make_teacher(config)
+    settings = read_settings(config)
+    teacher = make_teacher(settings.teacher, settings.data.image_size, "cpu")
+    images = zero_shot.Images(settings.data.image_size, antialias=True, seed=0)
     with pytest.raises(InputError, match="none of the 3 training images shows a labelled point; check data"):
-        zero_shot.gather_prototypes(config, Unlabelled(), vit_config, teacher)
+        zero_shot.gather_prototypes("", Unlabelled(), teacher, "x_pre_norm", images)
 
 
-def test_a_folder_without_config_of_another_width(tmp_path, street_cache, backbone):
-    """Only the shapes of its weights tell."""
+def test_a_folder_without_settings_is_refused(tmp_path, street_cache, backbone):
+    """Weights alone do not say which student they are of."""
     shutil.copytree(backbone / "checkpoints", tmp_path / "copy" / "checkpoints")
-    knn = {"probe.method": "knn"}
-    same = tasks.load_backbone(probe_config(street_cache, tmp_path / "copy", **knn))
-    jax.tree.map(np.testing.assert_array_equal, same, load_variables(backbone / "checkpoints"))
-    with pytest.raises(
-        InputError, match=r"copy holds a backbone of other shapes than config\.model, and no config\.json"
-    ):
-        tasks.probe(probe_config(street_cache, tmp_path / "copy", **knn, **{"model.channels": 16}), tmp_path / "out")
+    with pytest.raises(InputError, match=r"config\.json"):
+        tasks.load_backbone(read_settings(probe_config(street_cache, tmp_path / "copy")))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +295,7 @@ def test_a_folder_without_config_of_another_width(tmp_path, street_cache, backbo
 )
 def test_what_cannot_be_probed_is_one_sentence(changes, message, tmp_path, street_cache, backbone):
     with pytest.raises(InputError, match=message):
-        tasks.probe(probe_config(street_cache, backbone, **changes), tmp_path)
+        tasks.probe(read_settings(probe_config(street_cache, backbone, **changes)), tmp_path)
 
 
 def test_labels_are_checked_before_training(capsys):

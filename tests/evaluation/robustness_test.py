@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from scalr_jax import tasks
-from scalr_jax.config import get_config
+from scalr_jax.config import get_config, read_settings, record_of
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.released import open_released
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
@@ -83,6 +83,17 @@ class FakeEvaluator:
         return confusion
 
 
+def measure(config, workdir, evaluator, dataset, weights="weights"):
+    settings = read_settings(config)
+    key = robustness.part_key(record_of(settings), weights, ())
+    return robustness.measure(settings.evaluate, settings.data, workdir, evaluator, dataset, key)
+
+
+def find_baseline(config, corrupted_by):
+    settings = read_settings(config)
+    return robustness.find_baseline(settings.evaluate, settings.data, corrupted_by)
+
+
 def make_config(**changes):
     config = get_config()
     config.task, config.data.split, config.data.num_validation_scenes = "robustness", "validation", 2
@@ -95,7 +106,7 @@ def finished(tmp_path_factory, street_cache):
     """A finished run on two streets: its workdir and results."""
     workdir = tmp_path_factory.mktemp("robust")
     streets = Streets(street_cache, split="validation", num_scenes=2)
-    results = robustness.measure(make_config(), workdir, FakeEvaluator(), streets, "weights")
+    results = measure(make_config(), workdir, FakeEvaluator(), streets, "weights")
     robustness.write_json(workdir / "results.json", results)
     return workdir, results, streets
 
@@ -119,14 +130,14 @@ def test_a_run_on_streets_resumes_part_by_part(finished, tmp_path):
     shutil.copytree(workdir / "robustness", tmp_path / "robustness")
     (tmp_path / "robustness" / "fog_heavy.json").write_text("{")  # cut short
     evaluator = FakeEvaluator()
-    assert robustness.measure(make_config(), tmp_path, evaluator, streets, "weights") == results
+    assert measure(make_config(), tmp_path, evaluator, streets, "weights") == results
     assert evaluator.calls == 1
     other = FakeEvaluator()
-    robustness.measure(make_config(), tmp_path, other, streets, "other weights")
+    measure(make_config(), tmp_path, other, streets, "other weights")
     assert other.calls == 7
     config = make_config()
     config.data.voxel_size = 0.2
-    robustness.measure(config, tmp_path, other, streets, "other weights")
+    measure(config, tmp_path, other, streets, "other weights")
     assert other.calls == 14
     assert "not" not in robustness.table(results).splitlines()[0]
     assert robustness.table(results).splitlines()[2].startswith("fog ")
@@ -137,62 +148,62 @@ def test_a_run_on_streets_resumes_part_by_part(finished, tmp_path):
 def test_another_run_as_baseline(finished, tmp_path):
     workdir, results, streets = finished
     config = make_config(baseline=str(workdir))
-    again = robustness.measure(config, workdir, FakeEvaluator(), streets, "weights")["robustness"]
+    again = measure(config, workdir, FakeEvaluator(), streets, "weights")["robustness"]
     assert again["mce"] == pytest.approx(100.0)
     assert again["baseline"] == str(workdir)
     config.evaluate.severities = ("light",)
     with pytest.raises(InputError, match="evaluate the baseline in the same way"):
-        robustness.find_baseline(config, robustness.OWN)
+        find_baseline(config, robustness.OWN)
     with pytest.raises(InputError, match="none of auto, nuscenes_c, semantic_kitti_c, nor the workdir"):
-        robustness.find_baseline(make_config(baseline="cylinder3d"), robustness.OWN)
+        find_baseline(make_config(baseline="cylinder3d"), robustness.OWN)
     (tmp_path / "results.json").write_text(json.dumps({"miou": 0.5}))
     with pytest.raises(InputError, match="holds no results of task robustness"):
-        robustness.find_baseline(make_config(baseline=str(tmp_path)), robustness.OWN)
+        find_baseline(make_config(baseline=str(tmp_path)), robustness.OWN)
     assert results["robustness"]["corrupted_by"] == robustness.OWN
     fewer = json.loads((workdir / "results.json").read_text())
     fewer["support"]["road"] -= 1
     (tmp_path / "results.json").write_text(json.dumps(fewer))
     with pytest.raises(InputError, match="evaluate the baseline on the same scans"):
-        robustness.measure(make_config(baseline=str(tmp_path)), workdir, FakeEvaluator(), streets, "weights")
+        measure(make_config(baseline=str(tmp_path)), workdir, FakeEvaluator(), streets, "weights")
 
 
 def test_published_baselines_are_of_released_sets():
     """Not of one's own generators unless they are asked for, nor of other datasets or fewer severities."""
     config = make_config()
     config.data.dataset = "nuscenes"
-    assert robustness.find_baseline(config, robustness.OWN) is None
-    assert robustness.find_baseline(config, "nuScenes-C") == robustness.PUBLISHED["nuscenes_c"]
+    assert find_baseline(config, robustness.OWN) is None
+    assert find_baseline(config, "nuScenes-C") == robustness.PUBLISHED["nuscenes_c"]
     config.evaluate.baseline = "nuscenes_c"
-    assert robustness.find_baseline(config, robustness.OWN) == robustness.PUBLISHED["nuscenes_c"]
+    assert find_baseline(config, robustness.OWN) == robustness.PUBLISHED["nuscenes_c"]
     config.evaluate.baseline = "semantic_kitti_c"
     with pytest.raises(InputError, match=r"moderate, heavy on semantic_kitti, and this run has .* on nuscenes"):
-        robustness.find_baseline(config, "nuScenes-C")
+        find_baseline(config, "nuScenes-C")
     config.evaluate.update(baseline="nuscenes_c", severities=("heavy",))
     with pytest.raises(InputError, match="this run has heavy on nuscenes"):
-        robustness.find_baseline(config, "nuScenes-C")
+        find_baseline(config, "nuScenes-C")
     config.evaluate.baseline = "auto"
-    assert robustness.find_baseline(config, "nuScenes-C") is None
+    assert find_baseline(config, "nuScenes-C") is None
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"severities": ("light", "huge")}, "'huge' is none of light"),
-        ({"severities": ()}, "give one of each at least"),
-        ({"rings": (20, 10)}, "positive and ascending"),
+        ({"severities": ("light", "huge")}, r"evaluate\.severities.*one of light"),
+        ({"severities": ()}, r"evaluate\.severities.*at least one"),
+        ({"rings": (20.0, 10.0)}, r"evaluate\.rings.*ascending"),
         ({"corrupted_root": "/nowhere"}, "as downloaded; leave it empty"),
     ],
 )
 def test_what_is_refused(finished, tmp_path, changes, words):
     with pytest.raises(InputError, match=words):
-        robustness.measure(make_config(**changes), tmp_path, FakeEvaluator(), finished[2], "weights")
+        measure(make_config(**changes), tmp_path, FakeEvaluator(), finished[2], "weights")
 
 
 def test_an_unknown_corruption_is_refused_before_anything_is_evaluated(finished, tmp_path):
     config, evaluator = make_config(), FakeEvaluator()
     config.evaluate.corruptions = ("fog", "hail")
-    with pytest.raises(InputError, match="'hail' is none of fog"):
-        robustness.measure(config, tmp_path, evaluator, finished[2], "weights")
+    with pytest.raises(InputError, match=r"evaluate\.corruptions.*hail.*one of fog"):
+        measure(config, tmp_path, evaluator, finished[2], "weights")
     assert evaluator.calls == 0
 
 
@@ -204,7 +215,7 @@ def test_the_task_writes_its_files_and_goes_on(street_cache, tmp_path, capsys):
     config.data.update(root=str(street_cache), split="train", num_scenes=3, points_per_shard=1_024, num_workers=0)
     config.model.update(channels=8, depth=3, grids=((256, 256), (256, 32), (256, 32)))
     config.evaluate.update(corruptions=("cross_sensor",), severities=("moderate", "heavy"))
-    results = tasks.robustness(config, tmp_path / "eight")
+    results = tasks.robustness(read_settings(config), tmp_path / "eight")
     written = json.loads((tmp_path / "eight" / "results.json").read_text(), parse_constant=pytest.fail)  # no NaN
     assert written == json.loads(json.dumps(results))
     assert written["support"]["road"] > 0
@@ -214,10 +225,10 @@ def test_the_task_writes_its_files_and_goes_on(street_cache, tmp_path, capsys):
     parts = {path.name: json.loads(path.read_text()) for path in (tmp_path / "eight" / "robustness").iterdir()}
     assert sorted(parts) == ["clear.json", "cross_sensor_heavy.json", "cross_sensor_moderate.json"]
     with unittest.mock.patch.object(Evaluator, "confusion", side_effect=AssertionError("nothing is left to do")):
-        assert tasks.robustness(config, tmp_path / "eight") == results
+        assert tasks.robustness(read_settings(config), tmp_path / "eight") == results
     one = sharding.make_mesh(1, 1, jax.devices()[:1])
     with unittest.mock.patch.object(sharding, "make_mesh", return_value=one):
-        tasks.robustness(config, tmp_path / "one")
+        tasks.robustness(read_settings(config), tmp_path / "one")
     for name, part in parts.items():
         assert json.loads((tmp_path / "one" / "robustness" / name).read_text())["confusion"] == part["confusion"], name
 

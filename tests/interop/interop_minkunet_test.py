@@ -9,7 +9,7 @@ import safetensors.numpy
 
 import scalr_jax
 from scalr_jax import tasks
-from scalr_jax.config import get_config
+from scalr_jax.config import get_config, read_settings
 from scalr_jax.data.scenes import PackedVoxels
 from scalr_jax.data.transforms import make_features
 from scalr_jax.interop import torch_file
@@ -368,15 +368,19 @@ def test_a_published_file_is_a_student(tmp_path):
         match=r"minkunet\.voxel_size is 0\.05 there, 0\.1 in config\.model; intensity is \(0\.0, 1\.0\) there, \(\) in "
         r"config\.data; voxel_size is 0\.05 there, 0\.1 in config\.data; set these keys",
     ):
-        tasks.load_backbone(config)  # it would be run on other inputs than load() gives it
+        tasks.load_backbone(read_settings(config))  # it would be run on other inputs than load() gives it
     config.model.minkunet.voxel_size = config.data.voxel_size = model.config.voxel_size
     config.data.intensity = model.config.intensity
-    jax.tree.map(np.testing.assert_array_equal, tasks.load_backbone(config), jax.device_get(model.variables))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        tasks.load_backbone(read_settings(config)).variables,
+        jax.device_get(model.variables),
+    )
     config.model.minkunet.update(width=0.2, stem_convolutions=1)
     with pytest.raises(
         InputError, match=r"width is 0\.1 there, 0\.2 in config\.model; minkunet\.stem_convolutions is 2"
     ):
-        tasks.load_backbone(config)
+        tasks.load_backbone(read_settings(config))
     torch_file.write_torch_file(tmp_path / "odd.pt", {"model": state_dict("torchsparse")})
     with pytest.raises(
         InputError, match=r"odd\.pt: a MinkUNet of 4, 4, 6, .* channels and 1, 2, 1, .* residual blocks"

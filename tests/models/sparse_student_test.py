@@ -13,8 +13,8 @@ import pytest
 import scalr_jax
 from scalr_jax import tasks
 from scalr_jax.compile import abstract, hlo
+from scalr_jax.config import read_settings
 from scalr_jax.data import packing
-from scalr_jax.data.build import make_dataset
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.scenes import SceneNeeds
 from scalr_jax.data.transforms import cell_position
@@ -30,7 +30,7 @@ from scalr_jax.train import optim
 from tests.support.checks import present
 from tests.support.fast import FAST
 from tests.support.random_scenes import FIELD_OF_VIEW
-from tests.support.runs import distill, losses, scene_settings, small_config
+from tests.support.runs import distill, losses, open_split, scene_settings, small_config
 
 NARROW = {"model.name": "minkunet14", "model.minkunet.width": 0.1}
 
@@ -51,7 +51,7 @@ def scenes(street_cache):
 
 
 def _scenes(config):
-    dataset = make_dataset(config, "train", cache=Path("unused"))
+    dataset = open_split(config, "train", cache=Path("unused"))
     settings = scene_settings(config, task="segment", train=True)
     return Pipeline(dataset, settings, seed=1).sample(4), settings
 
@@ -169,14 +169,14 @@ def test_distilled_probed_and_loaded(run, street_cache, tmp_path):
     assert np.isfinite(list(losses(workdir).values())).all()
     config = small_config(street_cache, **NARROW, task="probe", checkpoint=str(workdir), num_steps=2)
     config.data.points_per_shard = 16_384
-    results = tasks.probe(config, tmp_path)
+    results = tasks.probe(read_settings(config), tmp_path)
     assert 0 <= results["miou"] <= 1
     probed = load_variables(tmp_path / "checkpoints")
     for kind, tree in (("params", state.params), ("batch_stats", state.batch_stats)):
         jax.tree.map(np.testing.assert_array_equal, tree["backbone"], probed[kind]["backbone"])
 
     model = scalr_jax.load(tmp_path)
-    frame = make_dataset(config, "validation", cache=tmp_path).frame(0)
+    frame = open_split(config, "validation", cache=tmp_path).frame(0)
     features = model.embed(frame.points)
     assert features.shape == (len(frame.points), make_backbone(config.model).channels)
     assert np.isfinite(features).all()
@@ -201,7 +201,7 @@ def test_finetuned_with_layer_decay(run, street_cache, tmp_path):
     config.data.points_per_shard = 16_384
     config.optimizer.update(layer_decay=0.5, weight_decay=0.0, schedule="constant", warmup_share=0.0)
     config.optimizer.learning_rate = 1e-2
-    results = tasks.finetune(config, tmp_path)
+    results = tasks.finetune(read_settings(config), tmp_path)
     assert 0 <= results["miou"] <= 1
     far = 1e-2 * (1 + config.optimizer.beta2) ** 0.5 / (1 + config.optimizer.beta1)
     backbone = make_backbone(config.model)
@@ -220,9 +220,9 @@ def test_another_student_is_refused(run, street_cache):
     workdir, _ = run
     changes = {**NARROW, "model.minkunet.width": 0.2, "task": "probe", "checkpoint": str(workdir)}
     with pytest.raises(InputError, match=r"another student: minkunet\.width is 0\.1 there, 0\.2 in config\.model"):
-        tasks.load_backbone(small_config(street_cache, **changes))
+        tasks.load_backbone(read_settings(small_config(street_cache, **changes)))
     with pytest.raises(InputError, match=r"another student: name is minkunet14 there, waffleiron in config\.model"):
-        tasks.load_backbone(small_config(street_cache, task="probe", checkpoint=str(workdir)))
+        tasks.load_backbone(read_settings(small_config(street_cache, task="probe", checkpoint=str(workdir))))
 
 
 @pytest.mark.parametrize(
@@ -235,10 +235,10 @@ def test_another_student_is_refused(run, street_cache):
 )
 def test_the_same_weights_on_other_inputs_are_refused(run, street_cache, change, said):
     config = small_config(street_cache, **NARROW, task="probe", checkpoint=str(run[0]))
-    assert set(tasks.load_backbone(config)) == {"params", "batch_stats"}
+    assert set(tasks.load_backbone(read_settings(config)).variables) == {"params", "batch_stats"}
     config.update_from_flattened_dict(change)
     with pytest.raises(InputError, match=said):
-        tasks.load_backbone(config)
+        tasks.load_backbone(read_settings(config))
 
 
 def test_voxels_too_many_for_their_keys_are_one_sentence(street_cache):
@@ -274,7 +274,9 @@ def test_only_sums_cross_a_device(street_cache):
     student = make_student(config.model, head="none", out_features=0, platform="cpu")
     mesh = sharding.make_mesh(8, 1)
     batch = abstract.make_batch(
-        config, student.needs, "distill", abstract.choose_capacities(config, student.needs), mesh
+        scene_settings(config, task="distill", train=True),
+        abstract.choose_capacities(read_settings(config).data, student.needs),
+        mesh,
     )
     shapes = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
 

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 
-from scalr_jax.data.build import make_dataset, make_settings
+from scalr_jax import tasks
+from scalr_jax.config import read_settings
+from scalr_jax.data import build
 from scalr_jax.models.build import make_backbone
-from scalr_jax.train.loop import distillation_task, train
+from scalr_jax.train.loop import train
 from tests.support.paths import ROOT
 
 
@@ -36,9 +38,30 @@ def small_config(street_cache, **changes):
     return config
 
 
+def open_split(config, split, *, cache):
+    """The dataset of a split, as the config's task opens it."""
+    settings = read_settings(config)
+    return build.make_dataset(settings.data, split, task=settings.run.task, seed=settings.run.seed, cache=cache)
+
+
+def scene_settings(config, *, task, train, fixed=False):
+    """The scene settings of a config's student."""
+    settings = read_settings(config)
+    needs = make_backbone(settings.model).needs
+    return build.scene_settings(settings.data, needs, task=task, train=train, fixed=fixed)
+
+
+def evaluator_of(config, classifier, variables, num_classes, **more):
+    """The evaluator of a classifier, as the config's task makes it."""
+    return tasks.make_evaluator(read_settings(config), classifier, variables, num_classes, **more)
+
+
 def distill(config, workdir):
-    dataset = make_dataset(config, "train", cache=workdir)
-    return train(config, workdir, dataset, distillation_task(config))
+    """A distillation of the training split, without the results that the task writes."""
+    settings = read_settings(config)
+    dataset = open_split(config, "train", cache=workdir)
+    with tasks.claimed(settings, workdir):
+        return train(settings.training, workdir, dataset, tasks.distillation(settings))
 
 
 def lines(workdir):
@@ -47,8 +70,3 @@ def lines(workdir):
 
 def losses(workdir):
     return {line["step"]: line["train/loss"] for line in lines(workdir) if "train/loss" in line}
-
-
-def scene_settings(config, *, task, train):
-    """Settings of the scenes of a run."""
-    return make_settings(config, make_backbone(config.model).needs, task=task, train=train)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from scalr_jax import tasks
-from scalr_jax.data.build import make_dataset
+from scalr_jax.config import read_settings
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.train.loop import distillation_task, train
-from tests.support.runs import distill, lines, losses, scene_settings, small_config
+from scalr_jax.train.loop import train
+from tests.support.runs import distill, lines, losses, open_split, scene_settings, small_config
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,9 @@ def test_resuming_is_bit_identical(whole_run, tmp_path, street_cache):
     class StopError(Exception):
         pass
 
-    dataset = make_dataset(config, "train", cache=tmp_path)
-    task = distillation_task(config)
+    dataset = open_split(config, "train", cache=tmp_path)
+    settings = read_settings(config)
+    task = tasks.distillation(settings)
     from scalr_jax.train import loop as module
 
     original = module._Log.add
@@ -71,8 +72,8 @@ def test_resuming_is_bit_identical(whole_run, tmp_path, street_cache):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module._Log, "add", stopping)
-        with pytest.raises(StopError):
-            train(config, tmp_path, dataset, task)
+        with pytest.raises(StopError), tasks.claimed(settings, tmp_path):
+            train(settings.training, tmp_path, dataset, task)
     assert max(losses(tmp_path)) == 4
     state = distill(small_config(street_cache, **{"data.num_workers": 1}), tmp_path)
     assert {"event": "resume", "step": 3} in lines(tmp_path)
@@ -128,7 +129,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole_run, tmp
 def test_probe_leaves_the_backbone_as_it_was(whole_run, tmp_path, street_cache):
     config = small_config(street_cache, **{"task": "probe", "checkpoint": str(whole_run[0]), "num_steps": 4})
     config.data.points_per_shard = 16_384
-    results = tasks.probe(config, tmp_path)
+    results = tasks.probe(read_settings(config), tmp_path)
     assert 0 <= results["miou"] <= 1
     assert json.loads((tmp_path / "results.json").read_text()) == results
     probed = load_variables(tmp_path / "checkpoints")
@@ -149,7 +150,7 @@ def test_finetuning_with_all_that_belongs_to_it(whole_run, tmp_path, street_cach
     config.data.update(points_per_shard=16_384, label_fraction=0.5, polarmix=("car",), augmentation="consistent")
     config.model.drop_path = 0.2
     config.optimizer.update(layer_decay=0.5, ema=0.5, weight_decay=0.0, schedule="constant", warmup_share=0.0)
-    results = tasks.finetune(config, tmp_path)
+    results = tasks.finetune(read_settings(config), tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert 0 <= results["miou"] <= 1
     assert np.isfinite(list(losses(tmp_path).values())).all()
@@ -173,7 +174,7 @@ def test_no_gather_or_scatter_crosses_a_device(street_cache, tmp_path):
     from scalr_jax.train.state import init_state
 
     config = small_config(street_cache)
-    dataset = make_dataset(config, "train", cache=tmp_path)
+    dataset = open_split(config, "train", cache=tmp_path)
     mesh = sharding.make_mesh(8, 1)
     pipeline = Pipeline(
         dataset,
@@ -182,8 +183,8 @@ def test_no_gather_or_scatter_crosses_a_device(street_cache, tmp_path):
         shards=sharding.local_shards(mesh),
     )
     sample = pipeline.sample(4)
-    batch = sharding.put_batch(pipeline.empty_batch(choose_capacities(config, sample), sample[0]), mesh)
-    task = distillation_task(config)
+    batch = sharding.put_batch(pipeline.empty_batch(choose_capacities(config.data, sample), sample[0]), mesh)
+    task = tasks.distillation(read_settings(config))
     optimizer = optim.make_optimizer(config.optimizer)
     state = jax.eval_shape(lambda b: init_state(task.student, b, optimizer, None, jax.random.key(0)), batch)
     place = lambda tree: jax.tree.map(  # noqa: E731

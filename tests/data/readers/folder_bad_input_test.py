@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from scalr_jax import config as defaults
-from scalr_jax.data.build import make_dataset
 from scalr_jax.data.readers import calibration
 from scalr_jax.data.readers.folder import Folder
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support import raw_datasets as raw
 from tests.support import scan_writers as writers
+from tests.support.runs import open_split
 
 MATRIX = np.array(raw.FOLDER_CAMERA["lidar_to_camera"])
 TURN = np.array([[0.0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
@@ -228,4 +228,4 @@ def test_without_dataset_json_there_are_scans_but_nothing_to_distil(root):
     config = defaults.get_config()
     config.data.update(dataset="folder", root=str(root))
     with pytest.raises(InputError, match=r"distillation needs images .* no cameras in dataset\.json"):
-        make_dataset(config, "train", cache=root)
+        open_split(config, "train", cache=root)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from scalr_jax import config as defaults
-from scalr_jax.data.build import make_dataset
 from scalr_jax.data.readers import calibration
 from scalr_jax.data.readers.calibration import Camera
 from scalr_jax.data.readers.folder import Folder
@@ -17,6 +16,7 @@ from tests.support import raw_datasets as raw
 from tests.support import scan_writers as writers
 from tests.support.checks import present
 from tests.support.paths import SAMPLES
+from tests.support.runs import open_split
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_scans_without_intensity(root):
 def test_build_makes_it(root):
     config = defaults.get_config()
     config.data.update(dataset="folder", root=str(root), scenes=("a",))
-    assert make_dataset(config, "train", cache=root).name(1) == "folder/a/001"
+    assert open_split(config, "train", cache=root).name(1) == "folder/a/001"
     config.task, config.data.scenes = "probe", ()
-    dataset = make_dataset(config, "validation", cache=root)
+    dataset = open_split(config, "validation", cache=root)
     assert dataset.frame(0).labels is not None

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from scalr_jax.data import transforms
-from scalr_jax.data.build import make_dataset
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.readers import files
 from scalr_jax.data.readers.pandaset import PandaSet
@@ -30,6 +29,7 @@ from tests.support.prepared_datasets import (
     scenes,
     write_raw,
 )
+from tests.support.runs import open_split
 
 
 @pytest.fixture(scope="module")
@@ -155,38 +155,38 @@ def test_reading_imports_neither_jax_nor_tfds():
 def test_data_root_may_be_prepared_records(tiny, tmp_path):
     for name in ("semantic_kitti", "nuscenes", "folder"):
         config = make_config(tiny[name][1], dataset=name)
-        dataset = make_dataset(config, "train", cache=tmp_path)
+        dataset = open_split(config, "train", cache=tmp_path)
         assert isinstance(dataset, Records)
         assert Pipeline(dataset, SETTINGS).sample(1)[0].error is None
     panda = make_config(tiny["pandaset"][1].parent, dataset="pandaset", sensors=("pandar64",))
-    assert make_dataset(panda, "train", cache=tmp_path).name(0) == "pandaset/001/02"
+    assert open_split(panda, "train", cache=tmp_path).name(0) == "pandaset/001/02"
     panda.data.frames = ("05",)
-    assert len(make_dataset(panda, "train", cache=tmp_path)) == 1
+    assert len(open_split(panda, "train", cache=tmp_path)) == 1
     panda.task = "probe"
-    assert present(make_dataset(panda, "train", cache=tmp_path).frame(0, None).labels).shape == (60,)
+    assert present(open_split(panda, "train", cache=tmp_path).frame(0, None).labels).shape == (60,)
 
 
 def test_one_scene_can_be_trained_and_validated_on_by_frame(tiny, tmp_path):
     for root in (tiny["pandaset"][0], tiny["pandaset"][1].parent):
         config = make_config(root, dataset="pandaset", sensors=("pandar64",), frames=(5,), validation_frames=(2,))
         config.task = "probe"
-        names = [make_dataset(config, split, cache=tmp_path).name(0) for split in ("train", "validation")]
+        names = [open_split(config, split, cache=tmp_path).name(0) for split in ("train", "validation")]
         assert [Path(name).name for name in names] == ["05", "02"]
         for frames in ((2, 5), ()):
             config.data.frames = frames
             with pytest.raises(InputError, match="other frames of the same scenes"):
-                make_dataset(config, "validation", cache=tmp_path)
+                open_split(config, "validation", cache=tmp_path)
 
 
 def test_sensors_that_nothing_would_read_are_refused(tiny, tmp_path):
     root = tiny["pandaset"][1].parent
     config = make_config(root, dataset="pandar64", sensors=("pandargt",))
     with pytest.raises(InputError, match=r"'pandar64': sensors are .* give data.dataset = 'pandargt', or leave"):
-        make_dataset(config, "train", cache=tmp_path)
+        open_split(config, "train", cache=tmp_path)
     config.data.sensors = ("pandar64",)
-    assert len(make_dataset(config, "train", cache=tmp_path)) == 3
+    assert len(open_split(config, "train", cache=tmp_path)) == 3
     with pytest.raises(InputError, match="give a dataset that has them, or leave"):
-        make_dataset(make_config(root, dataset="nuscenes", sensors=("solid",)), "train", cache=tmp_path)
+        open_split(make_config(root, dataset="nuscenes", sensors=("solid",)), "train", cache=tmp_path)
 
 
 def test_what_a_config_asks_for_must_be_what_is_prepared(tiny, tmp_path):
@@ -198,17 +198,17 @@ def test_what_a_config_asks_for_must_be_what_is_prepared(tiny, tmp_path):
         ({"root": str(tiny["pandaset"][1].parent), "dataset": "pandargt"}, "pandargt: not prepared"),
     ):
         with pytest.raises(InputError, match=match):
-            make_dataset(make_config(**{"root": "", **changes}), "train", cache=tmp_path)
+            open_split(make_config(**{"root": "", **changes}), "train", cache=tmp_path)
     root, _ = tiny["semantic_kitti"]
     small = make("semantic_kitti", root.parent, tmp_path, "--image_size=28,56", "--image_format=jpeg")
     with pytest.raises(InputError, match=r"prepared at \(28, 56\), and data.image_size = \(56, 112\)"):
-        make_dataset(make_config(small, dataset="semantic_kitti"), "train", cache=tmp_path)
+        open_split(make_config(small, dataset="semantic_kitti"), "train", cache=tmp_path)
     config = make_config(small, dataset="semantic_kitti", image_size=(28, 56), antialias=False)
     with pytest.raises(InputError, match="resized with antialiasing"):
-        make_dataset(config, "train", cache=tmp_path)
+        open_split(config, "train", cache=tmp_path)
     config.task, config.data.antialias = "probe", True
     with pytest.raises(InputError, match="prepared without labels; prepare it again with --labels"):
-        make_dataset(config, "train", cache=tmp_path)
+        open_split(config, "train", cache=tmp_path)
     with pytest.raises(InputError, match="whole scans are prepared with --labels only"):
         Records(small).frame(0, camera=None)
     with pytest.raises(InputError, match="no split 'test' is prepared; there are train, validation"):
@@ -274,4 +274,4 @@ def test_a_damaged_manifest_is_named(kitti, content):
 def test_an_unfinished_folder_is_no_dataset(kitti, tmp_path):
     (kitti / "records.json").rename(kitti / "prepare.json")
     with pytest.raises(InputError, match="not prepared to the end"):
-        make_dataset(make_config(kitti, dataset="semantic_kitti"), "train", cache=tmp_path)
+        open_split(make_config(kitti, dataset="semantic_kitti"), "train", cache=tmp_path)

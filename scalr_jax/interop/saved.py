@@ -1,0 +1,161 @@
+"""What a folder says of its student: one loader for the workdir of a run and for an exported folder.
+
+A run writes WORKDIR/settings.json when training starts. It holds what an export's config.json holds under "settings":
+
+    name, channels, ...      `config.model`
+    head, head_hidden, out_features, num_features, voxel_size
+    intensities              (mean, deviation) of the raw intensity of each sensor that was trained on
+    class_names, label_map   of a segmentation model: its classes, and the class of each label number of the dataset
+    versions                 of the packages that trained it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scalr_jax.config import DataSettings, StudentSettings, get_config
+from scalr_jax.data import sensors
+from scalr_jax.data.transforms import FEATURES
+from scalr_jax.interop.exported import is_export, read_export
+from scalr_jax.models.heads import segmentation_head
+from scalr_jax.models.student import Student, Variables
+from scalr_jax.runtime.checkpoint import load_variables
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import write_json
+
+FILE = "settings.json"
+STUDENTS = ("distill", "probe", "finetune")  # tasks that leave one
+PACKAGES = ("scalr_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Saved(NamedTuple):
+    """A student as a folder holds it."""
+
+    settings: dict[str, Any]
+    variables: Variables
+
+
+def write_settings(workdir: Path, model: StudentSettings, data: DataSettings, student: Student, dataset: Any) -> None:
+    """Writes settings.json of a run that trains `student` on `dataset`."""
+    segments = student.head != "distill"
+    settings = {
+        **dataclasses.asdict(model),
+        "head": student.head,
+        "head_hidden": student.head_hidden,
+        "out_features": student.out_features,
+        "num_features": len(FEATURES),
+        "voxel_size": data.voxel_size,
+        "intensities": sensors.trained_intensities(data, dataset),
+        "class_names": list(dataset.class_names) if segments else [],
+        "label_map": sensors.label_map_of(data, dataset) if segments else None,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    write_json(workdir / FILE, settings)
+
+
+def read_saved(folder: Path) -> Saved:
+    """The student of a workdir or of an exported folder.
+
+    Raises:
+        InputError: the folder is neither, keeps no weights, or its files are damaged or of another version.
+    """
+    if is_export(folder):
+        return Saved(*read_export(folder))
+    if not (folder / "checkpoints").is_dir():
+        raise InputError(_without_weights(folder))
+    settings = read_settings_of(folder)
+    variables = load_variables(folder / "checkpoints")
+    return Saved(settings or _old_settings(folder, variables), variables)
+
+
+def read_settings_of(workdir: Path) -> dict[str, Any] | None:
+    """settings.json of a workdir; None for a run from before there was one. Raises `InputError` when it is damaged."""
+    path = workdir / FILE
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text())
+        missing = [key for key in ("name", "head", "out_features", "voxel_size", "intensities") if key not in settings]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); copy the workdir again") from None
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}; copy the workdir again")
+    return settings
+
+
+def _without_weights(folder: Path) -> str:
+    """Why a folder holds no student."""
+    if (folder / "results.json").is_file():
+        return (
+            f"{folder} keeps no weights: it is a probe of probe.method knn or zero_shot, an evaluation, or a run that "
+            "ended before its first checkpoint; give the run whose weights it used"
+        )
+    inside = sorted(child.parent.name for child in folder.glob("*/checkpoints"))
+    hint = f", such as its folders {', '.join(inside)}" if inside else ""
+    return (
+        f"{folder} is no workdir of a run (it has no checkpoints) and no exported folder (it has no config.json of "
+        f"one); give a workdir of distill, probe or finetune{hint}, or an exported folder"
+    )
+
+
+def _old_settings(folder: Path, variables: Variables) -> dict[str, Any]:
+    """Settings of a workdir without settings.json, from its config.json, the weights' shapes and results.json.
+
+    Raises `InputError` when there is no config.json either, or one that is no run's.
+    """
+    path = folder / "config.json"
+    try:
+        written = json.loads(path.read_text())
+        data, model = ({**get_config()[part].to_dict(), **written[part]} for part in ("data", "model"))
+        task = written["task"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not the config of a run ({error!r}); copy the workdir again") from None
+    if task not in STUDENTS:
+        raise InputError(f"{folder} is a run of task {task!r}, which leaves no student")
+    params = variables["params"]
+    head = segmentation_head(params)
+    out = params["head"] if head else params["head"]["out"]
+    number = out["bias"].shape[0]
+    names = sensors.known_classes(data["dataset"], number, _evaluated_classes(folder)) if head else ()
+    return {
+        **model,
+        "head": head or "distill",
+        "head_hidden": 0 if head else model["head_hidden"],  # the distillation head's, which a probe has not
+        "out_features": number,
+        "num_features": len(FEATURES),
+        "voxel_size": data["voxel_size"],
+        "intensities": sensors.known_intensities(data),
+        "class_names": list(names),
+    }
+
+
+def _evaluated_classes(workdir: Path) -> Sequence[str]:
+    """The classes whose IoU results.json has, in order; () without one."""
+    try:
+        return [str(name) for name in json.loads((workdir / "results.json").read_text())["iou"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
+def choose_intensity(settings: Mapping[str, Any], path: Path, sensor: str | None) -> tuple[float, float]:
+    """The intensity statistics to use: of `sensor`, or of the only one that the student was trained on.
+
+    Raises `InputError` when neither says them.
+    """
+    trained = settings["intensities"]
+    if sensor is not None:
+        return tuple(trained[sensor]) if sensor in trained else sensors.intensity_of(sensor)
+    if len(trained) != 1:
+        raise InputError(f"{path} was trained on several sensors ({', '.join(trained)}); give sensor=, one of them")
+    (found,) = trained.values()
+    if found is None:
+        raise InputError(
+            f"{path} was trained on a folder of one's own scans before workdirs said its intensities; give "
+            "intensity=(mean, standard deviation), as in the folder's dataset.json or as the training printed it"
+        )
+    return tuple(found)
