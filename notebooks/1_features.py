@@ -48,11 +48,11 @@ config.optimizer.update(learning_rate=2.5e-2, beta2=0.99, warmup_share=0.1)
 # the best constant prediction; a workdir that is finished is not trained again.
 
 # %%
-from scalr_jax import tasks
+from scalr_jax import main
 
 workdir = Path("runs/notebooks/distill")
 if not (workdir / "results.json").exists():
-    tasks.distill(config, workdir)
+    main.run(config, workdir)
 
 # %% [markdown]
 # Load it. A workdir knows its settings; a published file needs to be told its sensor, `scalr_jax.load("WI_768.pth",

@@ -115,11 +115,11 @@ config.optimizer.update(learning_rate=2.5e-2, beta2=0.99, warmup_share=0.1)
 # Distil a little.
 
 # %%
-from scalr_jax import tasks
+from scalr_jax import main
 
 workdir = Path("runs/notebooks/mine_distilled")
 if not (workdir / "results.json").exists():
-    tasks.distill(config, workdir)
+    main.run(config, workdir)
 
 # %% [markdown]
 # Predict: features of every point of every scan of a folder, in files and as pictures, by the flags of the command
