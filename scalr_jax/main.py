@@ -26,6 +26,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from scalr_jax.config import Settings, all_keys, read_settings
 from scalr_jax.runtime.command_line import exit_codes, fail, parse_flags, require, sentence_of
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a config file.")
@@ -39,7 +40,8 @@ CONNECT_SECONDS = flags.DEFINE_integer("connect_seconds", 120, "How long process
 def parse(arguments: list[str]) -> list[str]:
     """The flags, for `app.run`."""
     with exit_codes():
-        parse_flags(flags.FLAGS, arguments, __doc__)
+        listed = "\n".join(f"    {row.name} = {row.default!r}: {row.meaning}" for row in all_keys())
+        parse_flags(flags.FLAGS, arguments, f"{__doc__}\nConfig keys, as in --config.KEY=VALUE:\n{listed}")
         require(flags.FLAGS, "config", "workdir", example="--config=configs/demo.py --workdir=runs/demo")
     return arguments[:1]
 
@@ -50,10 +52,12 @@ def set_deterministic() -> None:
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Checks the whole config, and does what `config.task` says."""
-    from scalr_jax.config import read_settings
+    """Checks the whole config, and does what `config.task` says. Raises `InputError`."""
+    perform(read_settings(config), workdir)
 
-    settings = read_settings(config)
+
+def perform(settings: Settings, workdir: Path) -> None:
+    """Does what `config.task` says."""
     from scalr_jax import tasks
     from scalr_jax.demo.run import run_demo
     from scalr_jax.demo.teacher import train_teacher
@@ -73,7 +77,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    if CONFIG.value.get("deterministic"):
+    with exit_codes():
+        settings = read_settings(CONFIG.value)
+    if settings.run.deterministic:
         set_deterministic()
     import jax
 
@@ -81,7 +87,7 @@ def main(_: list[str]) -> None:
 
     try:
         distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CONNECT_SECONDS.value)
-        run(CONFIG.value, Path(WORKDIR.value or ""))
+        perform(settings, Path(WORKDIR.value or ""))
     except distributed.Preempted as stop:
         print(stop, flush=True)
     except (Exception, KeyboardInterrupt) as error:

@@ -165,11 +165,6 @@ def _takes(hint: Any, allowed: Allowed) -> str:
     return f"{kind}, {allowed}" if str(allowed) else kind
 
 
-def help_text(table: type, prefix: str = "") -> str:
-    """One line a key: its name, default and meaning."""
-    return "\n".join(f"    {row.name} = {row.default!r}: {row.meaning}" for row in rows(table, prefix))
-
-
 def markdown(sections: Mapping[str, type]) -> str:
     """A table of keys for each section."""
     text = []
