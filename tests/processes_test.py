@@ -226,5 +226,8 @@ def test_a_workdir_that_cannot_be_one_is_refused(tmp_path):
     with pytest.raises(InputError, match="file is a file"), workdir.claim(tmp_path / "file", config, keys):
         pass
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json is not a run's config"), workdir.claim(tmp_path, config, keys):
+    with (
+        pytest.raises(InputError, match=r"config\.json: .*; use another --workdir, or remove it"),
+        workdir.claim(tmp_path, config, keys),
+    ):
         pass

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from scalr_jax.data.scenes import Frame
 from scalr_jax.data.transforms import labels_of, to_ego
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
 from scalr_jax.runtime.logging import PROGRESS_SECONDS
-from scalr_jax.runtime.storage import write_json
+from scalr_jax.runtime.storage import read_json, write_json
 
 GAP = 0.5  # metres, the voxels of `connected`
 MIN_POINTS = 6  # of an instance
@@ -74,11 +73,7 @@ def _open(folder: Path) -> _Files:
 def open_bank(folder: Path, dataset: Any, classes: Sequence[int]) -> InstanceBank:
     """What `write_bank` left. Raises `InputError` when it is of other scans or classes, or holds nothing."""
     path = folder / "bank.json"
-    try:
-        there = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); remove the folder to cut the instances again") from None
-    if there != bank_key(dataset, classes):
+    if read_json(path, "remove the folder to cut the instances again") != bank_key(dataset, classes):
         raise InputError(f"{folder} holds instances of other scans or classes; remove it, or use another --workdir")
     found = tuple(sorted(_open(folder).of_class))
     if not found:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,8 +31,9 @@ from scalr_jax.models.student import Student, Variables, without_head
 from scalr_jax.runtime import distributed, sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.logging import PROGRESS_SECONDS, format_seconds
-from scalr_jax.runtime.storage import flatten, write_json
+from scalr_jax.runtime.storage import flatten, read_json, write_json, written_whole
 
+AGAIN = "remove the folder, and the features are computed again"
 # Settings that change neither scenes nor features.
 FREE_DATA = ("num_workers", "prefetch", "split", "augmentation", "points_per_shard", "scenes_per_shard")
 FREE_DATA += ("scenes_per_step", "cells_per_shard", "halo_per_shard", "voxels_per_shard", "pairs_per_shard")
@@ -178,8 +178,7 @@ def make_cache(
             said = now
     distributed.barrier(f"computed {folder}")
     if jax.process_index() == 0:
-        content = json.loads((folder / "cache.json").read_text())
-        write_json(folder / "cache.json", {**content, "scenes": _count(cache)})
+        write_json(folder / "cache.json", {**read_json(folder / "cache.json", AGAIN), "scenes": _count(cache)})
     distributed.barrier(f"complete {folder}")
     return cache
 
@@ -214,10 +213,7 @@ def _check_key(path: Path, key: Mapping[str, Any]) -> None:
     if not path.exists():
         write_json(path, {"key": key})
         return
-    try:
-        saved = json.loads(path.read_text())["key"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} cannot be read; remove the folder, and the features are computed again") from None
+    saved = read_json(path, AGAIN).get("key", {})
     now = json.loads(json.dumps(key))
     saved = json.loads(json.dumps({row.name: row.default for row in all_keys() if row.name in now})) | saved
     wrong = [f"{k}: {saved.get(k)} saved, {now.get(k)} now" for k in sorted(saved | now) if saved.get(k) != now.get(k)]
@@ -250,7 +246,7 @@ def _check_space(settings: TrainSettings, student: Student, cache: FeatureCache,
 
 def _is_complete(cache: FeatureCache) -> bool:
     """Whether a finished pass wrote as many scenes as are there now (bad frames have none)."""
-    return json.loads((cache.folder / "cache.json").read_text()).get("scenes") == _count(cache)
+    return read_json(cache.folder / "cache.json", AGAIN).get("scenes") == _count(cache)
 
 
 def _count(cache: FeatureCache) -> int:
@@ -259,7 +255,5 @@ def _count(cache: FeatureCache) -> int:
 
 def _save(path: Path, array: Any) -> None:
     """`path` is either absent or whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with written_whole(path) as file:
         np.save(file, array, allow_pickle=False)
-    os.replace(temporary, path)

@@ -55,6 +55,7 @@ from scalr_jax.runtime.command_line import (
     use_cache,
 )
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import write_arrays
 
 LARGEST_DIFFERENCE = 1e-4
 CHECK_POINTS = 1_500
@@ -234,10 +235,9 @@ def _write_program(folder: Path, form: str, settings: Mapping[str, Any], variabl
     else:
         from scalr_jax.export.stablehlo import export_program, flat_weights
 
-        weights: Any = flat_weights(variables)
+        weights = flat_weights(variables)
         path.write_bytes(export_program(settings, weights))
-        with (folder / "weights.npz").open("wb") as file:
-            np.savez(file, **weights)
+        write_arrays(folder / "weights.npz", weights)
 
 
 def _as_json(settings: Mapping[str, Any]) -> str:

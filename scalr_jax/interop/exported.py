@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from scalr_jax.interop import student as interop
 from scalr_jax.interop.torch_file import read_weights_file
 from scalr_jax.runtime.checkpoint import load_weights
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import checksum
 
 VERSION = 1  # of the folder's layout
 
@@ -85,8 +85,7 @@ def checksums(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.relative_to(folder).as_posix() not in CARD:
-            with path.open("rb") as file:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.relative_to(folder).as_posix()] = checksum(path)
     return found
 
 

@@ -11,15 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import traverse_util
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from scalr_jax.config import TeacherSettings
 from scalr_jax.interop.vit import load_dinov2
 from scalr_jax.models import vit
 from scalr_jax.models.build import compute_dtype
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import written_whole
 
 ASSET = "demo_teacher.safetensors"
 
@@ -65,7 +65,7 @@ def load_demo_teacher() -> tuple[vit.ViTConfig, dict]:
 
 def load_teacher(path: str | Path) -> tuple[vit.ViTConfig, dict]:
     """What `save_teacher` wrote: the ViT's config and its parameters, float32 NumPy arrays."""
-    with safe_open(str(path), framework="numpy") as file:
+    with safetensors.safe_open(str(path), framework="numpy") as file:
         fields = json.loads(file.metadata()["vit_config"])
         flat = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
     for name, value in fields.items():
@@ -76,6 +76,5 @@ def load_teacher(path: str | Path) -> tuple[vit.ViTConfig, dict]:
 def save_teacher(path: str | Path, vit_config: vit.ViTConfig, params: Any) -> None:
     """Writes parameters as float16 safetensors, with the config as JSON in the file's metadata."""
     flat = {name: np.asarray(x, np.float16) for name, x in traverse_util.flatten_dict(params, sep="/").items()}
-    temporary = Path(path).with_suffix(".tmp")  # a killed process leaves no half file
-    save_file(flat, str(temporary), {"vit_config": json.dumps(dataclasses.asdict(vit_config))})
-    temporary.replace(path)
+    with written_whole(Path(path)) as file:
+        file.write(safetensors.numpy.save(flat, {"vit_config": json.dumps(dataclasses.asdict(vit_config))}))

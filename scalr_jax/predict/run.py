@@ -29,7 +29,6 @@ one scan was bad, after the others; 1 a defect.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import sys
 import time
@@ -60,7 +59,7 @@ from scalr_jax.runtime.command_line import (
     use_cache,
 )
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from scalr_jax.runtime.storage import check_writable, write_json, written_whole
+from scalr_jax.runtime.storage import check_writable, locked, read_json, write_arrays, write_json
 
 WHATS = ("labels", "features", "distilled")
 SETTINGS = "predict.json"  # in an output folder: what its files were made with
@@ -193,8 +192,7 @@ class _Colors:
         if self._axes is None:
             self._axes = correlation.fit_color_axes(rows)
             if self._path is not None:
-                with written_whole(self._path) as file:
-                    np.savez(file, allow_pickle=False, **self._axes._asdict())
+                write_arrays(self._path, self._axes._asdict())
         return correlation.color_by_axes(rows, self._axes)
 
 
@@ -250,19 +248,10 @@ def settings_of(model: Any, what: str) -> dict[str, Any]:
 def claimed(folder: Path, settings: dict[str, Any], *, anew: bool) -> Iterator[None]:
     """Holds an output folder for one run. Raises InputError when another run does, or when it had other settings."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{folder}: another predict is writing there; wait for it or stop it") from error
-        for partial in folder.glob(".*.partial"):  # of a run that was killed
-            partial.unlink(missing_ok=True)
+    with locked(folder / LOCK, "wait for it or stop it"):
         path = folder / SETTINGS
         if path.exists() and not anew:
-            try:
-                there = dict(json.loads(path.read_text()))
-            except (OSError, ValueError, TypeError) as error:
-                raise InputError(f"{path} cannot be read ({error}); give another --output, or --overwrite") from error
+            there = read_json(path, "give another --output, or --overwrite")
             wrong = [
                 f"{key} was {there.get(key)}, is {value}" for key, value in settings.items() if there.get(key) != value
             ]

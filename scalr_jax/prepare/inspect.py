@@ -7,7 +7,6 @@ Works for every reader. Horizontal view: +-half, the 99th percentile of the voxe
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from scalr_jax.data.scan_checks import GROUND, ground_height
 from scalr_jax.data.scenes import Frame
 from scalr_jax.ops.voxels import count_levels
 from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.storage import write_json
 
 VOXEL_SIZE = 0.1  # metres
 CELL = 0.5  # metres, of the published grids
@@ -71,7 +71,7 @@ def inspect_dataset(dataset: Any, output: Path, *, num_frames: int = 50, seed: i
     from scalr_jax.prepare import inspect_pictures
 
     report["pictures"] = inspect_pictures.draw_all(output, kept, seen, report)
-    (output / "inspect.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(output / "inspect.json", report)
     if hasattr(dataset, "describe"):
         print(dataset.describe())
     print(format_report(report))

@@ -11,7 +11,6 @@ A shard with bad frames is written again when a run goes on, because its files m
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -28,9 +27,10 @@ from scalr_jax.prepare import source as record_source
 from scalr_jax.prepare.source import Source
 from scalr_jax.prepare.writing import PARTS, Shard, write_shards
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
-from scalr_jax.runtime.storage import PARTIAL, checksum, flatten, write_atomically
+from scalr_jax.runtime.storage import checksum, flatten, locked, read_json, remove_partial, write_json
 
 LOCK = "prepare.lock"
+AGAIN = "delete it and run the same command again"
 SPARE = 1.02  # of the estimated size: the frames that were looked at may be smaller than the others
 SAMPLE = 4  # frames looked at to estimate
 
@@ -79,17 +79,12 @@ def claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, dic
     if there and not {SETTINGS, records.MANIFEST, LOCK} & set(there):
         raise InputError(f"{folder} is not empty (it has {there[0]}) and was not begun by prepare; give a new --output")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{folder}: another prepare is writing there; wait for it or stop it") from error
+    with locked(folder / LOCK, "wait for it or stop it"):
         finished = _finished(folder, settings)
         if not (folder / SETTINGS).exists():
-            write_atomically(folder / SETTINGS, settings)
+            write_json(folder / SETTINGS, settings)
         (folder / PARTS).mkdir(exist_ok=True)
-        for partial in (*folder.glob(f".*{PARTIAL}"), *folder.glob(f"{PARTS}/.*{PARTIAL}")):  # of a run that was killed
-            partial.unlink()
+        remove_partial(folder / PARTS)
         try:
             yield finished
         except BaseException:
@@ -117,8 +112,8 @@ def _finished(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, 
         check_same(folder, manifest["settings"], settings)
         parts = {part["file"]: part for split in manifest["splits"].values() for part in split["shards"]}
     elif (folder / SETTINGS).exists():
-        check_same(folder, _read_json(folder / SETTINGS), settings)
-    own = [_read_json(path) for path in sorted((folder / PARTS).glob("*.json"))]
+        check_same(folder, read_json(folder / SETTINGS, AGAIN), settings)
+    own = [read_json(path, AGAIN) for path in sorted((folder / PARTS).glob("*.json"))]
     parts |= {part["file"]: part for part in own}
     whole = {name: part for name, part in parts.items() if _size(folder / name) == part["bytes"]}
     if not complete:
@@ -135,13 +130,6 @@ def _finished(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, 
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); delete it and run the same command again") from error
 
 
 def estimate(sources: Mapping[str, Source]) -> Estimate:
@@ -230,7 +218,7 @@ def finish(
         for name, split in splits.items()
     }
     builders.write_tfds_files(folder, layout, manifest)
-    write_atomically(folder / records.MANIFEST, {**manifest, "splits": splits})
+    write_json(folder / records.MANIFEST, {**manifest, "splits": splits}, indent=None)
     shutil.rmtree(folder / PARTS)
     (folder / SETTINGS).unlink(missing_ok=True)
 

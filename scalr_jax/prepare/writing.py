@@ -22,7 +22,7 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from scalr_jax.prepare import builders
 from scalr_jax.prepare.source import Source
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from scalr_jax.runtime.storage import PARTIAL, checksum, write_atomically
+from scalr_jax.runtime.storage import checksum, remove_partial, write_json, written_beside
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # images do not compress, and Zstd triples the time of reading
 PARTS = "parts"
@@ -63,16 +63,13 @@ def write_shard(
       InputError: the disk is full, or will not take the file for another reason.
     """
     final = folder / shard.file
-    partial = folder / f".{shard.file}.{os.getpid()}{PARTIAL}"
     try:
-        part = _write_records(partial, source, shard, said)
-        part |= {"file": shard.file, "bytes": partial.stat().st_size, "sha256": checksum(partial)}
-        partial.replace(final)
-        write_atomically(folder / PARTS / f"{shard.file}.json", part)
+        with written_beside(final) as partial:
+            part = _write_records(partial, source, shard, said)
+            part |= {"file": shard.file, "bytes": partial.stat().st_size, "sha256": checksum(partial)}
+        write_json(folder / PARTS / f"{shard.file}.json", part, indent=None)
     except OSError as error:
         raise InputError(f"{error.strerror or error} ({final}); {AGAIN}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return part
 
 
@@ -142,8 +139,7 @@ def write_shards(
             connection.close()
             worker.terminate()
             worker.join()
-            for partial in folder.glob(f".*.{worker.pid}{PARTIAL}"):
-                partial.unlink()
+        remove_partial(folder)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from scalr_jax.runtime.storage import written_whole
+
 PROGRESS_SECONDS = 3.0
 
 
@@ -32,9 +34,8 @@ class MetricWriter:
             return
         kept = [line for line in self._lines() if line.get("step", 0) <= step]
         kept.append({"event": "resume", "step": step})
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self._path)
+        with written_whole(self._path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def _lines(self) -> list[dict]:
         """The readable lines; a killed process may have left half a one."""

@@ -1,51 +1,74 @@
-"""Files: written whole or not at all, read back, compared by checksums."""
+"""Files: written whole or not at all, read back, locked, compared by checksums."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import secrets
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
+from absl import logging
 
 from scalr_jax.runtime.errors import InputError
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves by dotted name, of nested ConfigDicts or dicts."""
-    flat = {}
-    for key, value in config.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {f"{prefix}{key}": value})
-    return flat
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write atomically: a killed process leaves the old file or the new one."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(path)
-
-
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write into; it takes its name when the block ends well, and else leaves nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def written_beside(path: Path) -> Iterator[Path]:
+    """A path to write to; it becomes `path` when the block ends well, and else is removed."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")  # no other process writes to it
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         partial.replace(path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk does not say which file it was
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to; it becomes `path` when the block ends well, and else is removed. A killed process leaves the
+    old file or the new one (and perhaps a hidden partial one, which the next `locked` removes)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as partial, partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, values: object, indent: int | None = 2) -> None:
+    """Writes a JSON file whole."""
+    with written_whole(path) as file:
+        file.write((json.dumps(values, indent=indent) + "\n").encode())
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an uncompressed .npz whole."""
+    with written_whole(path) as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError, which ends with the `remedy`, when there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
+        raise InputError(f"{path}: not valid JSON ({str(error)[:200]}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must be one JSON object, in braces; {remedy}")
+    return content
 
 
 def check_writable(path: Path) -> None:
@@ -55,20 +78,47 @@ def check_writable(path: Path) -> None:
         raise InputError(f"{path} cannot be written: {there} is no folder, or a read-only one; give another --output")
 
 
-def write_atomically(path: Path, content: Any) -> None:
-    """Writes JSON so that `path` is either absent, as it was, or whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        with partial.open("w") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+@contextlib.contextmanager
+def locked(path: Path, remedy: str) -> Iterator[None]:
+    """Holds the lock file `path` of a folder, and removes what killed writers left there.
+
+    The system frees the lock when its process ends, however it ends.
+
+    Raises:
+      InputError: another process holds it; ends with the `remedy`.
+    """
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise InputError(f"{path.parent} is in use by a live run ({holder}); {remedy}") from None
+        except OSError as error:  # a file system without locks
+            logging.warning("%s cannot be locked (%s): make sure that no other run uses the folder", path, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        remove_partial(path.parent)
+        yield
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what killed writers left in a folder; for who alone writes there."""
+    for partial in folder.glob(f".*{PARTIAL}"):
+        if partial.is_file():
+            partial.unlink(missing_ok=True)
 
 
 def checksum(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted name, of nested ConfigDicts or dicts."""
+    flat = {}
+    for key, value in config.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {f"{prefix}{key}": value})
+    return flat

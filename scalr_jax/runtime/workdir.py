@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import logging
 
 from scalr_jax.runtime import distributed
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.keys import Row
-from scalr_jax.runtime.storage import flatten, write_json
+from scalr_jax.runtime.storage import flatten, locked, read_json, write_json
 
 
 @contextlib.contextmanager
@@ -44,7 +40,7 @@ def claim(workdir: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> Iter
             _compare(path, record, keys)
             fresh = not path.exists()
             _make(workdir)
-            stack.enter_context(_lock(workdir / "lock"))
+            stack.enter_context(locked(workdir / "lock", "wait for it, stop it, or use another --workdir"))
             write_json(path, record)
             stack.enter_context(_forget_if_nothing_was_done(path, fresh))
         distributed.barrier(f"claim {workdir}")
@@ -78,10 +74,7 @@ def _compare(path: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> None
     """Raises `InputError` with every difference. Keys missing from an older config.json count as their defaults."""
     if not path.exists():
         return
-    try:
-        there = flatten(json.loads(path.read_text()))
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not a run's config ({error}); use another --workdir, or remove it") from None
+    there = flatten(read_json(path, "use another --workdir, or remove it"))
     now, free = flatten(record), {row.name for row in keys if row.resume}
     old = json.loads(json.dumps({row.name: row.default for row in keys})) | there
     differences = [
@@ -93,23 +86,3 @@ def _compare(path: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> None
         raise InputError(
             f"{path.parent} holds a run with another config ({'; '.join(differences)}); use another --workdir"
         )
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """The system frees the lock when its process ends, however it ends."""
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise InputError(
-                f"{path.parent} is in use by a live run ({holder}); wait for it, stop it, or use another --workdir"
-            ) from None
-        except OSError as error:  # a file system without locks
-            logging.warning("%s cannot be locked (%s): make sure that no other run uses the folder", path, error)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield

@@ -13,6 +13,7 @@ from scalr_jax.data.readers import calibration, scan_files
 from scalr_jax.data.readers.calibration import Camera, is_number
 from scalr_jax.data.scenes import IGNORE
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import read_json
 
 FILE = "dataset.json"
 KEYS = (
@@ -28,6 +29,7 @@ KEYS = (
 )
 STUDENT_HEIGHT = 1.7  # metres of the student's origin above the ground, as KITTI's and nuScenes' lidars have it
 HELP = 'docs/data.md, "Your own lidar", explains every key.'
+REMEDY = f"correct it there. {HELP}"
 
 
 class Settings(NamedTuple):
@@ -47,7 +49,7 @@ def read_settings(path: Path) -> Settings:
     """Reads and checks the file; the defaults when there is none. Raises InputError that lists all problems."""
     if not path.exists():
         return Settings()
-    entry, problems = _read_object(path), []
+    entry, problems = read_json(path, REMEDY), []
     calibration.check_keys("the file", entry, KEYS, problems)
     columns = entry.get("columns")
     if columns is not None and (type(columns) is not int or columns not in scan_files.COLUMNS):
@@ -78,7 +80,7 @@ def read_settings(path: Path) -> Settings:
 def read_cameras(path: Path) -> dict[str, Camera]:
     """A scene's own `cameras.json`: the content of "cameras". Raises InputError that lists all problems."""
     problems: list[str] = []
-    cameras = _read_cameras(_read_object(path), problems)
+    cameras = _read_cameras(read_json(path, REMEDY), problems)
     _raise(path, problems)
     return cameras
 
@@ -87,18 +89,6 @@ def _raise(path: Path, problems: list[str]) -> None:
     if problems:
         number = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise InputError(f"{path}: {number}: {'; '.join(problems)}. {HELP}")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
-        raise InputError(f"{path}: not valid JSON ({str(error)[:200]}); correct it there. {HELP}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must be one JSON object, in braces. {HELP}")
-    return content
 
 
 def _read_cameras(entry: Any, problems: list[str]) -> dict[str, Camera]:

@@ -10,7 +10,6 @@ worker 0.4 s and 22 MB more, and its errors do not name the file.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from scalr_jax.data.readers import files
 from scalr_jax.data.scenes import Frame, Voxels
 from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.storage import read_json
 
 MANIFEST = "records.json"  # written last: a folder that has it is complete
 SETTINGS = "prepare.json"  # there until then
@@ -49,11 +49,8 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{root}: not prepared to the end (no {MANIFEST}); run the prepare command, it goes on where it stopped"
         )
-    try:
-        manifest = json.loads(path.read_text())
-        found = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); prepare into a new folder") from error
+    manifest = read_json(path, "prepare into a new folder")
+    found = manifest.get("format")
     if found != FORMAT:
         raise InputError(f"{path}: format {found!r}, and this version of scalr_jax reads {FORMAT}; prepare again")
     return manifest

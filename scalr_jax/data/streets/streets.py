@@ -8,7 +8,6 @@ process, before data workers start; reading needs none, so that a worker never s
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from scalr_jax.data.scenes import Frame
 from scalr_jax.data.streets.layout import CLASSES
 from scalr_jax.data.streets.sensors import SENSORS
 from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.storage import write_arrays
 
 VERSION = 2  # raise it whenever a rendered byte changes
 SPLITS = ("train", "validation", "teacher")
@@ -154,15 +154,3 @@ class Streets:
             visible=arrays["visible"],
             labels=arrays["labels"],
         )
-
-
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an uncompressed npz so that `path` is either absent or whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".npz")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

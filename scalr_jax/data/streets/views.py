@@ -14,6 +14,7 @@ import numpy as np
 
 from scalr_jax.data.streets import streets
 from scalr_jax.data.streets.sensors import SENSORS
+from scalr_jax.runtime.storage import write_arrays
 
 CAMERAS_PER_STREET = 3
 
@@ -39,7 +40,7 @@ def render_views(root: Path, num_streets: int, image_size: tuple[int, int], num_
     for index in range(num_streets):
         path = root / f"views-{h}x{w}-{num_pixels}-seed{seed}-v{streets.VERSION}-{index:05d}.npz"
         if not path.exists():
-            streets.write_arrays(path, _render_street(index, image_size, num_pixels, seed)._asdict())
+            write_arrays(path, _render_street(index, image_size, num_pixels, seed)._asdict())
         with path.open("rb") as file, np.load(file) as arrays:
             parts.append(Views(*(arrays[field] for field in Views._fields)))
         if time.monotonic() - said > streets.PROGRESS_SECONDS:

@@ -267,7 +267,7 @@ def test_a_file_cut_short_while_training_is_a_bad_frame(kitti):
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": 99}', "\0"])
 def test_a_damaged_manifest_is_named(kitti, content):
     (kitti / "records.json").write_text(content)
-    with pytest.raises(InputError, match=r"records\.json: (cannot be read|format 99)"):
+    with pytest.raises(InputError, match=r"records\.json: (cannot be read|not valid JSON|must be|format)"):
         Records(kitti)
 
 
