@@ -1,14 +1,12 @@
 """PyTorch's checkpoint files (`.pth`, `.pt`) and `.safetensors`, as nested dicts of NumPy arrays, without PyTorch.
 
 A `.pth` is a zip: `NAME/data.pkl`, a pickle that describes the contents, and `NAME/data/KEY`, the raw storages that its
-tensors are views of. A pickle is a small program: a plain loader calls whatever the file names. Here every name that
-weights and the usual leftovers of training need stands in `_KINDS` and becomes a `_Record`, which only remembers its
-arguments; any other name is refused. Loading therefore runs nothing; the records are turned into arrays afterwards.
+tensors are views of. Loading runs nothing (runtime/unpickler.py): every name that weights and the usual leftovers of
+training need stands in `_STAND_INS` and becomes a record; the records are turned into arrays afterwards.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import pickle
 import zipfile
@@ -21,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.unpickler import ForbiddenError, MalformedError, Record, RecordingUnpickler, need, stand_ins
 
 MAX_PICKLE_BYTES = 1 << 28  # the description of the largest published checkpoint takes a few MB
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before PyTorch 1.6
@@ -41,20 +40,24 @@ _STORAGES = {
 
 # Every (module, name) that a checkpoint may mention. Learning rates computed with NumPy leave NumPy scalars behind
 # (ScaLR's do), hence its names.
-_KINDS = {
-    **{("torch", name): name for name in _STORAGES},
-    ("collections", "OrderedDict"): "dict",
-    ("collections", "Counter"): "dict",
-    ("torch._utils", "_rebuild_tensor_v2"): "tensor",
-    ("torch._utils", "_rebuild_parameter"): "parameter",
-    ("torch", "Size"): "tuple",
-    ("torch", "device"): "device",
-    ("argparse", "Namespace"): "namespace",
-    **{("torch", name): f"torch.{name}" for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32")},
-    **{(f"numpy.{core}.multiarray", "scalar"): "scalar" for core in ("core", "_core")},
-    ("numpy", "dtype"): "dtype",
-    ("_codecs", "encode"): "bytes",
-}
+_STAND_INS = stand_ins(
+    {
+        **{("torch", name): name for name in _STORAGES},
+        ("collections", "OrderedDict"): "dict",
+        ("collections", "Counter"): "dict",
+        ("torch._utils", "_rebuild_tensor_v2"): "tensor",
+        ("torch._utils", "_rebuild_parameter"): "parameter",
+        ("torch", "Size"): "tuple",
+        ("torch", "device"): "device",
+        ("argparse", "Namespace"): "namespace",
+        **{
+            ("torch", name): f"torch.{name}" for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32")
+        },
+        **{(f"numpy.{core}.multiarray", "scalar"): "scalar" for core in ("core", "_core")},
+        ("numpy", "dtype"): "dtype",
+        ("_codecs", "encode"): "bytes",
+    }
+)
 
 
 def read_weights_file(path: str | Path) -> dict:
@@ -94,54 +97,15 @@ def _read_zip(path: Path) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:
             return _Archive(path, archive).contents()
-    except _ForbiddenError as error:
+    except ForbiddenError as error:
         problem = f"is refused: its pickle names {error}, which no weights need; nothing of it was run"
-    except _MalformedError as error:
+    except MalformedError as error:
         problem = f"is not a PyTorch checkpoint: {error}"
     except (zipfile.BadZipFile, EOFError, OSError) as error:
         problem = f"is truncated or damaged ({error}); copy it again"
     except Exception as error:  # what a malformed zip or pickle raises cannot be listed
         problem = f"is not a PyTorch checkpoint, or is damaged ({type(error).__name__}: {error})"
     raise InputError(f"{path} {problem}")
-
-
-class _ForbiddenError(Exception):
-    """The pickle names something that no checkpoint needs."""
-
-
-class _MalformedError(Exception):
-    """The file is a zip, but not as PyTorch writes it."""
-
-
-def _need(condition: bool, problem: str) -> None:
-    if not condition:
-        raise _MalformedError(problem)
-
-
-class _Record:
-    """What stands in for an object of the pickle: its kind, what it was called with, and its state."""
-
-    kind = ""
-
-    def __new__(cls, *args: Any, **_: Any) -> _Record:
-        record = super().__new__(cls)
-        record.args, record.items, record.state = args, {}, None
-        return record
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args: tuple[Any, ...]
-        self.items: dict[Any, Any]
-        self.state: Any
-
-    def __setitem__(self, key: Any, value: Any) -> None:  # SETITEMS of an OrderedDict
-        self.items[key] = value
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-# Classes, not functions: what a pickle can do to an object (BUILD) ends in `__setstate__`, so nothing here can change.
-_STAND_INS = {kind: type(f"_{kind.title()}", (_Record,), {"kind": kind}) for kind in set(_KINDS.values())}
 
 
 class _Storage:
@@ -151,19 +115,13 @@ class _Storage:
         self.key, self.dtype, self.size = key, dtype, size
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        kind = _KINDS.get((module_name, global_name))
-        if kind is None:
-            raise _ForbiddenError(f"{module_name}.{global_name}")
-        return _STAND_INS[kind]
-
+class _Unpickler(RecordingUnpickler):
     def persistent_load(self, pid: Any) -> _Storage:
-        _need(isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage", "an unknown persistent id")
+        need(isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage", "an unknown persistent id")
         _, storage, key, _, size = pid
         kind = getattr(storage, "kind", None)
-        _need(isinstance(storage, type) and kind in _STORAGES, "a storage of unknown type")
-        _need(isinstance(key, str) and isinstance(size, int) and size >= 0, "a storage without key or size")
+        need(isinstance(storage, type) and kind in _STORAGES, "a storage of unknown type")
+        need(isinstance(key, str) and isinstance(size, int) and size >= 0, "a storage without key or size")
         return _Storage(key, _STORAGES[str(kind)], size)
 
 
@@ -173,7 +131,7 @@ class _Archive:
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path, self.archive = path, archive
         pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
-        _need(len(pickles) == 1, "the zip holds no data.pkl")
+        need(len(pickles) == 1, "the zip holds no data.pkl")
         self.root = pickles[0].removesuffix("data.pkl")
         self.data: dict[str, bytes] = {}
         self.done: dict[int, Any] = {}
@@ -181,24 +139,24 @@ class _Archive:
     def contents(self) -> dict:
         byte_order = f"{self.root}byteorder"
         if byte_order in self.archive.namelist():
-            _need(self.bytes(byte_order, limit=16) == b"little", "it is big-endian")
+            need(self.bytes(byte_order, limit=16) == b"little", "it is big-endian")
         text = self.bytes(f"{self.root}data.pkl", limit=MAX_PICKLE_BYTES)
-        value = self.plain(_Unpickler(io.BytesIO(text)).load(), depth=0)
-        _need(isinstance(value, dict), f"it holds a {type(value).__name__} where a dict of weights is needed")
+        value = self.plain(_Unpickler(text, _STAND_INS).load(), depth=0)
+        need(isinstance(value, dict), f"it holds a {type(value).__name__} where a dict of weights is needed")
         return value
 
     def bytes(self, name: str, *, limit: int) -> bytes:
         try:
             entry = self.archive.getinfo(name)
         except KeyError:
-            raise _MalformedError(f"the zip lacks {name}") from None
-        _need(entry.compress_type == zipfile.ZIP_STORED, f"{name} is compressed, which PyTorch never does")
-        _need(entry.file_size <= limit, f"{name} has {entry.file_size} bytes where at most {limit} are expected")
+            raise MalformedError(f"the zip lacks {name}") from None
+        need(entry.compress_type == zipfile.ZIP_STORED, f"{name} is compressed, which PyTorch never does")
+        need(entry.file_size <= limit, f"{name} has {entry.file_size} bytes where at most {limit} are expected")
         return self.archive.read(entry)
 
     def plain(self, value: Any, depth: int) -> Any:
         """Records to arrays and plain containers. Shared objects are turned once; cycles are too deep."""
-        _need(depth < 100, "its contents are nested too deeply")
+        need(depth < 100, "its contents are nested too deeply")
         if isinstance(value, str | bytes | int | float | None):
             return value
         if id(value) not in self.done:
@@ -211,13 +169,13 @@ class _Archive:
             return {self.plain(k, depth): self.plain(v, depth) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(self.plain(item, depth) for item in value)
-        if isinstance(value, _Record):
+        if isinstance(value, Record):
             return self.convert_record(value, depth)
-        if isinstance(value, type) and issubclass(value, _Record):
+        if isinstance(value, type) and issubclass(value, Record):
             return value.kind  # torch.float32 and the like
-        raise _MalformedError(f"a {type(value).__name__} where weights or settings are expected")
+        raise MalformedError(f"a {type(value).__name__} where weights or settings are expected")
 
-    def convert_record(self, record: _Record, depth: int) -> Any:
+    def convert_record(self, record: Record, depth: int) -> Any:
         kind, args = record.kind, record.args
         if kind == "tensor":
             return self.tensor(*args[:4])
@@ -231,25 +189,25 @@ class _Archive:
             return self.plain(record.state, depth)
         if kind == "tuple":
             return self.plain(tuple(args[0]), depth)
-        _need(kind == "device", f"a bare {kind}")
+        need(kind == "device", f"a bare {kind}")
         return ":".join(str(arg) for arg in args)
 
     def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> np.ndarray:
         """A view of its storage, as `torch.as_strided` makes it; strides and offset count elements."""
-        _need(isinstance(storage, _Storage), "a tensor without storage")
-        _need(isinstance(shape, tuple) and isinstance(strides, tuple), "a tensor without shape")
-        _need(len(shape) == len(strides), "a tensor with more sizes than strides")
+        need(isinstance(storage, _Storage), "a tensor without storage")
+        need(isinstance(shape, tuple) and isinstance(strides, tuple), "a tensor without shape")
+        need(len(shape) == len(strides), "a tensor with more sizes than strides")
         sizes = (offset, *shape, *strides)
-        _need(all(type(size) is int and size >= 0 for size in sizes), "a tensor with sizes that are no numbers")
+        need(all(type(size) is int and size >= 0 for size in sizes), "a tensor with sizes that are no numbers")
         count = math.prod(shape)
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        _need(count <= storage.size and (count == 0 or last < storage.size), "a tensor larger than its storage")
+        need(count <= storage.size and (count == 0 or last < storage.size), "a tensor larger than its storage")
         dtype = storage.dtype
         if storage.key not in self.data:
             data = self.bytes(f"{self.root}data/{storage.key}", limit=storage.size * dtype.itemsize)
             self.data[storage.key] = data
         data = self.data[storage.key]
-        _need(len(data) == storage.size * dtype.itemsize, f"data/{storage.key} is shorter than its tensors")
+        need(len(data) == storage.size * dtype.itemsize, f"data/{storage.key} is shorter than its tensors")
         if count == 0:
             return np.zeros(shape, dtype)
         flat = np.frombuffer(data, dtype)[offset:]
@@ -259,12 +217,12 @@ class _Archive:
 
 def _scalar(dtype: Any, data: Any) -> bool | int | float:
     """A NumPy scalar of a pickle: its dtype record and its bytes, which protocol 2 holds as Latin-1 text."""
-    _need(isinstance(dtype, _Record) and dtype.kind == "dtype", "a scalar without dtype")
+    need(isinstance(dtype, Record) and dtype.kind == "dtype", "a scalar without dtype")
     code = str(dtype.args[0])
-    _need(code in ("f8", "f4", "f2", "i8", "i4", "b1"), f"a scalar of dtype {code!r}")
-    if isinstance(data, _Record):
+    need(code in ("f8", "f4", "f2", "i8", "i4", "b1"), f"a scalar of dtype {code!r}")
+    if isinstance(data, Record):
         data = str(data.args[0]).encode("latin-1")
-    _need(isinstance(data, bytes) and len(data) == np.dtype(code).itemsize, "a scalar of another size")
+    need(isinstance(data, bytes) and len(data) == np.dtype(code).itemsize, "a scalar of another size")
     return np.frombuffer(data, "<" + code)[0].item()
 
 

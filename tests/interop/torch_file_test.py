@@ -204,7 +204,7 @@ def test_a_pickle_cannot_change_the_reader(tmp_path):
         pickled += attribute + pickle.BUILD + pickle.SETITEM + pickle.STOP
         path = write_zip(tmp_path / "a.pth", pickled)
         assert outcome(path).startswith(str(path))
-        assert torch_file._STAND_INS["FloatStorage"].kind == "FloatStorage"
+        assert torch_file._STAND_INS["torch", "FloatStorage"].kind == "FloatStorage"
     torch_file.write_torch_file(tmp_path / "b.pth", CONTENTS)
     assert_same(torch_file.read_weights_file(tmp_path / "b.pth"), CONTENTS)
 

@@ -1,17 +1,14 @@
 """Pickled pandas tables, read without pandas and without trusting the file.
 
-PandaSet stores each scan as a pickled `pandas.DataFrame`. A pickle is a small program: a plain loader calls whatever
-the file names. Here every name a table may use stands in `_KINDS` and becomes a `_Record`, which only remembers its
-arguments and its state; any other name is refused. Loading therefore runs nothing, and afterwards the numbers are taken
-out of the records: a table is its column names, and blocks of equal dtype, each with the columns it fills.
+PandaSet stores each scan as a pickled `pandas.DataFrame`. Loading runs nothing (runtime/unpickler.py): every name that
+a table may use stands in `_STAND_INS` and becomes a record, of which the numbers are taken afterwards. A table is its
+column names, and blocks of equal dtype, each with the columns it fills.
 """
 
 from __future__ import annotations
 
 import gzip
-import io
 import itertools
-import pickle
 import re
 import zlib
 from pathlib import Path
@@ -20,71 +17,38 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scalr_jax.runtime.errors import BadFrameError
+from scalr_jax.runtime.unpickler import ForbiddenError, MalformedError, RecordingUnpickler, is_record, need, stand_ins
 
 MAX_BYTES = 1 << 30  # a PandaSet scan is about 10 MB unpacked; more than this is not a scan but an attack on memory
 
 # Every (module, name) that a table may mention, over the versions of pandas (0.2x to 3) and NumPy (1, 2).
-_KINDS = {
-    **{(m, "DataFrame"): "frame" for m in ("pandas", "pandas.core.frame")},
-    **{(f"pandas.core.internals{m}", "BlockManager"): "manager" for m in ("", ".managers")},
-    ("pandas._libs.internals", "_unpickle_block"): "block",
-    ("pandas.core.internals.blocks", "new_block"): "block",
-    ("pandas.core.indexes.base", "_new_Index"): "index",
-    **{(m, "Index"): "index class" for m in ("pandas", "pandas.core.indexes.base")},
-    **{(m, "RangeIndex"): "index class" for m in ("pandas", "pandas.core.indexes.range")},
-    **{("pandas.core.indexes.numeric", f"{t}Index"): "index class" for t in ("Int64", "UInt64", "Float64")},
-    **{(m, "StringDtype"): "dtype" for m in ("pandas", "pandas.core.arrays.string_")},
-    **{(m, "StringArray"): "strings" for m in ("pandas.arrays", "pandas.core.arrays.string_")},
-    **{(m, "ArrowStringArray"): "strings" for m in ("pandas.arrays", "pandas.core.arrays.string_arrow")},
-    ("pandas._libs.arrays", "__pyx_unpickle_NDArrayBacked"): "strings",
-    ("pyarrow.lib", "_restore_array"): "arrow",
-    ("pyarrow.lib", "type_for_alias"): "arrow type",
-    ("pyarrow.lib", "py_buffer"): "bytes",
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): "array" for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): "buffer" for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): "scalar" for core in ("core", "_core")},
-    ("numpy", "ndarray"): "array class",
-    ("numpy", "dtype"): "dtype",
-    **{(m, "slice"): "slice" for m in ("builtins", "__builtin__")},
-    **{(m, "bytearray"): "bytes" for m in ("builtins", "__builtin__")},
-    ("_codecs", "encode"): "bytes",
-}
-
-
-class _Record:
-    """What stands in for an object of the table: its kind, what it was called with, and the state it was given."""
-
-    kind = ""
-    args: tuple[Any, ...]
-    state: Any
-
-    def __new__(cls, *args: Any, **_: Any) -> _Record:
-        record = super().__new__(cls)
-        record.args, record.state = args, None
-        return record
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-# Classes, not functions: all that a pickle can do to one (BUILD) ends in `__setstate__`, so nothing here is changed.
-_STAND_INS = {kind: type(f"_{kind.title().replace(' ', '')}", (_Record,), {"kind": kind}) for kind in _KINDS.values()}
-
-
-class _ForbiddenError(Exception):
-    """The pickle names something that no table needs."""
-
-
-class _MalformedError(Exception):
-    """The pickle loads, but is not a table as pandas writes it."""
-
-
-class _TableUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        kind = _KINDS.get((module_name, global_name))
-        if kind is None:
-            raise _ForbiddenError(f"{module_name}.{global_name}")
-        return _STAND_INS[kind]
+_STAND_INS = stand_ins(
+    {
+        **{(m, "DataFrame"): "frame" for m in ("pandas", "pandas.core.frame")},
+        **{(f"pandas.core.internals{m}", "BlockManager"): "manager" for m in ("", ".managers")},
+        ("pandas._libs.internals", "_unpickle_block"): "block",
+        ("pandas.core.internals.blocks", "new_block"): "block",
+        ("pandas.core.indexes.base", "_new_Index"): "index",
+        **{(m, "Index"): "index class" for m in ("pandas", "pandas.core.indexes.base")},
+        **{(m, "RangeIndex"): "index class" for m in ("pandas", "pandas.core.indexes.range")},
+        **{("pandas.core.indexes.numeric", f"{t}Index"): "index class" for t in ("Int64", "UInt64", "Float64")},
+        **{(m, "StringDtype"): "dtype" for m in ("pandas", "pandas.core.arrays.string_")},
+        **{(m, "StringArray"): "strings" for m in ("pandas.arrays", "pandas.core.arrays.string_")},
+        **{(m, "ArrowStringArray"): "strings" for m in ("pandas.arrays", "pandas.core.arrays.string_arrow")},
+        ("pandas._libs.arrays", "__pyx_unpickle_NDArrayBacked"): "strings",
+        ("pyarrow.lib", "_restore_array"): "arrow",
+        ("pyarrow.lib", "type_for_alias"): "arrow type",
+        ("pyarrow.lib", "py_buffer"): "bytes",
+        **{(f"numpy.{core}.multiarray", "_reconstruct"): "array" for core in ("core", "_core")},
+        **{(f"numpy.{core}.numeric", "_frombuffer"): "buffer" for core in ("core", "_core")},
+        **{(f"numpy.{core}.multiarray", "scalar"): "scalar" for core in ("core", "_core")},
+        ("numpy", "ndarray"): "array class",
+        ("numpy", "dtype"): "dtype",
+        **{(m, "slice"): "slice" for m in ("builtins", "__builtin__")},
+        **{(m, "bytearray"): "bytes" for m in ("builtins", "__builtin__")},
+        ("_codecs", "encode"): "bytes",
+    }
+)
 
 
 class _Block(NamedTuple):
@@ -108,13 +72,13 @@ def read_dataframe(path: str | Path) -> dict[str, np.ndarray]:
     """
     data = _read_bytes(Path(path))
     try:
-        return _columns(_TableUnpickler(io.BytesIO(data)).load())
-    except _ForbiddenError as error:
+        return _columns(RecordingUnpickler(data, _STAND_INS).load())
+    except ForbiddenError as error:
         raise BadFrameError(
             f"{path}: the pickle asks for {error}, which no table of numbers needs; nothing was executed. "
             "Replace the file with the dataset's own."
         ) from None
-    except _MalformedError as error:
+    except MalformedError as error:
         raise BadFrameError(f"{path}: not a pickled table of numbers ({error}); copy the file again.") from None
     except Exception as error:  # a damaged pickle can raise nearly anything, from EOFError to UnicodeDecodeError
         raise BadFrameError(
@@ -142,21 +106,21 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _columns(frame: Any) -> dict[str, np.ndarray]:
-    _need(_is(frame, "frame") and isinstance(frame.state, dict), "no DataFrame")
+    need(is_record(frame, "frame") and isinstance(frame.state, dict), "no DataFrame")
     manager: Any = frame.state.get("_mgr", frame.state.get("_data"))  # `_data` before pandas 1.1
-    _need(_is(manager, "manager"), "no block manager")
+    need(is_record(manager, "manager"), "no block manager")
     axis, blocks = _old_layout(manager.state) if manager.state is not None else _new_layout(manager.args)
     names = _names(axis)
     table: dict[str, np.ndarray | None] = dict.fromkeys(names)
-    _need(len(table) == len(names), "a column name occurs twice")
+    need(len(table) == len(names), "a column name occurs twice")
     for block in blocks:
-        _need(block.values.ndim == 2 and len(block.columns) == len(block.values), "a block of another shape")
+        need(block.values.ndim == 2 and len(block.columns) == len(block.values), "a block of another shape")
         for column, values in zip(block.columns, block.values, strict=True):
-            _need(0 <= column < len(names), f"column {column} of {len(names)}")
+            need(0 <= column < len(names), f"column {column} of {len(names)}")
             table[names[column]] = values
     columns = {name: values for name, values in table.items() if values is not None}
-    _need(len(columns) == len(names), "a column without values")
-    _need(len({len(values) for values in columns.values()}) <= 1, "columns of unequal length")
+    need(len(columns) == len(names), "a column without values")
+    need(len({len(values) for values in columns.values()}) <= 1, "columns of unequal length")
     return columns
 
 
@@ -170,29 +134,29 @@ def _old_layout(state: Any) -> tuple[Any, list[_Block]]:
 def _new_layout(args: tuple[Any, ...]) -> tuple[Any, list[_Block]]:
     """Since pandas 1.3: BlockManager(blocks, axes), where a block is (values, placement, dimensions)."""
     blocks, axes = args[:2]
-    _need(all(_is(block, "block") for block in blocks), "a block of unknown kind")
+    need(all(is_record(block, "block") for block in blocks), "a block of unknown kind")
     return axes[0], [_Block(_placement(block.args[1]), _array(block.args[0])) for block in blocks]
 
 
 def _placement(record: Any) -> np.ndarray:
     """Which columns a block fills [k]: a slice, or an array of indices."""
-    if not _is(record, "slice"):
+    if not is_record(record, "slice"):
         return _array(record)
     start, stop, step = record.args
     return np.arange(start or 0, min(stop, 1 << 16), step or 1)
 
 
 def _names(axis: Any) -> list[str]:
-    _need(_is(axis, "index") and len(axis.args) == 2, "no column names")
+    need(is_record(axis, "index") and len(axis.args) == 2, "no column names")
     data = axis.args[1]["data"]
-    names = _strings(data) if _is(data, "strings") else _objects(data)
-    _need(all(isinstance(name, str) for name in names), "column names that are no strings")
+    names = _strings(data) if is_record(data, "strings") else _objects(data)
+    need(all(isinstance(name, str) for name in names), "column names that are no strings")
     return names
 
 
 def _objects(record: Any) -> list[Any]:
     """An object array as a plain list: column names only, numbers never travel so."""
-    _need(_is(record, "array") and isinstance(record.state[4], list), "column names in an unknown form")
+    need(is_record(record, "array") and isinstance(record.state[4], list), "column names in an unknown form")
     return record.state[4]
 
 
@@ -201,7 +165,7 @@ def _strings(record: Any) -> list[Any]:
     state = record.state
     data: Any = state.get("_pa_array", state.get("_ndarray")) if isinstance(state, dict) else state[1]
     data = data[0] if isinstance(data, tuple) else data
-    if not _is(data, "arrow"):
+    if not is_record(data, "arrow"):
         return _objects(data)
     form, count, _, first, (_, offsets, text) = data.args[0][:5]
     width = {"large_string": "<i8", "string": "<i4"}[form.args[0]]
@@ -211,10 +175,10 @@ def _strings(record: Any) -> list[Any]:
 
 def _array(record: Any) -> np.ndarray:
     """A NumPy array from what the pickle says of it, checked against its bytes."""
-    if _is(record, "array"):  # state: version, shape, dtype, in Fortran order?, bytes
+    if is_record(record, "array"):  # state: version, shape, dtype, in Fortran order?, bytes
         _, shape, dtype, fortran, data = record.state
     else:
-        _need(_is(record, "buffer"), "values that are no NumPy array")
+        need(is_record(record, "buffer"), "values that are no NumPy array")
         data, dtype, shape, order = record.args
         fortran = order == "F"
     values = np.frombuffer(_bytes(data), _dtype(dtype))
@@ -222,28 +186,19 @@ def _array(record: Any) -> np.ndarray:
 
 
 def _dtype(record: Any) -> np.dtype:
-    _need(_is(record, "dtype") and bool(record.args), "no dtype")
+    need(is_record(record, "dtype") and bool(record.args), "no dtype")
     code = str(record.args[0])
-    _need(re.fullmatch(r"[iufb][1248]", code) is not None, f"values of dtype {code!r}, which are no numbers")
+    need(re.fullmatch(r"[iufb][1248]", code) is not None, f"values of dtype {code!r}, which are no numbers")
     order = record.state[1] if record.state else "="
-    _need(order in ("<", ">", "=", "|"), "a dtype without byte order")
+    need(order in ("<", ">", "=", "|"), "a dtype without byte order")
     return np.dtype(order + code)
 
 
 def _bytes(data: Any) -> bytes | bytearray:
     """The raw bytes: themselves, wrapped (`bytearray`, `py_buffer`), or as Latin-1 text (protocol 2)."""
-    while _is(data, "bytes"):
+    while is_record(data, "bytes"):
         data = data.args[0] if data.args else b""
     if isinstance(data, str):
         return data.encode("latin-1")
-    _need(isinstance(data, bytes | bytearray), "values without bytes")
+    need(isinstance(data, bytes | bytearray), "values without bytes")
     return data
-
-
-def _is(record: Any, kind: str) -> bool:
-    return isinstance(record, _Record) and record.kind == kind
-
-
-def _need(condition: bool, problem: str) -> None:
-    if not condition:
-        raise _MalformedError(problem)
