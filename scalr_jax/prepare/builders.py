@@ -58,14 +58,14 @@ class LidarFrames(tfds.core.ShardBasedBuilder):
 
     def __init__(
         self,
-        metadata: Mapping[str, Any] | None = None,
+        metadata: dict | None = None,
         shards: Mapping[str, list[Callable[[], Iterator[tuple[int, dict[str, bytes]]]]]] | None = None,
-        **options: Any,
+        **options: object,
     ) -> None:
         self._extra, self._shards = dict(metadata or {}), dict(shards or {})
         super().__init__(file_format=FORMAT, **options)
 
-    def _info(self) -> Any:
+    def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
             description="Lidar scans and camera views, prepared by scalr_jax.prepare.",
@@ -74,12 +74,12 @@ class LidarFrames(tfds.core.ShardBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
+    def _shard_iterators_per_split(self, dl_manager: object) -> dict:
         del dl_manager  # nothing is downloaded
         return self._shards
 
 
-def features() -> Any:
+def features() -> Any:  # TFDS's own annotations do not fit one another
     """The features of every record."""
     return tfds.features.FeaturesDict({name: tfds.features.Text(doc=text) for name, text in FEATURES.items()})
 
@@ -105,7 +105,7 @@ def shard_name(split: str, shard: int, num_shards: int) -> str:
     return f"{NAME}-{split}.{FORMAT}-{shard:05d}-of-{num_shards:05d}"
 
 
-def write_tfds_files(folder: Path, splits: Mapping[str, tuple[list[int], int]], metadata: Mapping[str, Any]) -> None:
+def write_tfds_files(folder: Path, splits: Mapping[str, tuple[list[int], int]], metadata: dict) -> None:
     """Writes dataset_info.json, features.json and metadata.json.
 
     Args:

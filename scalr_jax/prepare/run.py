@@ -41,7 +41,7 @@ from scalr_jax.data.readers.records import is_prepared
 from scalr_jax.prepare import session as record_run
 from scalr_jax.prepare import source as record_source
 from scalr_jax.prepare.source import Images, Source
-from scalr_jax.prepare.writing import AGAIN, plan_shards
+from scalr_jax.prepare.writing import AGAIN, Part, plan_shards
 from scalr_jax.runtime.command_line import exit_codes, parse_flags, require
 from scalr_jax.runtime.errors import InputError
 
@@ -213,7 +213,7 @@ def describe_fidelity(lost: dict[str, float]) -> str:
     )
 
 
-def report(folder: Path, parts: list[dict[str, Any]]) -> None:
+def report(folder: Path, parts: list[Part]) -> None:
     """Prints what was written and names what was left out."""
     for part in parts:
         for text in part["bad"]:

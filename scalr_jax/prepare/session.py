@@ -14,9 +14,9 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from scalr_jax.data.readers.records import SETTINGS
 from scalr_jax.prepare import builders
 from scalr_jax.prepare import source as record_source
 from scalr_jax.prepare.source import Source
-from scalr_jax.prepare.writing import PARTS, Shard, write_shards
+from scalr_jax.prepare.writing import PARTS, Part, Progress, Shard, write_shards
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
 from scalr_jax.runtime.storage import checksum, flatten, locked, read_json, remove_partial, write_json
 
@@ -43,7 +43,7 @@ class Estimate(NamedTuple):
     fidelity: dict[str, float] | None  # what the stored images lose; see record_source.fidelity
 
 
-def run_settings(choices: Mapping[str, Any], sources: Mapping[str, Source], frames_per_shard: int) -> dict[str, Any]:
+def run_settings(choices: dict, sources: Mapping[str, Source], frames_per_shard: int) -> dict:
     """What two runs must share to write one dataset: `choices`, and per split the frames and their order."""
     splits = {
         name: {
@@ -56,9 +56,9 @@ def run_settings(choices: Mapping[str, Any], sources: Mapping[str, Source], fram
     return json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
 
 
-def check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_same(folder: Path, found: dict, expected: dict) -> None:
     """Raises InputError that lists how the settings found in `folder` differ from this command's."""
-    a, b = flatten(found), flatten(wanted)
+    a, b = flatten(found), flatten(expected)
     if different := [
         f"{key}: {a.get(key)} there, {b.get(key)} now" for key in sorted({*a, *b}) if a.get(key) != b.get(key)
     ]:
@@ -69,7 +69,7 @@ def check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, dict[str, Any]]]:
+def claimed(folder: Path, settings: dict) -> Iterator[dict[str, Part]]:
     """Holds the folder for one run; gives the parts of finished shards, by file.
 
     Raises:
@@ -103,9 +103,9 @@ def _leave(folder: Path) -> None:
         folder.rmdir()
 
 
-def _finished(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _finished(folder: Path, settings: dict) -> dict[str, Part]:
     """The parts of shards whose file is there and has the size that was written."""
-    parts: dict[str, dict[str, Any]] = {}
+    parts: dict[str, Part] = {}
     complete = records.is_prepared(folder)
     if complete:
         manifest = records.read_manifest(folder)
@@ -113,7 +113,7 @@ def _finished(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, 
         parts = {part["file"]: part for split in manifest["splits"].values() for part in split["shards"]}
     elif (folder / SETTINGS).exists():
         check_same(folder, read_json(folder / SETTINGS, AGAIN), settings)
-    own = [read_json(path, AGAIN) for path in sorted((folder / PARTS).glob("*.json"))]
+    own = [cast("Part", read_json(path, AGAIN)) for path in sorted((folder / PARTS).glob("*.json"))]
     parts |= {part["file"]: part for part in own}
     whole = {name: part for name, part in parts.items() if _size(folder / name) == part["bytes"]}
     if not complete:
@@ -170,11 +170,11 @@ def write_missing(
     folder: Path,
     sources: Mapping[str, Source],
     shards: list[Shard],
-    finished: dict[str, dict[str, Any]],
+    finished: dict[str, Part],
     *,
     num_processes: int,
-    progress: Callable[[int], Any],
-) -> dict[str, dict[str, Any]]:
+    progress: Progress,
+) -> dict[str, Part]:
     """Writes the shards that are not `finished` and returns the parts of all. `progress` gets numbers of frames done.
 
     Raises:
@@ -198,8 +198,8 @@ def write_missing(
 def finish(
     folder: Path,
     shards: list[Shard],
-    parts: Mapping[str, dict[str, Any]],
-    manifest: Mapping[str, Any],
+    parts: Mapping[str, Part],
+    manifest: dict,
     described: Mapping[str, str],
 ) -> None:
     """Makes the folder readable: TFDS's files, then records.json. `described`: split -> table of the raw split.
@@ -207,23 +207,20 @@ def finish(
     Raises:
       InputError: no frame was usable.
     """
-    splits: dict[str, Any] = {}
-    for name in described:
-        own = [parts[shard.file] for shard in shards if shard.split == name]
-        splits[name] = {"described": described[name], "shards": own}
+    splits = {name: [parts[shard.file] for shard in shards if shard.split == name] for name in described}
     if not any(part["names"] for part in parts.values()):
         raise InputError(f"{folder}: none of the frames was usable")
     layout = {
-        name: ([part["records"] for part in split["shards"]], sum(part["bytes"] for part in split["shards"]))
-        for name, split in splits.items()
+        name: ([part["records"] for part in own], sum(part["bytes"] for part in own)) for name, own in splits.items()
     }
     builders.write_tfds_files(folder, layout, manifest)
-    write_json(folder / records.MANIFEST, {**manifest, "splits": splits}, indent=None)
+    content = {name: {"described": described[name], "shards": own} for name, own in splits.items()}
+    write_json(folder / records.MANIFEST, {**manifest, "splits": content}, indent=None)
     shutil.rmtree(folder / PARTS)
     (folder / SETTINGS).unlink(missing_ok=True)
 
 
-def verify(folder: Path, progress: Callable[[int], Any] = lambda size: None) -> str:
+def verify(folder: Path, progress: Progress = lambda size: None) -> str:
     """Compares every file's bytes with what was written; `progress` gets their numbers.
 
     Returns:

@@ -14,8 +14,9 @@ import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -27,6 +28,24 @@ from scalr_jax.runtime.storage import checksum, remove_partial, write_json, writ
 WRITER_OPTIONS = "group_size:1,uncompressed"  # images do not compress, and Zstd triples the time of reading
 PARTS = "parts"
 AGAIN = "free space on the disk and run the same command again: finished files are kept"
+
+
+Progress = Callable[[int], object]  # gets the number of frames (or bytes) done since it was last called
+
+
+class Part(TypedDict):
+    """What is in one finished shard; lists have an entry a frame but for the last two."""
+
+    file: str
+    bytes: int
+    sha256: str
+    records: int
+    names: list[str]
+    scan_files: list[str]
+    scans: list[bool]  # whether the whole scan is stored
+    cameras: list[list[int]]  # which views are
+    bad: list[str]  # sentences about frames that are left out
+    problems: list[str]  # sentences about images that are left out
 
 
 class Shard(NamedTuple):
@@ -50,14 +69,8 @@ def plan_shards(split: str, num_frames: int, frames_per_shard: int) -> list[Shar
     return [Shard(split, k, num_shards, ends[k], ends[k + 1]) for k in range(num_shards)]
 
 
-def write_shard(
-    folder: Path, source: Source, shard: Shard, said: Callable[[int], Any] = lambda frames: None
-) -> dict[str, Any]:
-    """Writes one shard and its part; `said` gets the number of frames done since it was last called.
-
-    Returns:
-      The part: file, bytes, sha256, number of records; per frame its name, scan_file, whether the whole scan is stored
-      ("scans") and which cameras; sentences about bad frames ("bad") and images that were left out ("problems").
+def write_shard(folder: Path, source: Source, shard: Shard, said: Progress = lambda frames: None) -> Part:
+    """Writes one shard and its part, and returns that.
 
     Raises:
       InputError: the disk is full, or will not take the file for another reason.
@@ -66,17 +79,28 @@ def write_shard(
     try:
         with written_beside(final) as partial:
             part = _write_records(partial, source, shard, said)
-            part |= {"file": shard.file, "bytes": partial.stat().st_size, "sha256": checksum(partial)}
+            part["bytes"], part["sha256"] = partial.stat().st_size, checksum(partial)
         write_json(folder / PARTS / f"{shard.file}.json", part, indent=None)
     except OSError as error:
         raise InputError(f"{error.strerror or error} ({final}); {AGAIN}") from error
     return part
 
 
-def _write_records(path: Path, source: Source, shard: Shard, said: Callable[[int], Any]) -> dict[str, Any]:
+def _write_records(path: Path, source: Source, shard: Shard, said: Progress) -> Part:
     serialize = builders.make_serializer()
-    part: dict[str, Any] = {key: [] for key in ("names", "scan_files", "scans", "cameras", "bad", "problems")}
-    records, known = 0, {camera: k for k, camera in enumerate(source.cameras)}
+    part = Part(
+        file=shard.file,
+        bytes=0,
+        sha256="",
+        records=0,
+        names=[],
+        scan_files=[],
+        scans=[],
+        cameras=[],
+        bad=[],
+        problems=[],
+    )
+    known = {camera: k for k, camera in enumerate(source.cameras)}
     try:
         writer = array_record_module.ArrayRecordWriter(str(path), WRITER_OPTIONS)
         with contextlib.closing(writer):
@@ -89,7 +113,7 @@ def _write_records(path: Path, source: Source, shard: Shard, said: Callable[[int
                     continue
                 for example in frame.examples:
                     writer.write(serialize(example))
-                records += len(frame.examples)
+                part["records"] += len(frame.examples)
                 part["names"].append(frame.name)
                 part["scan_files"].append(source.scan_file(index) or "")
                 part["scans"].append(frame.has_scan)
@@ -100,19 +124,17 @@ def _write_records(path: Path, source: Source, shard: Shard, said: Callable[[int
             os.fsync(file.fileno())
         reader = array_record_module.ArrayRecordReader(str(path), options="readahead_buffer_size:0")
         with contextlib.closing(reader):
-            if reader.num_records() != records:
-                raise InputError(f"{reader.num_records()} of {records} records were written ({path}); {AGAIN}")
+            if reader.num_records() != part["records"]:
+                raise InputError(f"{reader.num_records()} of {part['records']} records were written ({path}); {AGAIN}")
     except RuntimeError as error:  # array_record's only kind
         raise InputError(f"{' '.join(str(error).split())[:300]}; {AGAIN}") from error
-    return part | {"records": records}
+    return part
 
 
 def write_shards(
-    folder: Path, sources: Mapping[str, Source], shards: Sequence[Shard], num_processes: int, said: Callable[[int], Any]
-) -> Generator[dict[str, Any]]:
+    folder: Path, sources: Mapping[str, Source], shards: Sequence[Shard], num_processes: int, said: Progress
+) -> Generator[Part]:
     """Writes `shards` in this process, or in several; yields parts as they are finished.
-
-    `said` gets the number of frames done since it was last called.
 
     Raises:
       InputError: as `write_shard`, or a process was killed.
@@ -123,7 +145,7 @@ def write_shards(
         return
     spawn = multiprocessing.get_context("spawn")
     todo = list(reversed(shards))
-    workers: dict[Connection, Any] = {}
+    workers: dict[Connection, SpawnProcess] = {}
     try:
         with _holding_interrupts():  # until all are known here, to be stopped
             for _ in range(min(num_processes, len(shards))):
@@ -163,9 +185,7 @@ def _holding_interrupts() -> Generator[None]:
         raise KeyboardInterrupt
 
 
-def _collect(
-    workers: dict[Connection, Any], todo: list[Shard], said: Callable[[int], Any]
-) -> Generator[dict[str, Any]]:
+def _collect(workers: dict[Connection, SpawnProcess], todo: list[Shard], said: Progress) -> Generator[Part]:
     """Hands out `todo` (last first) to workers, each of which has one shard already, until all are written."""
     busy = set(workers)
     while busy:
@@ -187,20 +207,21 @@ def _collect(
                 busy.remove(ready)
 
 
-def _send(connection: Connection, worker: Any, shard: Shard) -> None:
+def _send(connection: Connection, worker: SpawnProcess, shard: Shard) -> None:
     try:
         connection.send(shard)
     except ConnectionError:
         raise _ended(worker) from None
 
 
-def _ended(worker: Any) -> Exception:
+def _ended(worker: SpawnProcess) -> Exception:
     """What to raise of a worker that is gone."""
     worker.join()
-    if worker.exitcode >= 0:
+    code = worker.exitcode or 0
+    if code >= 0:
         return RuntimeError("a worker of prepare failed; what it said is above")
     return InputError(
-        f"a process of prepare was ended by signal {-worker.exitcode} (9 is a kill, perhaps for want of memory); the "
+        f"a process of prepare was ended by signal {-code} (9 is a kill, perhaps for want of memory); the "
         "same command goes on, and needs less memory with fewer --num_processes"
     )
 
