@@ -59,7 +59,7 @@ if not (workdir / "results.json").exists():
 # %%
 import jax
 import scalr_jax
-from scalr_jax.interop.layout import empty_batch
+from scalr_jax.interop.model import empty_batch
 
 distilled = scalr_jax.load(workdir)
 student = distilled.student

@@ -24,8 +24,7 @@ from scalr_jax.data.scenes import IGNORE
 from scalr_jax.data.sensors import known_classes
 from scalr_jax.data.transforms import FEATURES
 from scalr_jax.data.whole_scan import check_points, whole_scan
-from scalr_jax.interop import minkunet as interop_minkunet
-from scalr_jax.interop import student as interop
+from scalr_jax.interop.published import read_published
 from scalr_jax.interop.saved import choose_intensity, read_saved
 from scalr_jax.models.build import make_student
 from scalr_jax.runtime.errors import InputError
@@ -152,35 +151,23 @@ def load(
         raise InputError(f"{path}: {error}") from None
 
 
-def _load_published(path: Path, sensor: str | None, given: dict, activation: str | None) -> tuple[dict, dict]:
-    if interop_minkunet.is_minkunet(path):
-        return _load_minkunet(path, sensor)
-    config, variables = interop.load_torch_checkpoint(path, activation=activation)
-    settings = {**config.to_dict(), "voxel_size": get_config().data.voxel_size}
-    known = ", ".join(sensors.INTENSITY)
-    if sensor is None:
-        missing = [f"{name}=" for name in ("intensity", "field_of_view", "grids") if name not in given]
-        if missing:
-            raise InputError(f"{path} does not say its sensor; give sensor= (one of {known}), or {', '.join(missing)}")
-        return settings, variables
-    if sensor not in sensors.INTENSITY:
+def _load_published(path: Path, sensor: str | None, given: Mapping, activation: str | None) -> tuple[dict, dict]:
+    found, known = read_published(path), ", ".join(sensors.INTENSITY)
+    model, defaults = found.model_with(activation, str(path)), get_config()
+    settings = {**defaults.model.to_dict(), "voxel_size": defaults.data.voxel_size, **model, **found.data}
+    settings["minkunet"] = {**defaults.model.minkunet.to_dict(), **model.get("minkunet", {})}
+    missing = [name for name in ("intensity", "field_of_view", "grids") if name in found.unsaid and name not in given]
+    if sensor is None and missing:
+        arguments = ", ".join(f"{name}=" for name in missing)
+        raise InputError(f"{path} does not say its sensor; give sensor= (one of {known}), or {arguments}")
+    if sensor is not None and found.unsaid and sensor not in sensors.INTENSITY:
         raise InputError(f"sensor = {sensor!r} is none of {known}")
-    settings["intensity"] = sensors.INTENSITY[sensor]
-    settings["class_names"] = _class_names(sensor, settings)
-    if "field_of_view" not in given or "grids" not in given:
-        settings["field_of_view"], settings["grids"] = sensors.published_view(sensor, settings)
-    return settings, variables
-
-
-def _load_minkunet(path: Path, sensor: str | None) -> tuple[dict, dict]:
-    """As it was trained: on raw intensities, of one point a voxel. Any field of view goes with it."""
-    there, variables = interop_minkunet.load_minkunet(path)
-    model = get_config().model.to_dict()
-    settings = {**model, **there, "minkunet": {**model["minkunet"], **there["minkunet"]}, "head_hidden": 0}
-    settings |= {"intensity": interop_minkunet.INTENSITY, "num_features": len(FEATURES)}
-    settings["voxel_size"] = settings["minkunet"]["voxel_size"]
     settings["class_names"] = _class_names(sensor or "", settings)
-    return settings, variables
+    if sensor is not None and "intensity" in missing:
+        settings["intensity"] = sensors.INTENSITY[sensor]
+    if sensor is not None and {"field_of_view", "grids"} & set(missing):
+        settings["field_of_view"], settings["grids"] = sensors.published_view(sensor, settings)
+    return settings, found.variables
 
 
 def _class_names(dataset: str, settings: Mapping[str, Any]) -> tuple[str, ...]:

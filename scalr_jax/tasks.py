@@ -27,8 +27,7 @@ from scalr_jax.evaluation.submission import Submission
 from scalr_jax.evaluation.zero_shot import Images, zero_shot
 from scalr_jax.figures.charts import draw_confusion, draw_robustness
 from scalr_jax.figures.curves import draw_loss
-from scalr_jax.interop import minkunet
-from scalr_jax.interop import student as waffleiron
+from scalr_jax.interop.published import read_published
 from scalr_jax.interop.saved import Saved, read_saved, write_settings
 from scalr_jax.interop.teacher import make_teacher
 from scalr_jax.models.backbone import CachedFeatures
@@ -117,7 +116,8 @@ def load_backbone(settings: Settings) -> Saved:
     """
     path = Path(settings.run.checkpoint)
     if settings.run.checkpoint and path.is_file():
-        saved, inputs = _published(path, settings.model.activation)
+        found = read_published(path)
+        saved, inputs = Saved(found.model, found.variables), found.data
     elif (settings.run.checkpoint and (path / "checkpoints").is_dir()) or (path / "results.json").is_file():
         saved, inputs = read_saved(path), {"intensity": _given_intensity(path)}
     else:
@@ -135,17 +135,6 @@ def load_backbone(settings: Settings) -> Saved:
     if wrong:
         raise InputError(f"{path} holds another student: {'; '.join(wrong)}; set these keys as they are there")
     return saved
-
-
-def _published(path: Path, activation: str) -> tuple[Saved, dict[str, Any]]:
-    """A published file, and the inputs of `config.data` that it was trained on."""
-    if minkunet.is_minkunet(path):
-        found, variables = minkunet.load_minkunet(path)
-        inputs = {"intensity": minkunet.INTENSITY, "voxel_size": found["minkunet"]["voxel_size"]}
-        return Saved(found, variables), inputs
-    model, weights = waffleiron.read_student(path)
-    model.activation = model.activation or activation  # downstream files do not say theirs
-    return Saved({**model, "name": "waffleiron"}, waffleiron.convert_weights(weights, model, str(path))), {}
 
 
 def _given_intensity(workdir: Path) -> tuple[float, ...]:

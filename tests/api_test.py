@@ -15,8 +15,8 @@ from scalr_jax.data import sensors
 from scalr_jax.data.readers.files import read_label_map
 from scalr_jax.data.scenes import IGNORE
 from scalr_jax.data.streets.layout import CLASSES as STREET_CLASSES
-from scalr_jax.interop import student as interop
-from scalr_jax.interop.layout import empty_batch
+from scalr_jax.interop import waffleiron as interop
+from scalr_jax.interop.model import empty_batch
 from scalr_jax.runtime.errors import InputError
 from tests.support.tiny_student import tiny_model, write_workdir
 

@@ -11,8 +11,8 @@ from scalr_jax import recipes, tasks
 from scalr_jax.compile import abstract
 from scalr_jax.config import TeacherSettings, read_settings
 from scalr_jax.data.joined import every_nth, intensity_statistics
-from scalr_jax.interop import student as interop
-from scalr_jax.interop.layout import empty_batch
+from scalr_jax.interop import waffleiron as interop
+from scalr_jax.interop.model import empty_batch
 from scalr_jax.interop.teacher import make_teacher
 from scalr_jax.models.build import make_backbone, make_student
 from scalr_jax.runtime.errors import InputError

@@ -41,7 +41,7 @@ from scalr_jax.data.sensors import INTENSITY, PRETRAINING
 from scalr_jax.data.whole_scan import whole_scan
 from scalr_jax.export.fold import fold
 from scalr_jax.export.inputs import scene_inputs
-from scalr_jax.interop.layout import empty_batch, student_of
+from scalr_jax.interop.model import empty_batch, student_of
 from scalr_jax.runtime.errors import InputError
 
 SCANS = {

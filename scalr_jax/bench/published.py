@@ -37,7 +37,7 @@ from scalr_jax.bench import scenes as bench_scenes
 from scalr_jax.bench.student import add_student_arguments, student_of
 from scalr_jax.bench.timing import Parser, Times, header, interleave, positive, rounded, show_times
 from scalr_jax.data.scenes import Batch
-from scalr_jax.interop.names import published_state_dict
+from scalr_jax.interop.waffleiron import published_state_dict
 from scalr_jax.runtime.errors import InputError
 
 TOLERANCE = 1e-2  # of float32 outputs; GPUs multiply in TensorFloat-32
@@ -110,7 +110,7 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace, torch: A
     backbone: Any = student.backbone
     model = {"channels": backbone.channels, "depth": backbone.depth, "norm": backbone.norm, "head": "distill"}
     model |= {"head_hidden": 0, "out_features": student.out_features, "num_features": batch.feats.shape[-1]}
-    theirs = _Published(torch, package, model, published_state_dict(model, variables), scenes)
+    theirs = _Published(torch, package, model, published_state_dict(student, variables), scenes)
     wanted = theirs.outputs()
     published = {"published_forward_s": theirs.time(theirs.forward, runs)}
     published["published_step_s"] = theirs.time(theirs.step, runs)

@@ -19,8 +19,9 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from scalr_jax.interop import student as interop
 from scalr_jax.interop.exported import FILES, is_export
+from scalr_jax.interop.model import student_of
+from scalr_jax.interop.waffleiron import published_state_dict, save_torch_checkpoint
 from scalr_jax.runtime.checkpoint import save_weights
 from scalr_jax.runtime.errors import InputError
 
@@ -82,9 +83,9 @@ def write_weights(folder: Path, form: str, settings: Mapping[str, Any], variable
     """Writes the weights in one of the `READABLE` formats. The first two have PyTorch's names and layouts."""
     path = folder / FILES[form]
     if form == "torch":
-        interop.save_torch_checkpoint(path, settings, variables)
+        save_torch_checkpoint(path, settings, variables)
     elif form == "safetensors":
-        path.write_bytes(safetensors.numpy.save(interop.published_state_dict(settings, variables)))
+        path.write_bytes(safetensors.numpy.save(published_state_dict(student_of(settings), variables)))
     else:
         _write_orbax(path, variables)
 

@@ -43,7 +43,7 @@ from scalr_jax.export.fold import fold
 from scalr_jax.export.folder import check_output, new_folder, save_example, write_weights
 from scalr_jax.export.inputs import HEADS, pad_inputs, scene_inputs
 from scalr_jax.interop.exported import FILES, READABLE, checksums
-from scalr_jax.interop.layout import student_of
+from scalr_jax.interop.model import student_of
 from scalr_jax.models.minkunet import MinkUNet
 from scalr_jax.models.waffleiron import WaffleIron
 from scalr_jax.runtime.command_line import (

@@ -22,7 +22,7 @@ import numpy as np
 from scalr_jax.data.scenes import Batch, Plane
 from scalr_jax.export.inputs import HEADS, PLANES
 from scalr_jax.export.voxel_tables import BLOCK
-from scalr_jax.interop.layout import student_of
+from scalr_jax.interop.model import student_of
 from scalr_jax.models.minkunet import GivenTables, MinkUNet
 from scalr_jax.models.waffleiron import WaffleIron
 from scalr_jax.ops import sparse_conv

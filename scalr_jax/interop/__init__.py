@@ -3,19 +3,19 @@
 Attributes are imported on first use: a data worker that imports a neighbour of this package must not start JAX.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from scalr_jax.interop.layout import apply_published_layout
-    from scalr_jax.interop.student import load_torch_checkpoint, save_torch_checkpoint
     from scalr_jax.interop.vit import load_dinov2
+    from scalr_jax.interop.waffleiron import load_torch_checkpoint, save_torch_checkpoint
 
 __all__ = ("apply_published_layout", "load_dinov2", "load_torch_checkpoint", "save_torch_checkpoint")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in __all__:
-        from scalr_jax.interop import layout, student, vit
+        from scalr_jax.interop import layout, vit, waffleiron
 
-        return next(vars(module)[name] for module in (layout, student, vit) if name in vars(module))
+        return next(vars(module)[name] for module in (layout, waffleiron, vit) if name in vars(module))
     raise AttributeError(f"module 'scalr_jax.interop' has no attribute {name!r}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from scalr_jax.interop import student as interop
+from scalr_jax.interop.model import check_shapes, student_of
+from scalr_jax.interop.published import read_content
 from scalr_jax.interop.torch_file import read_weights_file
 from scalr_jax.runtime.checkpoint import load_weights
 from scalr_jax.runtime.errors import InputError
@@ -65,14 +65,13 @@ def read_export(folder: Path) -> tuple[dict, dict]:
         _check_files(folder, dict(content.get("files", {})))  # before Orbax, whose tasks print pages of what is damaged
         if form == "orbax":
             variables = load_weights(path)
-            interop.check_shapes(settings, variables, str(path))
+            check_shapes(student_of(settings), settings["num_features"], variables, str(path))
         else:
-            weights, _ = interop.published_weights(read_weights_file(path), str(path))
-            container = "model_point" if head == "distill" else "net"
-            found = interop.infer_model(weights, settings["activation"], str(path), container=container)
-            variables = interop.convert_weights(weights, found, str(path))
-            settings |= {name: found[name] for name in ("channels", "depth", "norm", "head", "head_hidden")}
-            settings |= {name: found[name] for name in ("num_features", "out_features")}
+            container, content = "model_point" if head == "distill" else "net", read_weights_file(path)
+            found = read_content({container: content.get(container, content)}, str(path))
+            variables = found.variables
+            settings |= {name: found.model[name] for name in ("channels", "depth", "norm", "head", "head_hidden")}
+            settings |= {name: found.model[name] for name in ("num_features", "out_features")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):  # which is a ValueError
             raise
@@ -100,7 +99,7 @@ def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
         raise InputError(f"{folder}: {', '.join(wrong[:3])}{more}; copy the folder again, or export it again")
 
 
-def _check_settings(settings: Mapping[str, Any]) -> None:
+def _check_settings(settings: Mapping) -> None:
     """Raises KeyError or ValueError for what `Model` would stumble over later."""
     for key in ("intensity", "field_of_view", "grids", "drop_path", "dtype", "implementation"):
         settings[key]

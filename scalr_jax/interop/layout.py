@@ -12,41 +12,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
-from scalr_jax.config import student_settings
 from scalr_jax.data.packing import Capacities, pack_shard
-from scalr_jax.data.scenes import Batch, SceneNeeds, SceneView, SceneVoxels
+from scalr_jax.data.scenes import Batch, SceneView
 from scalr_jax.data.transforms import plane_tables
-from scalr_jax.models.build import make_student
-from scalr_jax.models.student import Student
-from scalr_jax.ops.voxels import DIRECTIONS, LEVELS, pooled
+from scalr_jax.interop.model import student_of
+from scalr_jax.models.student import Variables
 from scalr_jax.runtime.errors import InputError
 
 PADDINGS = ("masked", "published")
 
 
-def student_of(model: Mapping[str, Any], **changes: Any) -> Student:
-    """The float32 student of a model config, as `load_torch_checkpoint` and `Model.config` have it, with `changes`."""
-    settings = student_settings({**model, "dtype": "float32", **changes})
-    return make_student(settings, head=model["head"], out_features=model["out_features"], platform="cpu")
-
-
-def empty_batch(num_features: int, needs: SceneNeeds) -> Batch:
-    """The smallest batch, all padding: what shapes of parameters are derived from."""
-    feats, neighbors = np.zeros((0, num_features), np.float32), np.zeros((0, needs.num_neighbors), np.int32)
-    scene = SceneView("", 0, feats, neighbors, (), None, None, None)
-    sizes = (2,) * len(needs.grids)
-    capacities = Capacities(2, 1, sizes, sizes)
-    if needs.voxel_size is not None:
-        counts = np.zeros((LEVELS, 2 + len(DIRECTIONS)), np.int64)
-        scene = scene._replace(voxels=SceneVoxels(np.zeros((0, 3), np.float32), counts))
-        capacities = Capacities(2, 1, sizes, sizes, (2,) * LEVELS, (2,) * LEVELS, pooled((2,) * LEVELS))
-    return jax.tree.map(lambda x: x[None], pack_shard((), capacities, scene, needs.grids))
-
-
-def published_batch(feat, cell_ind, occupied_cells, neighbors_emb, grids, *, padding: str = "masked") -> Batch:
+def published_batch(
+    feat: np.ndarray,
+    cell_ind: np.ndarray,
+    occupied_cells: np.ndarray,
+    neighbors_emb: np.ndarray,
+    grids: ArrayLike,
+    *,
+    padding: str = "masked",
+) -> Batch:
     """Published arrays (see `apply_published_layout`) as one packed shard of exactly the points that count."""
-    grids = [(int(h), int(w)) for h, w in grids]
+    grids = [(int(h), int(w)) for h, w in np.asarray(grids)]
     scenes = []
     for b, count in enumerate(_counts(occupied_cells, padding)):
         planes = tuple(plane_tables(np.asarray(cell_ind[b, k, :count], np.int64), grids[k]) for k in range(len(grids)))
@@ -63,13 +51,13 @@ def published_batch(feat, cell_ind, occupied_cells, neighbors_emb, grids, *, pad
 
 
 def apply_published_layout(
-    model_config: Mapping[str, Any],
-    variables: Mapping[str, Any],
+    model_config: Mapping,
+    variables: Variables,
     feat: np.ndarray,
     cell_ind: np.ndarray,
     occupied_cells: np.ndarray,
     neighbors_emb: np.ndarray,
-    grids: Any,
+    grids: ArrayLike,
     *,
     train: bool = False,
     implementation: str = "auto",

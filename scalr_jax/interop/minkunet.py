@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from scalr_jax.data.transforms import FEATURES
-from scalr_jax.interop.torch_file import read_weights_file
+from scalr_jax.interop.model import Published
 from scalr_jax.models.minkunet import BLOCKS, scaled_widths
 from scalr_jax.ops.voxels import NEIGHBORS
 from scalr_jax.runtime.errors import InputError
@@ -58,156 +58,145 @@ class Weight(NamedTuple):
     stats: bool = False
 
 
-def read_minkunet(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A published MinkUNet, `.pth`, `.pt` or `.safetensors`: (settings, weights by their names there).
+class Network(NamedTuple):
+    """What the names and shapes of a published MinkUNet say."""
 
-    The names come without the prefix they have inside a larger model. `settings` holds what names and shapes say:
-
-        layout             "minkowski" or "torchsparse"
-        name               "minkunet14", "minkunet18", "minkunet34", or "" for other numbers of blocks
-        blocks, widths     of the eight stages; with `stem` and `stem_convolutions` the fields of `MinkUNet`
-        stem               channels
-        stem_convolutions  1, or 2 as SPVNAS's
-        num_features       of a point
-        features           their names, of `data.transforms.FEATURES`, intensity raw; () where not known
-        head               "linear", "distill" (SLidR's pretraining, which keeps its image model in the file) or "none"
-        out_features       of the head, 0 for none
-        unused             names beside the weights that are converted: of other models in the same dict, SPVNAS's
-                           `point_transforms`, and OpenPCSeg's classifier, which reads three levels at once
-
-    Raises:
-      InputError: not a readable checkpoint, no MinkUNet, or one of bottlenecks (50, 101) or with a stem of 5x5x5.
-    """
-    content = read_weights_file(path)
-    container = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
-    weights, layout, outside = _weights(content[container] if container else content, str(path))
-    arrays = _Names(layout)
-    _check_kinds(weights, arrays, str(path))
-    stem = weights[arrays.stem(0)].shape
-    widths = tuple(weights[arrays.block(stage, 0)["conv_1"]].shape[-1] for stage in range(8))
-    blocks = tuple(arrays.count_blocks(weights, stage) for stage in range(8))
-    unused = list(outside)
-    in_head = [name for name in weights if name.startswith(_HEADS)]
-    matrix = weights.get(arrays.head, np.zeros(()))
-    if layout == "torchsparse":
-        unused += [name for name in weights if name.startswith("point_transforms.")]
-        if matrix.shape[1:] == (widths[3] + widths[5] + widths[7],):
-            unused, in_head = unused + in_head, []
-    distilled = isinstance(content.get("model_images"), Mapping)
-    rows_first = layout == "torchsparse"  # [out, in], the others [in, out]
-    out_features = matrix.shape[0 if rows_first else -1] if in_head and matrix.ndim >= 2 else 0
-    settings = {
-        "layout": layout,
-        "name": next((name for name, numbers in BLOCKS.items() if numbers == blocks), ""),
-        "blocks": blocks,
-        "widths": widths,
-        "stem": stem[2],
-        "stem_convolutions": 1 + (arrays.stem(1) in weights),
-        "num_features": stem[1],
-        "features": PUBLISHED_FEATURES.get((layout, stem[1]), ()),
-        "head": ("distill" if distilled else "linear") if in_head else "none",
-        "out_features": out_features,
-        "unused": tuple(sorted(unused)),
-    }
-    return settings, weights
+    layout: str  # "minkowski" or "torchsparse"
+    name: str  # "minkunet14", "minkunet18", "minkunet34", or "" for other numbers of blocks
+    blocks: tuple[int, ...]  # of the eight stages; with the next three the fields of `models.minkunet.MinkUNet`
+    widths: tuple[int, ...]
+    stem: int  # channels
+    stem_convolutions: int  # 1, or 2 as SPVNAS's
+    num_features: int  # of a point
+    features: tuple[str, ...]  # their names, of `FEATURES`, intensity raw; () where not known
+    head: str  # "linear", "distill" (SLidR's pretraining, which keeps its image model in the file) or "none"
+    out_features: int  # of the head, 0 for none
+    unused: tuple[str, ...]  # names that are not converted: of other models, SPVNAS's `point_transforms`, OpenPCSeg's
+    # classifier, which reads three levels at once
 
 
-def is_minkunet(path: str | Path) -> bool:
-    """Whether a checkpoint has the first convolution of a MinkUNet. Raises `InputError` when it cannot be read."""
-    content = read_weights_file(path)
+def recognises(content: Mapping) -> bool:
+    """Whether a file has the first convolution of a MinkUNet."""
     parts = [content, *(part for part in content.values() if isinstance(part, Mapping))]
     return any(str(key).endswith(tuple(STEMS.values())) for part in parts for key in part)
 
 
-def load_minkunet(path: str | Path) -> tuple[dict[str, Any], dict]:
-    """A published MinkUNet as a student of our features: (what `config.model` says of it, {"params", "batch_stats"}).
-
-    The first has `name`, `minkunet` (width, stem_convolutions, and voxel_size: 0.05 m as SPVNAS and OpenPCSeg train, or
-    0.1 m), `head` and `out_features`.
+def read(content: Mapping, name: str) -> Published:
+    """The student in a file's content: voxels of 0.05 m as SPVNAS and OpenPCSeg train, or 0.1 m, and raw intensities.
 
     Raises:
-      InputError: as `read_minkunet`, `convert_minkunet` and `with_our_features`, or channels that are no multiple of
-        the published ones.
+      InputError: begins with `name`; as `find_network`, `convert` and `with_our_features`, or channels that are no
+        multiple of the published ones.
     """
-    settings, weights = read_minkunet(path)
-    channels = (settings["stem"], *settings["widths"])
+    network, weights = find_network(content, name)
+    channels = (network.stem, *network.widths)
     width = next((k / 100 for k in range(1, 1001) if scaled_widths(k / 100) == channels), None)
-    if width is None or not settings["name"]:
-        blocks = ", ".join(map(str, settings["blocks"]))
+    if width is None or not network.name:
+        blocks = ", ".join(map(str, network.blocks))
         raise InputError(
-            f"{path}: a MinkUNet of {', '.join(map(str, channels))} channels and {blocks} residual blocks, and those "
+            f"{name}: a MinkUNet of {', '.join(map(str, channels))} channels and {blocks} residual blocks, and those "
             f"known are {', '.join(BLOCKS)}, with channels times one factor"
         )
-    variables = with_our_features(convert_minkunet(weights, settings, str(path)), settings, str(path))
-    minkunet = {
-        "width": width,
-        "stem_convolutions": settings["stem_convolutions"],
-        "voxel_size": 0.05 if settings["layout"] == "torchsparse" else 0.1,
-    }
-    model = {key: settings[key] for key in ("name", "head", "out_features")}
-    return {**model, "minkunet": minkunet}, variables
+    variables = with_our_features(convert(weights, network, name), network, name)
+    voxel_size = 0.05 if network.layout == "torchsparse" else 0.1
+    minkunet = {"width": width, "stem_convolutions": network.stem_convolutions, "voxel_size": voxel_size}
+    model = {"name": network.name, "minkunet": minkunet, "num_features": len(FEATURES)}
+    model |= {"head": network.head, "head_hidden": 0, "out_features": network.out_features}
+    return Published(model, variables, {"intensity": INTENSITY, "voxel_size": voxel_size})
 
 
-def convert_minkunet(weights: Mapping[str, np.ndarray], settings: Mapping[str, Any], name: str) -> dict:
-    """What `read_minkunet` gave -> {"params", "batch_stats"} of float32 arrays, in the student's tree: the MinkUNet is
-    "backbone", its last layer "head" as `settings["head"]` says ("linear", "distill" or "none").
+def find_network(content: Mapping, name: str) -> tuple[Network, dict[str, np.ndarray]]:
+    """The MinkUNet in a file's content, and its weights by their names there, without the prefix that they have inside
+    a larger model.
+
+    Raises:
+      InputError: no MinkUNet, or one of bottlenecks (50, 101) or with a stem of 5x5x5.
+    """
+    container = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
+    weights, layout, outside = _weights(content[container] if container else content, name)
+    names = _Names(layout)
+    _check_kinds(weights, names, name)
+    stem = weights[names.stem(0)].shape
+    widths = tuple(weights[names.block(stage, 0)["conv_1"]].shape[-1] for stage in range(8))
+    blocks = tuple(names.count_blocks(weights, stage) for stage in range(8))
+    unused = list(outside)
+    in_head = [key for key in weights if key.startswith(_HEADS)]
+    matrix = weights.get(names.head, np.zeros(()))
+    if layout == "torchsparse":
+        unused += [key for key in weights if key.startswith("point_transforms.")]
+        if matrix.shape[1:] == (widths[3] + widths[5] + widths[7],):
+            unused, in_head = unused + in_head, []
+    distilled = isinstance(content.get("model_images"), Mapping)
+    rows_first = layout == "torchsparse"  # [out, in], the others [in, out]
+    network = Network(
+        layout=layout,
+        name=next((known for known, numbers in BLOCKS.items() if numbers == blocks), ""),
+        blocks=blocks,
+        widths=widths,
+        stem=stem[2],
+        stem_convolutions=1 + (names.stem(1) in weights),
+        num_features=stem[1],
+        features=PUBLISHED_FEATURES.get((layout, stem[1]), ()),
+        head=("distill" if distilled else "linear") if in_head else "none",
+        out_features=matrix.shape[0 if rows_first else -1] if in_head and matrix.ndim >= 2 else 0,
+        unused=tuple(sorted(unused)),
+    )
+    return network, weights
+
+
+def convert(weights: Mapping[str, np.ndarray], network: Network, name: str) -> dict:
+    """{"params", "batch_stats"} of float32 arrays, in the student's tree: the MinkUNet is "backbone", its last layer
+    "head" as `network.head` says.
 
     Raises:
       InputError: begins with `name` and lists every weight that is missing, extra or of another shape.
     """
-    unused = set(settings["unused"])
-    if settings["head"] == "none":
+    unused = set(network.unused)
+    if network.head == "none":
         unused |= {key for key in weights if key.startswith(_HEADS)}
-    table = weight_table(settings)
-    problems, variables = [], {"params": {}, "batch_stats": {}}
+    table = weight_table(network)
+    problems, flat = [], {}
     for row in table:
-        array = weights.get(row.theirs)
+        array, shapes = weights.get(row.theirs), _theirs_shapes(row, network.layout)
         if array is None:
-            problems.append(f"{row.theirs} is missing, needs {_theirs_shapes(row, settings['layout'])[0]}")
-            continue
-        if array.shape not in _theirs_shapes(row, settings["layout"]):
-            needed = _theirs_shapes(row, settings["layout"])[0]
-            problems.append(f"{row.theirs} has {array.shape}, needs {needed}")
-            continue
-        *folders, last = row.ours.split("/")
-        node = variables["batch_stats" if row.stats else "params"]
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = _to_ours(array, row, settings["layout"])
+            problems.append(f"{row.theirs} is missing, needs {shapes[0]}")
+        elif array.shape not in shapes:
+            problems.append(f"{row.theirs} has {array.shape}, needs {shapes[0]}")
+        else:
+            flat[f"{'batch_stats' if row.stats else 'params'}/{row.ours}"] = _to_ours(array, row, network.layout)
     known = {row.theirs for row in table} | unused
     extra = sorted(key for key in weights if key not in known and not key.endswith("num_batches_tracked"))
     problems += [f"{key} {weights[key].shape} is not part of this model" for key in extra]
     if problems:
-        model = settings["name"] or "a MinkUNet"
+        model = network.name or "a MinkUNet"
         raise InputError(f"{name} does not fit {model}, nothing was loaded: {'; '.join(problems)}")
-    return variables
+    return unflatten_dict(flat, sep="/")
 
 
-def with_our_features(variables: Mapping[str, Any], settings: Mapping[str, Any], name: str) -> dict:
-    """`convert_minkunet`'s variables, with a stem that takes `data.transforms.FEATURES`: those the network was not
-    trained with get zeros. It was trained with raw intensities, so the student's statistics must be (0, 1).
+def with_our_features(variables: Mapping, network: Network, name: str) -> dict:
+    """`convert`'s variables, with a stem that takes `FEATURES`: those the network was not trained with get zeros. It
+    was trained with raw intensities, so the student's statistics must be (0, 1).
 
     Raises:
       InputError: which features the network was trained with is not known.
     """
-    features = settings["features"]
-    if not features:
+    if not network.features:
         known = "; ".join(", ".join(names) for names in PUBLISHED_FEATURES.values())
         raise InputError(
-            f"{name} takes {settings['num_features']} features a point and does not say which; known are those of "
+            f"{name} takes {network.num_features} features a point and does not say which; known are those of "
             f"published files, {known}"
         )
     params = variables["params"]
     kernel = params["backbone"]["stem"]["kernel"]
     wide = np.zeros((len(kernel), len(FEATURES), kernel.shape[2]), np.float32)
-    wide[:, [FEATURES.index(feature) for feature in features]] = kernel
+    wide[:, [FEATURES.index(feature) for feature in network.features]] = kernel
     backbone = {**params["backbone"], "stem": {"kernel": wide}}
     return {**variables, "params": {**params, "backbone": backbone}}
 
 
-def weight_table(settings: Mapping[str, Any]) -> list[Weight]:
-    """Every array that a file of these settings must hold."""
-    names, widths, width = _Names(settings["layout"]), settings["widths"], settings["stem"]
+def weight_table(network: Network) -> list[Weight]:
+    """Every array that the network's file must hold."""
+    names, widths, width = _Names(network.layout), network.widths, network.stem
     rows = []
 
     def convolution(ours: str, theirs: tuple[str, str], elements: int, fan_in: int, fan_out: int) -> None:
@@ -218,8 +207,8 @@ def weight_table(settings: Mapping[str, Any]) -> list[Weight]:
             path = f"backbone/{norm_path}/norm/{leaf}"
             rows.append(Weight(f"{norm}.{their_leaf}", path, (fan_out,), "vector", stats))
 
-    fan_in = settings["num_features"]
-    for number in range(settings["stem_convolutions"]):
+    fan_in = network.num_features
+    for number in range(network.stem_convolutions):
         ours = f"stem_{number}" if number else "stem"
         convolution(ours, (names.stem(number), names.stem_norm(number)), 27, fan_in, width)
         fan_in = width
@@ -231,7 +220,7 @@ def weight_table(settings: Mapping[str, Any]) -> list[Weight]:
         else:
             convolution(f"up_{stage}", names.between(stage), 8, width, widths[stage])
             width = widths[stage] + skips[7 - stage]
-        for number in range(settings["blocks"][stage]):
+        for number in range(network.blocks[stage]):
             ours, theirs = f"stage_{stage}_{number}", names.block(stage, number)
             convolution(f"{ours}/conv_1", (theirs["conv_1"], theirs["norm_1"]), 27, width, widths[stage])
             convolution(f"{ours}/conv_2", (theirs["conv_2"], theirs["norm_2"]), 27, widths[stage], widths[stage])
@@ -239,10 +228,10 @@ def weight_table(settings: Mapping[str, Any]) -> list[Weight]:
                 shortcut = theirs["shortcut"], theirs["shortcut_norm"]
                 convolution(f"{ours}/shortcut", shortcut, 1, width, widths[stage])
             width = widths[stage]
-    if settings["head"] != "none":
-        path = "head/out" if settings["head"] == "distill" else "head"
-        shape = (width, settings["out_features"])
-        kind = "linear" if settings["layout"] == "torchsparse" else "kernel"
+    if network.head != "none":
+        path = "head/out" if network.head == "distill" else "head"
+        shape = (width, network.out_features)
+        kind = "linear" if network.layout == "torchsparse" else "kernel"
         rows.append(Weight(names.head, f"{path}/kernel", shape, kind))
         rows.append(Weight(re.sub(r"\w+$", "bias", names.head), f"{path}/bias", shape[1:], "vector"))
     return rows

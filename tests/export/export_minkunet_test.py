@@ -16,7 +16,7 @@ from scalr_jax.config import get_config
 from scalr_jax.export import run as export
 from scalr_jax.export.inputs import make_inputs, pad_inputs
 from scalr_jax.export.voxel_tables import BLOCK, voxel_tables
-from scalr_jax.interop.layout import empty_batch, student_of
+from scalr_jax.interop.model import empty_batch, student_of
 from scalr_jax.ops.voxels import NEIGHBORS
 from scalr_jax.runtime.errors import InputError
 from tests.support.paths import ROOT

@@ -13,7 +13,7 @@ from scalr_jax.config import get_config, read_settings
 from scalr_jax.data.scenes import PackedVoxels
 from scalr_jax.data.transforms import make_features
 from scalr_jax.interop import torch_file
-from scalr_jax.interop.minkunet import convert_minkunet, element_order, read_minkunet, with_our_features
+from scalr_jax.interop.minkunet import Network, convert, element_order, find_network, with_our_features
 from scalr_jax.models import minkunet
 from scalr_jax.ops import sparse_conv
 from scalr_jax.ops.voxels import count_levels, extent_of, room_for, sizes_for
@@ -211,8 +211,13 @@ def voxels():
     )
 
 
-def ours(settings):
-    fields = {key: settings[key] for key in ("blocks", "widths", "stem", "stem_convolutions")}
+def find(path):
+    """The network in a file, and its weights."""
+    return find_network(torch_file.read_weights_file(path), str(path))
+
+
+def ours(network):
+    fields = {key: getattr(network, key) for key in ("blocks", "widths", "stem", "stem_convolutions")}
     return minkunet.MinkUNet(**fields)
 
 
@@ -220,8 +225,8 @@ def reading(path, state, **others):
     """What is said about a file of `state`, read and converted."""
     torch_file.write_torch_file(path, {"state_dict": state, **others})
     with pytest.raises(InputError) as raised:
-        settings, weights = read_minkunet(path)
-        convert_minkunet(weights, settings, str(path))
+        network, weights = find(path)
+        convert(weights, network, str(path))
     assert str(raised.value).startswith(str(path))
     return str(raised.value)
 
@@ -265,8 +270,8 @@ def test_a_file_gives_the_published_network(layout, tmp_path):
     """Names and shapes are those of our own parameters, and the outputs those of the interpreter."""
     state = state_dict(layout)
     torch_file.write_torch_file(tmp_path / "net.pt", {"model": {f"module.{name}": x for name, x in state.items()}})
-    settings, weights = read_minkunet(tmp_path / "net.pt")
-    assert settings == {
+    network, weights = find(tmp_path / "net.pt")
+    assert network._asdict() == {
         "layout": layout,
         "name": "",
         "blocks": BLOCKS,
@@ -279,9 +284,9 @@ def test_a_file_gives_the_published_network(layout, tmp_path):
         "out_features": CLASSES,
         "unused": ("point_transforms.0.0.weight",) if layout == "torchsparse" else (),
     }
-    variables = convert_minkunet(weights, settings, "net.pt")
+    variables = convert(weights, network, "net.pt")
     backbone = {kind: tree["backbone"] for kind, tree in variables.items()}
-    model, (feats, xyz) = ours(settings), points()
+    model, (feats, xyz) = ours(network), points()
     wanted = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), feats, voxels())
     assert jax.tree.map(lambda x: (x.shape, x.dtype), backbone) == jax.tree.map(lambda x: (x.shape, x.dtype), wanted)
 
@@ -307,12 +312,12 @@ def test_slidrs_pretraining_is_a_distilled_student(tmp_path):
     state["final.kernel"] = state["final.kernel"][None]
     content = {"model_points": state, "model_images": {"conv.weight": np.ones((2, 2), np.float32)}, "epoch": 50}
     torch_file.write_torch_file(tmp_path / "model.pt", content)
-    settings, weights = read_minkunet(tmp_path / "model.pt")
-    assert (settings["head"], settings["out_features"]) == ("distill", CLASSES)
-    head = convert_minkunet(weights, settings, "model.pt")["params"]["head"]["out"]
+    network, weights = find(tmp_path / "model.pt")
+    assert (network.head, network.out_features) == ("distill", CLASSES)
+    head = convert(weights, network, "model.pt")["params"]["head"]["out"]
     np.testing.assert_array_equal(head["kernel"], state["final.kernel"][0])
     np.testing.assert_array_equal(head["bias"], state["final.bias"][0])
-    assert "head" not in convert_minkunet(weights, {**settings, "head": "none"}, "model.pt")["params"]
+    assert "head" not in convert(weights, network._replace(head="none"), "model.pt")["params"]
 
 
 def test_prefixes_and_other_models_in_a_safetensors(tmp_path):
@@ -321,15 +326,15 @@ def test_prefixes_and_other_models_in_a_safetensors(tmp_path):
     state["classifier.0.weight"] = np.zeros((CLASSES, WIDTHS[3] + WIDTHS[5] + WIDTHS[7]), np.float32)
     content = {f"model_points.{name}": array for name, array in state.items()} | {"image.weight": np.ones(2)}
     safetensors.numpy.save_file(content, tmp_path / "model.safetensors")
-    settings, weights = read_minkunet(tmp_path / "model.safetensors")
-    assert settings["head"] == "none"
-    assert settings["unused"] == (
+    network, weights = find(tmp_path / "model.safetensors")
+    assert network.head == "none"
+    assert network.unused == (
         "classifier.0.bias",
         "classifier.0.weight",
         "image.weight",
         "point_transforms.0.0.weight",
     )
-    assert convert_minkunet(weights, settings, "model.safetensors").keys() == {"params", "batch_stats"}
+    assert convert(weights, network, "model.safetensors").keys() == {"params", "batch_stats"}
 
 
 def test_published_sizes_are_recognised(tmp_path):
@@ -338,9 +343,9 @@ def test_published_sizes_are_recognised(tmp_path):
     state = {"conv0p1s1.kernel": np.zeros((27, 1, 1), np.float32)}
     state |= {f"block{k + 1}.{n}.conv1.kernel": state["conv0p1s1.kernel"] for k in range(8) for n in range(blocks[k])}
     torch_file.write_torch_file(tmp_path / "net.pt", state)
-    settings, _ = read_minkunet(tmp_path / "net.pt")
-    assert (settings["name"], settings["blocks"], settings["head"]) == ("minkunet34", blocks, "none")
-    assert settings["features"] == ("intensity",)
+    network, _ = find(tmp_path / "net.pt")
+    assert (network.name, network.blocks, network.head) == ("minkunet34", blocks, "none")
+    assert network.features == ("intensity",)
 
 
 def test_a_published_file_is_a_student(tmp_path):
@@ -397,13 +402,13 @@ def test_the_stem_takes_our_features(layout):
     names = ("intensity",) if layout == "minkowski" else ("x", "y", "z", "intensity")
     kernel = rng.normal(size=(27, theirs.shape[1], STEM)).astype(np.float32)
     variables = {"params": {"backbone": {"stem": {"kernel": kernel}, "rest": 1}}, "batch_stats": {}}
-    settings = {"features": names, "num_features": len(names)}
-    wide = with_our_features(variables, settings, "net.pt")["params"]["backbone"]
+    network = Network(layout, "", (), (), STEM, 1, len(names), names, "none", 0, ())
+    wide = with_our_features(variables, network, "net.pt")["params"]["backbone"]
     feats = make_features(xyz, intensity, (0.0, 1.0))
     np.testing.assert_allclose(feats @ wide["stem"]["kernel"], theirs @ kernel, rtol=1e-5, atol=1e-5)
     assert wide["rest"] == 1
     with pytest.raises(InputError, match=r"^net\.pt takes 6 features"):
-        with_our_features(variables, {"features": (), "num_features": 6}, "net.pt")
+        with_our_features(variables, network._replace(features=(), num_features=6), "net.pt")
 
 
 @pytest.mark.parametrize(
@@ -446,4 +451,4 @@ def test_other_models_are_refused(tmp_path):
     assert "conv0p1s1.kernel" in reading(path, flat)
     path.write_bytes(b"no checkpoint")
     with pytest.raises(InputError, match=r"net\.pth is not a checkpoint"):
-        read_minkunet(path)
+        find(path)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from scalr_jax.interop import student as interop
+from scalr_jax.interop import waffleiron as interop
 from scalr_jax.interop.layout import apply_published_layout, published_batch
+from scalr_jax.interop.model import student_of
 from scalr_jax.interop.torch_file import read_weights_file, write_torch_file
 from scalr_jax.runtime.errors import InputError
 from tests.support.paths import GOLDEN
@@ -53,8 +54,8 @@ def test_padding_as_released(golden):
     """ScaLR+ averages padded points into cell 0: named, it gives the released numbers, on padded points too."""
     arrays = golden("student_scalr_plus_padded")
     weights = {name.removeprefix("param/"): value for name, value in arrays.items() if name.startswith("param/")}
-    model = interop.infer_model(weights, None, "scalr_plus")
-    variables = interop.convert_weights(weights, model, "scalr_plus")
+    model = interop.infer_model(weights, "scalr_plus")
+    variables = interop.convert_weights(weights, student_of(model), "scalr_plus")
     layout = [arrays[key] for key in LAYOUT]
     out = apply_published_layout(model, variables, *layout, padding="published")
     assert scale_error(out[:, :, ::5], arrays["out_eval"]) < 1e-5

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from scalr_jax.data.packing import Capacities, pack_shard
-from scalr_jax.interop import student as interop
-from scalr_jax.interop.layout import apply_published_layout, published_batch, student_of
+from scalr_jax.interop import waffleiron as interop
+from scalr_jax.interop.layout import apply_published_layout, published_batch
+from scalr_jax.interop.model import student_of
 from tests.support.fast import fast_jit
 from tests.support.random_scenes import GRIDS, pack, random_scene, stack
 from tests.support.small_student import init, small_student
@@ -24,9 +25,9 @@ def apply(student, variables, batch, *, train=False):
 
 def load_golden(arrays, kind):
     weights = {name.removeprefix("param/"): value for name, value in arrays.items() if name.startswith("param/")}
-    model = interop.infer_model(weights, None, kind)
+    model = interop.infer_model(weights, kind)
     layout = [arrays[name] for name in ("feat", "cell_ind", "occupied_cells", "neighbors_emb", "grids")]
-    return model, interop.convert_weights(weights, model, kind), layout
+    return model, interop.convert_weights(weights, student_of(model), kind), layout
 
 
 def scale_error(ours, theirs):
@@ -77,7 +78,7 @@ def test_published_training_step(golden, kind, implementation):
     out = np.asarray(out).reshape(num_scenes, num_points, channels).transpose(0, 2, 1)
     assert scale_error(out[:, :, ::5], arrays["out_train"]) < 1e-5
     assert abs(loss / arrays["loss_train"] - 1) < 1e-5
-    ours = interop.published_state_dict(model, {"params": gradients, "batch_stats": statistics})
+    ours = interop.published_state_dict(student, {"params": gradients, "batch_stats": statistics})
     for name, theirs in arrays.items():
         if name.startswith("grad/") and name != "grad/embed.conv2.0.bias":
             assert scale_error(ours[name.removeprefix("grad/")], theirs) < 1e-4, name

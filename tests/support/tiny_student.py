@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scalr_jax.config import get_config
-from scalr_jax.interop.layout import empty_batch, student_of
+from scalr_jax.interop.model import empty_batch, student_of
 from scalr_jax.runtime.checkpoint import Checkpoints
 
 

@@ -11,7 +11,8 @@ import pytest
 from scalr_jax import recipes
 from scalr_jax.config import get_config
 from scalr_jax.data.scenes import SceneNeeds
-from scalr_jax.interop.names import weight_table
+from scalr_jax.interop.model import student_of
+from scalr_jax.interop.waffleiron import weight_table
 from scalr_jax.models.build import make_backbone
 from scalr_jax.models.waffleiron import WaffleIronBackbone
 from scalr_jax.runtime.errors import InputError
@@ -148,7 +149,7 @@ def test_layer_decay_of_every_published_weight(depth):
     ones = jax.tree.map(jnp.ones_like, variables["params"])
     scaled: Any = optim.scale_by_layer(make_backbone(model), 0.9).update(ones, optax.EmptyState())[0]
     factors = flatten(scaled)
-    for entry in weight_table(model):
+    for entry in weight_table(student_of(model)):
         if entry.weight.stats:
             continue
         published = entry.weight.theirs.split(".")

@@ -1,0 +1,80 @@
+"""From a model config to its student, and what its weights must be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.tree_util import tree_leaves_with_path
+
+from scalr_jax.config import student_settings
+from scalr_jax.data.packing import Capacities, pack_shard
+from scalr_jax.data.scenes import Batch, SceneNeeds, SceneView, SceneVoxels
+from scalr_jax.models.build import make_student
+from scalr_jax.models.student import Student, Variables
+from scalr_jax.ops.voxels import DIRECTIONS, LEVELS, pooled
+from scalr_jax.runtime.errors import InputError
+
+
+class Published(NamedTuple):
+    """A published student, as far as its file says it."""
+
+    model: dict  # keys of `config.model`, with `num_features`, `head` and `out_features`
+    variables: dict  # {"params", "batch_stats"} of NumPy arrays
+    data: Mapping = {}  # keys of `config.data` that the weights were trained with, where these are known
+    unsaid: tuple[str, ...] = ()  # of intensity, field_of_view, grids, activation: what a user has to say
+
+    def model_with(self, activation: str | None, name: str) -> dict:
+        """`model` with an activation. Raises `InputError` where neither the file nor the caller says it."""
+        if activation not in (None, "relu", "gelu"):
+            raise InputError(f"activation = {activation!r} is none of 'relu', 'gelu'")
+        if activation is None and "activation" in self.unsaid:
+            raise InputError(
+                f"{name} does not say its activation: downstream ScaLR (relu) and ScaLR+ (gelu) files have the same "
+                "names and shapes; give activation='relu' or activation='gelu'"
+            )
+        return self.model | ({"activation": activation} if activation else {})
+
+
+def student_of(model: Mapping, **changes: object) -> Student:
+    """The float32 student of a model config, as `load_torch_checkpoint` and `Model.config` have it, with `changes`."""
+    settings = student_settings({**model, "dtype": "float32", **changes})
+    return make_student(settings, head=model["head"], out_features=model["out_features"], platform="cpu")
+
+
+def empty_batch(num_features: int, needs: SceneNeeds) -> Batch:
+    """The smallest batch, all padding: what shapes of parameters are derived from."""
+    feats, neighbors = np.zeros((0, num_features), np.float32), np.zeros((0, needs.num_neighbors), np.int32)
+    scene = SceneView("", 0, feats, neighbors, (), None, None, None)
+    sizes = (2,) * len(needs.grids)
+    capacities = Capacities(2, 1, sizes, sizes)
+    if needs.voxel_size is not None:
+        counts = np.zeros((LEVELS, 2 + len(DIRECTIONS)), np.int64)
+        scene = scene._replace(voxels=SceneVoxels(np.zeros((0, 3), np.float32), counts))
+        capacities = Capacities(2, 1, sizes, sizes, (2,) * LEVELS, (2,) * LEVELS, pooled((2,) * LEVELS))
+    return jax.tree.map(lambda x: x[None], pack_shard((), capacities, scene, needs.grids))
+
+
+def shapes_of(student: Student, num_features: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of a student's "params" and "batch_stats", by path."""
+    batch = empty_batch(num_features, student.needs)
+    variables = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
+    return {kind: flat_shapes(variables.get(kind, {})) for kind in ("params", "batch_stats")}
+
+
+def flat_shapes(tree: Mapping) -> dict[str, tuple[int, ...]]:
+    return {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in tree_leaves_with_path(tree)}
+
+
+def check_shapes(student: Student, num_features: int, variables: Variables, name: str) -> None:
+    """Raises `InputError` that lists what of {"params", "batch_stats"} a student lacks or has otherwise."""
+    problems = []
+    for kind, expected in shapes_of(student, num_features).items():
+        found = flat_shapes(variables.get(kind, {}))
+        for path in sorted({*expected, *found}):
+            if found.get(path) != expected.get(path):
+                problems.append(f"{kind}/{path} has {found.get(path, 'no value')}, needs {expected.get(path, 'none')}")
+    if problems:
+        raise InputError(f"{name} does not fit its settings, nothing was loaded: {'; '.join(problems)}")
