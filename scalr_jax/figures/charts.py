@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,8 +11,11 @@ from matplotlib.figure import Figure
 from scalr_jax.figures.pictures import save_figure
 
 
-def draw_confusion(path: Path, confusion: np.ndarray, results: dict[str, Any], title: str) -> None:
-    """A PNG: where each label's points went, and each class's IoU by distance."""
+def draw_confusion(path: Path, confusion: np.ndarray, results: Mapping, title: str) -> None:
+    """A PNG: where each label's points went, and each class's IoU by distance.
+
+    confusion [classes, classes] counts, rows: labels; results as `evaluation.report.results_by_range` makes them.
+    """
     names, rings = list(results["iou"]), results["by_range"]
     size = len(names)
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -41,8 +43,8 @@ def draw_confusion(path: Path, confusion: np.ndarray, results: dict[str, Any], t
     save_figure(figure, path, title)
 
 
-def draw_robustness(path: Path, results: Mapping[str, Any], title: str) -> None:
-    """A PNG: mIoU of each corruption and severity beside that of clear scans."""
+def draw_robustness(path: Path, results: Mapping, title: str) -> None:
+    """A PNG: mIoU of each corruption and severity beside that of clear scans, from the results of task robustness."""
     found = results["robustness"]
     names, severities = list(found["corruptions"]), found["severities"]
     figure = Figure(figsize=(2.2 + 1.25 * len(names), 4.6), layout="constrained")

@@ -7,10 +7,11 @@ import contextlib
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from matplotlib import patches
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: a notebook's own plots keep their backend
 from matplotlib.lines import Line2D
 
@@ -21,7 +22,7 @@ from scalr_jax.runtime.storage import written_whole
 BACKGROUND = "#10141c"
 IGNORED = (90, 90, 90)
 RIGHT, WRONG = (58, 84, 122), (255, 77, 77)
-STAR: dict[str, Any] = {"marker": "*", "color": "white", "markeredgecolor": "black", "markersize": 17, "linestyle": ""}
+STAR: dict = {"marker": "*", "color": "white", "markeredgecolor": "black", "markersize": 17, "linestyle": ""}
 FAR = 0.015  # share of the points beyond each edge of a top view, at most
 
 # What the class names of the known datasets have in common, first match first.
@@ -198,7 +199,7 @@ def draw_with_image(
     save_figure(figure, output, title)
 
 
-def _top_view(figure: Any, axes: Any, xyz: np.ndarray, panel: Panel, query: int | None) -> None:
+def _top_view(figure: Figure, axes: Axes, xyz: np.ndarray, panel: Panel, query: int | None) -> None:
     """Points from above, the highest on top, with rings of distance, axes in metres and what explains the colours."""
     (left, bottom), side = top_view_box(xyz)
     with np.errstate(invalid="ignore"):
@@ -211,12 +212,12 @@ def _top_view(figure: Any, axes: Any, xyz: np.ndarray, panel: Panel, query: int 
     step = next(step for step in (5, 10, 20, 50, 100, 500, 2000) if side / step <= 11)
     room = {(0, -1): -bottom, (0, 1): bottom + side, (-1, 0): -left, (1, 0): left + side}
     along = np.array(max(room, key=lambda direction: room[direction]))  # where the rings' labels stand
-    style: dict[str, Any] = {"color": "white", "fontsize": 8, "ha": "center", "va": "center", "clip_on": True}
+    style: dict = {"color": "white", "fontsize": 8, "ha": "center", "va": "center", "clip_on": True}
     style["bbox"] = {"facecolor": BACKGROUND, "alpha": 0.6, "pad": 1, "lw": 0}
     for radius in range(step, int(1.5 * side), step):
         axes.add_patch(patches.Circle((0, 0), radius, fill=False, color="white", alpha=0.28, linewidth=0.6))
         if radius < 0.98 * room[tuple(along)]:
-            axes.text(*(radius * along), f"{radius} m", **style)
+            axes.text(radius * along[0], radius * along[1], f"{radius} m", **style)
     axes.plot(0, 0, marker="+", color="white", markersize=9)
     if query is not None:
         axes.plot(xyz[query, 0], xyz[query, 1], **STAR)
@@ -245,7 +246,7 @@ def top_view_box(xyz: np.ndarray) -> tuple[np.ndarray, float]:
     return (low + high - side) / 2, side
 
 
-def _colored(panel: Panel, order: np.ndarray) -> dict[str, Any]:
+def _colored(panel: Panel, order: np.ndarray) -> dict:
     """Arguments of `scatter`."""
     if panel.colors.ndim == 2:
         return {"c": panel.colors[order] / 255.0, "linewidths": 0}
@@ -253,7 +254,7 @@ def _colored(panel: Panel, order: np.ndarray) -> dict[str, Any]:
     return {"c": panel.colors[order], "cmap": "turbo", "vmin": low, "vmax": high, "linewidths": 0}
 
 
-def save_figure(figure: Any, output: Path | IO[bytes], title: str) -> None:
+def save_figure(figure: Figure, output: Path | IO[bytes], title: str) -> None:
     """A PNG of a figure under its title; a path's file is whole or not there."""
     figure.suptitle(title, fontsize=12)
     with written_whole(output) if isinstance(output, Path) else contextlib.nullcontext(output) as file:

@@ -14,10 +14,7 @@ flops / time / peak is the model's utilisation (Chowdhery et al., "PaLM", append
 from __future__ import annotations
 
 import itertools
-import math
-from typing import Any, NamedTuple
-
-import jax
+from typing import NamedTuple
 
 from scalr_jax.models.vit import ViTConfig, num_tokens
 
@@ -76,28 +73,3 @@ def teacher_flops(config: ViTConfig, num_images: int, image_size: tuple[int, int
     mlp = (3 if config.ffn == "swiglu" else 2) * c * config.hidden
     block = 2 * tokens * (4 * c * c + mlp) + 4 * tokens * tokens * c
     return num_images * (2 * patches * config.patch_size**2 * 3 * c + config.depth * block)
-
-
-def traced_flops(function: Any, *arguments: Any) -> int:
-    """FLOPs of all matrix products of a function as JAX traces it, loops times their length."""
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
-def _count(jaxpr: Any) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-            continue
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += times * sum(_count(inner) for inner in _inner(equation.params))
-    return total
-
-
-def _inner(params: dict) -> list[Any]:
-    """The jaxprs inside an equation."""
-    values = [value for value in params.values() for value in (value if isinstance(value, tuple) else (value,))]
-    closed = [getattr(value, "jaxpr", value) for value in values]
-    return [value for value in closed if hasattr(value, "eqns")]

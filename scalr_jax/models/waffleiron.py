@@ -26,6 +26,7 @@ from scalr_jax.data.scenes import PLANE_AXES, Batch, SceneNeeds
 from scalr_jax.models.embedding import PointEmbedding
 from scalr_jax.models.layers import LinearWeights, Norm, linear, normalize, per_shard, to_rows, torch_uniform
 from scalr_jax.ops import cell_conv, cells, windows
+from scalr_jax.runtime.sharding import platform_of
 
 Array = jax.Array
 
@@ -219,7 +220,7 @@ class Layer(nn.Module):
         mask = to_rows(scene < num_scenes)
         settings: dict[str, Any] = {"norm": self.norm, "activation": self.activation, "dtype": self.dtype}
         # In blocks on one CPU only: a loop over rows that lie on several devices would move them.
-        settings["block"] = ROW_BLOCK if scene.shape[0] == 1 and windows.platform_of(scene) == "cpu" else 0
+        settings["block"] = ROW_BLOCK if scene.shape[0] == 1 and platform_of(scene) == "cpu" else 0
         spatial = SpatialMix(self.grid, implementation=self.implementation, name="spatial", **settings)
         branch = spatial(x, plane, mask, num_scenes, train=train).astype(x.dtype)
         keep = keep_scenes(self, scene, num_scenes, self.drop_path, train)
@@ -267,7 +268,7 @@ class WaffleIron(nn.Module):
         grids = tuple((h, w) for h, w in self.grids)
         implementation = self.implementation
         if implementation == "auto":
-            implementation = "windows" if windows.platform_of(planes[0].cell) == "tpu" else "cells"
+            implementation = "windows" if platform_of(planes[0].cell) == "tpu" else "cells"
         if implementation == "windows":
             planes = tuple(windows.make_windows(plane, grid) for plane, grid in zip(planes, grids, strict=True))
         layer = {
@@ -290,7 +291,7 @@ class WaffleIron(nn.Module):
                 length=num_groups,
                 # A shallow student on CPU has no loop, which would stack and copy what each layer keeps: 1.6 s a layer
                 # of a step instead of 2.5 (62,592 points x 256, 2 busy cores, 2026-11-22), compiled 1.5 times as long.
-                unroll=num_groups if num_groups <= UNROLLED and windows.platform_of(scene) == "cpu" else 1,
+                unroll=num_groups if num_groups <= UNROLLED and platform_of(scene) == "cpu" else 1,
             )
             x, _ = scanned(grids, name="groups", **settings)(x, planes, scene)
         if num_rest:

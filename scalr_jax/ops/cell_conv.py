@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from scalr_jax.ops.cells import take_rows
+from scalr_jax.runtime.sharding import platform_of
 
 Array = jax.Array
 
@@ -40,7 +41,7 @@ def _gather_taps(table: Array, taps: Array, kernel: Array) -> Array:
         return total.astype(table.dtype)
 
     num_rows = taps.shape[0]
-    if jax.default_backend() != "cpu" or not isinstance(num_rows, int) or num_rows % BLOCKS:  # a symbol, in an export
+    if platform_of(taps) != "cpu" or not isinstance(num_rows, int) or num_rows % BLOCKS:  # a symbol, in an export
         return sum_taps(taps)
     return jax.lax.map(sum_taps, taps.reshape(BLOCKS, -1, 9)).reshape(num_rows, -1)
 
@@ -82,7 +83,7 @@ def _sum_taps(rows: Array, table: Array, taps: Array) -> Array:
         products = rows.astype(jnp.float32) * take_rows(table, rows_of_tap).astype(jnp.float32)
         return None, products.sum(axis=0)
 
-    return jax.lax.scan(visit, None, taps.T, unroll=1 if jax.default_backend() == "cpu" else 9)[1]
+    return jax.lax.scan(visit, None, taps.T, unroll=1 if platform_of(taps) == "cpu" else 9)[1]
 
 
 conv_taps.defvjp(_conv_taps_forward, _conv_taps_backward)

@@ -12,7 +12,7 @@ order that varies, so gradients are deterministic. All functions work on one dat
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,34 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
+class Tables(Protocol):
+    """What the ops read of `data.scenes.Plane`: of one shard here, of all shards [D, ...] in `windows.py`."""
+
+    @property
+    def cell(self) -> Array: ...  # [P] int32: row of the point's cell, M for padding
+
+    @property
+    def order(self) -> Array: ...  # [P] int32: points sorted by cell
+
+    @property
+    def inverse_count(self) -> Array: ...  # [M] float32
+
+    @property
+    def grid_index(self) -> Array: ...  # [M] int32
+
+    @property
+    def halo_index(self) -> Array: ...  # [H] int32
+
+    @property
+    def halo_taps(self) -> Array: ...  # [H, 9] int32
+
+
 def take_rows(table: Array, rows: Array) -> Array:
     """Rows of `table` [M, C] at `rows` [...] (any shape); row M is the zero row. Returns [..., C]."""
     return jnp.take(table, rows, axis=0, mode="fill", fill_value=0)
 
 
-def sum_runs(points: Array, plane: Any) -> Array:
+def sum_runs(points: Array, plane: Tables) -> Array:
     """Sum of `points` [P, C] over each cell's run; accumulates in float32. Returns [M, C] in float32."""
     num_cells = plane.inverse_count.shape[0]
     in_order = points[plane.order].astype(jnp.float32)  # [P, C]
@@ -33,22 +55,22 @@ def sum_runs(points: Array, plane: Any) -> Array:
     return jax.ops.segment_sum(in_order, cell, num_cells, indices_are_sorted=True)  # padding (cell M) falls off
 
 
-def filled(plane: Any) -> Array:
+def filled(plane: Tables) -> Array:
     """What `flatten` makes of ones: n / (n + 1e-6) for a cell of n points, 0 for an unused row. [M] float32."""
     return jnp.where(plane.inverse_count > 0, 1.0 - 1e-6 * plane.inverse_count, 0.0)
 
 
 @jax.custom_vjp
-def flatten(points: Array, plane: Any) -> Array:
+def flatten(points: Array, plane: Tables) -> Array:
     """Mean of the points of each occupied cell. [P, C] -> [M, C], same dtype; unused rows are zero."""
     return (sum_runs(points, plane) * plane.inverse_count[:, None]).astype(points.dtype)
 
 
-def _flatten_forward(points: Array, plane: Any):
+def _flatten_forward(points: Array, plane: Tables):
     return flatten(points, plane), plane
 
 
-def _flatten_backward(plane: Any, gradient: Array):
+def _flatten_backward(plane: Tables, gradient: Array):
     scaled = gradient.astype(jnp.float32) * plane.inverse_count[:, None]
     return take_rows(scaled.astype(gradient.dtype), plane.cell), None
 
@@ -57,23 +79,23 @@ flatten.defvjp(_flatten_forward, _flatten_backward)
 
 
 @jax.custom_vjp
-def inflate(cells: Array, plane: Any) -> Array:
+def inflate(cells: Array, plane: Tables) -> Array:
     """Each point reads its cell; padded points read zero. [M, C] -> [P, C]."""
     return take_rows(cells, plane.cell)
 
 
-def _inflate_forward(cells: Array, plane: Any):
+def _inflate_forward(cells: Array, plane: Tables):
     return inflate(cells, plane), plane
 
 
-def _inflate_backward(plane: Any, gradient: Array):
+def _inflate_backward(plane: Tables, gradient: Array):
     return sum_runs(gradient, plane).astype(gradient.dtype), None
 
 
 inflate.defvjp(_inflate_forward, _inflate_backward)
 
 
-def flatten_dense(points: Array, plane: Any, *, grid: tuple[int, int], num_scenes: int) -> Array:
+def flatten_dense(points: Array, plane: Tables, *, grid: tuple[int, int], num_scenes: int) -> Array:
     """The reference: mean of the points of every cell of every scene's grid. [P, C] -> [S, H, W, C]."""
     num_cells = num_scenes * grid[0] * grid[1]
     position = jnp.take(plane.grid_index, plane.cell, mode="fill", fill_value=num_cells)  # [P]
@@ -83,7 +105,7 @@ def flatten_dense(points: Array, plane: Any, *, grid: tuple[int, int], num_scene
     return means.astype(points.dtype).reshape(num_scenes, *grid, points.shape[-1])
 
 
-def inflate_dense(cells: Array, plane: Any) -> Array:
+def inflate_dense(cells: Array, plane: Tables) -> Array:
     """The reference: each point reads its cell of the whole grid. [S, H, W, C] -> [P, C]; padding reads zero."""
     flat = cells.reshape(-1, cells.shape[-1])
     position = jnp.take(plane.grid_index, plane.cell, mode="fill", fill_value=flat.shape[0])

@@ -9,10 +9,10 @@ the forward pass, and the backward pass computes the hidden layer again.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Array = jax.Array
 
@@ -23,11 +23,11 @@ def neighbor_max_reference(offsets: Array, matrix: Array, bias: Array, kernel: A
     return jnp.einsum("pkc,cd->pkd", hidden, kernel).max(axis=1)
 
 
-def _hidden(offset: Array, matrix: Array, bias: Array, dtype) -> Array:
+def _hidden(offset: Array, matrix: Array, bias: Array, dtype: DTypeLike) -> Array:
     return jax.nn.relu(offset @ matrix + bias).astype(dtype)  # [P, C]
 
 
-def _forward(offsets: Array, matrix: Array, bias: Array, kernel: Array, dtype: Any) -> tuple[Array, Array]:
+def _forward(offsets: Array, matrix: Array, bias: Array, kernel: Array, dtype: DTypeLike) -> tuple[Array, Array]:
     """Maximum [P, C] and which neighbour attains it [P, C] uint8 (the first one, where several do)."""
     num_points, num_neighbors, _ = offsets.shape
     kernel = kernel.astype(dtype)
@@ -49,7 +49,7 @@ def _forward(offsets: Array, matrix: Array, bias: Array, kernel: Array, dtype: A
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def neighbor_max(offsets: Array, matrix: Array, bias: Array, kernel: Array, dtype: Any = jnp.float32) -> Array:
+def neighbor_max(offsets: Array, matrix: Array, bias: Array, kernel: Array, dtype: DTypeLike = jnp.float32) -> Array:
     """Max over neighbours of `relu(offsets @ matrix + bias) @ kernel`, [P, C_out] in `dtype`, the products' own.
 
     offsets [P, K, F] (data: no gradient flows to them), matrix [F, C], bias [C] and kernel [C, C_out], all float32,
@@ -58,12 +58,12 @@ def neighbor_max(offsets: Array, matrix: Array, bias: Array, kernel: Array, dtyp
     return _forward(offsets, matrix, bias, kernel, dtype)[0]
 
 
-def _neighbor_max_forward(offsets: Array, matrix: Array, bias: Array, kernel: Array, dtype: Any):
+def _neighbor_max_forward(offsets: Array, matrix: Array, bias: Array, kernel: Array, dtype: DTypeLike):
     best, winner = _forward(offsets, matrix, bias, kernel, dtype)
     return best, (offsets, matrix, bias, kernel, winner)
 
 
-def _neighbor_max_backward(dtype: Any, residuals, gradient: Array):
+def _neighbor_max_backward(dtype: DTypeLike, residuals, gradient: Array):
     offsets, matrix, bias, kernel, winner = residuals
     kernel = kernel.astype(dtype)
 

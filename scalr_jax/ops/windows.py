@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 
+from scalr_jax.ops.cells import Tables
 from scalr_jax.ops.pallas.cell_conv import TapLinks, make_tap_links, to_cells, to_halo
-from scalr_jax.ops.pallas.rows import Links, make_links, platform_of, select_rows, sum_rows
+from scalr_jax.ops.pallas.rows import Links, make_links, select_rows, sum_rows
 
 Array = jax.Array
-
-__all__ = ["PlaneWindows", "conv_down", "conv_up", "flatten", "inflate", "make_windows", "platform_of"]
 
 
 class PlaneWindows(NamedTuple):
@@ -33,7 +32,7 @@ class PlaneWindows(NamedTuple):
     taps: TapLinks  # each halo cell's neighbours
 
 
-def make_windows(plane: Any, grid: tuple[int, int]) -> PlaneWindows:
+def make_windows(plane: Tables, grid: tuple[int, int]) -> PlaneWindows:
     """Once a step, from `scenes.Plane` and its grid's rows and columns."""
     num_cells = plane.inverse_count.shape[1]
     points = make_links(plane.cell[:, None], num_cells)

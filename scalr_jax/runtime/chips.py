@@ -11,7 +11,7 @@ import importlib.util
 import math
 import os
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from scalr_jax.runtime.errors import InputError
 
@@ -109,7 +109,7 @@ def parse_topology(name: str) -> Topology:
     return Topology(name, kind, dims)
 
 
-def tpu_devices(name: str, num_slices: int = 1) -> list[Any]:
+def tpu_devices(name: str, num_slices: int = 1) -> list:
     """The devices of so many slices of a topology, to compile for; no TPU is needed.
 
     Raises `InputError` without libtpu, and for a topology that does not exist.
@@ -123,7 +123,7 @@ def tpu_devices(name: str, num_slices: int = 1) -> list[Any]:
         os.environ.setdefault(key, value)
     from jax.experimental import topologies
 
-    settings: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+    settings: dict = {"num_slices": num_slices} if num_slices > 1 else {}
     if topology.kind == "v4":
         settings["chip_config_name"] = "megacore"  # its two cores as one device, as JAX runs it
     try:

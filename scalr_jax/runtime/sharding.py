@@ -68,6 +68,16 @@ def whole(param: jax.Array) -> jax.Array:
     return param if mesh.empty else jax.lax.with_sharding_constraint(param, NamedSharding(mesh, P()))
 
 
+def platform_of(array: jax.Array) -> str:
+    """ "cpu", "gpu" or "tpu": where a program that reads `array` will run.
+
+    The mesh of the array's sharding knows, also when a CPU compiles ahead of time for a TPU. Without a mesh it is the
+    default device's.
+    """
+    device = getattr(jax.typeof(array).sharding.mesh, "abstract_device", None)
+    return jax.devices()[0].platform if device is None else device.platform
+
+
 def path_name(path: Any) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 

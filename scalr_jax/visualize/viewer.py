@@ -8,9 +8,9 @@ directions, as signed bytes.
 from __future__ import annotations
 
 import base64
+import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -86,48 +86,52 @@ def write_viewer(
       InputError: plotly is not installed.
     """
     try:
-        import plotly.graph_objects as go
+        from plotly.graph_objects import Figure
     except ImportError as error:
         raise InputError(MISSING) from error
     shown = _thin(points[:, :3], query, max_points)
     points, codes = points[shown], quantize(features[shown])
     here = int(np.searchsorted(shown, query))
-    similarity = cosine_similarity(codes.astype(np.float32), here)
-    low, high = np.quantile(points[:, 2], (0.01, 0.99))
-    modes: dict[str, list[Any]] = {
-        "features (PCA)": [_points(go, points, {"color": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colors[shown]]})],
-        "intensity": [_values(go, points, points[:, 3], "intensity", (0.0, np.quantile(points[:, 3], 0.98)))],
-        "height": [_values(go, points, points[:, 2], "z (m)", (low, high))],
-        "similarity": [_values(go, points, similarity, "cosine similarity", (min(0.0, float(similarity.min())), 1.0))],
-    }
+    modes = _modes(points, colors[shown], cosine_similarity(codes.astype(np.float32), here))
     if predictions is not None:
-        modes["prediction"] = _classes(go, points, predictions[shown], class_names)
+        modes["prediction"] = _classes(points, predictions[shown], class_names)
     if labels is not None:
-        modes["label"] = _classes(go, points, labels[shown], label_names)
+        modes["label"] = _classes(points, labels[shown], label_names)
     star = {"size": 7, "color": "white", "symbol": "diamond", "line": {"color": "black", "width": 2}}
     traces = [trace for group in modes.values() for trace in group]
-    query_trace = go.Scatter3d(
-        **dict(zip("xyz", points[here : here + 1, :3].T, strict=True)), marker=star, mode="markers", showlegend=False
-    )
+    place = dict(zip("xyz", points[here : here + 1, :3].T, strict=True))
+    traces.append({"type": "scatter3d", **place, "marker": star, "mode": "markers", "showlegend": False})
     visible = _visible(modes)
-    traces = [*traces, query_trace]
     for trace, on in zip(traces, visible[0], strict=True):
-        trace.visible = on
-    figure = go.Figure(traces, _layout(title, modes, visible, len(codes)))
+        trace["visible"] = on
     active = list(modes).index("similarity")
     script = CLICK.replace("@WIDTH@", str(codes.shape[1])).replace("@STAR@", str(len(traces) - 1))
     script = script.replace("@SIMILARITY@", "3").replace("@ACTIVE@", str(active))
     script = script.replace("@VISIBLE@", str(visible[active]).lower())
     script = script.replace("@CODES@", base64.b64encode(codes.tobytes()).decode())
     options = {"displaylogo": False, "scrollZoom": True, "responsive": True}
+    figure = Figure({"data": traces, "layout": _layout(title, modes, visible, len(codes))})
     page = figure.to_html(
         include_plotlyjs=True, full_html=True, post_script=[script], config=options, default_height="100vh"
     )
-    page = page.replace("<head>", f"<head><title>{_escape(title)}</title>", 1)
+    page = page.replace("<head>", f"<head><title>{html.escape(title, quote=False)}</title>", 1)
     page = page.replace("<body>", f'<body style="margin:0;background:{BACKGROUND}">', 1)
     with written_whole(output) as file:
         file.write(page.encode())
     return len(points)
+
+
+def _modes(points: np.ndarray, colors: np.ndarray, similarity: np.ndarray) -> dict[str, list[dict]]:
+    """What every scan has, by the button that shows it: sets of points [n, 4], as plotly's traces."""
+    height = np.quantile(points[:, 2], (0.01, 0.99))
+    intensity = np.array([0.0, np.quantile(points[:, 3], 0.98)])
+    cosine = np.array([min(0.0, similarity.min()), 1.0])
+    return {
+        "features (PCA)": [_points(points, {"color": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colors]})],
+        "intensity": [_values(points, points[:, 3], "intensity", intensity)],
+        "height": [_values(points, points[:, 2], "z (m)", height)],
+        "similarity": [_values(points, similarity, "cosine similarity", cosine)],
+    }
 
 
 def _thin(xyz: np.ndarray, query: int, max_points: int) -> np.ndarray:
@@ -146,16 +150,16 @@ def _thin(xyz: np.ndarray, query: int, max_points: int) -> np.ndarray:
     return np.sort(kept)
 
 
-def _points(go: Any, points: np.ndarray, marker: dict[str, Any], **options: Any) -> Any:
+def _points(points: np.ndarray, marker: dict, **options: object) -> dict:
     """One set of points [n, 4]."""
     place = dict(zip("xyz", np.ascontiguousarray(points[:, :3].T), strict=True))
     hover = "x %{x:.1f} m, y %{y:.1f} m, z %{z:.1f} m"
     arguments = {"mode": "markers", "hovertemplate": f"{hover}<extra></extra>", "showlegend": False, **options}
-    return go.Scatter3d(**place, marker={"size": POINT_SIZE, "opacity": 1.0, **marker}, **arguments)
+    return {"type": "scatter3d", **place, "marker": {"size": POINT_SIZE, "opacity": 1.0, **marker}, **arguments}
 
 
-def _values(go: Any, points: np.ndarray, values: np.ndarray, label: str, limits: tuple[Any, Any]) -> Any:
-    """Points by a number each [n], with a colour bar."""
+def _values(points: np.ndarray, values: np.ndarray, label: str, limits: np.ndarray) -> dict:
+    """Points by a number each [n], with a colour bar from limits[0] to limits[1]."""
     bar = {"title": {"text": label, "side": "right"}, "len": 0.6, "thickness": 16}
     marker = {
         "color": values.astype(np.float32),
@@ -166,10 +170,10 @@ def _values(go: Any, points: np.ndarray, values: np.ndarray, label: str, limits:
         "colorbar": bar,
     }
     hover = f"{label} %{{marker.color:.3g}}<br>x %{{x:.1f}} m, y %{{y:.1f}} m, z %{{z:.1f}} m<extra></extra>"
-    return _points(go, points, marker, hovertemplate=hover)
+    return _points(points, marker, hovertemplate=hover)
 
 
-def _classes(go: Any, points: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[Any]:
+def _classes(points: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[dict]:
     """One set of points for each class that occurs, so that the legend switches it on and off."""
     grey = "#{:02x}{:02x}{:02x}".format(*IGNORED)
     traces = []
@@ -179,18 +183,16 @@ def _classes(go: Any, points: np.ndarray, labels: np.ndarray, names: Sequence[st
             name, color = (names[k], class_color(names[k])) if k != IGNORE else ("no class", grey)
             hover = f"{name}<br>x %{{x:.1f}} m, y %{{y:.1f}} m, z %{{z:.1f}} m<extra></extra>"
             options = {"name": name, "customdata": rows, "showlegend": True, "hovertemplate": hover}
-            traces.append(_points(go, points[rows], {"color": color}, **options))
+            traces.append(_points(points[rows], {"color": color}, **options))
     return traces
 
 
-def _visible(modes: dict[str, list[Any]]) -> list[list[bool]]:
+def _visible(modes: dict[str, list[dict]]) -> list[list[bool]]:
     """For each mode which traces it shows; the last is the query's, shown with similarity."""
-    return [
-        [name == wanted for name, group in modes.items() for _ in group] + [wanted == "similarity"] for wanted in modes
-    ]
+    return [[name == mode for name, group in modes.items() for _ in group] + [mode == "similarity"] for mode in modes]
 
 
-def _layout(title: str, modes: dict[str, list[Any]], visible: list[list[bool]], number: int) -> dict[str, Any]:
+def _layout(title: str, modes: dict[str, list[dict]], visible: list[list[bool]], number: int) -> dict:
     axis = {"gridcolor": "#3a4252", "zerolinecolor": "#3a4252", "showbackground": False, "color": "#c9d1d9"}
     buttons = [
         {"label": name, "method": "update", "args": [{"visible": on}]} for name, on in zip(modes, visible, strict=True)
@@ -208,7 +210,7 @@ def _layout(title: str, modes: dict[str, list[Any]], visible: list[list[bool]], 
     }
     note = f"{number:,} points. Drag to turn, scroll to zoom, click a point: similarity to it"
     return {
-        "title": {"text": f"{_escape(title)}<br><sup>{note}</sup>", "x": 0.01, "xanchor": "left"},
+        "title": {"text": f"{html.escape(title, quote=False)}<br><sup>{note}</sup>", "x": 0.01, "xanchor": "left"},
         "paper_bgcolor": BACKGROUND,
         "font": {"color": "#e6edf3"},
         "margin": {"l": 0, "r": 0, "b": 0, "t": 70},
@@ -224,7 +226,3 @@ def _layout(title: str, modes: dict[str, list[Any]], visible: list[list[bool]], 
             "uirevision": "kept",
         },
     }
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -22,6 +22,7 @@ from tests.support.bench_batch import less_optimized, save_batch
 from tests.support.checks import present
 from tests.support.random_scenes import GRIDS
 from tests.support.small_student import small_student
+from tests.support.traced_flops import traced_flops
 
 HEADER = ("device", "jax", "runs")
 STUDENT = ["points", "points_per_s", "flops", "peak_bytes", "spatial_peak_bytes", "spatial_dense_peak_bytes"]
@@ -179,7 +180,7 @@ def test_flops_of_a_step_are_those_that_are_traced(batch_file):
     step = steps.make_student_step(student, optimizer, schedule, seed=0, batch_size=8)
     state = jax.eval_shape(programs.student_step(student)[0], batch)
     target = jax.ShapeDtypeStruct((*batch.scene.shape, 48), jnp.float32)
-    traced = flops.traced_flops(step, state, target, batch)
+    traced = traced_flops(step, state, target, batch)
     counted = flops.flops(flops.student_products(SIZES), batch.scene.size, backward=True, again=True)
     assert counted <= traced <= 1.01 * counted
 
@@ -188,7 +189,7 @@ def test_products_of_a_step_are_all_there():
     """As traced, and as XLA counts them, which counts a loop once."""
     num_points = 256
     operands = products.step_operands(SIZES, num_points, jnp.float32)
-    traced = flops.traced_flops(products.step_products, operands)
+    traced = traced_flops(products.step_products, operands)
     assert traced == flops.flops(flops.student_products(SIZES), num_points, backward=True, again=True)
     compiled = jax.jit(products.step_products).lower(operands).compile()
     least = products.least_flops(SIZES, num_points)
@@ -219,7 +220,7 @@ def test_flops_of_a_teacher_are_those_that_are_traced(ffn):
     config = vit.ViTConfig(width=64, depth=3, num_heads=2, hidden=96, ffn=ffn, num_registers=2, position_grid=(2, 3))
     shapes = jax.eval_shape(lambda: vit.init(config, jax.random.key(0), (28, 42)))
     images = jax.ShapeDtypeStruct((2, 28, 42, 3), jnp.float32)
-    traced = flops.traced_flops(lambda params, images: vit.features(config, params, images), shapes, images)
+    traced = traced_flops(lambda params, images: vit.features(config, params, images), shapes, images)
     assert traced == flops.teacher_flops(config, 2, (28, 42))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.ops import windows
@@ -189,4 +190,21 @@ def test_a_student_on_a_mesh_equals_the_plain_form():
 def test_the_platform_is_that_of_the_mesh():
     mesh = sharding.make_mesh(devices=jax.devices()[:2])
     array = jax.device_put(np.zeros(2), sharding.batch_sharding(mesh))
-    assert windows.platform_of(array) == windows.platform_of(jnp.zeros(2)) == "cpu"
+    assert sharding.platform_of(array) == sharding.platform_of(jnp.zeros(2)) == "cpu"
+
+
+def test_what_a_cpu_compiles_for_a_tpu_has_no_loops_of_a_cpu():
+    """The mesh decides, not the machine that compiles."""
+
+    def loops(platform):
+        device = AbstractDevice(platform, 1, platform)
+        mesh = AbstractMesh((1, 1), ("data", "fsdp"), (AxisType.Auto,) * 2, abstract_device=device)
+        place = NamedSharding(mesh, PartitionSpec())
+        shapes = [((16, 4), jnp.float32), ((24, 9), jnp.int32), ((16, 9), jnp.int32), ((9, 4), jnp.float32)]
+        arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
+        gradient = jax.grad(lambda *arrays: conv_taps(*arrays).sum(), (0, 3))
+        equations = jax.make_jaxpr(gradient)(*arguments).jaxpr.eqns
+        return [equation.params["unroll"] for equation in equations if equation.primitive.name == "scan"]
+
+    assert loops("cpu") == [1, 1, 1]  # forward, gradient of the table, gradient of the kernel
+    assert loops("tpu") == [9]

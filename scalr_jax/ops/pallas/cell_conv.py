@@ -17,7 +17,7 @@ product with zeros and ones (`rows.py`), shifts them by one row in registers, an
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def _to_halo_forward(cells: Array, kernel: Array, taps: TapLinks, num_halo: int)
     return to_halo(cells, kernel, taps, num_halo), (cells, kernel, taps)
 
 
-def _to_halo_backward(num_halo: int, residuals: Any, gradient: Array):
+def _to_halo_backward(num_halo: int, residuals: tuple[Array, Array, TapLinks], gradient: Array):
     cells, kernel, taps = residuals
     return to_cells(gradient, kernel, taps, cells.shape[1]), to_kernel(cells, gradient, taps), None
 
@@ -101,7 +101,7 @@ def _to_cells_forward(halo: Array, kernel: Array, taps: TapLinks, num_cells: int
     return to_cells(halo, kernel, taps, num_cells), (halo, kernel, taps)
 
 
-def _to_cells_backward(num_cells: int, residuals: Any, gradient: Array):
+def _to_cells_backward(num_cells: int, residuals: tuple[Array, Array, TapLinks], gradient: Array):
     halo, kernel, taps = residuals
     return to_halo(gradient, kernel, taps, halo.shape[1]), to_kernel(gradient, halo, taps), None
 
@@ -124,7 +124,7 @@ def _with_margin(x: Array) -> Array:
     return jnp.concatenate([margin, x.astype(jnp.float32), margin], axis=0)
 
 
-def _selected(index: Any, table: Any, window_index: Array, num_cells: int) -> Array:
+def _selected(index: jax.Ref, table: jax.Ref, window_index: Array, num_cells: int) -> Array:
     """The rows of a window that a block's links read, zero for the others: [block, channels] float32."""
     window = table.shape[0]
     rows = inside(table[...], window_index * window, num_cells)
@@ -174,7 +174,7 @@ def _to_kernel_kernel(tiles, index, sides, halo, table, out, *, num_cells: int, 
         out[minor // num_windows, c] += (rows * shifted).reshape(-1, 8, rows.shape[1]).sum(axis=0)
 
 
-def _specs(num_halo: int, num_cells: int, channels: int, *, block_major: bool) -> dict[str, Any]:
+def _specs(num_halo: int, num_cells: int, channels: int, *, block_major: bool) -> dict[str, pl.BlockSpec]:
     """How each array is cut; `block_major`: the tiles are those of `Links.by_block`."""
     own, window = tile_sizes(3, num_halo, num_cells, MARGIN)
     num_minor = pl.cdiv(num_cells, window) if block_major else pl.cdiv(num_halo, own)

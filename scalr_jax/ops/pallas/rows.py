@@ -28,6 +28,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from scalr_jax.runtime.sharding import platform_of
 
 Array = jax.Array
 
@@ -72,7 +75,7 @@ def tile_sizes(num_lists: int, num_links: int, num_rows: int, margin: int = 0) -
     return own, window
 
 
-def blocks_of(x: Array, own: int, margin: int, fill: Any) -> Array:
+def blocks_of(x: Array, own: int, margin: int, fill: int) -> Array:
     """[..., Q] -> [..., blocks, margin + own + margin]: a block's own entries and those around it."""
     num_blocks = pl.cdiv(x.shape[-1], own)
     spare = num_blocks * own - x.shape[-1]
@@ -115,7 +118,7 @@ def _select_rows_forward(table: Array, links: Links, num_links: int):
     return select_rows(table, links, num_links), (links, table[:, :, :0])
 
 
-def _select_rows_backward(num_links: int, residuals: Any, gradient: Array):
+def _select_rows_backward(num_links: int, residuals: tuple[Links, Array], gradient: Array):
     links, table = residuals
     sums: Any = sum_rows(gradient, links, table.shape[1])
     return sums.astype(table.dtype), None
@@ -134,7 +137,7 @@ def _sum_rows_forward(values: Array, links: Links, num_rows: int):
     return sum_rows(values, links, num_rows), (links, values[:, :, :0])
 
 
-def _sum_rows_backward(num_rows: int, residuals: Any, gradient: Array):
+def _sum_rows_backward(num_rows: int, residuals: tuple[Links, Array], gradient: Array):
     links, values = residuals
     return select_rows(gradient.astype(values.dtype), links, values.shape[1]), None
 
@@ -142,17 +145,7 @@ def _sum_rows_backward(num_rows: int, residuals: Any, gradient: Array):
 sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 
 
-def platform_of(array: Array) -> str:
-    """ "cpu", "gpu" or "tpu": where a program that reads `array` will run.
-
-    The mesh of the array's sharding knows, also when a CPU compiles ahead of time for a TPU; `jax.default_backend()`,
-    which then says "cpu", is asked only where there is no mesh.
-    """
-    device = getattr(jax.typeof(array).sharding.mesh, "abstract_device", None)
-    return device.platform if device is not None else jax.default_backend()
-
-
-def over_shards(kernel: Callable, sharded: Any, replicated: Any = ()) -> Any:
+def over_shards(kernel: Callable[..., Array], sharded: tuple, replicated: Array | tuple = ()) -> Array:
     """`kernel(sharded, replicated, interpret=...)` on each shard; the leaves of `sharded` have a leading axis D.
 
     Mosaic kernels cannot be partitioned automatically, so under a mesh this is a shard_map over all its axes.
@@ -160,9 +153,9 @@ def over_shards(kernel: Callable, sharded: Any, replicated: Any = ()) -> Any:
     leaf = jax.tree.leaves(sharded)[-1]  # an array of the batch, whose sharding is known; a derived one's may not be
     kernel = functools.partial(kernel, interpret=platform_of(leaf) != "tpu")
 
-    def run(sharded: Any, replicated: Any) -> Any:
+    def run(sharded: tuple, replicated: Array | tuple) -> Array:
         shards = [jax.tree.map(lambda x, d=d: x[d], sharded) for d in range(jax.tree.leaves(sharded)[0].shape[0])]
-        return jax.tree.map(lambda *x: jnp.stack(x), *(kernel(shard, replicated) for shard in shards))
+        return jnp.stack([kernel(shard, replicated) for shard in shards])
 
     mesh = jax.typeof(leaf).sharding.mesh
     if mesh.empty:
@@ -172,7 +165,7 @@ def over_shards(kernel: Callable, sharded: Any, replicated: Any = ()) -> Any:
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(sharded, replicated)
 
 
-def ones(index: Array, first_row: Array, window: int, dtype: Any) -> Array:
+def ones(index: Array, first_row: Array, window: int, dtype: DTypeLike) -> Array:
     """A tile of A, transposed: [window, block], one where a link reads a row of the window. index [1, block]."""
     row = jax.lax.broadcasted_iota(jnp.int32, (window, index.shape[1]), 0)
     return (row == index - first_row).astype(dtype)
@@ -193,13 +186,13 @@ def product(tile: Array, rows: Array, contracted: int) -> Array:
     return jax.lax.dot_general(tile, rows, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def is_first(tiles: Any) -> Array:
+def is_first(tiles: jax.Ref) -> Array:
     """Whether this tile is the first of its major index, so that what it accumulates starts here."""
     i = pl.program_id(1)
     return (i == 0) | (tiles[jnp.maximum(i - 1, 0)] >> SHIFT != tiles[i] >> SHIFT)
 
 
-def accumulate(out: Any, part: Array, first: Array) -> None:
+def accumulate(out: jax.Ref, part: Array, first: Array) -> None:
     @pl.when(first)
     def _():
         out[...] = part.astype(out.dtype)
@@ -214,7 +207,7 @@ def channel_tile(num_channels: int) -> int:
     return num_channels if num_channels < 256 else min(CHANNELS, pl.cdiv(num_channels, 256) * 128)
 
 
-def _select_kernel(tiles: Any, index: Any, table: Any, out: Any, *, num_rows: int) -> None:
+def _select_kernel(tiles: jax.Ref, index: jax.Ref, table: jax.Ref, out: jax.Ref, *, num_rows: int) -> None:
     window = table.shape[0]
     first_row = (tiles[pl.program_id(1)] & MINOR) * window
     rows = inside(table[...], first_row, num_rows)
@@ -222,7 +215,7 @@ def _select_kernel(tiles: Any, index: Any, table: Any, out: Any, *, num_rows: in
     accumulate(out, part, is_first(tiles))  # a row is met once, so adding in the table's dtype is exact
 
 
-def _sum_kernel(tiles: Any, index: Any, values: Any, out: Any, *, num_links: int) -> None:
+def _sum_kernel(tiles: jax.Ref, index: jax.Ref, values: jax.Ref, out: jax.Ref, *, num_links: int) -> None:
     tile = tiles[pl.program_id(1)]
     window, block = out.shape[0], values.shape[0]
     rows = inside(values[...], (tile & MINOR) * block, num_links)
