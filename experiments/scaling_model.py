@@ -49,7 +49,7 @@ class Step(NamedTuple):
 
     name: str = "WI-48-768, ViT-L, 224 x 448"
     scenes: float = recipes.PACK_MEAN
-    points: float = 0.894 * recipes.PACK_POINTS  # valid ones (tests/fill_test.py)
+    points: float = 0.894 * recipes.PACK_POINTS  # valid ones (tests/data/fill_test.py)
     channels: int = 768
     teacher: str = "vitl14"
     image_size: tuple[int, int] = (224, 448)
