@@ -14,9 +14,8 @@ import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from streets import Part, _load, make_parser, run_all
+from streets import Config, Part, _load, make_parser, run_all
 
 from scalr_jax.data.sensors import PANDASET_DOWNSTREAM
 
@@ -55,7 +54,7 @@ def parts(seed: int, root: Path, folder: Path) -> Iterator[Part]:
         yield Part(GAP, f"gap_{name}_pandargt", lambda other=other: other)
 
 
-def _segment(base: Any, task: str) -> Any:
+def _segment(base: Config, task: str) -> Config:
     config = copy.deepcopy(base)
     config.task, config.log_every_steps = task, 25
     config.data.update(sensors=("pandar64",), validation_frames=VALIDATION, augmentation="consistent")

@@ -13,13 +13,13 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from scalr_jax.runtime.command_line import fail
 
@@ -203,7 +203,7 @@ def draw_sensors(seeds: Sequence[dict], output: Path) -> None:
     _save(figure, output)
 
 
-def _save(figure: Any, output: Path) -> None:
+def _save(figure: Figure, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=120)
     plt.close(figure)

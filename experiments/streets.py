@@ -47,6 +47,8 @@ from scalr_jax.runtime.command_line import exit_codes, use_cache
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import write_json
 
+Config = Any  # an ml_collections.ConfigDict, whose attributes have no types
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 GROUPS = ("table", "probes", "finetune", "gap", "corruptions", "width", "depth", "teacher", "sensors")
 PERCENTS = (1, 10, 100)
@@ -69,7 +71,7 @@ class Part(NamedTuple):
 
     group: str
     name: str  # of its folder
-    make: Callable[[], Any]
+    make: Callable[[], Config]
     result: str = "results.json"  # the file that says that it is done
 
 
@@ -90,11 +92,11 @@ def parts(seed: int, folder: Path) -> Iterator[Part]:
     yield from _sensors(base, folder)
 
 
-def _load(name: str) -> Any:
+def _load(name: str) -> Config:
     return runpy.run_path(str(CONFIGS / name))["get_config"]()
 
 
-def _table(base: Any, folder: Path) -> Iterator[Part]:
+def _table(base: Config, folder: Path) -> Iterator[Part]:
     yield Part("table", "distill_random", lambda: _random(base))
     yield Part("table", "distill", lambda: base)
     for percent in PERCENTS:
@@ -109,7 +111,7 @@ def _table(base: Any, folder: Path) -> Iterator[Part]:
                 yield Part(group, f"{name}_{percent}p_{rate:g}", lambda config=config: config)
 
 
-def _probes(base: Any, folder: Path) -> Iterator[Part]:
+def _probes(base: Config, folder: Path) -> Iterator[Part]:
     """Other probes than the table's, of the same students; random weights know nothing of image prototypes."""
     for start, name in (("random", "distill_random"), ("distilled", "distill")):
         mlp, knn = (_segment(base, "probe", folder / name) for _ in range(2))
@@ -121,7 +123,7 @@ def _probes(base: Any, folder: Path) -> Iterator[Part]:
     yield Part("probes", "zero_shot_distilled", lambda: zero_shot)
 
 
-def _random(base: Any) -> Any:
+def _random(base: Config) -> Config:
     """Random weights whose batch norms have seen the data: a distillation whose learning rate is zero."""
     config = copy.deepcopy(base)
     config.num_steps = config.checkpoint_every_steps = RANDOM_STEPS
@@ -129,7 +131,7 @@ def _random(base: Any) -> Any:
     return config
 
 
-def part_config(config: Any, task: str) -> Any:
+def part_config(config: Config, task: str) -> Config:
     """The config of one part of the demo, which may be changed further."""
     nested = dataclasses.asdict(part_settings(read_settings(config), task))
     part = copy.deepcopy(config)
@@ -137,7 +139,7 @@ def part_config(config: Any, task: str) -> Any:
     return part
 
 
-def _segment(base: Any, task: str, start: Path | None, percent: int = 100) -> Any:
+def _segment(base: Config, task: str, start: Path | None, percent: int = 100) -> Config:
     """A probe or fine-tuning from the workdir `start` (None: random weights), for longer than the demo's."""
     config = part_config(base, task)
     config.num_steps, config.log_every_steps = SUPERVISED_STEPS, 25
@@ -151,17 +153,17 @@ def _segment(base: Any, task: str, start: Path | None, percent: int = 100) -> An
     return config
 
 
-def _gap(base: Any, folder: Path) -> Iterator[Part]:
+def _gap(base: Config, folder: Path) -> Iterator[Part]:
     """The models trained with all labels, on validation scans of the other sensors, then on corrupted ones."""
 
-    def evaluate(model: str, sensor: str) -> Any:
+    def evaluate(model: str, sensor: str) -> Config:
         config = copy.deepcopy(base)
         config.task = "evaluate"
         config.data.update(split="validation", sensors=(sensor,))
         config.checkpoint = str(folder / (best(folder, model)[0] if model in ("supervised", "finetuned") else model))
         return config
 
-    def corrupt(model: str) -> Any:
+    def corrupt(model: str) -> Config:
         config = evaluate(model, SENSORS[0])
         config.task, config.data.num_validation_scenes = "robustness", CORRUPTED_SCENES
         config.evaluate.baseline = "auto" if model == "supervised" else str(folder / "corrupted_supervised")
@@ -187,13 +189,13 @@ def best(folder: Path, kind: str, percent: int = 100) -> tuple[str, float]:
     return max(zip(names, values, strict=True), key=lambda pair: pair[1])
 
 
-def _distill_and_probe(group: str, name: str, config: Any, folder: Path) -> Iterator[Part]:
+def _distill_and_probe(group: str, name: str, config: Config, folder: Path) -> Iterator[Part]:
     yield Part(group, f"distill_{name}", lambda: config)
     probe = _segment(config, "probe", folder / f"distill_{name}")
     yield Part(group, f"probe_{name}", lambda: probe)
 
 
-def _teachers(base: Any, folder: Path) -> Iterator[Part]:
+def _teachers(base: Config, folder: Path) -> Iterator[Part]:
     """Teachers of several widths, all trained alike and for a fifth of the packaged one's steps."""
     for width in TEACHER_WIDTHS:
         teacher = _load("demo_teacher.py")
@@ -206,7 +208,7 @@ def _teachers(base: Any, folder: Path) -> Iterator[Part]:
         yield from _distill_and_probe("teacher", f"by_teacher{width}", config, folder)
 
 
-def _sensors(base: Any, folder: Path) -> Iterator[Part]:
+def _sensors(base: Config, folder: Path) -> Iterator[Part]:
     """Pretraining on one, two and three sensors, as many scenes in all; each probed on every sensor."""
     for number in (2, 3):
         config = copy.deepcopy(base)

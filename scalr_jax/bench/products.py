@@ -7,17 +7,18 @@ weights have unit gain, so that numbers neither vanish nor overflow (zeros would
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from scalr_jax.models.flops import Sizes, embedding_products, flops, head_products, layer_products
 
 Array = jax.Array
 
 
-def unit_gain(key: Array, *shape: int, dtype: Any) -> Array:
+def unit_gain(key: Array, *shape: int, dtype: DTypeLike) -> Array:
     """Weights [..., inner, outer] that keep the size of what they multiply."""
     bound = (3 / shape[-2]) ** 0.5
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
@@ -51,15 +52,15 @@ class StepOperands(NamedTuple):
     head: tuple[Array, ...]
 
 
-def step_operands(sizes: Sizes, num_points: int, dtype: Any) -> StepOperands:
+def step_operands(sizes: Sizes, num_points: int, dtype: DTypeLike) -> StepOperands:
     """Random ones. Offsets, features and what multiplies offsets are float32, as in the model."""
     c, f, p = sizes.channels, sizes.num_features, num_points
     keys = iter(jax.random.split(jax.random.key(0), 16))
 
-    def normal(*shape: int, dtype: Any = dtype) -> Array:
+    def normal(*shape: int, dtype: DTypeLike = dtype) -> Array:
         return jax.random.normal(next(keys), shape, jnp.float32).astype(dtype)
 
-    def weight(*shape: int, dtype: Any = dtype) -> Array:
+    def weight(*shape: int, dtype: DTypeLike = dtype) -> Array:
         return unit_gain(next(keys), *shape, dtype=dtype)
 
     return StepOperands(

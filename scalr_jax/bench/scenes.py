@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -108,7 +109,7 @@ def make(arguments: argparse.Namespace) -> Scenes:
     return Scenes(batch, grids, "real" if arguments.root else "generated", tuple(view.name for view in views))
 
 
-def pack(views: list[SceneView], grids: Any, *, points_a_scene: int | None) -> Batch:
+def pack(views: list[SceneView], grids: tuple[tuple[int, int], ...], *, points_a_scene: int | None) -> Batch:
     """All scenes in one shard [1, ...]: capacities are what they need, rounded up to 128 rows, or so many points."""
     need = Capacities(0, 0, (0,) * len(grids), (0,) * len(grids))
     for view in views:
@@ -122,7 +123,7 @@ def pack(views: list[SceneView], grids: Any, *, points_a_scene: int | None) -> B
     return stack_shards([pack_shard(views, capacities, views[0], grids)])
 
 
-def _real_frame(root: Path) -> Any:
+def _real_frame(root: Path) -> Callable[[str, int, tuple[int, int]], tuple[Frame, tuple[float, float]]]:
     """A function (sensor, how many of it before, image size) -> (frame, intensity statistics) that reads below `root`.
 
     Datasets with several cameras show the next one each time; a folder of few frames begins again.
@@ -136,7 +137,7 @@ def _real_frame(root: Path) -> Any:
         "pandar64": lambda: pandaset.PandaSet(root / "pandaset", sensor="pandar64", split="all"),
         "pandargt": lambda: pandaset.PandaSet(root / "pandaset", sensor="pandargt", split="all"),
     }
-    opened: dict[str, Any] = {}
+    opened = {}
 
     def frame(name: str, count: int, image_size: tuple[int, int]) -> tuple[Frame, tuple[float, float]]:
         del image_size  # the image is resized with the scene

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +38,7 @@ from scalr_jax.runtime.errors import InputError
 DTYPES = ("auto", "float32", "bfloat16")
 
 
-def main(argv: list[str]) -> dict[str, Any]:
+def main(argv: list[str]) -> dict:
     """Measures, prints a table and returns the object of the last line."""
     parser = Parser("-m scalr_jax.bench teacher", __doc__)
     add_teacher_arguments(parser)
@@ -81,7 +80,7 @@ def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--registers", type=int, default=0, help="register tokens: 4 in the _reg4 models")
 
 
-def teacher_of(arguments: argparse.Namespace, image_size: tuple[int, int]) -> tuple[vit.ViTConfig, Any]:
+def teacher_of(arguments: argparse.Namespace, image_size: tuple[int, int]) -> tuple[vit.ViTConfig, dict]:
     """(config, params in the dtype that `arguments.dtype` names). Random, but for the packaged one."""
     if arguments.registers < 0:
         raise InputError(f"--registers={arguments.registers} must not be negative")

@@ -10,10 +10,11 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
+from jax.stages import Compiled
 
 from scalr_jax.runtime.errors import InputError
 
@@ -39,7 +40,7 @@ class Times(NamedTuple):
         return float(self.seconds.max())
 
 
-def interleave(functions: Mapping[str, Callable[[], Any]], *, runs: int, warmup: int = 1) -> dict[str, Times]:
+def interleave(functions: Mapping[str, Callable[[], object]], *, runs: int, warmup: int = 1) -> dict[str, Times]:
     """Times `functions`, each of which starts work and returns arrays to wait for; the n-th run of all is one turn.
 
     `warmup` calls of each come first, and one more by which the number of calls a run is chosen.
@@ -53,7 +54,7 @@ def interleave(functions: Mapping[str, Callable[[], Any]], *, runs: int, warmup:
     return {name: Times(np.array([row[name] for row in rows])) for name in functions}
 
 
-def _seconds(function: Callable[[], Any], calls: int) -> float:
+def _seconds(function: Callable[[], object], calls: int) -> float:
     start = time.perf_counter()
     result = None
     for _ in range(calls):
@@ -67,7 +68,7 @@ def difference(larger: Times, smaller: Times, parts: int) -> Times:
     return Times((larger.seconds - smaller.seconds) / parts)
 
 
-def compiled_bytes(compiled: Any) -> int | None:
+def compiled_bytes(compiled: Compiled) -> int | None:
     """What the program needs at its peak by XLA's plan: arguments, outputs and temporary buffers, shared ones once."""
     plan = compiled.memory_analysis()
     if plan is None:
@@ -76,7 +77,7 @@ def compiled_bytes(compiled: Any) -> int | None:
     return int(held + plan.temp_size_in_bytes)
 
 
-def working_bytes(compiled: Any) -> int | None:
+def working_bytes(compiled: Compiled) -> int | None:
     """Temporary buffers and outputs by XLA's plan: what a program needs beside its arguments."""
     plan = compiled.memory_analysis()
     return None if plan is None else int(plan.temp_size_in_bytes + plan.output_size_in_bytes)
@@ -88,12 +89,12 @@ def device_bytes() -> int | None:
     return None if not statistics else statistics.get("peak_bytes_in_use")
 
 
-def header(runs: int) -> dict[str, Any]:
+def header(runs: int) -> dict:
     """What every object begins with."""
     return {"device": jax.local_devices()[0].device_kind, "jax": jax.__version__, "runs": runs}
 
 
-def rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+def rounded(values: Mapping) -> dict:
     """Floats to six digits: more would be noise."""
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
 
