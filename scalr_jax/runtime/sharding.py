@@ -46,7 +46,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
 
 
 def platform() -> str:
-    """The platform of the devices that `make_mesh` takes."""
+    """The platform of the default device, and of those that `make_mesh` takes."""
     return jax.devices()[0].platform
 
 
@@ -75,7 +75,7 @@ def platform_of(array: jax.Array) -> str:
     default device's.
     """
     device = getattr(jax.typeof(array).sharding.mesh, "abstract_device", None)
-    return jax.devices()[0].platform if device is None else device.platform
+    return platform() if device is None else device.platform
 
 
 def path_name(path: Any) -> str:
