@@ -16,8 +16,7 @@ level to level. Every time is the median of --runs turns in which programs that 
                     --dense_gib; else null
     tables_s        finding all levels' voxels and pairs, on the device
     network         with --network=minkunet14 (or 18, 34): that network on the same scenes, tables included: forward_s,
-                    step_s with the gradients of its parameters, step_bytes, by directions as on a CPU where that pays,
-                    and with the pairs of all directions pooled, as elsewhere
+                    step_s with the gradients of its parameters, step_bytes
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from scalr_jax.data.scenes import Batch, PackedVoxels
 from scalr_jax.models import build
 from scalr_jax.models.minkunet import BLOCKS
 from scalr_jax.ops import sparse_conv
-from scalr_jax.ops.voxels import LEVELS, count_levels, pooled, room_for, sizes_for
+from scalr_jax.ops.voxels import LEVELS, Sizes, count_levels, extent_of, sizes_for
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import steps
 
@@ -74,13 +73,12 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace) -> dict[
     """All figures for one pack."""
     batch, runs = scenes.batch, arguments.runs
     num_scenes = batch.scene_points.shape[1]
-    extent = tuple(int(n) for n in np.ceil((HIGH - LOW) / arguments.voxel_size - 1e-6))
+    extent = extent_of((LOW, HIGH), arguments.voxel_size)
     coordinates = np.floor((batch.feats[0, :, 1:4] - LOW) / arguments.voxel_size).astype(np.int32)
     coordinates, scene = np.clip(coordinates, 0, np.array(extent) - 1), np.asarray(batch.scene[0])
     inside = [coordinates[scene == s] for s in range(num_scenes)]
     counts = np.sum([count_levels(each, arguments.levels) for each in inside if len(each)], axis=0)
-    of_any = np.column_stack([counts[:, :2], np.reshape(pooled(counts[:, 1]), (arguments.levels, -1))])
-    sizes = sizes_for(counts if jax.default_backend() == "cpu" else of_any)  # as a run derives them
+    sizes = sizes_for(counts)
     limits = {"num_scenes": num_scenes, "extent": extent}
     make = jax.jit(functools.partial(sparse_conv.make_levels, sizes=sizes, **limits))
     voxels = jax.block_until_ready(make(coordinates, scene))
@@ -90,9 +88,8 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace) -> dict[
     print(f"{len(inside)} {scenes.source} scenes, {scenes.num_points} points; {arguments.voxel_size} m voxels")
     rows, shown = [], {"tables": (tables, "")}
     for depth, (level, size) in enumerate(zip(voxels.levels, sizes, strict=True)):
-        number, pairs = (int(n) for n in counts[depth, :2])
-        slots = size.pairs or 2 * sum(size.directions)
-        print(f"level {depth}: {number} voxels, {pairs / number:.1f} neighbours each, {slots} slots for {pairs} pairs")
+        number, pairs = (int(n) for n in counts[depth])
+        print(f"level {depth}: {number} voxels, {pairs / number:.1f} neighbours each, {size.pairs} slots for {pairs}")
         for channels in arguments.channels:
             programs, taken = convolutions(level, size, channels, number + pairs)
             times, dense_taken = interleave(programs, runs=runs), None
@@ -119,8 +116,7 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace) -> dict[
             )
     of_network = None
     if arguments.network:
-        forms = {"directions": counts, "pooled": of_any}
-        of_network, times = network(arguments, batch, extent, forms)
+        of_network, times = network(arguments, batch, extent, sizes)
         shown |= {f"{arguments.network} {name}": (value, "") for name, value in times.items()}
     show_times(shown)
     for row in rows:
@@ -140,9 +136,9 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace) -> dict[
 
 
 def network(
-    arguments: argparse.Namespace, batch: Any, extent: tuple, forms: dict[str, np.ndarray]
+    arguments: argparse.Namespace, batch: Batch, extent: tuple[int, int, int], sizes: tuple[Sizes, ...]
 ) -> tuple[dict, dict]:
-    """A whole MinkUNet with tables of the sizes of each form: what the last line says of it, and the times."""
+    """A whole MinkUNet with tables of these sizes: its part of the last line, and the times."""
     config = get_config()
     config.model.name, config.model.minkunet.voxel_size = arguments.network, arguments.voxel_size
     config.model.field_of_view = (tuple(LOW.tolist()), tuple(HIGH.tolist()))
@@ -161,22 +157,18 @@ def network(
 
         return jax.grad(loss)(variables["params"])
 
-    programs, measured, variables = {}, {}, None
-    for form, counts in forms.items():
-        room = jax.tree.map(lambda part: part[None], room_for(counts))
-        given = Batch(batch.feats, batch.scene, batch.scene_points, batch.neighbors[..., :0], ())
-        given = jax.device_put(given._replace(voxels=PackedVoxels(coordinates, room)))
-        if variables is None:
-            init = jax.jit(functools.partial(student.init, train=False), compiler_options=options)
-            variables = init(jax.random.key(0), given)
-        for name, function in (("forward", forward), ("step", step)):
-            compiled = jax.jit(function, compiler_options=options).lower(variables, given).compile()
-            programs[f"{name}, {form}"] = functools.partial(compiled, variables, given)
-        measured[form] = {"step_bytes": working_bytes(compiled)}
+    given = Batch(batch.feats, batch.scene, batch.scene_points, batch.neighbors[..., :0], ())
+    given = jax.device_put(given._replace(voxels=PackedVoxels(coordinates, sizes)))
+    init = jax.jit(functools.partial(student.init, train=False), compiler_options=options)
+    variables = init(jax.random.key(0), given)
+    compiled = {
+        name: jax.jit(function, compiler_options=options).lower(variables, given).compile()
+        for name, function in (("forward", forward), ("step", step))
+    }
+    programs = {name: functools.partial(program, variables, given) for name, program in compiled.items()}
     times = interleave(programs, runs=arguments.runs)
-    for form, values in measured.items():
-        values |= {f"{name}_s": float(f"{times[f'{name}, {form}'].median:.6g}") for name in ("forward", "step")}
-    return {"name": arguments.network, **measured}, times
+    seconds = {f"{name}_s": float(f"{value.median:.6g}") for name, value in times.items()}
+    return {"name": arguments.network, **seconds, "step_bytes": working_bytes(compiled["step"])}, times
 
 
 def with_gradient(function: Callable) -> Callable:

@@ -25,7 +25,7 @@ from scalr_jax.data.scenes import Batch, SceneNeeds, SceneView, SceneVoxels
 from scalr_jax.data.transforms import FEATURES, SceneSettings
 from scalr_jax.models import vit
 from scalr_jax.models.vit import TEACHERS, ViTConfig
-from scalr_jax.ops.voxels import DIRECTIONS, LEVELS, pooled
+from scalr_jax.ops.voxels import LEVELS
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import loop as train
@@ -142,7 +142,7 @@ def choose_capacities(data: DataSettings, needs: SceneNeeds) -> Capacities:
         if data.scenes_per_step:
             voxels, pairs, of_points = recipes.SCENE_VOXELS, recipes.SCENE_PAIRS, recipes.MAX_POINTS
         voxels, pairs = tables(data.voxels_per_shard, voxels, of_points), tables(data.pairs_per_shard, pairs, of_points)
-        return Capacities(points, scenes, (), (), voxels, pairs, pooled(pairs))
+        return Capacities(points, scenes, (), (), voxels, pairs)
     cells, halo = tables(data.cells_per_shard, recipes.PACK_CELLS), tables(data.halo_per_shard, recipes.PACK_HALO)
     return Capacities(points, scenes, cells, halo)
 
@@ -150,7 +150,7 @@ def choose_capacities(data: DataSettings, needs: SceneNeeds) -> Capacities:
 def make_batch(settings: SceneSettings, capacities: Capacities, mesh: Mesh) -> Batch:
     """Shapes of a batch, by packing no scene at all as a run packs its first."""
     distill, needs = settings.task == "distill", settings.needs
-    counts = np.zeros((LEVELS, 2 + len(DIRECTIONS)), int)
+    counts = np.zeros((LEVELS, 2), int)
     nothing = SceneView(
         name="",
         stream_index=0,

@@ -7,19 +7,18 @@ is dropped and the order is that of the stream. All in NumPy, in the main proces
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from scalr_jax.config import DataSettings
 from scalr_jax.data.scenes import IGNORE, Batch, PackedVoxels, Plane, ScenePlane, SceneView
-from scalr_jax.ops.voxels import DIRECTIONS, by_direction, pooled, room_for, turned
+from scalr_jax.ops.voxels import sizes_for
 from scalr_jax.runtime.errors import InputError
 
 
 class Capacities(NamedTuple):
-    """Static sizes of one data shard. The config key that raises each is in `KEYS`."""
+    """Static sizes of one data shard. `data.<field>_per_shard` is the config key of each."""
 
     points: int  # P
     scenes: int  # S
@@ -27,12 +26,7 @@ class Capacities(NamedTuple):
     halo: tuple[int, ...]  # H of each plane
     voxels: tuple[int, ...] = ()  # of each level of a MinkUNet
     pairs: tuple[int, ...] = ()  # of neighbours, likewise
-    directions: tuple[int, ...] = ()  # of the pairs, 13 a level, or `pooled`
 
-
-KEYS = Capacities(*(f"data.{name}_per_shard" for name in Capacities._fields))._replace(  # type: ignore[arg-type]
-    directions="data.pairs_per_shard"  # type: ignore[arg-type]
-)
 
 SMALLEST = 4096  # points
 
@@ -48,11 +42,8 @@ def sizes(scene: SceneView) -> Capacities:
     """What one scene needs of each capacity."""
     cells = tuple(len(plane.position) for plane in scene.planes)
     halo = tuple(len(plane.halo_taps) for plane in scene.planes)
-    if scene.voxels is None:
-        return Capacities(len(scene.feats), 1, cells, halo)
-    counts = scene.voxels.counts
-    voxels, pairs, directions = (tuple(part.ravel().tolist()) for part in np.split(counts, [1, 2], axis=1))
-    return Capacities(len(scene.feats), 1, cells, halo, voxels, pairs, directions)
+    voxels, pairs = ((), ()) if scene.voxels is None else scene.voxels.counts.T.tolist()
+    return Capacities(len(scene.feats), 1, cells, halo, tuple(voxels), tuple(pairs))
 
 
 def add(a: Capacities, b: Capacities) -> Capacities:
@@ -73,59 +64,40 @@ def flat(sizes: Capacities) -> np.ndarray:
 
 def overflow(need: Capacities, capacities: Capacities) -> list[str]:
     """One text for each capacity that is exceeded."""
-    found = []
-    # Pairs beyond the room of a direction are told as pairs, which is what the config gives.
-    enough = need._replace(pairs=_enough_pairs(need, capacities), directions=capacities.directions)
-    for key, name, needed, given in zip(KEYS, Capacities._fields, enough, capacities, strict=True):
-        if any(x > y for x, y in zip(np.atleast_1d(needed), np.atleast_1d(given), strict=True)):
-            found.append(f"{needed} {name} where {key} is {given}")
-    return found
-
-
-def _enough_pairs(need: Capacities, capacities: Capacities) -> tuple[int, ...]:
-    """What would have to be given each level, of which `given_tables` makes all directions' room larger alike."""
-    needed, room = (np.reshape(sizes.directions, (-1, len(DIRECTIONS))) for sizes in (need, capacities))
-    larger = (needed / np.maximum(room - 1, 1)).max(axis=1)  # room was rounded up
-    pairs = np.maximum(need.pairs, capacities.pairs)
-    enough = np.where((needed > room).any(axis=1), np.ceil(larger * capacities.pairs), 0)
-    return tuple(np.maximum(pairs, enough).astype(int).tolist())
+    return [
+        f"{needed} {name} where data.{name}_per_shard is {given}"
+        for name, needed, given in zip(Capacities._fields, need, capacities, strict=True)
+        if any(x > y for x, y in zip(np.atleast_1d(needed), np.atleast_1d(given), strict=True))
+    ]
 
 
 def derive_capacities(
-    sample: Sequence[SceneView], *, points: int, scenes: int, exactly: int | None = None, directions: bool = False
+    sample: Sequence[SceneView], *, points: int, scenes: int, exactly: int | None = None
 ) -> Capacities:
     """Table capacities for packs of `points` points and `scenes` scenes, from a sample of scenes.
 
     A pack holds at most `scenes` scenes and `points` points; its cells are estimated from the sample's cells a point
     and cells a scene, with a margin, and never below two and a half times the largest scene seen. With `exactly` a pack
-    cannot end before it is full: there is room for that many scenes, each a tenth larger than the largest seen. With
-    `directions` the pairs get room by direction where that pays, whichever way scenes are turned.
+    cannot end before it is full: there is room for that many scenes, each a tenth larger than the largest seen.
     """
-
-    def capacity(counts: list[int]) -> int:
-        return table_size(counts, num_points, points=points, scenes=scenes, exactly=exactly)
-
     num_points = [len(scene.feats) for scene in sample]
-    needs = [sizes(scene)[2:-1] for scene in sample]
-    tables = [[capacity(list(counts)) for counts in zip(*of, strict=True)] for of in zip(*needs, strict=True)]
-    cells, halo, voxels, pairs = tables
+    needs = [sizes(scene)[2:] for scene in sample]
+    cells, halo, voxels, pairs = (
+        tuple(
+            table_size(counts, num_points, points=points, scenes=scenes, exactly=exactly)
+            for counts in zip(*tables, strict=True)
+        )
+        for tables in zip(*needs, strict=True)
+    )
     most = -(-points // 128) * 128  # a point is in one cell of a plane and in one voxel
-    cells, voxels = ([min(size, most) for size in table] for table in (cells, voxels))
-    room = np.reshape(pooled(pairs), (-1, len(DIRECTIONS)))
-    if directions and pairs:
-        counts = np.stack([turned(scene.voxels.counts)[:, 2:] for scene in sample if scene.voxels], axis=-1)
-        for level, needed in enumerate(counts.tolist()):
-            by_themselves = [capacity(of_direction) for of_direction in needed]
-            if by_direction(pairs[level], by_themselves):
-                room[level] = by_themselves
-    flat_room = tuple(room.ravel().tolist())
-    return Capacities(points, scenes, tuple(cells), tuple(halo), tuple(voxels), tuple(pairs), flat_room)
+    cells, voxels = (tuple(min(size, most) for size in table) for table in (cells, voxels))
+    return Capacities(points, scenes, cells, halo, voxels, pairs)
 
 
 def table_size(
     counts: Sequence[int], num_points: Sequence[int], *, points: int, scenes: int, exactly: int | None = None
 ) -> int:
-    """Of one table, a multiple of 128: from what each scene of a sample needs of it, and how many points each has."""
+    """The size of one table, a multiple of 128, from what each scene of a sample needs of it and its points."""
     if exactly:
         need = max(1.1 * exactly, 2.5) * max(counts)
     else:
@@ -135,19 +107,23 @@ def table_size(
     return int(-(-need // 128) * 128)
 
 
-def given_tables(derived: Capacities, data: Any) -> Capacities:
-    """`derived` with the tables that `data.cells_per_shard` and its like give. Raises `InputError` for a wrong number
-    of them. With other pairs the room by direction grows or shrinks as much."""
+def given_tables(derived: Capacities, data: DataSettings) -> Capacities:
+    """`derived` with the tables that `data.cells_per_shard` and the like give. Raises `InputError` for a wrong number
+    of them."""
     tables = {}
     for name in ("cells", "halo", "voxels", "pairs"):
         given, needed = tuple(getattr(data, f"{name}_per_shard")), getattr(derived, name)
-        if given and needed and len(given) != len(needed):
-            raise InputError(f"data.{name}_per_shard = {given} has {len(given)} numbers, and {len(needed)} are needed")
-        tables[name] = given if given and needed else needed
-    by_level = np.reshape(derived.directions, (-1, len(DIRECTIONS)))
-    scale = np.array(tables["pairs"], float) / np.maximum(derived.pairs, 1)
-    directions = np.ceil(by_level * scale[:, None]).astype(int)
-    return derived._replace(**tables, directions=tuple(directions.ravel().tolist()))
+        if given and needed:
+            if len(given) != len(needed):
+                raise InputError(f"data.{name}_per_shard = {given} has {len(given)} numbers; it needs {len(needed)}")
+            tables[name] = given
+    return derived._replace(**tables)
+
+
+def choose_capacities(data: DataSettings, sample: Sequence[SceneView], *, exactly: int | None = None) -> Capacities:
+    """From `data` where it gives them, else derived from a sample; `exactly`: of packs of so many scenes."""
+    derived = derive_capacities(sample, points=data.points_per_shard, scenes=data.scenes_per_shard, exactly=exactly)
+    return given_tables(derived, data)
 
 
 def static_capacities(scene: SceneView, grids: Sequence[tuple[int, int]]) -> Capacities:
@@ -174,7 +150,7 @@ def round_up(need: Capacities, grids: Sequence[tuple[int, int]]) -> Capacities:
     for parts in (8, 4, 2, 1):
         cells = tuple(-(-min(points, area) // parts) for area in areas)
         halo = tuple(-(-min(9 * points, area) // parts) for area in areas)
-        capacities = Capacities(points, 1, cells, halo, voxels, pairs, pooled(pairs))
+        capacities = Capacities(points, 1, cells, halo, voxels, pairs)
         if not overflow(need, capacities):
             return capacities
     raise AssertionError("more cells than points or than the grid has")
@@ -241,27 +217,28 @@ def pack_shard(scenes: Sequence[SceneView], capacities: Capacities, template: Sc
     if template.voxels is not None:
         parts = [scene.voxels.coordinates for scene in scenes if scene.voxels is not None]
         coordinates = _filled(parts, capacity, 0.0, template.voxels.coordinates)
-        directions = np.reshape(capacities.directions, (-1, len(DIRECTIONS)))
-        counts = np.column_stack([capacities.voxels, capacities.pairs, directions])
-        batch = batch._replace(voxels=PackedVoxels(coordinates, room_for(counts)))
+        counts = np.column_stack([capacities.voxels, capacities.pairs])
+        batch = batch._replace(voxels=PackedVoxels(coordinates, sizes_for(counts)))
     if template.labels is not None:
         labels = _filled([scene.labels for scene in scenes], capacity, IGNORE, template.labels)
         batch = batch._replace(labels=labels.astype(np.int32))
     return batch
 
 
-def stack_shards(shards: Sequence[Batch]) -> Any:
-    """[...] a shard -> [D_local, ...], through nested tuples and None."""
-
-    def stack(*leaves):
-        if leaves[0] is None:
-            return None
-        if isinstance(leaves[0], tuple):
-            parts = [stack(*inner) for inner in zip(*leaves, strict=True)]
-            return type(leaves[0])(*parts) if hasattr(leaves[0], "_fields") else tuple(parts)
-        return np.stack(leaves)
-
-    return stack(*shards)
+def stack_shards(shards: Sequence[Batch]) -> Batch:
+    """[...] a shard -> [D_local, ...]."""
+    first = shards[0]
+    arrays = {
+        name: np.stack([getattr(shard, name) for shard in shards])
+        for name, value in first._asdict().items()
+        if isinstance(value, np.ndarray)
+    }
+    planes = zip(*(shard.planes for shard in shards), strict=True)
+    batch = first._replace(**arrays, planes=tuple(Plane(*map(np.stack, zip(*plane, strict=True))) for plane in planes))
+    if first.voxels is None:
+        return batch
+    coordinates = np.stack([shard.voxels.coordinates for shard in shards if shard.voxels is not None])
+    return batch._replace(voxels=PackedVoxels(coordinates, first.voxels.sizes))
 
 
 def _filled(parts: Sequence, capacity: int, fill, like: np.ndarray) -> np.ndarray:
@@ -299,15 +276,3 @@ def _pack_plane(parts: Sequence[ScenePlane], counts: np.ndarray, capacities: Cap
     start = np.concatenate([[0], np.cumsum(count_in)]).astype(np.int32)
     inverse = np.where(count_in > 0, 1.0 / (count_in + 1e-6), 0.0).astype(np.float32)  # + 1e-6 as published
     return Plane(cell, grid_index, order, start, inverse, halo_index, halo_taps, cell_taps)
-
-
-def choose_capacities(data: DataSettings, sample: list[SceneView], *, exactly: int | None = None) -> Capacities:
-    """From the config where it gives them, else derived from a sample; `exactly`: of packs of so many scenes."""
-    derived = derive_capacities(
-        sample,
-        points=data.points_per_shard,
-        scenes=data.scenes_per_shard,
-        exactly=exactly,
-        directions=jax.default_backend() == "cpu",
-    )
-    return given_tables(derived, data)

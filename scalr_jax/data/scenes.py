@@ -14,9 +14,12 @@ This module imports NumPy only, so that data workers never start a JAX backend.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
+
+from scalr_jax.ops.voxels import Sizes
 
 A = TypeVar("A")  # np.ndarray or jax.Array
 
@@ -85,10 +88,10 @@ class SceneView(NamedTuple):
 
 
 class SceneVoxels(NamedTuple):
-    """Where one scene's points are in the grid of voxels, and what its tables need (`data.voxels`)."""
+    """Where one scene's points are in the grid of voxels, and what its tables need (`ops.voxels`)."""
 
     coordinates: np.ndarray  # [N, 3] float32: in voxels, from the lower corner of the field of view
-    counts: np.ndarray  # [levels, 2 + 13] int64: occupied voxels, pairs of neighbours, and these by direction
+    counts: np.ndarray  # [levels, 2] int64: occupied voxels and pairs of neighbours
 
 
 class ScenePlane(NamedTuple):
@@ -115,11 +118,12 @@ class Plane(NamedTuple, Generic[A]):
     cell_taps: A  # [D, M, 9] int32
 
 
-class PackedVoxels(NamedTuple, Generic[A]):
-    """What the device makes a MinkUNet's tables from."""
+@dataclasses.dataclass(frozen=True)
+class PackedVoxels(Generic[A]):
+    """What the device makes a MinkUNet's tables from. To JAX the sizes are static (`models.minkunet` says so)."""
 
     coordinates: A  # [D, P, 3] float32, as in `SceneVoxels`; 0 for padding
-    room: tuple[tuple[A, ...], ...]  # [D, 0, ...] of each level: static sizes, see `data.voxels.room_for`
+    sizes: tuple[Sizes, ...]  # of the tables of each level
 
 
 class Batch(NamedTuple, Generic[A]):

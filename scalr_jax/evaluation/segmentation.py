@@ -158,8 +158,7 @@ class Evaluator:
         else larger ones. Tables are at least as large as `data` gives them."""
         held, data = self._capacities, self._data
         points = max(data.points_per_shard, int(HEADROOM * max(len(scene.feats) for scene in sample)))
-        on_cpu = jax.default_backend() == "cpu"
-        derived = derive_capacities(sample, points=points, scenes=data.scenes_per_shard, directions=on_cpu)
+        derived = derive_capacities(sample, points=points, scenes=data.scenes_per_shard)
         derived = largest(derived, given_tables(derived, data))
         if held is None:
             return derived

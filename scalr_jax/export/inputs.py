@@ -35,7 +35,7 @@ from scalr_jax.data.scenes import SceneView
 from scalr_jax.data.whole_scan import check_points, whole_scan
 from scalr_jax.export.voxel_tables import BLOCK, voxel_tables
 from scalr_jax.ops.voxels import LEVELS as VOXEL_LEVELS
-from scalr_jax.ops.voxels import extent_of, pooled
+from scalr_jax.ops.voxels import extent_of
 from scalr_jax.runtime.errors import InputError
 
 PLANES = ("xy", "xz", "yz")
@@ -139,7 +139,7 @@ def _pad_voxels(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """`pad_inputs` of a MinkUNet. A slot at the end of every list of pairs stays unused: it is the zero row."""
     num_points = len(inputs["feats"])
     pairs = tuple(int((inputs[f"near_source_{level}"] >= 0).sum()) for level in range(VOXEL_LEVELS))
-    need = Capacities(num_points, 1, (), (), tuple(inputs["number"].tolist()), pairs, pooled(pairs))
+    need = Capacities(num_points, 1, (), (), tuple(inputs["number"].tolist()), pairs)
     capacities = round_up(need, ())
     points, rows = capacities.points, capacities.voxels
     padded = {name: _pad(inputs[name], points, 0) for name in ("feats", "offset")} | {"number": inputs["number"]}

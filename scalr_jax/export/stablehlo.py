@@ -26,7 +26,7 @@ from scalr_jax.interop.model import student_of
 from scalr_jax.models.minkunet import GivenTables, MinkUNet
 from scalr_jax.models.waffleiron import WaffleIron
 from scalr_jax.ops import sparse_conv
-from scalr_jax.ops.voxels import LEVELS
+from scalr_jax.ops.voxels import CENTRE, LEVELS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -73,18 +73,20 @@ def _sparse_batch(inputs: Mapping[str, Any]) -> Batch:
     """One shard of one scene, D = S = 1, with its tables."""
     rows = [inputs[f"near_slots_{level}"].shape[0] for level in range(LEVELS)]
 
-    def pairs(kind: str, level: int, element: str, num_inputs: Any, back: Any = None) -> sparse_conv.Pairs:
+    def pairs(kind: str, level: int, element: Any, num_inputs: Any, back: Any = None) -> sparse_conv.Pairs:
         source = _none_to(num_inputs, inputs[f"{kind}_source_{level}"])
         slots = _none_to(source.shape[0] - 1, inputs[f"{kind}_slots_{level}"])  # the last is never used
         target, of_source = (back.source, back.of_target) if back else (source, slots)
-        return sparse_conv.Pairs(source, target, inputs[f"{element}_element_{level}"], of_source, slots)
+        return sparse_conv.Pairs(source, target, element, of_source, slots)
 
     levels = []
     for level in range(LEVELS):
-        near = down = pairs("near", level, "near", rows[level])
+        element = inputs[f"near_element_{level}"]  # of 26, without the centre
+        near = down = pairs("near", level, element + (element >= CENTRE), rows[level])
         if level + 1 < LEVELS:
-            up = pairs("up", level, "down", rows[level + 1])
-            down = pairs("down", level, "down", rows[level], up)
+            element = inputs[f"down_element_{level}"]
+            up = pairs("up", level, element, rows[level + 1])
+            down = pairs("down", level, element, rows[level], up)
         neighbors = inputs["neighbors"] if level == 0 else inputs[f"near_slots_{level}"]  # of coarser ones not read
         levels.append(sparse_conv.Level(inputs["number"][level], near, down, _none_to(rows[level], neighbors)))
     tables = sparse_conv.Voxels(

@@ -14,7 +14,7 @@ from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.data.scenes import Batch, SceneNeeds, SceneView, SceneVoxels
 from scalr_jax.models.build import make_student
 from scalr_jax.models.student import Student, Variables
-from scalr_jax.ops.voxels import DIRECTIONS, LEVELS, pooled
+from scalr_jax.ops.voxels import LEVELS
 from scalr_jax.runtime.errors import InputError
 
 
@@ -51,9 +51,9 @@ def empty_batch(num_features: int, needs: SceneNeeds) -> Batch:
     sizes = (2,) * len(needs.grids)
     capacities = Capacities(2, 1, sizes, sizes)
     if needs.voxel_size is not None:
-        counts = np.zeros((LEVELS, 2 + len(DIRECTIONS)), np.int64)
+        counts = np.zeros((LEVELS, 2), np.int64)
         scene = scene._replace(voxels=SceneVoxels(np.zeros((0, 3), np.float32), counts))
-        capacities = Capacities(2, 1, sizes, sizes, (2,) * LEVELS, (2,) * LEVELS, pooled((2,) * LEVELS))
+        capacities = Capacities(2, 1, sizes, sizes, (2,) * LEVELS, (2,) * LEVELS)
     return jax.tree.map(lambda x: x[None], pack_shard((), capacities, scene, needs.grids))
 
 

@@ -24,7 +24,7 @@ from scalr_jax.config import StudentSettings
 from scalr_jax.data.scenes import Batch, PackedVoxels, SceneNeeds
 from scalr_jax.models.layers import BatchNorm, per_shard, to_rows
 from scalr_jax.ops import cells, sparse_conv
-from scalr_jax.ops.voxels import extent_of, sizes_of
+from scalr_jax.ops.voxels import extent_of
 from scalr_jax.runtime.sharding import whole
 
 Array = jax.Array
@@ -37,21 +37,25 @@ BLOCKS = {
     "minkunet34": (2, 3, 4, 6, 2, 2, 2, 2),
 }
 
+# Here and not beside the class, which data workers import without JAX: every student's module imports this one.
+jax.tree_util.register_dataclass(PackedVoxels, data_fields=["coordinates"], meta_fields=["sizes"])
+
 
 def scaled_widths(width: float) -> tuple[int, ...]:
     """Channels of stem and stages: the published ones times `width`, cut to integers as SPVNAS does."""
     return tuple(max(1, int(width * channels)) for channels in (STEM, *WIDTHS))
 
 
-def tables_of(packed: Any, scene: Array, extent: tuple, *, num_scenes: int) -> sparse_conv.Voxels:
+def tables_of(
+    packed: PackedVoxels, scene: Array, extent: tuple[int, int, int], *, num_scenes: int
+) -> sparse_conv.Voxels:
     """The tables of all levels of each shard, with their axis D.
 
-    packed: `scenes.PackedVoxels`; scene [D, P]; extent: voxels of the field of view along x, y, z.
+    scene [D, P]; extent: voxels of the field of view along x, y, z.
     """
-    sizes = sizes_of(packed.room)
     return per_shard(
         lambda coordinates, scene: sparse_conv.make_levels(
-            jnp.floor(coordinates).astype(jnp.int32), scene, sizes, num_scenes=num_scenes, extent=extent
+            jnp.floor(coordinates).astype(jnp.int32), scene, packed.sizes, num_scenes=num_scenes, extent=extent
         ),
         packed.coordinates,
         scene,

@@ -178,7 +178,7 @@ def look(dataset: Any, index: int, frame: Frame, rng: np.random.Generator) -> Se
         num_dropped=stored - len(xyz),
         num_voxels=len(voxels),
         num_in_view=None if frame.visible is None else int(frame.visible[voxels].sum()),
-        levels=count_levels(np.floor(xyz[used] / VOXEL_SIZE))[:, :2],
+        levels=count_levels(np.floor(xyz[used] / VOXEL_SIZE)),
         extent=np.stack([with_radius.min(axis=0), with_radius.max(axis=0)]),
         moments=np.array([len(xyz), intensity.sum(), (intensity**2).sum(), intensity.min(), intensity.max()]),
         statistics=intensity_statistics(dataset, index),

@@ -10,7 +10,7 @@ import pytest
 from scalr_jax.bench import scenes
 from scalr_jax.bench.run import report
 from scalr_jax.models import minkunet
-from scalr_jax.ops.voxels import count_levels
+from scalr_jax.ops.voxels import count_levels, sizes_for
 from scalr_jax.train import steps
 from tests.support.bench_batch import less_optimized, save_batch
 
@@ -46,9 +46,9 @@ def test_a_network(capsys, batch_file, monkeypatch):
     voxels = np.floor((batch.feats[0, :, 1:4] - bench_sparse_conv.LOW) / 4)
     counts = count_levels(voxels) + 27 * batch.scene_points.size  # of all scenes at once, and some more
     arguments = argparse.Namespace(network="minkunet14", voxel_size=4.0, runs=1)
-    found, times = bench_sparse_conv.network(arguments, batch, (32, 32, 4), {"pooled": counts})
-    assert (found["name"], set(times)) == ("minkunet14", {"forward, pooled", "step, pooled"})
-    assert all(found["pooled"][key] > 0 for key in ("forward_s", "step_s", "step_bytes"))
+    found, times = bench_sparse_conv.network(arguments, batch, (32, 32, 4), sizes_for(counts))
+    assert (found["name"], set(times)) == ("minkunet14", {"forward", "step"})
+    assert all(found[key] > 0 for key in ("forward_s", "step_s", "step_bytes"))
     with pytest.raises(SystemExit):
         report(bench_sparse_conv.main, ["--levels=3", "--network=minkunet14"])
     assert "--network has 5 levels; leave --levels out" in capsys.readouterr().err

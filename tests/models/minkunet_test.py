@@ -9,7 +9,7 @@ import pytest
 
 from scalr_jax.data.scenes import PackedVoxels
 from scalr_jax.models import minkunet
-from scalr_jax.ops.voxels import count_levels, extent_of, room_for
+from scalr_jax.ops.voxels import count_levels, extent_of, sizes_for
 from tests.support.fast import FAST
 
 VIEW = ((-3.2, -3.2, -1.6), (3.2, 3.2, 1.6))
@@ -31,10 +31,10 @@ def coordinates(xyz):
 
 
 @functools.lru_cache
-def room(num_scenes):
-    """For so many scenes, and more."""
+def sizes(num_scenes):
+    """With room for so many scenes, and more."""
     counts = np.max([count_levels(np.floor(coordinates(scene(seed)[:, 2:]))) for seed in range(4)], axis=0)
-    return room_for(num_scenes * (counts + 9))
+    return sizes_for(num_scenes * (counts + 9))
 
 
 def pack(shards, num_scenes, num_points, padding=0.0):
@@ -49,8 +49,7 @@ def pack(shards, num_scenes, num_points, padding=0.0):
 
 
 def voxels_of(feats, index, num_scenes):
-    empty = jax.tree.map(lambda part: jnp.zeros((len(feats), *part.shape)), room(num_scenes))
-    packed = PackedVoxels(coordinates(feats[..., 2:5]), empty)
+    packed = PackedVoxels(coordinates(feats[..., 2:5]), sizes(num_scenes))
     return minkunet.tables_of(packed, index, EXTENT, num_scenes=num_scenes)
 
 
@@ -127,3 +126,17 @@ def test_points_far_outside_count_as_the_border(variables):
     far[0, :2], near[0, :2] = 0.5, 0.5
     cell = jax.jit(lambda feats, index: voxels_of(feats, index, 1).cell, compiler_options=FAST)
     np.testing.assert_array_equal(*(cell(*pack([[points]], 1, POINTS)) for points in (near, far)))
+
+
+def test_to_jax_sizes_are_static():
+    """A step is compiled for them, and batches of other sizes are other trees."""
+    packed = PackedVoxels(np.zeros((1, POINTS, 3), np.float32), sizes(1))
+    (leaf,), tree = jax.tree.flatten(packed)
+    assert leaf is packed.coordinates
+    assert jax.tree.unflatten(tree, [leaf]).sizes == sizes(1)
+    assert jax.tree.structure(PackedVoxels(leaf, sizes(2))) != tree
+    traced = []
+    program = jax.jit(lambda packed: traced.append(packed.sizes) or packed.coordinates.sum())
+    for each in (packed, PackedVoxels(leaf + 1, sizes(1)), PackedVoxels(leaf, sizes(2))):
+        program(each)
+    assert traced == [sizes(1), sizes(2)]

@@ -1,6 +1,5 @@
 """A MinkUNet as the student: by `model.name` in any config, in the same tasks and packs as a WaffleIron."""
 
-import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,11 @@ from scalr_jax.data.transforms import cell_position
 from scalr_jax.export.run import export_model
 from scalr_jax.models import minkunet
 from scalr_jax.models.build import make_backbone, make_student
-from scalr_jax.ops import voxels
 from scalr_jax.ops.voxels import count_levels, extent_of
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import optim
-from tests.support.checks import present
 from tests.support.fast import FAST
 from tests.support.random_scenes import FIELD_OF_VIEW
 from tests.support.runs import distill, losses, open_split, scene_settings, small_config
@@ -74,12 +71,11 @@ def test_voxels_are_those_of_the_augmented_points(scenes, street_cache):
 def test_voxels_are_counted_as_by_looking_at_each():
     rng = np.random.default_rng(0)
     coordinates = rng.integers(-3, 5, (60, 3))
-    for number, pairs, *directions in count_levels(coordinates, 3):
+    for number, pairs in count_levels(coordinates, 3):
         occupied = {tuple(row) for row in coordinates.tolist()}
         steps = [(x, y, z) for x in (-1, 0, 1) for y in (-1, 0, 1) for z in (-1, 0, 1) if (x, y, z) != (0, 0, 0)]
         near = [sum(tuple(np.add(voxel, step).tolist()) in occupied for voxel in occupied) for step in steps]
-        assert (number, pairs, directions) == (len(occupied), sum(near), near[13:])
-        assert near[:13] == near[:12:-1]  # in the opposite directions, which are the same pairs
+        assert (number, pairs) == (len(occupied), sum(near))
         coordinates = coordinates // 2
     assert extent_of(((-64, -64, -8), (64, 64, 8)), 0.1) == (1280, 1280, 160)
 
@@ -99,49 +95,19 @@ def test_a_pack_that_is_full_of_pairs_is_followed_by_another(scenes):
         list(packing.pack_stream(iter(members), tight._replace(pairs=(*tight.pairs[:4], 1))))
 
 
-def test_room_by_direction_is_taken_where_it_costs_little(scenes, monkeypatch):
-    """Else any direction may have all pairs. It holds every scene of the sample, turned by right angles too."""
+def test_what_a_scene_is_said_to_need_is_enough(scenes, street_cache):
     members, _ = scenes
-    monkeypatch.setattr(voxels, "LARGE", 1)
-    derive = functools.partial(packing.derive_capacities, members, points=6000, scenes=4, directions=True)
-    assert packing.derive_capacities(members, points=6000, scenes=4).directions == voxels.pooled(derive().pairs)
-    chosen = {}
-    for more in (0.5, 4.0):
-        monkeypatch.setattr(voxels, "MORE", more)
-        capacities = derive()
-        shard = packing.pack_shard([], capacities, members[0], ())
-        sizes = voxels.sizes_of(jax.tree.map(lambda part: part[None], present(shard.voxels).room))
-        chosen[more] = [bool(size.directions) for size in sizes]
-        for scene in members:
-            for turned in (
-                scene,
-                scene._replace(voxels=scene.voxels._replace(counts=voxels.turned(scene.voxels.counts))),
-            ):
-                assert not packing.overflow(
-                    packing.sizes(turned)._replace(pairs=packing.sizes(scene).pairs), capacities
-                )
-        for size, directions in zip(sizes, np.reshape(capacities.directions, (5, 13)), strict=True):
-            assert not size.directions or (np.array(size.directions) > directions).all()
-    assert chosen == {0.5: [False] * 5, 4.0: [True] * 5}
-
-
-def test_what_a_scene_is_said_to_need_is_enough(scenes, street_cache, monkeypatch):
-    """By `data.pairs_per_shard`, a number a level, with which room by direction grows and shrinks."""
-    members, _ = scenes
-    monkeypatch.setattr(voxels, "LARGE", 1)
-    monkeypatch.setattr(voxels, "MORE", 4.0)
-    for directions in (False, True):
-        roomy = packing.derive_capacities(members, points=6000, scenes=4, directions=directions)
-        data = small_config(street_cache, **NARROW).data
-        data.pairs_per_shard = (1500, 900, 2**20, 300, 100)
-        tight = packing.given_tables(roomy, data)
-        assert tight.pairs == data.pairs_per_shard
-        for scene in members:
-            (text,) = packing.overflow(packing.sizes(scene), tight)
-            data.pairs_per_shard = tuple(int(n) for n in re.findall(r"\d+", text.partition(" pairs where ")[0]))
-            assert not packing.overflow(packing.sizes(scene), packing.given_tables(roomy, data))
+    roomy = packing.derive_capacities(members, points=6000, scenes=4)
+    data = small_config(street_cache, **NARROW).data
+    data.pairs_per_shard = (1500, 900, 2**20, 300, 100)
+    tight = packing.given_tables(roomy, data)
+    assert tight.pairs == data.pairs_per_shard
+    for scene in members:
+        (text,) = packing.overflow(packing.sizes(scene), tight)
+        data.pairs_per_shard = tuple(int(n) for n in re.findall(r"\d+", text.partition(" pairs where ")[0]))
+        assert not packing.overflow(packing.sizes(scene), packing.given_tables(roomy, data))
     data.pairs_per_shard = (1500, 900)
-    with pytest.raises(InputError, match=r"data\.pairs_per_shard = \(1500, 900\) has 2 numbers, and 5 are needed"):
+    with pytest.raises(InputError, match=r"data\.pairs_per_shard = \(1500, 900\) has 2 numbers.* 5"):
         packing.given_tables(roomy, data)
 
 

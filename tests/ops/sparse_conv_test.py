@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalr_jax.ops import cells, sparse_conv
-from scalr_jax.ops.voxels import Sizes, count_levels, pooled, room_for, sizes_for, sizes_of
+from scalr_jax.ops.voxels import Sizes, count_levels, sizes_for
 from tests.support.fast import FAST
 
 EXTENT, NUM_SCENES, NUM_POINTS, LEVELS = (8, 6, 4), 2, 160, 3
-# On the second level the pairs have room by direction.
-SIZES = (Sizes(160, 28 * 256, 256), Sizes(64, 0, 128, tuple(range(48, 61))), Sizes(16, 28 * 128, 128))
+SIZES = (Sizes(160, 28 * 256, 256), Sizes(64, 28 * 128, 128), Sizes(16, 28 * 128, 128))
 fast_jit = functools.partial(jax.jit, compiler_options=FAST)
 make = fast_jit(functools.partial(sparse_conv.make_levels, sizes=SIZES, num_scenes=NUM_SCENES, extent=EXTENT))
 
@@ -172,11 +171,9 @@ def test_counts_say_what_is_needed_and_without_room_it_is_said():
     inside = np.clip(coordinates, 0, np.array(EXTENT) - 1)
     counts = np.sum([count_levels(inside[scene == s], LEVELS) for s in range(NUM_SCENES)], axis=0)
     voxels = make(coordinates, scene)
-    for level, (number, pairs, *directions) in zip(voxels.levels, counts, strict=True):
+    for level, (number, pairs) in zip(voxels.levels, counts, strict=True):
         assert int(level.number) == number
-        lists = level.near.low + level.near.high if level is voxels.levels[1] else (level.near.source,)
-        used = [int((rows < level.neighbors.shape[0]).sum()) for rows in lists]
-        assert used == (2 * directions if level is voxels.levels[1] else [pairs])
+        assert int((level.near.source < level.neighbors.shape[0]).sum()) == pairs
     exact = sizes_for(counts)
 
     def missing(sizes):
@@ -190,9 +187,6 @@ def test_counts_say_what_is_needed_and_without_room_it_is_said():
         assert missing(tuple(fewer)) > 0
     fewer = (exact[0]._replace(pairs=26 * exact[0].block // 2), *exact[1:])
     assert missing(fewer) > 0
-    directions = counts[0, 2:].tolist()
-    assert missing((exact[0]._replace(directions=tuple(number + 1 for number in directions)), *exact[1:])) == 0
-    assert missing((exact[0]._replace(directions=tuple(directions)), *exact[1:])) == 13  # one slot is to stay unused
 
 
 def test_on_a_cpu_nothing_is_fused_into_a_convolution():
@@ -217,18 +211,13 @@ def test_on_a_cpu_nothing_is_fused_into_a_convolution():
                 assert next(branches) - next(branches) >= number  # those by platform are decided when it is compiled
 
 
-def test_sizes_travel_as_shapes():
-    many = [70_000 + k for k in range(13)]
-    counts = np.array([[2**20, 2 * sum(many), *many], [2**20, 2**22, *pooled([2**22])], [3, 2, 1, *[0] * 12]])
-    room = jax.tree.map(lambda part: jnp.zeros((2, *part.shape)), room_for(counts))
-    sizes = sizes_of(room)
-    assert sizes == sizes_for(counts)
-    assert sum(part.size for part in jax.tree.leaves(room)) == 0
+def test_sizes_have_room_for_what_was_counted():
+    counts = np.array([[2**20, 2**22], [70_000, 1_000_000], [3, 2]])
+    sizes = sizes_for(counts)
     assert [size.voxels for size in sizes] == counts[:, 0].tolist()
-    assert [bool(size.directions) for size in sizes] == [True, False, False]  # of few pairs it is not worth it
-    assert all(number < slots <= number + 16 for number, slots in zip(many, sizes[0].directions, strict=True))
-    for size, pairs in zip(sizes[1:], counts[1:, 1], strict=True):
-        assert size.pairs >= pairs + 27 * (size.block - 1)  # 26 blocks may be nearly empty, and a slot stays unused
+    for size, pairs in zip(sizes, counts[:, 1], strict=True):
+        assert size.pairs % size.block == 0
+        assert size.pairs >= pairs + 26 * (size.block - 1) + 1  # 26 blocks may be nearly empty, and a slot stays unused
 
 
 def test_keys_that_do_not_fit_are_refused():
