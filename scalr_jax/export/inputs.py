@@ -20,7 +20,7 @@ H halo cells and Q partial sums. Index -1 reads a zero row.
     roots_p          [M] int32       which of its sums is the cell's (onnx)
 
 A MinkUNet's (stablehlo) are feats, offset [N, 3] float32, where each point is in its voxel, -0.5 to 0.5 from the centre
-in voxels, and the tables of `data.voxel_tables.voxel_tables`.
+in voxels, and the tables of `export.voxel_tables.voxel_tables`.
 """
 
 from __future__ import annotations
