@@ -147,11 +147,11 @@ def network(
     coordinates = np.clip(coordinates, 0, np.array(extent) - 0.1).astype(np.float32)
     options = steps.compiler_options(jax.default_backend())
 
-    def forward(variables: Any, batch: Any) -> Any:
+    def forward(variables: dict, batch: Batch) -> jax.Array:
         return student.apply(variables, batch, train=False)
 
-    def step(variables: Any, batch: Any) -> Any:
-        def loss(params: Any) -> Any:
+    def step(variables: dict, batch: Batch) -> dict:
+        def loss(params: dict) -> jax.Array:
             out, _ = student.apply({**variables, "params": params}, batch, train=True, mutable=["batch_stats"])
             return jnp.square(out).mean()
 
@@ -174,14 +174,16 @@ def network(
 def with_gradient(function: Callable) -> Callable:
     """function(x, kernel) -> (x, kernel, gradient) -> (output, gradients)."""
 
-    def both(x: Any, kernel: Any, gradient: Any) -> Any:
+    def both(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple:
         out, pull = jax.vjp(function, x, kernel)
         return out, pull(gradient)
 
     return both
 
 
-def convolutions(level: Any, size: Any, channels: int, num_pairs: int) -> tuple[dict[str, Callable], Any]:
+def convolutions(
+    level: sparse_conv.Level, size: Sizes, channels: int, num_pairs: int
+) -> tuple[dict[str, Callable], int | None]:
     """The sparse convolution and its floor, forward and with gradients; bytes of the former."""
     keys = jax.random.split(jax.random.key(0), 4)
     x, gradient = (jax.random.normal(key, (size.voxels, channels), F32) for key in keys[:2])
@@ -206,12 +208,12 @@ def convolutions(level: Any, size: Any, channels: int, num_pairs: int) -> tuple[
     )
 
 
-def dense(extent: np.ndarray, num_scenes: int, channels: int) -> tuple[Callable, Any]:
+def dense(extent: np.ndarray, num_scenes: int, channels: int) -> tuple[Callable, int | None]:
     """A dense convolution of every cell of every scene, forward and backward, and its bytes."""
     grid = jnp.zeros((num_scenes, *(int(n) for n in extent), channels), F32)
     kernel = jnp.ones((3, 3, 3, channels, channels), F32)
 
-    def convolve(grid: Any, kernel: Any) -> Any:
+    def convolve(grid: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(
             grid, kernel, (1, 1, 1), "SAME", dimension_numbers=("NXYZC", "XYZIO", "NXYZC")
         )

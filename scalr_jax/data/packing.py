@@ -47,12 +47,13 @@ def sizes(scene: SceneView) -> Capacities:
 
 
 def add(a: Capacities, b: Capacities) -> Capacities:
+    """The sum of each size: what two scenes need together."""
     tables = (tuple(x + y for x, y in zip(u, v, strict=True)) for u, v in zip(a[2:], b[2:], strict=True))
     return Capacities(a.points + b.points, a.scenes + b.scenes, *tables)
 
 
 def largest(a: Capacities, b: Capacities) -> Capacities:
-    """The larger of each size: the least that hold what either does."""
+    """The larger of each size: the least capacities that hold either."""
     tables = (tuple(max(x, y) for x, y in zip(u, v, strict=True)) for u, v in zip(a[2:], b[2:], strict=True))
     return Capacities(max(a.points, b.points), max(a.scenes, b.scenes), *tables)
 
@@ -185,7 +186,9 @@ def pack_stream(scenes: Iterator[SceneView], capacities: Capacities, *, exactly:
         yield Pack(tuple(held), held[-1].stream_index + 1)
 
 
-def pack_shard(scenes: Sequence[SceneView], capacities: Capacities, template: SceneView, grids) -> Batch:
+def pack_shard(
+    scenes: Sequence[SceneView], capacities: Capacities, template: SceneView, grids: Sequence[tuple[int, int]]
+) -> Batch:
     """Concatenate scenes into one shard's arrays (no D axis). `template` gives widths and dtypes of an empty pack."""
     capacity = capacities.points
     counts = np.array([len(scene.feats) for scene in scenes], np.int32)
@@ -206,21 +209,25 @@ def pack_shard(scenes: Sequence[SceneView], capacities: Capacities, template: Sc
     for scene, start in zip(scenes, starts, strict=False):
         np.add(scene.neighbors, start, out=batch.neighbors[start : start + len(scene.feats)])
     batch.neighbors[total:] = np.arange(total, capacity, dtype=np.int32)[:, None]  # padding is its own neighbour
+    return _with_optional(batch, scenes, capacities, template)
+
+
+def _with_optional(batch: Batch, scenes: Sequence[SceneView], capacities: Capacities, template: SceneView) -> Batch:
+    """The batch with the fields that `template` has: images with pixels, voxels, labels."""
     if template.image is not None and template.pixels is not None:
         images = np.zeros((capacities.scenes, *template.image.shape), np.uint8)
         for i, scene in enumerate(scenes):
             assert scene.image is not None, "a scene without an image among scenes with one"
             images[i] = scene.image
-        batch = batch._replace(
-            images=images, pixels=_filled([scene.pixels for scene in scenes], capacity, 0, template.pixels)
-        )
+        pixels = _filled([scene.pixels for scene in scenes], capacities.points, 0, template.pixels)
+        batch = batch._replace(images=images, pixels=pixels)
     if template.voxels is not None:
         parts = [scene.voxels.coordinates for scene in scenes if scene.voxels is not None]
-        coordinates = _filled(parts, capacity, 0.0, template.voxels.coordinates)
+        coordinates = _filled(parts, capacities.points, 0.0, template.voxels.coordinates)
         counts = np.column_stack([capacities.voxels, capacities.pairs])
         batch = batch._replace(voxels=PackedVoxels(coordinates, sizes_for(counts)))
     if template.labels is not None:
-        labels = _filled([scene.labels for scene in scenes], capacity, IGNORE, template.labels)
+        labels = _filled([scene.labels for scene in scenes], capacities.points, IGNORE, template.labels)
         batch = batch._replace(labels=labels.astype(np.int32))
     return batch
 
@@ -241,7 +248,7 @@ def stack_shards(shards: Sequence[Batch]) -> Batch:
     return batch._replace(voxels=PackedVoxels(coordinates, first.voxels.sizes))
 
 
-def _filled(parts: Sequence, capacity: int, fill, like: np.ndarray) -> np.ndarray:
+def _filled(parts: Sequence, capacity: int, fill: float, like: np.ndarray) -> np.ndarray:
     """Concatenation of `parts`, filled up to `capacity` rows."""
     out = np.empty((capacity, *like.shape[1:]), like.dtype)
     start = 0
@@ -252,7 +259,9 @@ def _filled(parts: Sequence, capacity: int, fill, like: np.ndarray) -> np.ndarra
     return out
 
 
-def _pack_plane(parts: Sequence[ScenePlane], counts: np.ndarray, capacities: Capacities, k: int, grid) -> Plane:
+def _pack_plane(
+    parts: Sequence[ScenePlane], counts: np.ndarray, capacities: Capacities, k: int, grid: tuple[int, int]
+) -> Plane:
     num_points, num_cells, num_halo = capacities.points, capacities.cells[k], capacities.halo[k]
     area = grid[0] * grid[1]
     cell = np.full(num_points, num_cells, np.int32)

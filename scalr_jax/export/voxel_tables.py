@@ -27,7 +27,7 @@ def voxel_tables(coordinates: np.ndarray, extent: tuple[int, int, int]) -> dict[
       inverse_count [V_0]       float32, 1 / points of a voxel
       number [5] int32          V_l
       neighbors [V_0, 27] int32 rows of the 3x3x3 around each voxel, z fastest
-      and of the pairs of each level's convolutions, in slots of B blocks of 128, one kernel element a block:
+      and the pairs of each level's convolutions, in slots of B blocks of 128, one kernel element a block:
       near_source_l [128 B] int32, near_element_l [B] int32   3x3x3 without its centre: input row, element of 26
       near_slots_l [V_l, 26] int32                            the slots to add up for each voxel
       down_source_l, down_element_l, down_slots_l [V_l+1, 8]  2x2x2 to the next level, elements of 8 (l = 0 to 3)
@@ -66,19 +66,19 @@ def _rows_of(voxels: np.ndarray, extent: tuple[int, int, int]) -> np.ndarray:
     """[V, 26]: the rows of the neighbours of sorted voxels [V, 3], -1 where there is none."""
     strides = np.array([(extent[1] + 2) * (extent[2] + 2), extent[2] + 2, 1])
     keys = (voxels + 1) @ strides
-    wanted = keys[:, None] + np.array(NEAR) @ strides
-    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[at] == wanted, at, -1)
+    near = keys[:, None] + np.array(NEAR) @ strides
+    at = np.minimum(np.searchsorted(keys, near), len(keys) - 1)
+    return np.where(keys[at] == near, at, -1)
 
 
 def _pairs(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """inputs [V, T]: the row that each kernel element reads for each output, -1 for none. Every element gets whole
     blocks. Returns slots [V, T], source [Q], target [Q] (its output), element [Q / 128]."""
-    there = inputs >= 0
-    blocks = -(-there.sum(axis=0) // BLOCK)  # [T]
+    valid = inputs >= 0
+    blocks = -(-valid.sum(axis=0) // BLOCK)  # [T]
     first = (np.cumsum(blocks) - blocks) * BLOCK
-    slots = np.where(there, first + np.cumsum(there, axis=0) - 1, -1)
+    slots = np.where(valid, first + np.cumsum(valid, axis=0) - 1, -1)
     source, target = np.full((2, blocks.sum() * BLOCK), -1, np.int32)
-    source[slots[there]] = inputs[there]
-    target[slots[there]] = np.nonzero(there)[0]
+    source[slots[valid]] = inputs[valid]
+    target[slots[valid]] = np.nonzero(valid)[0]
     return slots.astype(np.int32), source, target, np.repeat(np.arange(len(blocks), dtype=np.int32), blocks)

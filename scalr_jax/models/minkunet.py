@@ -11,7 +11,7 @@ or, by its distances, that and the neighbours ("trilinear").
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -171,7 +171,7 @@ def finer(x: Array, level: sparse_conv.Level, kernel: Array) -> Array:
     return _of_shards(lambda x, level: sparse_conv.convolve(x, sparse_conv.exchange(level.down), kernel), x, level)
 
 
-def _of_shards(function: Any, x: Array, level: sparse_conv.Level) -> Array:
+def _of_shards(function: Callable[[Array, sparse_conv.Level], Array], x: Array, level: sparse_conv.Level) -> Array:
     x = x.reshape(level.number.shape[0], -1, x.shape[-1])
     return to_rows(per_shard(function, x, level))
 
