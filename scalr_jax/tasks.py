@@ -18,6 +18,7 @@ import numpy as np
 
 from scalr_jax.config import Settings, TeacherSettings, all_keys, record_of
 from scalr_jax.data.build import make_dataset
+from scalr_jax.data.scenes import Dataset
 from scalr_jax.evaluation import report
 from scalr_jax.evaluation import robustness as robust
 from scalr_jax.evaluation.features import cache_key, checksum, make_cache
@@ -41,8 +42,6 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import flatten, write_json
 from scalr_jax.train.loop import Task, distillation_task, segmentation_task, train
 from scalr_jax.train.state import TrainState, variables_of
-
-Dataset = Any  # until its Protocol lands
 
 # ---- what every task needs
 

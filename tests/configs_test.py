@@ -10,7 +10,7 @@ from scalr_jax import config as defaults
 from scalr_jax import recipes, tasks
 from scalr_jax.compile import abstract
 from scalr_jax.config import TeacherSettings, read_settings
-from scalr_jax.data.joined import every_nth, intensity_statistics
+from scalr_jax.data.joined import every_nth
 from scalr_jax.interop import waffleiron as interop
 from scalr_jax.interop.model import empty_batch
 from scalr_jax.interop.teacher import make_teacher
@@ -19,6 +19,7 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import optim
 from scalr_jax.train.state import init_state
 from tests.support.checks import present
+from tests.support.datasets import Frames
 from tests.support.paths import ROOT
 from tests.support.runs import config_module, config_of, open_split, scene_settings
 from tests.support.tiny_student import tiny_model
@@ -186,19 +187,14 @@ def test_a_published_file_to_start_from(tmp_path):
             tasks.load_backbone(read_settings(config))
 
 
-class Numbers:
-    """Frames that are their own index."""
-
-    class_names = ("a",)
+class Numbers(Frames):
+    """So many frames."""
 
     def __init__(self, length):
         self.length = length
 
     def __len__(self):
         return self.length
-
-    def frame(self, index, rng):
-        return index
 
     def intensity(self, index):
         return float(index), 1.0
@@ -207,7 +203,7 @@ class Numbers:
 def test_a_share_of_the_labels_is_every_nth_frame():
     share = every_nth(Numbers(19_130), 100)
     assert len(share) == 192
-    assert [share.frame(i, np.random.default_rng(0)) for i in (0, 1, 191)] == [0, 100, 19_100]
+    assert [int(share.frame(i).points[0, 0]) for i in (0, 1, 191)] == [0, 100, 19_100]
     assert share.intensity(2) == (200.0, 1.0)
 
 
@@ -236,7 +232,7 @@ def test_given_intensities_are_those_of_every_frame(street_cache):
     for given in ((), (0, 1)):
         config.data.intensity = given
         dataset = open_split(config, "train", cache=street_cache)
-        assert (intensity_statistics(dataset, 1) == (0.0, 1.0)) == bool(given)
+        assert (dataset.intensity(1) == (0.0, 1.0)) == bool(given)
     for given in ((1.0,), (0.0, 0.0), "ab"):
         config.data.update(intensity=tuple(given))
         with pytest.raises(InputError, match=r"data\.intensity = .* is no \(mean, standard deviation\)"):

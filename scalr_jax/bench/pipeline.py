@@ -14,8 +14,10 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by pykdtree when it is loaded: one core means one thread
 
@@ -28,9 +30,9 @@ from scalr_jax.bench.timing import Parser
 from scalr_jax.config import DataSettings, StudentSettings
 from scalr_jax.data import packing, pipeline, transforms
 from scalr_jax.data.build import make_dataset, scene_settings
-from scalr_jax.data.joined import intensity_statistics
+from scalr_jax.data.joined import Derived
 from scalr_jax.data.readers import files
-from scalr_jax.data.scenes import PLANE_AXES, Frame
+from scalr_jax.data.scenes import PLANE_AXES, Dataset, Frame
 from scalr_jax.models.build import make_backbone
 from scalr_jax.runtime.errors import InputError
 
@@ -124,7 +126,7 @@ def _measure(name: str, data: DataSettings, settings: transforms.SceneSettings, 
         for i in range(len(records)):
             rng = np.random.default_rng(i)
             record = i % len(plain)
-            made.append(plain_scene(plain.frame(record, rng), intensity_statistics(plain, record), settings, rng))
+            made.append(plain_scene(plain.frame(record, rng), plain.intensity(record), settings, rng))
             if len(made) == BATCH_SIZE or i == len(records) - 1:
                 plain_batch(made)
                 made = []
@@ -173,13 +175,10 @@ class _Stages:
             self.seconds[stage] += elapsed - self._inner.pop()
             self._inner[-1] += elapsed
 
-    def watching(self, dataset: Any) -> Any:
+    def watching(self, dataset: Dataset) -> ExitStack:
         """A context in which the functions of the loader count as their stage."""
-        from contextlib import ExitStack
-        from unittest import mock
-
         stack = ExitStack()
-        reader = type(dataset.datasets[0]) if hasattr(dataset, "datasets") else type(dataset)
+        reader = type(dataset.datasets[0] if isinstance(dataset, Derived) else dataset)
         places = [(reader, "frame", "read"), (files, "read_image", "decode"), (files, "decode_image", "decode")]
         places += [(reader, "_pair", "project")]
         places += [(transforms, "one_a_voxel", "voxelise"), (transforms, "resize_image", "resize")]

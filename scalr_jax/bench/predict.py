@@ -35,6 +35,7 @@ from scalr_jax.bench.timing import Parser, header, interleave, positive, rounded
 from scalr_jax.config import get_config
 from scalr_jax.data import transforms
 from scalr_jax.data.packing import pack_shard, static_capacities
+from scalr_jax.data.planes import make_plane
 from scalr_jax.data.readers import scan_inputs
 from scalr_jax.data.scenes import PLANE_AXES, SceneNeeds, SceneView
 from scalr_jax.data.sensors import INTENSITY, PRETRAINING
@@ -167,8 +168,7 @@ def _stages(
 
     def tables() -> Any:
         planes = [
-            transforms.make_plane(xyz, axes, grid, config.field_of_view)
-            for axes, grid in zip(PLANE_AXES, grids, strict=True)
+            make_plane(xyz, axes, grid, config.field_of_view) for axes, grid in zip(PLANE_AXES, grids, strict=True)
         ]
         return planes, pack_shard([scene], capacities, scene, grids)
 

@@ -145,7 +145,7 @@ def _real_frame(root: Path) -> Callable[[str, int, tuple[int, int]], tuple[Frame
             opened[name] = readers[name]()
         dataset = opened[name]
         camera = dataset.cameras[count % len(dataset.cameras)]
-        return dataset.frame(count % len(dataset), camera=camera), dataset.intensity
+        return dataset.frame(count % len(dataset), camera=camera), dataset.intensity(0)
 
     return frame
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +13,7 @@ from scalr_jax.data.instances import open_bank, write_bank
 from scalr_jax.data.joined import Joined, every_nth, listed
 from scalr_jax.data.mixing import Mixing
 from scalr_jax.data.readers.records import Records, is_begun
-from scalr_jax.data.scenes import IGNORE, SceneNeeds, SceneView
+from scalr_jax.data.scenes import IGNORE, Dataset, SceneNeeds, SceneView
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.ops.voxels import extent_of
 from scalr_jax.runtime import distributed
@@ -24,7 +23,7 @@ LABELLED = ("probe", "finetune", "evaluate", "robustness")  # tasks that read la
 PANDASET = ("pandar64", "pandargt")  # lidars, each a dataset of its own in one folder
 
 
-def make_dataset(data: DataSettings, split: str, *, task: str, seed: int, cache: Path) -> Any:
+def make_dataset(data: DataSettings, split: str, *, task: str, seed: int, cache: Path) -> Dataset:
     """The dataset of `config.data` for a split and a task.
 
     Args:
@@ -39,14 +38,14 @@ def make_dataset(data: DataSettings, split: str, *, task: str, seed: int, cache:
     """
     names = dataset_names(data)
     roots = [_root(data.root, name) if len(names) > 1 else data.root for name in names]
-    datasets: list[Any] = [
+    datasets = [
         _open(data, split, name, root, task=task, seed=seed, cache=cache)
         for name, root in zip(names, roots, strict=True)
     ]
-    if data.intensity:
-        for dataset in datasets:
-            dataset.intensity = data.intensity
-    dataset = datasets[0] if len(datasets) == 1 and not data.weights else Joined(datasets, data.weights or None)
+    dataset = datasets[0]
+    if len(datasets) > 1 or data.weights or data.intensity:
+        intensity = (data.intensity[0], data.intensity[1]) if data.intensity else None
+        dataset = Joined(datasets, data.weights or None, intensity)
     if split == "train" and data.label_fraction < 1:
         n = round(1 / data.label_fraction)
         if n > 2 * len(dataset):
@@ -59,7 +58,7 @@ def make_dataset(data: DataSettings, split: str, *, task: str, seed: int, cache:
     return dataset
 
 
-def check_labelled(dataset: Any) -> None:
+def check_labelled(dataset: Dataset) -> None:
     """Raises `InputError` when no frame of up to 32, from all over a validation set, has a labelled point: without this
     it would be found out after training. Reads until one has."""
     number, last = min(32, len(dataset)), len(dataset) - 1
@@ -133,7 +132,7 @@ def _check_keys_fit(data: DataSettings, field_of_view: tuple, size: float) -> No
         )
 
 
-def make_mixing(data: DataSettings, dataset: Any, folder: Path) -> Mixing | None:
+def make_mixing(data: DataSettings, dataset: Dataset, folder: Path) -> Mixing | None:
     """What is mixed into the training scans of a probe or fine-tuning; None for nothing.
 
     `folder`: of the instance bank, which is written when it is missing. Raises `InputError` for unknown classes.
@@ -168,7 +167,7 @@ def _root(root: str, name: str) -> str | Path:
     return Path(root) / ("pandaset" if name in PANDASET else name) if root else ""
 
 
-def _open(data: DataSettings, split: str, name: str, root: str | Path, *, task: str, seed: int, cache: Path) -> Any:
+def _open(data: DataSettings, split: str, name: str, root: str | Path, *, task: str, seed: int, cache: Path) -> Dataset:
     """One dataset: prepared records, generated streets, or the files as they were downloaded."""
     if root and is_begun(root):
         return _records(data, split, name, Path(root), labels=task != "distill")
@@ -181,7 +180,7 @@ def _open(data: DataSettings, split: str, name: str, root: str | Path, *, task: 
     return _raw(data, split, name, Path(root), task)
 
 
-def _streets(data: DataSettings, split: str, root: Path, seed: int) -> Any:
+def _streets(data: DataSettings, split: str, root: Path, seed: int) -> Dataset:
     """Generated streets; scenes that are not in `root` yet are rendered, by all processes together."""
     from scalr_jax.data.streets.streets import Streets
 
@@ -194,7 +193,7 @@ def _streets(data: DataSettings, split: str, root: Path, seed: int) -> Any:
     return streets
 
 
-def _raw(data: DataSettings, split: str, name: str, root: Path, task: str) -> Any:
+def _raw(data: DataSettings, split: str, name: str, root: Path, task: str) -> Dataset:
     """A dataset as it was downloaded. Readers are imported here: a run needs one of them."""
     labels = task != "distill" and split != "test"
     cameras = None if task == "distill" or labels else ()

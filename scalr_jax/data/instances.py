@@ -13,7 +13,6 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import grain
 import numpy as np
@@ -22,9 +21,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
-from scalr_jax.data.joined import intensity_statistics
 from scalr_jax.data.readers import files
-from scalr_jax.data.scenes import Frame
+from scalr_jax.data.scenes import Dataset, Frame
 from scalr_jax.data.transforms import labels_of, to_ego
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
 from scalr_jax.runtime.logging import PROGRESS_SECONDS
@@ -70,7 +68,7 @@ def _open(folder: Path) -> _Files:
     return _Files(points, start, of_class)
 
 
-def open_bank(folder: Path, dataset: Any, classes: Sequence[int]) -> InstanceBank:
+def open_bank(folder: Path, dataset: Dataset, classes: Sequence[int]) -> InstanceBank:
     """What `write_bank` left. Raises `InputError` when it is of other scans or classes, or holds nothing."""
     path = folder / "bank.json"
     if read_json(path, "remove the folder to cut the instances again") != bank_key(dataset, classes):
@@ -81,13 +79,13 @@ def open_bank(folder: Path, dataset: Any, classes: Sequence[int]) -> InstanceBan
     return InstanceBank(folder, found)
 
 
-def bank_key(dataset: Any, classes: Sequence[int]) -> dict:
+def bank_key(dataset: Dataset, classes: Sequence[int]) -> dict:
     """What an instance bank depends on."""
-    names = [dataset.name(k) for k in (0, len(dataset) - 1)] if hasattr(dataset, "name") else []
+    names = [dataset.name(k) for k in (0, len(dataset) - 1)]
     return {"classes": [dataset.class_names[k] for k in classes], "scans": len(dataset), "names": names}
 
 
-def write_bank(folder: Path, dataset: Any, classes: Sequence[int]) -> None:
+def write_bank(folder: Path, dataset: Dataset, classes: Sequence[int]) -> None:
     """Cuts the instances out of all scans; nothing is done when the bank is there.
 
     Raises:
@@ -124,7 +122,7 @@ def write_bank(folder: Path, dataset: Any, classes: Sequence[int]) -> None:
 class _Cut:
     """Number of a scan -> its instances, or what is wrong with it."""
 
-    dataset: Any
+    dataset: Dataset
     classes: tuple[int, ...]
 
     def __call__(self, index: int) -> list[tuple[int, np.ndarray]] | str:
@@ -132,7 +130,7 @@ class _Cut:
             frame = self.dataset.frame(index, np.random.default_rng(index))
         except BadFrameError as error:
             return str(error)
-        return list(cut(frame, self.classes, intensity_statistics(self.dataset, index)))
+        return list(cut(frame, self.classes, self.dataset.intensity(index)))
 
 
 def cut(frame: Frame, classes: Sequence[int], statistics: tuple[float, float]) -> Iterator[tuple[int, np.ndarray]]:

@@ -2,32 +2,67 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
-from scalr_jax.data.scenes import Frame
-from scalr_jax.data.streets.streets import Streets
+from scalr_jax.data.scenes import RANDOM, Dataset, Frame
 from scalr_jax.runtime.errors import InputError
 
 
-def intensity_statistics(dataset: Any, index: int) -> tuple[float, float]:
-    """(mean, standard deviation) of the raw intensity at a frame: one pair a dataset, or a function of the frame."""
-    statistics: Any = dataset.intensity
-    return cast(Any, statistics)(index) if callable(statistics) else cast(Any, statistics)
+class Derived(Dataset):
+    """Frames of other datasets: says where each is, and leaves the rest to them."""
+
+    def __init__(self, datasets: Sequence[Dataset]):
+        self.datasets = tuple(datasets)
+        self.class_names = self.datasets[0].class_names if self.datasets else ()
+        self.cameras = tuple(dict.fromkeys(camera for part in self.datasets for camera in part.cameras))
+        self.warnings = tuple(dict.fromkeys(text for part in self.datasets for text in part.warnings))
+
+    @abstractmethod
+    def locate(self, index: int) -> tuple[Dataset, int]:
+        """The dataset of a frame, and its number there."""
+
+    def name(self, index: int) -> str:
+        dataset, local = self.locate(index)
+        return dataset.name(local)
+
+    def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = RANDOM) -> Frame:
+        dataset, local = self.locate(index)
+        return dataset.frame(local, rng, camera=camera)
+
+    def intensity(self, index: int) -> tuple[float, float]:
+        dataset, local = self.locate(index)
+        return dataset.intensity(local)
+
+    def sensor(self, index: int) -> str:
+        dataset, local = self.locate(index)
+        return dataset.sensor(local)
+
+    def scan_file(self, index: int) -> str:
+        dataset, local = self.locate(index)
+        return dataset.scan_file(local)
 
 
-class Joined:
-    """The frames of all `datasets`; each frame keeps the intensity statistics of its own dataset.
+class Joined(Derived):
+    """The frames of all `datasets`.
 
-    weights: None, and an epoch has every frame once; or one number a dataset, in proportion to which an epoch draws
-    from them: as many scenes as there are frames in all, so that small datasets may repeat and large ones be cut.
+    Args:
+      weights: None, and an epoch has every frame once; or one number a dataset, in proportion to which an epoch draws
+        from them: as many scenes as there are frames in all, so that small datasets may repeat and large ones be cut.
+      intensity: mean and standard deviation for every frame, instead of those of its sensor.
     """
 
-    def __init__(self, datasets: Sequence[Any], weights: Sequence[float] | None = None):
-        self.datasets = tuple(datasets)
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        weights: Sequence[float] | None = None,
+        intensity: tuple[float, float] | None = None,
+    ):
+        super().__init__(datasets)
+        self._intensity = intensity
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
         self.weights = None if weights is None else tuple(float(weight) for weight in weights)
         if self.weights is not None:
@@ -39,28 +74,12 @@ class Joined:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.datasets[0].class_names
-
-    def locate(self, index: int) -> tuple[Any, int]:
-        """The dataset of a frame, and its number there."""
+    def locate(self, index: int) -> tuple[Dataset, int]:
         k = int(np.searchsorted(self._ends, index, side="right"))
         return self.datasets[k], index - int(self._ends[k]) + len(self.datasets[k])
 
-    def name(self, index: int) -> str:
-        """What errors and logs call a frame."""
-        dataset, local = self.locate(index)
-        return dataset.name(local)
-
-    def frame(self, index: int, rng: np.random.Generator) -> Frame:
-        dataset, local = self.locate(index)
-        return dataset.frame(local, rng)
-
     def intensity(self, index: int) -> tuple[float, float]:
-        """(mean, standard deviation) of the raw intensity of the sensor that made this frame."""
-        dataset, local = self.locate(index)
-        return intensity_statistics(dataset, local)
+        return self._intensity or super().intensity(index)
 
     def describe(self) -> str:
         """The datasets' own tables, and how an epoch draws from them."""
@@ -71,42 +90,32 @@ class Joined:
         return "\n".join([*tables, f"scenes drawn in the proportions {shares}"])
 
 
-class Subset:
+class Subset(Derived):
     """Some frames of a dataset, by number: a label fraction or a list of frames."""
 
-    def __init__(self, dataset: Any, indices: Sequence[int] | np.ndarray):
-        self.dataset, self.indices = dataset, indices
+    def __init__(self, dataset: Dataset, indices: Sequence[int] | np.ndarray):
+        super().__init__([dataset])
+        self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.dataset.class_names
-
-    def name(self, index: int) -> str:
-        """What errors and logs call a frame."""
-        return self.dataset.name(int(self.indices[index]))
-
-    def frame(self, index: int, rng: np.random.Generator) -> Frame:
-        return self.dataset.frame(int(self.indices[index]), rng)
-
-    def intensity(self, index: int) -> tuple[float, float]:
-        """(mean, standard deviation) of the raw intensity of the sensor that made this frame."""
-        return intensity_statistics(self.dataset, int(self.indices[index]))
+    def locate(self, index: int) -> tuple[Dataset, int]:
+        return self.datasets[0], int(self.indices[index])
 
     def describe(self) -> str:
-        return f"{self.dataset.describe()}\n{len(self)} of these {len(self.dataset)} frames are used"
+        (whole,) = self.datasets
+        return f"{whole.describe()}\n{len(self)} of these {len(whole)} frames are used"
 
 
-def every_nth(dataset: Any, n: int) -> Subset:
-    """Frames 0, n, 2n, ...: the published way to train with few labels (1 %: every 100th). Of streets, whose sensors
-    take turns, the same of each sensor."""
-    turn = len(dataset.sensors) if isinstance(dataset, Streets) else 1
+def every_nth(dataset: Dataset, n: int) -> Subset:
+    """Frames 0, n, 2n, ...: the published way to train with few labels (1 %: every 100th). Where sensors take turns (in
+    streets), the same of each sensor."""
+    turn = next((i for i in range(1, len(dataset)) if dataset.sensor(i) == dataset.sensor(0)), len(dataset))
     return Subset(dataset, [i for i in range(len(dataset)) if i // turn % n == 0])
 
 
-def listed(dataset: Any, path: Path) -> Subset:
+def listed(dataset: Dataset, path: Path) -> Subset:
     """The frames that a text file names, one a line, in the dataset's order; "#" begins a comment.
 
     A frame may be named as in logs ("nuscenes/scene-0061/1532402927647951"), without the dataset's name, or by the path
@@ -120,8 +129,7 @@ def listed(dataset: Any, path: Path) -> Subset:
     found, known = [], set()
     for index in range(len(dataset)):
         names = {dataset.name(index), dataset.name(index).split("/", 1)[-1]}
-        if hasattr(dataset, "scan_file"):
-            names |= {dataset.scan_file(index), dataset.scan_file(index).rsplit("/", 1)[-1]}
+        names |= {dataset.scan_file(index), dataset.scan_file(index).rsplit("/", 1)[-1]}
         if hit := names & wanted:
             found.append(index)
             known |= hit

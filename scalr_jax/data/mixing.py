@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from scalr_jax.data.instances import InstanceBank
-from scalr_jax.data.joined import intensity_statistics
-from scalr_jax.data.scenes import Frame
+from scalr_jax.data.scenes import Dataset, Frame
 from scalr_jax.data.transforms import labels_of, rotation, to_ego, voxelize
 
 PLACES = 1.0  # metre, the voxels from which places are drawn
@@ -36,7 +34,7 @@ class Mixing:
     ground_classes: tuple[int, ...] = ()
     max_instances: int = 40  # of each class, this one excluded
 
-    def __call__(self, frame: Frame, record: int, dataset: Any, rng: np.random.Generator) -> Frame:
+    def __call__(self, frame: Frame, record: int, dataset: Dataset, rng: np.random.Generator) -> Frame:
         """`frame` is record `record` of `dataset`. Raises `BadFrameError` of the other scan."""
         points, labels = in_ego(frame)
         if self.polar_classes:
@@ -45,10 +43,12 @@ class Mixing:
             other = rescale_intensity(other, dataset, other_record, record)
             points, labels = polar_mix(points, labels, other, other_labels, self.polar_classes, rng)
         if self.bank is not None:
-            points, labels = self.cut_mix(points, labels, intensity_statistics(dataset, record), rng)
+            points, labels = self.cut_mix(points, labels, dataset.intensity(record), rng)
         return Frame(name=frame.name, points=points, to_ego=np.eye(4), labels=labels)
 
-    def cut_mix(self, points: np.ndarray, labels: np.ndarray, statistics: tuple[float, float], rng) -> tuple:
+    def cut_mix(
+        self, points: np.ndarray, labels: np.ndarray, statistics: tuple[float, float], rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
         """points [N, 4], labels [N] -> the same with instances of the bank behind them."""
         assert self.bank is not None, "without a bank there is nothing to add"
         ground = voxelize(points, PLACES, rng)
@@ -70,9 +70,9 @@ def in_ego(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
     return points, labels_of(frame)
 
 
-def rescale_intensity(points: np.ndarray, dataset: Any, there: int, here: int) -> np.ndarray:
+def rescale_intensity(points: np.ndarray, dataset: Dataset, there: int, here: int) -> np.ndarray:
     """Raw intensities of frame `there` as frame `here`'s sensor would count them: equal once normalised."""
-    (mean, deviation), (new_mean, new_deviation) = (intensity_statistics(dataset, k) for k in (there, here))
+    (mean, deviation), (new_mean, new_deviation) = (dataset.intensity(k) for k in (there, here))
     points = points.copy()
     points[:, 3] = (points[:, 3] - mean) / deviation * new_deviation + new_mean
     return points

@@ -23,8 +23,8 @@ import numpy as np
 from absl import flags, logging
 
 from scalr_jax.data import packing
-from scalr_jax.data.joined import intensity_statistics
-from scalr_jax.data.scenes import Batch, SceneView
+from scalr_jax.data.joined import Joined
+from scalr_jax.data.scenes import Batch, Dataset, FinishedScenes, SceneView
 from scalr_jax.data.transforms import SceneSettings, check_classes, make_scene
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
 
@@ -45,7 +45,7 @@ class Step(NamedTuple):
 class BuildScene:
     """Position in the endless shuffled order -> SceneView; runs in a worker."""
 
-    dataset: Any
+    dataset: Dataset | FinishedScenes
     settings: SceneSettings
     seed: int
 
@@ -53,15 +53,14 @@ class BuildScene:
         epoch, record = drawn
         rng = np.random.default_rng((self.seed, 0 if self.settings.fixed else epoch, record))
         try:
-            if self.settings.task == "features":
+            if isinstance(self.dataset, FinishedScenes):
                 return self.dataset.scene(record, position)
             frame = self.dataset.frame(record, rng)
             if self.settings.mixing is not None:
                 frame = self.settings.mixing(frame, record, self.dataset, rng)
-            if self.settings.task == "segment" and hasattr(self.dataset, "class_names"):
+            if self.settings.task == "segment":
                 check_classes(frame, len(self.dataset.class_names))
-            statistics = intensity_statistics(self.dataset, record)
-            return make_scene(frame, position, statistics, self.settings, rng)
+            return make_scene(frame, position, self.dataset.intensity(record), self.settings, rng)
         except BadFrameError as error:
             nothing = np.zeros((0, 0), np.float32)
             return SceneView(str(record), position, nothing, nothing, (), None, None, None, str(error))
@@ -92,7 +91,7 @@ class Draw:
     """
 
     counts: tuple[int, ...]
-    sources: tuple[Any, ...] = ()
+    sources: tuple[_Source, ...] = ()
 
     def __call__(self, position: int, slot: int) -> tuple[int, int]:
         epoch = position // sum(self.counts)
@@ -101,14 +100,16 @@ class Draw:
         k = int(np.searchsorted(np.cumsum(self.counts), slot, side="right"))
         number = epoch * self.counts[k] + int(slot) - sum(self.counts[:k])
         source = self.sources[k]
-        return number // source.frames, int(source.order[number])
+        record = source.order[number]
+        assert record is not None, "no record is filtered out"
+        return number // source.frames, int(record)
 
 
 class _Source(NamedTuple):
     """One dataset of a weighted mixture."""
 
     frames: int
-    order: Any  # grain.MapDataset of its records, shuffled, endless
+    order: grain.MapDataset[int]  # its records, shuffled, endless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Pipeline:
     """One dataset's batches for this process's shards.
 
     Args:
-        dataset: has `__len__`, `frame(index, rng)` and `intensity`; with labels, `class_names` too.
+        dataset: of frames, or of scenes that need no work.
         settings: how a frame becomes a scene.
         seed: of the order and of every random choice.
         num_shards: D, over all processes.
@@ -128,7 +129,7 @@ class Pipeline:
             numbers each time. A scene's `index` is its frame's.
     """
 
-    dataset: Any
+    dataset: Dataset | FinishedScenes
     settings: SceneSettings
     seed: int = 0
     num_shards: int = 1
@@ -161,9 +162,9 @@ class Pipeline:
         return records.map_with_index(BuildScene(self.dataset, self.settings, self.seed))
 
     def _draw(self) -> Draw:
-        weights = getattr(self.dataset, "weights", None)
-        if weights is None or self.epochs is not None:
+        if not isinstance(self.dataset, Joined) or self.dataset.weights is None or self.epochs is not None:
             return Draw((len(self.dataset),))
+        weights = self.dataset.weights
         ends = np.rint(np.cumsum(weights) / sum(weights) * len(self.dataset)).astype(int)
         if (np.diff(ends, prepend=0) < 1).any():
             raise InputError(
@@ -278,7 +279,7 @@ def _tie_to_parent(worker: int, num_workers: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _endless(records: Any, seed: int) -> Any:
+def _endless(records: grain.MapDataset, seed: int) -> grain.MapDataset:
     """Epoch after epoch, each in another order."""
     return records.shuffle(seed=seed % 2**32).repeat((2**31 - 1) // len(records))
 

@@ -79,9 +79,6 @@ def _box(low: np.ndarray, high: np.ndarray) -> str:
     return ", ".join(f"{axis} {a:g} to {b:g}" for axis, a, b in zip("xyz", low, high, strict=True)) + " m"
 
 
-GROUND = (-2.5, -1.0)  # metres: where the published frames have the ground
-
-
 def ground_height(xyz: np.ndarray) -> float | None:
     """The median over cells of 1 m, 4 to 20 m away, of the lowest point's z; None when fewer than 20 have points."""
     distance = np.hypot(xyz[:, 0], xyz[:, 1])

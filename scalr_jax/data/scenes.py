@@ -1,5 +1,7 @@
 """What travels from a sensor to a step: frames (as read), scenes (voxelised, one camera's view), batches (packed).
 
+`Dataset` is the contract of everything that has frames.
+
 Dims legend, used in every shape comment of the project:
 
     D  data shards (one a device)          F  input features (5: intensity, x, y, z, radius)
@@ -15,7 +17,9 @@ This module imports NumPy only, so that data workers never start a JAX backend.
 from __future__ import annotations
 
 import dataclasses
-from typing import Generic, NamedTuple, TypeVar
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -28,11 +32,83 @@ IGNORE = 255  # the label of a point without a class
 # Planes in the order the layers use them: the two point axes that span each (drop z, then y, then x).
 PLANE_AXES = ((0, 1), (0, 2), (1, 2))
 
+RANDOM = "random"  # `frame(camera=RANDOM)`: one of the frame's cameras, drawn with `rng`
+
+
+class Dataset(Protocol):
+    """Frames by number, 0 to len - 1: raw files, records, generated streets, and what joins or changes other datasets.
+
+    A new dataset inherits from it, for its defaults; a reader of files inherits from `readers.raw.RawDataset`.
+    """
+
+    class_names: tuple[str, ...]
+    cameras: tuple[str, ...] = ()  # that `frame` can be asked for; (): a frame has its one image, or none
+    warnings: tuple[str, ...] = ()  # sentences about what looks wrong but may be meant
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What errors and logs call a frame: "pandaset/002/45", the dataset first."""
+
+    @abstractmethod
+    def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = RANDOM) -> Frame:
+        """Reads one frame.
+
+        Args:
+          index: 0 to len - 1.
+          rng: draws the camera, uniformly among the frame's; not needed when there is one at most, or it is named.
+          camera: one of `cameras`; None for no image; "random" draws one, where there is one.
+
+        Raises:
+          BadFrameError: a file of this frame is missing or damaged.
+          InputError: a camera that the dataset does not have.
+        """
+
+    @abstractmethod
+    def intensity(self, index: int) -> tuple[float, float]:
+        """Mean and standard deviation of the raw intensity of the sensor that made a frame."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A short table of what was found."""
+
+    def sensor(self, index: int) -> str:
+        """The sensor that made a frame, where a dataset has several; else the dataset."""
+        return self.name(index).split("/")[0]
+
+    def scan_file(self, index: int) -> str:
+        """The path of a frame's scan below the raw dataset's root; "" where it is not known."""
+        del index
+        return ""
+
+
+@runtime_checkable
+class FinishedScenes(Protocol):
+    """Scenes by number that need neither frames nor transforms: cached features."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def scene(self, record: int, position: int) -> SceneView:
+        """Scene `record` as number `position` of a stream. Raises `BadFrameError`."""
+        ...
+
+
+# What is mixed into frame `record` of a dataset, with all randomness from the generator.
+Mix = Callable[["Frame", int, Dataset, np.random.Generator], "Frame"]
+
+
+FieldOfView = tuple[tuple[float, float, float], tuple[float, float, float]]  # min and max corner, metres
+
 
 class SceneNeeds(NamedTuple):
     """What a backbone needs of a scene beside its points' features."""
 
-    field_of_view: tuple[tuple[float, float, float], tuple[float, float, float]]  # min and max corner, metres
+    field_of_view: FieldOfView
     num_neighbors: int = 0  # K
     grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each plane; (): no planes
     voxel_size: float | None = None  # metres; None: no voxels
@@ -59,6 +135,7 @@ class Frame(NamedTuple):
     instances: np.ndarray | None = None  # [N] integers: the object of each point; None: not numbered
     to_sensor: np.ndarray | None = None  # [4, 4] float64: native frame -> the lidar, z up its axis; None: `to_ego`
     beams: np.ndarray | None = None  # [N] uint8: the beam of each point, 0 the lowest; None: see its elevation
+    num_dropped: int = 0  # rows of the scan's file that were no usable point
 
 
 class Voxels(NamedTuple):

@@ -9,27 +9,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scalr_jax.config import MERGED, DataSettings, dataset_names
-from scalr_jax.data.joined import Joined, intensity_statistics
-from scalr_jax.data.readers import files
+from scalr_jax.data.joined import Joined
+from scalr_jax.data.readers import files, nuscenes, semantic_kitti
 from scalr_jax.data.readers.files import read_label_map
 from scalr_jax.data.readers.folder import Folder
-from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.pandaset import SENSORS as PANDASET
-from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
-from scalr_jax.data.scenes import IGNORE
+from scalr_jax.data.scenes import IGNORE, FieldOfView
 from scalr_jax.data.streets.layout import CLASSES as STREET_CLASSES
 from scalr_jax.data.streets.sensors import SENSORS as STREETS
 from scalr_jax.runtime.errors import InputError
 
 LABEL_MAPS = ("semantic_kitti", "nuscenes", "pandaset")
 
-Corner = tuple[float, float, float]
-
 
 class View(NamedTuple):
     """The space a student sees, and how its planes divide it."""
 
-    field_of_view: tuple[Corner, Corner]  # min and max corner, metres
+    field_of_view: FieldOfView
     grids: tuple[tuple[int, int], ...]  # of the planes xy, xz, yz
 
 
@@ -48,8 +44,8 @@ WAFFLEIRON = {
 
 # Mean and standard deviation of the raw intensity.
 INTENSITY: dict[str, tuple[float, float]] = {
-    "nuscenes": NuScenes.intensity,
-    "semantic_kitti": SemanticKITTI.intensity,
+    "nuscenes": nuscenes.INTENSITY,
+    "semantic_kitti": semantic_kitti.INTENSITY,
     **{name: sensor.intensity for name, sensor in PANDASET.items()},
 }
 STREETS_INTENSITY = {name: sensor.intensity for name, sensor in STREETS.items()}  # generated
@@ -94,15 +90,15 @@ def known_intensities(data: Mapping[str, Any]) -> dict[str, tuple[float, float] 
     return {name: given or known.get(name) for name in trained_sensors(data["dataset"], data["sensors"])}
 
 
-def trained_intensities(data: DataSettings, dataset: Any) -> dict[str, tuple[float, float] | None]:
+def trained_intensities(data: DataSettings, dataset: Dataset) -> dict[str, tuple[float, float] | None]:
     """Statistics by sensor that a run on `dataset` normalises raw intensities by."""
-    names = dataset_names(data)
+    names = () if data.intensity else dataset_names(data)
     parts = dataset.datasets if isinstance(dataset, Joined) and len(names) > 1 else (dataset,)
-    own = {name: intensity_statistics(part, 0) for name, part in zip(names, parts, strict=False) if name == "folder"}
+    own = {name: part.intensity(0) for name, part in zip(names, parts, strict=False) if name == "folder"}
     return known_intensities(dataclasses.asdict(data)) | own
 
 
-def label_map_of(data: DataSettings, dataset: Any) -> dict[str, str | None] | None:
+def label_map_of(data: DataSettings, dataset: Dataset) -> dict[str, str | None] | None:
     """The class (None: ignored) of each label number of the dataset's files; None for generated streets."""
     names = tuple(dataset.class_names)
     name = "pandaset" if data.dataset in PANDASET else data.dataset

@@ -11,13 +11,23 @@ Every random choice comes from the `rng` argument.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from pykdtree.kdtree import KDTree
 
-from scalr_jax.data.scenes import IGNORE, PLANE_AXES, Frame, SceneNeeds, ScenePlane, SceneView, SceneVoxels, Voxels
+from scalr_jax.data.planes import cell_position, make_plane, sort_by
+from scalr_jax.data.scenes import (
+    IGNORE,
+    PLANE_AXES,
+    FieldOfView,
+    Frame,
+    Mix,
+    SceneNeeds,
+    SceneView,
+    SceneVoxels,
+    Voxels,
+)
 from scalr_jax.ops.voxels import coordinates_in, count_levels, extent_of
 from scalr_jax.runtime.errors import BadFrameError
 
@@ -38,7 +48,7 @@ class SceneSettings:
     antialias: bool = True
     augmentation: str = "published"  # "published", "consistent" or "none"
     fixed: bool = False  # the same random choices in every epoch
-    mixing: Any = None  # `mixing.Mixing` of training scans for segmentation
+    mixing: Mix | None = None  # of training scans for segmentation
     votes: bool = False  # evaluation: scans are augmented, to be voted on
 
 
@@ -105,7 +115,7 @@ def limit(points: np.ndarray, max_points: int, rng: np.random.Generator | None =
     return np.argsort(np.square(points[:, :3] - center).sum(axis=1))[:max_points]
 
 
-def inside(points: np.ndarray, field_of_view) -> np.ndarray:
+def inside(points: np.ndarray, field_of_view: FieldOfView) -> np.ndarray:
     """Mask [N]: strictly inside the field of view, by more than 0.1 mm."""
     low, high = np.asarray(field_of_view, np.float64)
     good = np.ones(len(points), bool)
@@ -159,62 +169,6 @@ def find_neighbors(xyz: np.ndarray, num_neighbors: int) -> np.ndarray:
         mine[~mine.any(axis=1), -1] = True  # so many coincide that the point itself was not returned
         others[moved] = found[moved][~mine].reshape(len(moved), num_neighbors)
     return others
-
-
-def make_plane(xyz: np.ndarray, axes: tuple[int, int], grid: tuple[int, int], field_of_view) -> ScenePlane:
-    """Cell tables of one plane. xyz [N, 3] inside the view."""
-    return plane_tables(cell_position(xyz, axes, grid, field_of_view), grid)
-
-
-def cell_position(xyz: np.ndarray, axes: tuple[int, int], grid: tuple[int, int], field_of_view) -> np.ndarray:
-    """i * W + j [N] int64 of each point's cell (i, j) = floor((p - min) / cell size). xyz [N, 3] inside the view."""
-    low, high = np.asarray(field_of_view, np.float64)[:, list(axes)]
-    cell_size = (high - low) / np.array(grid)
-    i, j = (((xyz[:, axis] - low[k]) / cell_size[k]).astype(np.int64) for k, axis in enumerate(axes))
-    return i * grid[1] + j
-
-
-def plane_tables(point_position: np.ndarray, grid: tuple[int, int]) -> ScenePlane:
-    """Cell tables from each point's position i * W + j [N].
-
-    Rows are looked up in the grid with a border of one cell, so that no tap wraps around, and nothing is sorted.
-    """
-    padded = (grid[0] + 2, grid[1] + 2)
-    offsets = np.array([i * padded[1] + j for i in (-1, 0, 1) for j in (-1, 0, 1)])
-    point = point_position + 2 * (point_position // grid[1]) + padded[1] + 1  # the same cell in the padded grid
-    occupied = _marked(point, padded)  # [m]
-    row = np.full(padded[0] * padded[1], -1, np.int32)
-    row[occupied] = np.arange(len(occupied), dtype=np.int32)
-    cell = row[point]
-    reached = np.zeros(padded, bool)
-    for offset in offsets:
-        reached.ravel()[occupied + offset] = True
-    reached[0] = reached[-1] = reached[:, 0] = reached[:, -1] = False
-    halo = np.flatnonzero(reached)  # [u]
-    halo_taps = row[halo[:, None] + offsets]
-    row[occupied] = -1
-    row[halo] = np.arange(len(halo), dtype=np.int32)
-    position, halo_position = (_without_border(at, padded[1]) for at in (occupied, halo))
-    return ScenePlane(cell, sort_by(cell), position, halo_position, halo_taps, row[occupied[:, None] + offsets])
-
-
-def _without_border(position: np.ndarray, columns: int) -> np.ndarray:
-    """Positions in a grid with a border of one cell and so many columns -> in the grid itself, int32."""
-    i, j = np.divmod(position, columns)
-    return ((i - 1) * (columns - 2) + j - 1).astype(np.int32)
-
-
-def sort_by(keys: np.ndarray) -> np.ndarray:
-    """Stable argsort [N] int32 of integers in [0, 2^31): one sort of numbers, several times faster than an argsort."""
-    in_order = np.sort((keys.astype(np.int64) << 32) | np.arange(len(keys)))
-    return in_order.astype(np.uint32).view(np.int32)
-
-
-def _marked(positions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The different `positions` in a grid, ascending."""
-    marked = np.zeros(grid[0] * grid[1], bool)
-    marked[positions] = True
-    return np.flatnonzero(marked)
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.ndarray:

@@ -15,7 +15,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +24,7 @@ from scalr_jax.config import DataSettings, Settings
 from scalr_jax.data.build import make_dataset, scene_settings
 from scalr_jax.data.packing import choose_capacities, derive_capacities, pack_shard
 from scalr_jax.data.pipeline import Pipeline
-from scalr_jax.data.scenes import Frame, SceneView
+from scalr_jax.data.scenes import Dataset, Frame, SceneView
 from scalr_jax.evaluation.report import results_of
 from scalr_jax.figures.colors import cosine_similarity
 from scalr_jax.figures.curves import draw_loss, read_curve
@@ -34,8 +33,6 @@ from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.storage import write_json
 from scalr_jax.train.loop import Task, train
 from scalr_jax.train.state import TrainState, variables_of
-
-Dataset = Any  # until its Protocol lands
 
 CALIBRATION_STEPS = 20
 

@@ -8,7 +8,6 @@ it, so every run, process and model sees the same scans. NumPy only: data worker
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import zlib
 from collections.abc import Sequence
@@ -16,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from scalr_jax.data.joined import Joined, Subset, intensity_statistics
+from scalr_jax.data.joined import Derived
 from scalr_jax.data.readers import pandaset
-from scalr_jax.data.scenes import IGNORE, Frame
+from scalr_jax.data.scenes import IGNORE, RANDOM, Dataset, Frame
 from scalr_jax.data.streets.sensors import SENSORS as STREETS
 from scalr_jax.evaluation import weather
 from scalr_jax.runtime.errors import BadFrameError, InputError
@@ -179,47 +178,29 @@ def corrupt(
     return function(points, labels, SEVERITIES.index(severity), rng, sensor=sensor, beam=beam, class_names=class_names)
 
 
-def sensor_of(dataset: Any, index: int) -> str:
-    """The sensor of a frame, for `corrupt`; empty when it is not known."""
-    if isinstance(dataset, Joined):
-        return sensor_of(*dataset.locate(index))
-    if isinstance(dataset, Subset):
-        return sensor_of(dataset.dataset, int(dataset.indices[index]))
-    if hasattr(dataset, "metadata"):  # prepared records
-        return str(dataset.metadata["sensor"] or dataset.metadata["dataset"])
-    sensor = getattr(dataset, "sensor", None)
-    if sensor is not None:
-        return str(sensor(index) if callable(sensor) else sensor)
-    return dataset.name(index).split("/")[0]
+class Corrupted(Derived):
+    """The scans of a dataset with a corruption, without images; their intensity statistics are the clear scans'."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Corrupted:
-    """The scans of a dataset with a corruption, without images: whatever reads the dataset reads these."""
-
-    dataset: Any
-    corruption: str
-    severity: str
-
-    def __post_init__(self) -> None:
-        check_corruption(self.corruption, self.severity)
+    def __init__(self, dataset: Dataset, corruption: str, severity: str):
+        check_corruption(corruption, severity)
+        super().__init__([dataset])
+        self.dataset, self.corruption, self.severity = dataset, corruption, severity
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    @property
-    def class_names(self) -> Sequence[str]:
-        return self.dataset.class_names
+    def locate(self, index: int) -> tuple[Dataset, int]:
+        return self.dataset, index
 
     def name(self, index: int) -> str:
         return f"{self.dataset.name(index)} ({self.corruption}, {self.severity})"
 
-    def intensity(self, index: int) -> tuple[float, float]:
-        """Those of the clear scans: no model is told about the weather."""
-        return intensity_statistics(self.dataset, index)
+    def describe(self) -> str:
+        return f"{self.dataset.describe()}\nwith {self.corruption}, {self.severity}"
 
-    def frame(self, index: int, rng: np.random.Generator | None = None) -> Frame:
+    def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = RANDOM) -> Frame:
         """The corrupted scan, in the reader's own coordinates. Raises `BadFrameError`."""
+        del camera
         clear = self.dataset.frame(index, rng)
         to_sensor = clear.to_ego if clear.to_sensor is None else clear.to_sensor
         turn, shift = to_sensor[:3, :3], to_sensor[:3, 3]
@@ -232,7 +213,7 @@ class Corrupted:
             self.corruption,
             self.severity,
             name=self.dataset.name(index),
-            sensor=sensor_of(self.dataset, index),
+            sensor=self.dataset.sensor(index),
             beams=clear.beams,
             class_names=self.class_names,
         )

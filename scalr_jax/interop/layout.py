@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from scalr_jax.data.packing import Capacities, pack_shard
+from scalr_jax.data.planes import plane_tables
 from scalr_jax.data.scenes import Batch, SceneView
-from scalr_jax.data.transforms import plane_tables
 from scalr_jax.interop.model import student_of
 from scalr_jax.models.student import Variables
 from scalr_jax.runtime.errors import InputError

@@ -1,56 +1,26 @@
-"""What a dataset looks like, before anything is trained on it: ranges, intensity, points, a fitting view, pictures.
-
-Works for every reader. Horizontal view: +-half, the 99th percentile of the voxels' distance to the z axis in steps of
-16 m (the augmentation turns scenes about z, so it is square); vertical: +-half, 99.5 % of |z| in steps of
-4 m. Grids: cells of 0.5 m, as published. All in the student's frame.
-"""
+"""Looks at a dataset before anything is trained on it: reads some frames of any reader, draws and sums up."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from scalr_jax.data import transforms
-from scalr_jax.data.joined import intensity_statistics
-from scalr_jax.data.packing import table_size
-from scalr_jax.data.scan_checks import GROUND, ground_height
-from scalr_jax.data.scenes import Frame
+from scalr_jax.data.scan_checks import ground_height
+from scalr_jax.data.scenes import Dataset, Frame
 from scalr_jax.ops.voxels import count_levels
+from scalr_jax.prepare.summary import VOXEL_SIZE, Report, Seen, format_report, summarize
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.storage import write_json
 
-VOXEL_SIZE = 0.1  # metres
-CELL = 0.5  # metres, of the published grids
 SAMPLE = 5_000  # points a frame kept for percentiles and histograms
 PICTURES = 2  # frames drawn for each camera
-PUBLISHED_VIEW = (64.0, 8.0)  # metres: half width, half height
-PERCENTILES = {"min": 0, "1%": 1, "50%": 50, "99%": 99, "max": 100}
 
 
-class Seen(NamedTuple):
-    """What is kept of one frame that was read."""
-
-    xyz: np.ndarray  # [n, 3] float32: some of its points, student's frame
-    intensity: np.ndarray  # [n] float32: their raw intensity
-    voxels: np.ndarray  # [v, 3] float32: some of its points, one a voxel
-    num_points: int
-    num_dropped: int  # rows of the file that were no usable point
-    num_voxels: int
-    num_in_view: int | None  # voxels with a pixel; None without an image
-    levels: np.ndarray  # [levels, 2]: voxels and pairs of neighbours of the points in one image, or else of all
-    extent: np.ndarray  # [2, 4] min and max of x, y, z, radius of all points
-    moments: np.ndarray  # [5] of the intensity: count, sum, sum of squares, min, max
-    statistics: tuple[float, float]  # configured mean and standard deviation
-    ground: float | None  # metres
-    labels: np.ndarray | None  # [256] counts
-
-
-def inspect_dataset(dataset: Any, output: Path, *, num_frames: int = 50, seed: int = 0) -> dict[str, Any]:
+def inspect_dataset(dataset: Dataset, output: Path, *, num_frames: int = 50, seed: int = 0) -> Report:
     """Reads some frames of any reader, prints a table, writes `inspect.json` and pictures.
 
     Args:
@@ -72,23 +42,19 @@ def inspect_dataset(dataset: Any, output: Path, *, num_frames: int = 50, seed: i
 
     report["pictures"] = inspect_pictures.draw_all(output, kept, seen, report)
     write_json(output / "inspect.json", report)
-    if hasattr(dataset, "describe"):
-        print(dataset.describe())
+    print(dataset.describe())
     print(format_report(report))
     hint = ": edges of near things must lie on the edges in the images" if report["voxels_in_one_image"] else ""
     print(f"pictures and inspect.json are in {output}{hint}")
     return report
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
 def _read(
-    dataset: Any, num_frames: int, rng: np.random.Generator
+    dataset: Dataset, num_frames: int, rng: np.random.Generator
 ) -> tuple[list[Seen], dict[str, list[Frame]], dict[str, str]]:
     """Frames seen, those to draw by camera, and bad frames with their errors."""
     order = rng.permutation(len(dataset))
-    number = min(num_frames, len(dataset) * max(1, len(_cameras(dataset))))
+    number = min(num_frames, len(dataset) * max(1, len(dataset.cameras)))
     seen, kept, bad = [], {}, {}
     started = said = time.monotonic()
     for done in range(number):
@@ -97,7 +63,7 @@ def _read(
             frame = dataset.frame(index, rng)
             seen.append(look(dataset, index, frame, rng))
         except BadFrameError as error:
-            bad.setdefault(str(dataset.name(index)), str(error))
+            bad.setdefault(dataset.name(index), str(error))
         else:
             _keep(kept, frame)
         now = time.monotonic()
@@ -118,46 +84,18 @@ def _keep(kept: dict[str, list[Frame]], frame: Frame) -> None:
         frames.append(frame)
 
 
-def _keep_every_camera(dataset: Any, order: np.ndarray, kept: dict[str, list[Frame]]) -> None:
+def _keep_every_camera(dataset: Dataset, order: np.ndarray, kept: dict[str, list[Frame]]) -> None:
     """A camera that the draws left out gets a picture, too."""
-    for camera in _cameras(dataset):
+    for camera in dataset.cameras:
         for index in order[: 0 if camera in kept else 5]:
-            reader, local = locate(dataset, int(index))
-            if camera not in getattr(reader, "cameras", ()):
-                continue
             try:
-                _keep(kept, reader.frame(local, camera=camera))
+                _keep(kept, dataset.frame(int(index), camera=camera))
                 break
-            except BadFrameError:
+            except (BadFrameError, InputError):  # InputError: another of several datasets has this camera
                 continue
 
 
-def locate(dataset: Any, index: int) -> tuple[Any, int]:
-    """The reader that holds a frame of joined datasets or of a part of one, and the frame's number in it."""
-    while True:
-        if hasattr(dataset, "indices"):
-            dataset, index = dataset.dataset, int(dataset.indices[index])
-        elif hasattr(dataset, "datasets"):
-            parts = iter(dataset.datasets)
-            dataset = next(parts)
-            while index >= len(dataset):
-                index -= len(dataset)
-                dataset = next(parts)
-        else:
-            return dataset, index
-
-
-def readers(dataset: Any) -> list[Any]:
-    """The readers that a dataset is made of."""
-    inside = [dataset.dataset] if hasattr(dataset, "indices") else getattr(dataset, "datasets", None)
-    return [dataset] if inside is None else [reader for part in inside for reader in readers(part)]
-
-
-def _cameras(dataset: Any) -> list[str]:
-    return list(dict.fromkeys(camera for reader in readers(dataset) for camera in getattr(reader, "cameras", ())))
-
-
-def look(dataset: Any, index: int, frame: Frame, rng: np.random.Generator) -> Seen:
+def look(dataset: Dataset, index: int, frame: Frame, rng: np.random.Generator) -> Seen:
     """What is kept of a frame."""
     if len(frame.points) == 0:
         raise BadFrameError(f"{frame.name}: the scan has no points")
@@ -168,206 +106,18 @@ def look(dataset: Any, index: int, frame: Frame, rng: np.random.Generator) -> Se
     some = rng.permutation(len(xyz))[:SAMPLE]
     with_radius = np.column_stack([xyz, radius])
     used = voxels if frame.visible is None or not frame.visible[voxels].any() else voxels[frame.visible[voxels]]
-    reader, local = locate(dataset, index)
-    stored = len(reader.scan(local).points) if hasattr(reader, "scan") else len(xyz)
     return Seen(
         xyz=xyz[some],
         intensity=frame.points[some, 3].astype(np.float32),
         voxels=xyz[rng.permutation(voxels)[:SAMPLE]],
         num_points=len(xyz),
-        num_dropped=stored - len(xyz),
+        num_dropped=frame.num_dropped,
         num_voxels=len(voxels),
         num_in_view=None if frame.visible is None else int(frame.visible[voxels].sum()),
         levels=count_levels(np.floor(xyz[used] / VOXEL_SIZE)),
         extent=np.stack([with_radius.min(axis=0), with_radius.max(axis=0)]),
         moments=np.array([len(xyz), intensity.sum(), (intensity**2).sum(), intensity.min(), intensity.max()]),
-        statistics=intensity_statistics(dataset, index),
+        statistics=dataset.intensity(index),
         ground=ground_height(xyz),
         labels=None if frame.labels is None else np.bincount(frame.labels, minlength=256),
     )
-
-
-# --------------------------------------------------------------------------------------------------------- summing up
-
-
-def summarize(dataset: Any, seen: Sequence[Seen], bad: Mapping[str, str]) -> dict[str, Any]:
-    """The figures of inspect.json; lengths in metres."""
-    voxels = np.concatenate([frame.voxels for frame in seen])
-    grounds = [frame.ground for frame in seen if frame.ground is not None]
-    in_view = [frame.num_in_view for frame in seen if frame.num_in_view is not None]
-    report: dict[str, Any] = {
-        "frames": {"in_dataset": len(dataset), "read": len(seen), "bad": dict(bad)},
-        "points": spread([frame.num_points for frame in seen]),
-        "rows_dropped": spread([frame.num_dropped for frame in seen]),
-        "voxels": spread([frame.num_voxels for frame in seen]),
-        "voxels_in_one_image": spread(in_view) if in_view else None,
-        "minkunet_levels": _levels(seen),
-        "ranges": _ranges(seen),
-        "intensity": _intensity(seen),
-        "ground_height": round(float(np.median(grounds)), 2) if grounds else None,
-        "suggestion": suggest(voxels, in_view or [frame.num_voxels for frame in seen]),
-        "published_view_covers": round(covered(voxels, *PUBLISHED_VIEW), 4),
-        "labels": _labels(dataset, seen),
-    }
-    report["suggestion"] |= suggest_levels(seen, report["suggestion"])
-    report["warnings"] = _warnings(report, [text for r in readers(dataset) for text in getattr(r, "warnings", ())])
-    return report
-
-
-def spread(values: Sequence[int]) -> dict[str, int]:
-    """min, mean and max."""
-    return {"min": int(min(values)), "mean": round(float(np.mean(values))), "max": int(max(values))}
-
-
-def suggest(voxels: np.ndarray, counts: Sequence[int]) -> dict[str, Any]:
-    """A field of view and grids for points [n, 3], one a voxel, and limits for scenes of `counts` points."""
-    reach, height = np.percentile(np.hypot(voxels[:, 0], voxels[:, 1]), 99), np.percentile(np.abs(voxels[:, 2]), 99.5)
-    half = float(np.clip(16 * np.ceil(reach / 16), 32, 128))
-    upper = float(np.clip(4 * np.ceil(height / 4), 4, 32))
-    cells, layers = (int(2 * length / CELL) for length in (half, upper))
-    limit = min(20_000, 1_000 * int(np.ceil(1.1 * max(counts) / 1_000)))
-    return {
-        "field_of_view": ((-half, -half, -upper), (half, half, upper)),
-        "grids": ((cells, cells), (cells, layers), (cells, layers)),
-        "covers": round(covered(voxels, half, upper), 4),
-        "max_points": limit,
-        "points_per_shard": 1_024 * int(np.ceil(max(8 * min(float(np.mean(counts)), limit), limit) / 1_024)),
-        "scenes_per_shard": 12,
-    }
-
-
-def suggest_levels(seen: Sequence[Seen], best: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Room of a MinkUNet's levels in packs of the suggested points and scenes, as a run derives it from its sample."""
-    counts = np.stack([frame.levels for frame in seen], axis=-1)  # [levels, 2, frames]: voxels and pairs
-    points, scenes = best["points_per_shard"], best["scenes_per_shard"]
-    num_points = counts[0, 0].tolist()  # one a voxel of the finest level
-    sizes = [[table_size(row.tolist(), num_points, points=points, scenes=scenes) for row in level] for level in counts]
-    voxels, pairs = (tuple(of) for of in zip(*sizes, strict=True))
-    return {"voxels_per_shard": tuple(min(size, points) for size in voxels), "pairs_per_shard": pairs}
-
-
-def covered(voxels: np.ndarray, half: float, height: float) -> float:
-    """The share of points [n, 3] within +-half (x, y) and +-height (z)."""
-    return float((np.abs(voxels) < np.array([half, half, height])).all(axis=1).mean())
-
-
-def _ranges(seen: Sequence[Seen]) -> dict[str, dict[str, float]]:
-    xyz = np.concatenate([frame.xyz for frame in seen])
-    columns = np.column_stack([xyz, np.linalg.norm(xyz, axis=1)])
-    table = np.percentile(columns, list(PERCENTILES.values()), axis=0)  # [5, 4]
-    table[0] = np.min([frame.extent[0] for frame in seen], axis=0)
-    table[-1] = np.max([frame.extent[1] for frame in seen], axis=0)
-    return {
-        name: {key: round(float(table[row, k]), 3) for row, key in enumerate(PERCENTILES)}
-        for k, name in enumerate(("x", "y", "z", "radius"))
-    }
-
-
-def _levels(seen: Sequence[Seen]) -> list[dict[str, Any]]:
-    """Of each level of a MinkUNet: voxels a scene, and occupied neighbours of each voxel."""
-    counts = np.stack([frame.levels for frame in seen])  # [frames, levels, 2]
-    near = counts.sum(axis=0)[:, 1] / counts.sum(axis=0)[:, 0]
-    return [
-        {"voxels": spread(counts[:, k, 0].tolist()), "pairs": spread(counts[:, k, 1].tolist()), "neighbours": float(n)}
-        for k, n in enumerate(near.round(2))
-    ]
-
-
-def _intensity(seen: Sequence[Seen]) -> list[dict[str, Any]]:
-    """Measured and configured statistics, one entry for each sensor (that is, for each configured pair)."""
-    entries = []
-    for statistics in dict.fromkeys(frame.statistics for frame in seen):
-        moments = np.array([frame.moments for frame in seen if frame.statistics == statistics])
-        count, total, squares = moments[:, :3].sum(axis=0)
-        mean = total / count
-        std = float(np.sqrt(max(squares / count - mean**2, 0.0)))
-        entries.append(
-            {
-                "configured": [round(float(value), 5) for value in statistics],
-                "measured": [round(float(mean), 5), round(std, 5)],
-                "min": float(moments[:, 3].min()),
-                "max": float(moments[:, 4].max()),
-                "frames": len(moments),
-            }
-        )
-    return entries
-
-
-def _labels(dataset: Any, seen: Sequence[Seen]) -> dict[str, float] | None:
-    counts = [frame.labels for frame in seen if frame.labels is not None]
-    if not counts:
-        return None
-    shares = np.sum(counts, axis=0) / np.sum(counts)
-    names = {**dict(enumerate(dataset.class_names)), 255: "ignored"}
-    return {name: round(float(shares[k]), 5) for k, name in names.items()}
-
-
-def _warnings(report: Mapping[str, Any], known: Sequence[str]) -> list[str]:
-    texts = list(dict.fromkeys(known))
-    for entry in report["intensity"]:
-        (mean, std), (own_mean, own_std) = entry["configured"], entry["measured"]
-        if own_std == 0:
-            texts.append(f"the intensity is {own_mean:g} for every point: the student learns nothing from it")
-        elif abs(own_mean - mean) > 0.5 * std or not 0.6 < own_std / std < 1.6:
-            texts.append(
-                f"the intensity has mean {own_mean:.4g} and std {own_std:.4g}, and is normalised with {mean:.4g} and "
-                f"{std:.4g}: another sensor, release or scale?"
-            )
-    ground = report["ground_height"]
-    if ground is not None and not GROUND[0] < ground < GROUND[1]:
-        texts.append(
-            f"the ground lies at z = {ground:.1f} m of the student's frame, and at about -1.7 m in the published data: "
-            "check the sensor's height and axes"
-        )
-    in_view, voxels = report["voxels_in_one_image"], report["voxels"]
-    if in_view and in_view["mean"] < 0.01 * voxels["mean"]:
-        texts.append(f"only {in_view['mean']} of {voxels['mean']} voxels have a pixel: check the calibration")
-    if bad := report["frames"]["bad"]:
-        texts.append(f"{len(bad)} bad frames: {next(iter(bad.values()))}")
-    return texts
-
-
-def format_report(report: Mapping[str, Any]) -> str:
-    """The table that is printed."""
-    frames, best = report["frames"], report["suggestion"]
-    lines = [f"{frames['read']} reads of {frames['in_dataset']} frames, {len(frames['bad'])} bad", ""]
-    lines.append("metres, student's frame" + "".join(f"{key:>10}" for key in PERCENTILES))
-    for name, row in report["ranges"].items():
-        lines.append(f"  {name:<21}" + "".join(f"{row[key]:>10.2f}" for key in PERCENTILES))
-    lines += ["", f"{'points a scan':<23}" + "".join(f"{key:>10}" for key in ("min", "mean", "max"))]
-    titles = {
-        "points": "read",
-        "rows_dropped": "dropped (NaN, no echo)",
-        "voxels": "one a 0.1 m voxel",
-        "voxels_in_one_image": "of these in one image",
-    }
-    for key, title in titles.items():
-        if row := report[key]:
-            lines.append(f"  {title:<21}" + "".join(f"{row[kind]:>10,}" for kind in ("min", "mean", "max")))
-    lines += ["", f"{'MinkUNet, a scene':<23}" + "".join(f"{key:>12}" for key in ("min", "mean", "max", "neighbours"))]
-    for k, level in enumerate(report["minkunet_levels"]):
-        row = (*level["voxels"].values(), level["neighbours"])
-        title = f"voxels of {VOXEL_SIZE * 2**k:g} m"
-        lines.append(f"  {title:<21}" + "".join(f"{value:>12,}" for value in row))
-    lines.append("")
-    for entry in report["intensity"]:
-        (mean, std), (given_mean, given_std) = entry["measured"], entry["configured"]
-        lines.append(
-            f"intensity  mean {mean:.5g}, std {std:.5g}, {entry['min']:g} to {entry['max']:g}; normalised with "
-            f"{given_mean:.5g}, {given_std:.5g}"
-        )
-    ground = report["ground_height"]
-    lines.append(f"ground     {'not found' if ground is None else f'z = {ground:.2f} m'}")
-    if report["labels"]:
-        shares = sorted(report["labels"].items(), key=lambda item: -item[1])
-        lines.append("labels     " + ", ".join(f"{name} {share:.1%}" for name, share in shares))
-    lines += ["", f"fits this sensor (covers {best['covers']:.1%} of the voxels; the published +-64, +-8 m "]
-    lines[-1] += f"{report['published_view_covers']:.1%}):"
-    lines += [f"  config.model.{key} = {best[key]}" for key in ("field_of_view", "grids")]
-    lines += [f"  config.data.{key} = {best[key]:_}" for key in ("max_points", "points_per_shard", "scenes_per_shard")]
-    lines.append(
-        f"a MinkUNet's levels from {VOXEL_SIZE} m on, with data.scenes_per_step = 0 (left out, a run derives the like):"
-    )
-    lines += [f"  config.data.{key} = {best[key]}" for key in ("voxels_per_shard", "pairs_per_shard")]
-    lines += [f"WARNING: {text}" for text in report["warnings"]]
-    return "\n".join(lines)

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import patches
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure  # not pyplot: a notebook's own plots keep their backend
 from pykdtree.kdtree import KDTree
 
 from scalr_jax.data import transforms
 from scalr_jax.data.scenes import Frame
+from scalr_jax.prepare.summary import Report, Seen
 
 WIDTH = 13.0  # inches of a picture
 NEAREST, FARTHEST = 3.0, 80.0  # metres between which the colours run
 EDGE = 0.15  # of its distance that a point's neighbour in the image must be farther, at an edge
 
 
-def draw_all(
-    output: Path, frames: Mapping[str, Sequence[Frame]], seen: Sequence[Any], report: Mapping[str, Any]
-) -> list[str]:
+def draw_all(output: Path, frames: Mapping[str, Sequence[Frame]], seen: Sequence[Seen], report: Report) -> list[str]:
     """All pictures of an inspection, into `output`. Returns the files' names."""
     drawn = []
     for camera, some in frames.items():
@@ -30,7 +29,7 @@ def draw_all(
             name = "".join(c if c.isalnum() or c in "-_." else "_" for c in camera)
             drawn.append(draw_over_image(output / f"over_{name}_{number}.png", frame))
     first = next(some[0] for some in frames.values() if some)
-    drawn.append(draw_top_view(output / "top_view.png", first, report["suggestion"]["field_of_view"]))
+    drawn.append(draw_top_view(output / "top_view.png", first, report["suggestion"]["field_of_view"][1][0]))
     drawn.append(draw_histograms(output / "histograms.png", seen, report))
     return [path.name for path in drawn]
 
@@ -52,7 +51,7 @@ def draw_over_image(path: Path, frame: Frame) -> Path:
     panels = figure.subplots(2, 1)
     edge = find_edges(pixels, distance, width)
     dot = float(np.clip(40_000 / max(len(kept), 1), 3, 11))  # points squared: sparse scans need larger dots
-    shown: Any = None
+    colors = ScalarMappable(LogNorm(NEAREST, FARTHEST), "turbo_r")
     for axes, mask, size, title in (
         (panels[0], np.ones(len(kept), bool), dot, f"{len(kept):,} points, one a 0.1 m voxel"),
         (
@@ -64,19 +63,19 @@ def draw_over_image(path: Path, frame: Frame) -> Path:
     ):
         order = np.argsort(-distance[mask])  # the nearest on top
         axes.imshow(dimmed, cmap="gray", vmin=0, vmax=255)
-        shown = axes.scatter(
+        axes.scatter(
             pixels[mask][order, 1],
             pixels[mask][order, 0],
             s=size,
             c=distance[mask][order],
-            cmap="turbo_r",
-            norm=LogNorm(NEAREST, FARTHEST),
+            cmap=colors.cmap,
+            norm=colors.norm,
             linewidths=0,
         )
         axes.set_title(title, fontsize=10, loc="left")
         axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         axes.set_axis_off()
-    bar = figure.colorbar(shown, ax=panels, label="distance (m)", pad=0.01, aspect=40, extend="both")
+    bar = figure.colorbar(colors, ax=panels, label="distance (m)", pad=0.01, aspect=40, extend="both")
     bar.set_ticks([3, 5, 10, 20, 40, 80], labels=["3", "5", "10", "20", "40", "80"])
     bar.ax.minorticks_off()
     figure.suptitle(frame.name, fontsize=11)
@@ -96,10 +95,9 @@ def find_edges(pixels: np.ndarray, distance: np.ndarray, width: int) -> np.ndarr
     return ((farther > np.maximum(1.0, EDGE * distance)[:, None]) & (apart < 0.02 * width)).sum(axis=1) >= 2
 
 
-def draw_top_view(path: Path, frame: Frame, field_of_view: Any) -> Path:
-    """A scan from above, by height, with circles of distance and the suggested view."""
+def draw_top_view(path: Path, frame: Frame, half: float) -> Path:
+    """A scan from above, by height, with circles of distance and the suggested view, +-half metres."""
     xyz = transforms.to_ego(frame.points, frame.to_ego)
-    half = field_of_view[1][0]
     order = np.argsort(xyz[:, 2])
     low, high = np.percentile(xyz[:, 2], (2, 98))
     figure = Figure(figsize=(10.5, 9.5), layout="constrained")
@@ -126,7 +124,7 @@ def draw_top_view(path: Path, frame: Frame, field_of_view: Any) -> Path:
     return _save(figure, path)
 
 
-def draw_histograms(path: Path, seen: Sequence[Any], report: Mapping[str, Any]) -> Path:
+def draw_histograms(path: Path, seen: Sequence[Seen], report: Report) -> Path:
     """Normalised intensity, distance and height of the points of all frames."""
     xyz = np.concatenate([frame.xyz for frame in seen])
     normalized = [(frame.intensity - frame.statistics[0]) / frame.statistics[1] for frame in seen]
@@ -161,6 +159,6 @@ def draw_histograms(path: Path, seen: Sequence[Any], report: Mapping[str, Any]) 
     return _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=110)
     return path

@@ -31,13 +31,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from tqdm import tqdm
 
-from scalr_jax.data.joined import intensity_statistics
+from scalr_jax.data.readers.folder import Folder
 from scalr_jax.data.readers.records import is_prepared
+from scalr_jax.data.scenes import Dataset
 from scalr_jax.prepare import session as record_run
 from scalr_jax.prepare import source as record_source
 from scalr_jax.prepare.source import Images, Source
@@ -89,7 +89,7 @@ def image_choice() -> Images:
     return Images(FLAGS.image_format or ("jpeg" if size else "original"), (size[0], size[1]) if size else None)
 
 
-def open_raw(split: str, *, labels: bool) -> Any:
+def open_raw(split: str, *, labels: bool) -> Dataset:
     """The raw reader of a split. Raises InputError."""
     dataset, root = FLAGS.dataset, Path(FLAGS.root)
     if dataset == "nuscenes":
@@ -102,8 +102,6 @@ def open_raw(split: str, *, labels: bool) -> Any:
 
         return SemanticKITTI(root, split=split, labels=labels)
     if dataset == "folder":
-        from scalr_jax.data.readers.folder import Folder
-
         return Folder(root, split=split, labels=labels)
     if dataset == "streets":
         from scalr_jax.data.streets.streets import Streets
@@ -152,7 +150,8 @@ def open_source(split: str, images: Images) -> Source:
         reader = None  # labels only
     source = Source(reader, labelled, VOXEL_SIZE, images)
     if not len(source):
-        getattr(reader, "check_distillable", lambda: None)()  # says what a folder of one's own lacks
+        if isinstance(reader, Folder):
+            reader.check_distillable()  # says what it lacks
         raise InputError(f"{FLAGS.root}: no frame has an image, and without --labels nothing else is stored")
     return source
 
@@ -167,7 +166,7 @@ def write_records() -> None:
     """Looks, tells what it will take, writes what is missing, finishes."""
     images, folder = image_choice(), output_folder()
     sources = open_sources(images)
-    readers = {split: source.reader or source.labelled for split, source in sources.items()}
+    readers = {split: source.dataset for split, source in sources.items()}
     described = {split: reader.describe() for split, reader in readers.items()}
     print("\n\n".join(described.values()), "\n")
     dataset = "pandaset" if FLAGS.dataset in ("pandar64", "pandargt") else FLAGS.dataset
@@ -194,7 +193,7 @@ def write_records() -> None:
             "format": record_run.records.FORMAT,
             "scalr_jax": importlib.metadata.version("scalr_jax"),
             "source": str(FLAGS.root),
-            "intensity": intensity_statistics(reader, 0),
+            "intensity": reader.intensity(0),
             "class_names": reader.class_names,
             "cameras": next((source.cameras for source in sources.values() if source.cameras), ()),
             "points_dtype": found.points_dtype,

@@ -5,31 +5,20 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from scalr_jax.data import transforms
 from scalr_jax.data.readers import files
-from scalr_jax.data.scenes import Frame, Voxels
+from scalr_jax.data.readers.raw import RawDataset
+from scalr_jax.data.scenes import Dataset, Frame, Voxels
 from scalr_jax.prepare.builders import to_bytes
 from scalr_jax.runtime.errors import BadFrameError, NothingVisibleError
 
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}  # 4:4:4
 FORMATS = ("original", "jpeg", "raw")
-
-
-@runtime_checkable
-class ManyViews(Protocol):
-    """A reader that can pair one scan with each of its cameras, from image files."""
-
-    cameras: tuple[str, ...]
-
-    def frame(self, index: int, rng: Any = None, *, camera: str | None = ...) -> Frame: ...
-    def cameras_of(self, index: int) -> Sequence[str]: ...
-    def image_path(self, index: int, camera: str) -> Path: ...
-    def view(self, scan: Frame, index: int, camera: str) -> Frame: ...
 
 
 class Images(NamedTuple):
@@ -60,9 +49,9 @@ class Source:
       images: how they are stored.
     """
 
-    def __init__(self, reader: Any, labelled: Any, voxel_size: float, images: Images) -> None:
+    def __init__(self, reader: Dataset | None, labelled: Dataset | None, voxel_size: float, images: Images) -> None:
         self.reader, self.labelled, self.voxel_size, self.images = reader, labelled, voxel_size, images
-        names = {} if reader is None else {reader.name(i): i for i in range(len(reader)) if _has_image(reader, i)}
+        names = {} if reader is None else {reader.name(i): i for i in range(len(reader)) if self._cameras_of(i)}
         in_labelled = {} if labelled is None else {labelled.name(i): i for i in range(len(labelled))}
         order = [*names, *(name for name in in_labelled if name not in names)]
         self._plain = np.array([names.get(name, -1) for name in order], np.int32)
@@ -73,42 +62,54 @@ class Source:
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """The cameras that a frame may have."""
+        """The cameras that a frame may have; "camera" where a reader's images are no files (generated streets)."""
         if self.reader is None:
             return ()
-        return tuple(self.reader.cameras) if isinstance(self.reader, ManyViews) else ("camera",)
+        return self.reader.cameras if isinstance(self.reader, RawDataset) else ("camera",)
 
-    def _place(self, index: int) -> tuple[Any, int]:
+    @property
+    def dataset(self) -> Dataset:
+        """The reader, or `labelled` where there is none."""
+        dataset = self.labelled if self.reader is None else self.reader
+        assert dataset is not None
+        return dataset
+
+    def _place(self, index: int) -> tuple[Dataset, int]:
         """The reader that names a frame, and the frame's number there."""
         plain = int(self._plain[index])
-        return (self.reader, plain) if plain >= 0 else (self.labelled, int(self._labelled[index]))
+        if self.labelled is None or plain >= 0:
+            return self.dataset, plain
+        return self.labelled, int(self._labelled[index])
+
+    def _cameras_of(self, plain: int) -> tuple[str, ...]:
+        return self.reader.cameras_of(plain) if isinstance(self.reader, RawDataset) else self.cameras
 
     def name(self, index: int) -> str:
         reader, number = self._place(index)
         return reader.name(number)
 
-    def scan_file(self, index: int) -> str | None:
-        """The scan's path below the dataset's root, where the reader knows it."""
+    def scan_file(self, index: int) -> str:
+        """The scan's path below the dataset's root; "" where the reader does not know it."""
         reader, number = self._place(index)
-        return reader.scan_file(number) if hasattr(reader, "scan_file") else None
+        return reader.scan_file(number)
 
     def prepare(self, index: int) -> Prepared:
         """Everything that is stored of a frame. Raises BadFrameError when its scan or labels cannot be used."""
         plain, labelled = int(self._plain[index]), int(self._labelled[index])
-        name = self.name(index)
-        if plain >= 0 and not isinstance(self.reader, ManyViews):
-            return self._prepare_single(name, self.reader.frame(plain), labelled >= 0)
-        scan = self.labelled.frame(labelled, camera=None) if labelled >= 0 else self.reader.frame(plain, camera=None)
+        reader, number = self._place(index)
+        if self.labelled is not None and labelled >= 0:
+            reader, number = self.labelled, labelled
+        name, scan = self.name(index), reader.frame(number, camera=None)
         if len(scan.points) == 0:
             raise BadFrameError(f"{name}: the scan has no points")
         voxels, points = transforms.find_voxels(scan.points, self.voxel_size), student_points(scan)
         prepared = Prepared(name, [], labelled >= 0, [], [], scan.points.dtype.name)
         if labelled >= 0:
             prepared.examples.append(scan_example(scan, points))
-        for camera in self.reader.cameras_of(plain) if plain >= 0 else ():
+        for camera in self._cameras_of(plain) if plain >= 0 else ():
             try:
-                view = self.reader.view(scan, plain, camera)
-                content = self._image(view, self.reader.image_path(plain, camera))
+                view, path = self._view(scan, plain, camera)
+                content = self._image(view, path)
             except NothingVisibleError:
                 continue
             except BadFrameError as error:
@@ -126,20 +127,18 @@ class Source:
         """One of a frame's images [h, w, 3] uint8 as the raw reader gives it; none where there is none."""
         plain = int(self._plain[index])
         try:
-            return [] if plain < 0 else [self.reader.frame(plain, np.random.default_rng(index)).image]
+            image = None if plain < 0 else self.dataset.frame(plain, np.random.default_rng(index)).image
         except BadFrameError:
-            return []
+            image = None
+        return [] if image is None else [image]
 
-    def _prepare_single(self, name: str, frame: Frame, with_scan: bool) -> Prepared:
-        """Of a reader without image files (generated streets): one image a frame, and labels where there are any."""
-        if frame.image is None or len(frame.points) == 0:
-            raise BadFrameError(f"{name}: no image, or no points")
-        voxels, points = transforms.find_voxels(frame.points, self.voxel_size), student_points(frame)
-        examples = [scan_example(frame, points)] if with_scan else []
-        examples.append(view_example(frame, points, voxels, "camera", self._image(frame)))
-        return Prepared(name, examples, with_scan, ["camera"], [], frame.points.dtype.name)
+    def _view(self, scan: Frame, plain: int, camera: str) -> tuple[Frame, Path | None]:
+        """A scan paired with one camera, and the image's file; None where it is no file."""
+        if isinstance(self.reader, RawDataset):
+            return self.reader.view(scan, plain, camera), self.reader.image_path(plain, camera)
+        return self.dataset.frame(plain), None
 
-    def _image(self, view: Frame, path: Path | None = None) -> tuple[bytes, tuple[int, int]]:
+    def _image(self, view: Frame, path: Path | None) -> tuple[bytes, tuple[int, int]]:
         """What is stored of a view's image, and its rows and columns."""
         image = view.image
         assert image is not None
@@ -151,10 +150,6 @@ class Source:
             except OSError as error:
                 raise BadFrameError(f"{path}: cannot be read ({error.strerror}).") from error
         return encode_image(image, self.images.format), (image.shape[0], image.shape[1])
-
-
-def _has_image(reader: Any, index: int) -> bool:
-    return not isinstance(reader, ManyViews) or bool(reader.cameras_of(index))
 
 
 def encode_image(image: np.ndarray, image_format: str) -> bytes:

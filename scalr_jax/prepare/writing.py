@@ -115,7 +115,7 @@ def _write_records(path: Path, source: Source, shard: Shard, said: Progress) -> 
                     writer.write(serialize(example))
                 part["records"] += len(frame.examples)
                 part["names"].append(frame.name)
-                part["scan_files"].append(source.scan_file(index) or "")
+                part["scan_files"].append(source.scan_file(index))
                 part["scans"].append(frame.has_scan)
                 part["cameras"].append([known[camera] for camera in frame.cameras])
                 part["problems"] += frame.problems

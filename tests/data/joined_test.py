@@ -5,12 +5,11 @@ import pytest
 from scalr_jax.data.joined import every_nth, listed
 from scalr_jax.data.streets.streets import Streets
 from scalr_jax.runtime.errors import InputError
+from tests.support.datasets import Frames
 
 
-class Scans:
+class Scans(Frames):
     """Twelve frames of two drives."""
-
-    intensity = (1.0, 2.0)
 
     def __len__(self):
         return 12
@@ -21,12 +20,9 @@ class Scans:
     def scan_file(self, index):
         return f"lidar/{index:03d}.bin"
 
-    def frame(self, index, rng):
-        return index
-
 
 def used(subset):
-    return [subset.frame(i, None) for i in range(len(subset))]
+    return [int(subset.frame(i).points[0, 0]) for i in range(len(subset))]
 
 
 def test_every_nth():

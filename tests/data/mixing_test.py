@@ -16,13 +16,14 @@ from scalr_jax.data.scenes import Frame
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support import raw_datasets as raw
 from tests.support.checks import present
+from tests.support.datasets import Frames
 from tests.support.runs import config_of, open_split, scene_settings
 
 CLASSES = ("road", "car", "person", "tree")
 GROUND = 2.0  # metres below the sensor
 
 
-class Scans:
+class Scans(Frames):
     """Four scans of a flat road and some objects. A point's intensity is its label plus a tenth of its scan."""
 
     class_names = CLASSES
@@ -39,7 +40,7 @@ class Scans:
     def intensity(self, index):
         return (0.0, 1.0) if index % 2 == 0 else (1.0, 2.0)
 
-    def frame(self, index, rng):
+    def frame(self, index, rng=None, *, camera=None):
         if index in self.bad:
             raise BadFrameError(f"scan {index} is damaged")
         own = np.random.default_rng(index)

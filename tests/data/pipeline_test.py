@@ -15,6 +15,7 @@ from scalr_jax.data.scenes import Frame, SceneNeeds
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support.checks import present
+from tests.support.datasets import Frames
 
 SETTINGS = SceneSettings(
     task="distill",
@@ -26,17 +27,16 @@ CAPACITIES = Capacities(300, 4, (300,) * 3, (900,) * 3)
 
 
 @dataclasses.dataclass(frozen=True)
-class Clouds:
+class Clouds(Frames):
     """`number` random frames of 30 to 90 points; those in `bad` cannot be read."""
 
     number: int = 23
     bad: tuple[int, ...] = ()
-    intensity: tuple[float, float] = (0.0, 1.0)
 
     def __len__(self):
         return self.number
 
-    def frame(self, index, rng):
+    def frame(self, index, rng=None, *, camera=None):
         if index in self.bad:
             raise BadFrameError(f"clouds/{index}: cannot be read")
         own = np.random.default_rng(index)
@@ -91,7 +91,7 @@ class Files(Clouds):
     number: int = 24
     root: str = ""
 
-    def frame(self, index, rng):
+    def frame(self, index, rng=None, *, camera=None):
         data = (Path(self.root) / f"{index}.bin").read_bytes()
         with (Path(self.root) / "log").open("a") as log:
             log.write(f"{index} {len(data)}\n")
@@ -161,7 +161,7 @@ class Named(Clouds):
 
     prefix: str = ""
 
-    def frame(self, index, rng):
+    def frame(self, index, rng=None, *, camera=None):
         return super().frame(index, rng)._replace(name=f"{self.prefix}/{index}")
 
 
@@ -217,7 +217,7 @@ class Labelled(Clouds):
 
     class_names = ("road", "car", "tree")
 
-    def frame(self, index, rng):
+    def frame(self, index, rng=None, *, camera=None):
         frame = super().frame(index, rng)
         labels = np.resize([0, 1, 2, 255], len(frame.points)).astype(np.uint8)
         labels[5] = 7 if index == 17 else 255

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalr_jax.data import transforms
+from scalr_jax.data.planes import make_plane
 from scalr_jax.data.readers.pandaset import PandaSet
 from scalr_jax.data.scenes import PLANE_AXES, Frame, SceneNeeds
 from scalr_jax.data.whole_scan import check_points, whole_scan
@@ -24,7 +25,7 @@ def test_published_transforms(golden):
     cropped = arrays["cropped"]
     limited = cropped[transforms.limit(cropped, 3000)]
     for k, (axes, grid) in enumerate(zip(PLANE_AXES, GRIDS, strict=True)):
-        plane = transforms.make_plane(limited[:, :3], axes, grid, FIELD_OF_VIEW)
+        plane = make_plane(limited[:, :3], axes, grid, FIELD_OF_VIEW)
         np.testing.assert_array_equal(plane.position[plane.cell], arrays["cell_ind"][k])
     neighbors = transforms.find_neighbors(limited[:, :3], 16)
     np.testing.assert_array_equal(neighbors.T, arrays["knn_index"][1:])
@@ -210,8 +211,8 @@ def test_a_real_pandaset_frame_is_evaluated_as_it_is_predicted():
     dataset = PandaSet(SAMPLES / "pandaset", split="all", frames=[45], labels=True)
     source = dataset.frame(0)
     settings = settings_of("segment", train=False)
-    scene = transforms.make_scene(source, 0, dataset.intensity, settings, np.random.default_rng(0))
-    model = {"intensity": dataset.intensity, "field_of_view": FIELD_OF_VIEW, "grids": GRIDS}
+    scene = transforms.make_scene(source, 0, dataset.intensity(0), settings, np.random.default_rng(0))
+    model = {"intensity": dataset.intensity(0), "field_of_view": FIELD_OF_VIEW, "grids": GRIDS}
     points = check_points(in_students_frame(source).points)
     predicted, nearest = whole_scan(points, model | {"voxel_size": 0.1, "num_neighbors": 16})
     np.testing.assert_array_equal(predicted.feats[:, 1:4], scene.feats[:, 1:4])

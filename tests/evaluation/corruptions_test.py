@@ -17,10 +17,10 @@ from scalr_jax.evaluation.corruptions import (
     beams_of,
     corrupt,
     is_vehicle,
-    sensor_of,
 )
 from scalr_jax.runtime.errors import InputError
 from tests.support.checks import present
+from tests.support.datasets import Frames
 
 NAMES = ("road", "car", "building")
 
@@ -178,7 +178,7 @@ def test_snow_shadows_and_clutter_near_the_sensor():
 
 def test_a_dataset_of_corrupted_streets(street_cache):
     streets = Streets(street_cache, split="validation", num_scenes=2)
-    assert sensor_of(streets, 0) == "beams32"
+    assert streets.sensor(0) == "beams32"
     snowy = Corrupted(streets, "snow", "heavy")
     frame, clear = snowy.frame(1), streets.frame(1)
     assert (frame.points.dtype, frame.image, len(snowy)) == (clear.points.dtype, None, 2)
@@ -190,12 +190,11 @@ def test_a_dataset_of_corrupted_streets(street_cache):
     assert {p.tobytes() for p in still.points} < {p.tobytes() for p in clear.points}
 
 
-class OnACar:
+class OnACar(Frames):
     """One scan of a Pandar64 that stands 2 m above the frame's origin and leans by 3 degrees; x, y and z in the car's
     frame, the student's 1 m above that. `beams` are told or left to be found."""
 
     class_names = NAMES
-    sensor = "pandar64"
 
     def __init__(self, *, told):
         rng = np.random.default_rng(0)
@@ -218,7 +217,10 @@ class OnACar:
     def name(self, index):
         return self.clear.name
 
-    def frame(self, index, rng=None):
+    def sensor(self, index):
+        return "pandar64"
+
+    def frame(self, index, rng=None, *, camera=None):
         return self.clear
 
 

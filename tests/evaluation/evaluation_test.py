@@ -23,6 +23,7 @@ from scalr_jax.interop.saved import Saved
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support.checks import present
+from tests.support.datasets import Frames
 from tests.support.raw_datasets import write_nuscenes, write_semantic_kitti
 from tests.support.runs import config_of, evaluator_of, open_split, scene_settings
 from tests.support.tiny_student import write_workdir
@@ -57,16 +58,19 @@ class ByHeight:
         return batch.feats @ jax.numpy.asarray(self.WEIGHTS.T, batch.feats.dtype)
 
 
-class Labelled:
+class Labelled(Frames):
     """Frames of a dataset whose labels are `labels(frame)`."""
 
     def __init__(self, dataset, labels):
-        self.dataset, self.labels, self.intensity = dataset, labels, (20.0, 20.0)
+        self.dataset, self.labels, self.class_names = dataset, labels, dataset.class_names
 
     def __len__(self):
         return len(self.dataset)
 
-    def frame(self, index, rng=None):
+    def intensity(self, index):
+        return 20.0, 20.0
+
+    def frame(self, index, rng=None, *, camera=None):
         frame = self.dataset.frame(index, rng)
         return frame._replace(labels=self.labels(frame))
 
@@ -92,7 +96,7 @@ def test_any_devices_packing_and_votes_give_the_same_confusion_matrix(street_cac
     for i, (low, high) in enumerate(((0, 8), (8, 16), (16, np.inf))):
         frames = [dataset.frame(index) for index in range(5)]
         ranges = [np.linalg.norm(frame.points[:, :3], axis=1) for frame in frames]
-        labels = [f.labels[(r >= low) & (r < high)] for f, r in zip(frames, ranges, strict=True)]
+        labels = [present(f.labels)[(r >= low) & (r < high)] for f, r in zip(frames, ranges, strict=True)]
         counts = np.bincount(np.concatenate(labels), minlength=256)[:12]
         for votes in (1, 3):
             np.testing.assert_array_equal(found[votes][i].sum(axis=1), counts)
@@ -188,12 +192,13 @@ def test_a_scan_that_cannot_be_read_is_counted_apart(street_cache, tmp_path, cap
     assert good.num_scans == 3
     assert "could not be read" not in capsys.readouterr().out
 
-    def frame(index, rng=None, frame=dataset.frame):
-        if index == 1:
-            raise BadFrameError("streets/1: damaged")
-        return frame(index, rng)
+    class Damaged(Labelled):
+        def frame(self, index, rng=None, *, camera=None):
+            if index == 1:
+                raise BadFrameError("streets/1: damaged")
+            return super().frame(index, rng)
 
-    dataset.frame = frame
+    dataset = Damaged(dataset.dataset, dataset.labels)
     bad = evaluator_of(config, ByHeight(), {}, 3)
     bad.confusion(dataset)
     assert bad.num_scans == 2
@@ -237,7 +242,7 @@ def test_a_probe_of_one_sensor_on_another(street_cache, probed, tmp_path):
         for index in range(2):
             frame = dataset.frame(index)
             points = np.concatenate([to_ego(frame.points, frame.to_ego), frame.points[:, 3:]], axis=1)
-            expected[sensor] += metrics.confusion_matrix(frame.labels, model.segment(points), 12)
+            expected[sensor] += metrics.confusion_matrix(present(frame.labels), model.segment(points), 12)
         tasks.evaluate(read_settings(config), tmp_path / sensor)
         found = json.loads((tmp_path / sensor / "confusion.json").read_text())
         np.testing.assert_array_equal(found["counts"], expected[sensor])

@@ -20,6 +20,7 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.train.loop import train
 from scalr_jax.train.state import variables_of
 from tests.support.checks import present
+from tests.support.datasets import Frames
 from tests.support.runs import config_of, open_split
 from tests.support.tiny_student import write_workdir
 
@@ -250,15 +251,15 @@ def test_zero_shot_without_a_labelled_point_in_any_image(tmp_path, street_cache,
     config = probe_config(street_cache, backbone, **{"data.num_scenes": 3})
     dataset = open_split(config, "train", cache=tmp_path)
 
-    class Unlabelled:
+    class Unlabelled(Frames):
         class_names = dataset.class_names
 
         def __len__(self):
             return len(dataset)
 
-        def frame(self, index, rng):
+        def frame(self, index, rng=None, *, camera=None):
             frame = dataset.frame(index, rng)
-            return frame._replace(labels=np.where(frame.visible, IGNORE, frame.labels))
+            return frame._replace(labels=np.where(present(frame.visible), IGNORE, present(frame.labels)))
 
     settings = read_settings(config)
     teacher = make_teacher(settings.teacher, settings.data.image_size, "cpu")

@@ -15,8 +15,8 @@ from scalr_jax.compile import abstract, hlo
 from scalr_jax.config import read_settings
 from scalr_jax.data import packing
 from scalr_jax.data.pipeline import Pipeline
+from scalr_jax.data.planes import cell_position
 from scalr_jax.data.scenes import SceneNeeds
-from scalr_jax.data.transforms import cell_position
 from scalr_jax.export.run import export_model
 from scalr_jax.models import minkunet
 from scalr_jax.models.build import make_backbone, make_student

@@ -10,7 +10,7 @@ from scalr_jax.data.joined import Joined, Subset
 from scalr_jax.data.readers.folder import Folder
 from scalr_jax.data.readers.nuscenes import CAMERAS, NuScenes
 from scalr_jax.data.scan_checks import ground_height
-from scalr_jax.prepare import inspect, inspect_pictures
+from scalr_jax.prepare import inspect, inspect_pictures, summary
 from scalr_jax.runtime.errors import InputError
 from tests.support import raw_datasets as raw
 from tests.support import scan_writers as writers
@@ -92,16 +92,16 @@ def test_figures(root, tmp_path, capsys):
 def test_suggested_view_is_in_published_cells_and_covers_what_it_says():
     rng = np.random.default_rng(0)
     xyz = rng.uniform(-1, 1, (20_000, 3)) * np.array([70, 30, 6])
-    best = inspect.suggest(xyz, [5_000, 9_000])
+    best = summary.suggest(xyz, [5_000, 9_000])
     assert best["field_of_view"] == ((-80, -80, -8), (80, 80, 8))
     assert best["grids"] == ((320, 320), (320, 32), (320, 32))
     assert best["covers"] == 1.0
     assert best["max_points"] == 10_000
     assert best["points_per_shard"] >= 8 * 7_000
-    assert inspect.covered(xyz, 35.0, 8.0) == pytest.approx(0.5, abs=0.02)
-    assert inspect.suggest(xyz / 10, [100])["field_of_view"][1] == (32, 32, 4)
-    assert inspect.suggest(xyz * 10, [90_000])["field_of_view"][1] == (128, 128, 32)
-    assert inspect.suggest(xyz * 10, [90_000])["max_points"] == 20_000
+    assert summary.covered(xyz, 35.0, 8.0) == pytest.approx(0.5, abs=0.02)
+    assert summary.suggest(xyz / 10, [100])["field_of_view"][1] == (32, 32, 4)
+    assert summary.suggest(xyz * 10, [90_000])["field_of_view"][1] == (128, 128, 32)
+    assert summary.suggest(xyz * 10, [90_000])["max_points"] == 20_000
 
 
 @pytest.mark.parametrize("height", [-2.0, 0.3])
@@ -188,7 +188,7 @@ def test_every_camera_of_a_short_dataset_is_drawn(tmp_path):
         "over_CAM_FRONT_0.png",
         "over_CAM_FRONT_1.png",
     ]
-    assert set(inspect._cameras(NuScenes(tmp_path))) == set(CAMERAS)
+    assert NuScenes(tmp_path).cameras == CAMERAS
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -197,10 +197,9 @@ def test_joined_readers_and_parts(root, tmp_path):
     raw.write_nuscenes(tmp_path / "nuscenes")
     nuscenes = NuScenes(tmp_path / "nuscenes", split="all", cameras=["CAM_FRONT"])
     joined = Joined([Subset(nuscenes, [1]), Folder(root)])
-    assert inspect.locate(joined, 0) == (nuscenes, 1)
-    assert inspect.locate(joined, 2)[1] == 1
-    assert len(inspect.readers(joined)) == 2
+    assert (joined.name(0), joined.name(2)) == (nuscenes.name(1), Folder(root).name(1))
+    assert joined.cameras == ("CAM_FRONT", "front")
     report = inspect.inspect_dataset(joined, tmp_path / "out", num_frames=5)
     found = {entry["frames"]: entry["configured"] for entry in report["intensity"]}
-    np.testing.assert_allclose(found[1], nuscenes.intensity, atol=1e-5)
-    np.testing.assert_allclose(found[4], Folder(root).intensity, atol=1e-5)
+    np.testing.assert_allclose(found[1], nuscenes.statistics, atol=1e-5)
+    np.testing.assert_allclose(found[4], Folder(root).statistics, atol=1e-5)

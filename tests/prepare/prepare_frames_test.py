@@ -104,7 +104,7 @@ def test_streets_can_be_prepared(tmp_path, street_cache):
     views, scans = Records(folder), Records(folder, labels=True)
     np.testing.assert_array_equal(views.frame(1).image, plain.frame(1).image)
     np.testing.assert_array_equal(scans.frame(1).labels, plain.frame(1).labels)
-    assert views.intensity == plain.intensity(0)
+    assert views.intensity(0) == plain.intensity(0)
 
 
 def test_small_splits_have_several_files_and_large_ones_as_many_frames_in_each():

@@ -21,6 +21,7 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import write_json
 from tests.support import raw_datasets as raw
 from tests.support.checks import assert_one_sentence
+from tests.support.datasets import Frames
 from tests.support.prepared_datasets import make
 
 NUM_SCANS = 24
@@ -178,19 +179,15 @@ def test_a_killed_worker_is_told_of(kitti):
         list(record_writing.write_shards(kitti, {"train": source}, plan_shards("train", 8, 4), 2, lambda frames: None))
 
 
-class Fatal:
+class Fatal(Frames):
     """A dataset that ends its process."""
-
-    cameras = ()
 
     def __len__(self):
         return 8
 
-    def name(self, index):
-        return f"fatal/{index}"
-
-    def frame(self, index, rng=None):
+    def frame(self, index, rng=None, *, camera=None):
         os.kill(os.getpid(), signal.SIGKILL)
+        return super().frame(index)
 
 
 # ---------------------------------------------------------------------------------------------------------------- space

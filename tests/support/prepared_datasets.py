@@ -70,7 +70,7 @@ def assert_equal(one, other, path=""):
 
 def scenes(dataset, index, camera, settings=SETTINGS):
     frame = dataset.frame(index, camera=camera)
-    statistics = dataset.intensity
+    statistics = dataset.intensity(index)
     return transforms.make_scene(frame, 0, statistics, settings, cast(np.random.Generator, First()))
 
 

@@ -3,8 +3,9 @@
 import numpy as np
 
 from scalr_jax.data.packing import Capacities, add, pack_shard, sizes
+from scalr_jax.data.planes import make_plane
 from scalr_jax.data.scenes import PLANE_AXES, SceneView
-from scalr_jax.data.transforms import find_neighbors, make_features, make_plane
+from scalr_jax.data.transforms import find_neighbors, make_features
 
 FIELD_OF_VIEW = ((-8.0, -8.0, -2.0), (8.0, 8.0, 2.0))
 GRIDS = ((16, 16), (16, 4), (16, 4))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from scalr_jax.data.scenes import IGNORE
+from scalr_jax.data.scenes import IGNORE, RANDOM, Frame
 from scalr_jax.runtime.errors import BadFrameError, InputError, NothingVisibleError
 
 MAX_BAD_FRACTION = 0.03  # of a scan's points that may be NaN or infinite; they are dropped, more is a bad frame
@@ -25,7 +25,6 @@ LABEL_MAPS = Path(__file__).parents[1] / "label_maps"
 # Held around `numpy.load`, which several threads of the pipeline call: it reads headers with `ast.literal_eval`, and in
 # CPython before 3.11.8 and 3.12.2 that raises SystemError now and then when two threads do so (python/cpython#106905).
 NUMPY_LOAD = threading.Lock()
-RANDOM = "random"  # `frame(camera=RANDOM)`: one of the frame's cameras, drawn with `rng`
 
 
 class LabelMap(NamedTuple):
@@ -154,6 +153,17 @@ def finite_points(points: np.ndarray, path: Path) -> np.ndarray:
             "copy the file again."
         )
     return good
+
+
+def without_bad(frame: Frame, path: Path) -> Frame:
+    """The frame without points that have no finite coordinates or intensity. Raises BadFrameError as above."""
+    good = finite_points(frame.points, path)
+    labels, instances, beams = (
+        None if array is None else array[good] for array in (frame.labels, frame.instances, frame.beams)
+    )
+    dropped = frame.num_dropped + len(good) - int(good.sum())
+    points = frame.points[good]
+    return frame._replace(points=points, labels=labels, instances=instances, beams=beams, num_dropped=dropped)
 
 
 def need_visible(visible: np.ndarray, name: str, calibration: Path) -> None:

@@ -20,7 +20,8 @@ import numpy as np
 
 from scalr_jax.data.readers import calibration, files, folder_settings
 from scalr_jax.data.readers.calibration import Camera
-from scalr_jax.data.readers.scan_files import SUFFIXES, Scan, load_array, read_scan
+from scalr_jax.data.readers.raw import RawDataset
+from scalr_jax.data.readers.scan_files import SUFFIXES, load_array, read_scan
 from scalr_jax.data.scenes import Frame
 from scalr_jax.runtime.errors import BadFrameError, InputError, NothingVisibleError
 
@@ -39,7 +40,7 @@ class _Entry(NamedTuple):
     labels: Path | None
 
 
-class Folder:
+class Folder(RawDataset[_Entry]):
     """The scans of a split, in the order of scenes and names.
 
     Args:
@@ -51,7 +52,8 @@ class Folder:
       labels: list only scans with labels, and read them.
 
     Attributes:
-      intensity: mean, standard deviation: dataset.json's, or measured over 20 scans of all scenes; (0, 1) without one.
+      statistics: mean, standard deviation of the intensity: dataset.json's, or measured over 20 scans of all scenes;
+        (0, 1) without intensity.
       warnings: sentences about what looks wrong but may be meant.
 
     Raises:
@@ -75,10 +77,8 @@ class Folder:
         self.class_names = self.settings.classes
         self._folders = _find_scenes(self.root)
         self._calibrations = {scene: self._scene_cameras(folder) for scene, folder in self._folders.items()}
-        known = dict.fromkeys(name for found in self._calibrations.values() for name in found)
-        self.cameras = tuple(cameras if cameras is not None else () if labels else known)
-        for camera in self.cameras:
-            files.check_choice("camera", camera, known or ["none: dataset.json has no cameras"])
+        self.known_cameras = tuple(dict.fromkeys(name for found in self._calibrations.values() for name in found))
+        self._choose_cameras(cameras, self.known_cameras)
         if labels and not self.class_names:
             raise InputError(
                 f"{self.root / folder_settings.FILE}: no classes; labels need their names. {folder_settings.HELP}"
@@ -86,46 +86,27 @@ class Folder:
         self._all = [entry for scene, folder in self._folders.items() for entry in self._find_scans(scene, folder)]
         chosen = self._choose_scenes(scenes)
         self._found = [entry for entry in self._all if entry.scene in chosen]
-        self._entries = [e for e in self._found if (self._drawn(e) or not self.cameras) and (e.labels or not labels)]
+        self._choose_entries(self._found)
         if not self._entries:
             raise InputError(self._nothing())
-        self._has_intensity, self.intensity = self._measure_intensity()
+        self._has_intensity, self.statistics = self._measure_intensity()
         self.warnings = self._find_warnings()
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def name(self, index: int) -> str:
-        """What errors and logs call a frame: "folder/<scene>/<name of the scan>"."""
+        """As "folder/<scene>/<name of the scan>"."""
         return f"folder/{self._entries[index].scene}/{self._entries[index].scan.stem}"
 
     def scan_file(self, index: int) -> str:
         """The scan's path below `root`."""
         return str(self._entries[index].scan.relative_to(self.root))
 
-    def scan(self, index: int) -> Scan:
-        """The scan as it is stored. Raises BadFrameError."""
-        return read_scan(self._entries[index].scan, columns=self.settings.columns)
-
-    def cameras_of(self, index: int) -> tuple[str, ...]:
-        """The cameras of a frame that `frame` draws from."""
-        return self._drawn(self._entries[index])
-
-    def image_path(self, index: int, camera: str) -> Path:
-        """The image file of one of a frame's cameras."""
-        return self._entries[index].images[camera]
-
-    def view(self, scan: Frame, index: int, camera: str) -> Frame:
-        """`frame(index, camera=camera)` from the frame's scan, `frame(index, camera=None)`. Raises BadFrameError."""
-        return self._pair(scan, self._entries[index], camera)
-
     def describe(self) -> str:
         """A short table of what was found, what is missing and what looks wrong."""
-        found, mean, std = self._found, *self.intensity
-        known = dict.fromkeys(name for scene in self._calibrations.values() for name in scene)
+        found, mean, std = self._found, *self.statistics
         rows: list[tuple[str, object]] = [("scenes", ", ".join(dict.fromkeys(e.scene for e in found)))]
         rows.append(("frames", f"{len(self)} of {len(found)} scans"))
-        rows += [(f"images of {name}", f"{sum(name in e.images for e in found)} of {len(found)}") for name in known]
+        for camera in self.known_cameras:
+            rows.append((f"images of {camera}", f"{sum(camera in e.images for e in found)} of {len(found)}"))
         rows.append(("labelled scans", f"{sum(e.labels is not None for e in found)} of {len(found)}"))
         rows.append(("classes", ", ".join(self.class_names) or "none in dataset.json"))
         source = (
@@ -145,44 +126,32 @@ class Folder:
         if missing := self._missing_to_distill():
             raise InputError(f"{self.root}: distillation needs images and their calibration; {missing}.")
 
-    def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = files.RANDOM) -> Frame:
-        """Reads one frame.
-
-        Args:
-          index: 0 to len - 1.
-          rng: draws the camera, uniformly among the frame's; not needed where there is one at most, or it is named.
-          camera: a camera's name; None for no image; "random" draws one.
-
-        Returns:
-          The frame, with points [N, 4] float32 in the lidar's frame (metres, raw intensity).
-
-        Raises:
-          BadFrameError: a file of this frame is missing or damaged.
-        """
-        entry = self._entries[index]
-        camera = files.pick_camera(camera, self._drawn(entry), self._calibrations[entry.scene], rng)
-        points = self.scan(index).points
+    def _read(self, entry: _Entry, name: str) -> Frame:
+        """The scan, with points [N, 4] float32 in the lidar's frame (metres, raw intensity)."""
+        points = read_scan(entry.scan, columns=self.settings.columns).points
         labels = self._read_labels(entry, len(points)) if self.labels else None
         echo = ~(np.isnan(points[:, :3]).all(axis=1) | (points[:, :3] == 0).all(axis=1))
-        points, labels = points[echo], labels[echo] if labels is not None else None
-        good = files.finite_points(points, entry.scan)
-        points, labels = points[good], labels[good] if labels is not None else None
-        _check_place(points, entry.scan)
-        frame = Frame(name=self.name(index), points=points, to_ego=self.settings.to_student, labels=labels)
-        return frame if camera is None else self._pair(frame, entry, camera)
+        labels = None if labels is None else labels[echo]
+        dropped = len(points) - int(echo.sum())
+        scan = Frame(name, points[echo], self.settings.to_student, labels=labels, num_dropped=dropped)
+        scan = files.without_bad(scan, entry.scan)
+        _check_place(scan.points, entry.scan)
+        return scan
 
-    def _pair(self, frame: Frame, entry: _Entry, name: str) -> Frame:
-        if name not in entry.images:
-            raise BadFrameError(f"{frame.name}: no image of {name}; add it, or leave this camera out.")
-        camera = self._calibrations[entry.scene][name]
-        image = files.read_image(entry.images[name], camera.size)
-        pixels, visible = calibration.project(frame.points, camera, self.settings.min_depth)
+    def _image_path(self, entry: _Entry, camera: str) -> Path:
+        return entry.images[camera]
+
+    def _pair(self, frame: Frame, entry: _Entry, camera: str) -> Frame:
+        if camera not in entry.images:
+            raise BadFrameError(f"{frame.name}: no image of {camera}; add it, or leave this camera out.")
+        lens = self._calibrations[entry.scene][camera]
+        image = files.read_image(entry.images[camera], lens.size)
+        pixels, visible = calibration.project(frame.points, lens, self.settings.min_depth)
+        name = f"{frame.name}/{camera}"
         if not visible.any():
-            reason = calibration.explain_nothing_visible(frame.points, camera, self.settings.min_depth)
-            raise NothingVisibleError(
-                f"{frame.name}/{name}: none of {len(visible)} points projects into the image; {reason}."
-            )
-        return frame._replace(name=f"{frame.name}/{name}", image=image, pixels=pixels, visible=visible)
+            reason = calibration.explain_nothing_visible(frame.points, lens, self.settings.min_depth)
+            raise NothingVisibleError(f"{name}: none of {len(visible)} points projects into the image; {reason}.")
+        return frame._replace(name=name, image=image, pixels=pixels, visible=visible)
 
     def _read_labels(self, entry: _Entry, num_points: int) -> np.ndarray:
         path = entry.labels
@@ -229,10 +198,6 @@ class Folder:
         }
         files.check_all_in(f"{self.split} scene", wanted, names, self.root)
         return names if wanted is None else set(wanted)
-
-    def _drawn(self, entry: _Entry) -> tuple[str, ...]:
-        """The cameras that `frame` draws from."""
-        return tuple(camera for camera in self.cameras if camera in entry.images)
 
     def _nothing(self) -> str:
         """Why there is no frame: one sentence."""

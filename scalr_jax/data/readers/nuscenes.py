@@ -17,6 +17,7 @@ import numpy as np
 
 from scalr_jax.data.readers import files, nuscenes_tables
 from scalr_jax.data.readers.nuscenes_tables import Keyframe, Shot
+from scalr_jax.data.readers.raw import RawDataset
 from scalr_jax.data.scenes import Frame
 from scalr_jax.runtime.errors import BadFrameError, InputError
 
@@ -24,6 +25,7 @@ CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BA
 LIDAR = "LIDAR_TOP"
 MIN_DEPTH = 1.0  # metres before the camera, of a visible point
 NUM_RINGS = 32
+INTENSITY = (18.742355, 22.04632)  # mean, standard deviation
 VERSIONS = ("v1.0-trainval", "v1.0-mini", "v1.0-test")
 
 
@@ -35,7 +37,7 @@ class _Entry(NamedTuple):
     labels: str | None  # lidarseg file
 
 
-class NuScenes:
+class NuScenes(RawDataset[_Entry]):
     """The keyframes of a split, in the order of the scenes' names and of time.
 
     Args:
@@ -51,7 +53,7 @@ class NuScenes:
       InputError: nothing to read at `root`, a damaged table, or an argument that does not fit what is there.
     """
 
-    intensity = (18.742355, 22.04632)  # mean, standard deviation
+    known_cameras, statistics = CAMERAS, INTENSITY
 
     def __init__(
         self,
@@ -66,9 +68,7 @@ class NuScenes:
         files.check_choice("version", version, VERSIONS)
         files.check_choice("split", split, ("train", "validation", "all"))
         self.root, self.version, self.split, self.labels = Path(root), version, split, labels
-        self.cameras = tuple(cameras if cameras is not None else () if labels else CAMERAS)
-        for camera in self.cameras:
-            files.check_choice("camera", camera, CAMERAS)
+        self._choose_cameras(cameras, CAMERAS)
         label_map = files.read_label_map("nuscenes")
         self.class_names = label_map.class_names
         folder = self.root / version
@@ -78,13 +78,8 @@ class NuScenes:
         self._num_scenes = len(chosen)
         keyframes = nuscenes_tables.read_keyframes(folder, chosen, (LIDAR, *CAMERAS))
         found = _find_files(keyframes, nuscenes_tables.read_lidarseg(folder), self.root)
-        self._num_keyframes = len(keyframes)
-        self._left_out = (
-            f"{len(keyframes) - len(found)} keyframes without scan, "
-            f"{sum(bool(self.cameras) and not self._drawn(e) for e in found)} without image, "
-            f"{sum(labels and not e.labels for e in found)} without labels"
-        )
-        self._entries = [e for e in found if (self._drawn(e) or not self.cameras) and (e.labels or not labels)]
+        self._num_keyframes, self._num_found = len(keyframes), len(found)
+        self._choose_entries(found)
         if not self._entries:
             raise InputError(
                 f"{self.root}: no keyframe to use among {len(keyframes)} in the tables of {version} and {len(found)} "
@@ -92,11 +87,8 @@ class NuScenes:
                 "lidarseg/ for labels) beside the tables."
             )
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def name(self, index: int) -> str:
-        """What errors and logs call a frame: "nuscenes/<scene>/<the scan's time in microseconds>"."""
+        """As "nuscenes/<scene>/<the scan's time in microseconds>"."""
         return f"nuscenes/{self._entries[index].scene}/{self._entries[index].timestamp}"
 
     def scan_file(self, index: int) -> str:
@@ -109,57 +101,21 @@ class NuScenes:
 
     def describe(self) -> str:
         """A short table of what was found."""
-        rows = [
-            ("scenes", self._num_scenes),
-            ("frames", f"{len(self)} of {self._num_keyframes} keyframes"),
-            ("left out", self._left_out),
-            ("images", f"{sum(len(self._drawn(entry)) for entry in self._entries)} of {len(self) * len(self.cameras)}"),
-            ("labelled frames", sum(entry.labels is not None for entry in self._entries)),
-        ]
-        return files.format_table(f"nuScenes {self.version}, split {self.split}: {self.root}", rows)
+        left_out = f"{self._num_keyframes - self._num_found} keyframes without scan, {self._left_out}"
+        title = f"nuScenes {self.version}"
+        return self._table(title, ("scenes", self._num_scenes), f"{self._num_keyframes} keyframes", left_out)
 
-    def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = files.RANDOM) -> Frame:
-        """Reads one keyframe.
-
-        Args:
-          index: 0 to len - 1.
-          rng: draws the camera, uniformly among the frame's; not needed where there is one at most, or it is named.
-          camera: a camera's name; None for no image; "random" draws one.
-
-        Returns:
-          The frame, with points [N, 4] float32 in the lidar's frame (metres, intensity 0 to 255).
-
-        Raises:
-          BadFrameError: a file of this frame is missing or damaged.
-        """
-        entry = self._entries[index]
-        camera = files.pick_camera(camera, self._drawn(entry), CAMERAS, rng)
+    def _read(self, entry: _Entry, name: str) -> Frame:
+        """The scan, with points [N, 4] float32 in the lidar's frame (metres, intensity 0 to 255)."""
         path = self.root / entry.scan.file
         rows = files.read_floats(path, 5)  # [N, 5]; the fifth column is the ring, 0 the lowest
-        points = np.ascontiguousarray(rows[:, :4])
         rings = rows[:, 4].astype(np.uint8) if np.isin(rows[:, 4], np.arange(NUM_RINGS)).all() else None
-        labels = self._read_labels(entry, len(points)) if self.labels else None
-        good = files.finite_points(points, path)
-        points, labels = points[good], labels[good] if labels is not None else None
-        beams = rings[good] if rings is not None else None
-        frame = Frame(name=self.name(index), points=points, to_ego=np.eye(4), labels=labels, beams=beams)
-        return frame if camera is None else self._pair(frame, entry, camera)
+        labels = self._read_labels(entry, len(rows)) if self.labels else None
+        scan = Frame(name, np.ascontiguousarray(rows[:, :4]), np.eye(4), labels=labels, beams=rings)
+        return files.without_bad(scan, path)
 
-    def cameras_of(self, index: int) -> tuple[str, ...]:
-        """The cameras of a frame that `frame` draws from."""
-        return self._drawn(self._entries[index])
-
-    def image_path(self, index: int, camera: str) -> Path:
-        """The image file of one of a frame's cameras."""
-        return self.root / self._entries[index].images[camera].file
-
-    def view(self, scan: Frame, index: int, camera: str) -> Frame:
-        """`frame(index, camera=camera)` from the frame's scan, `frame(index, camera=None)`. Raises BadFrameError."""
-        return self._pair(scan, self._entries[index], camera)
-
-    def _drawn(self, entry: _Entry) -> tuple[str, ...]:
-        """The cameras that `frame` draws from."""
-        return tuple(camera for camera in self.cameras if camera in entry.images)
+    def _image_path(self, entry: _Entry, camera: str) -> Path:
+        return self.root / entry.images[camera].file
 
     def _read_labels(self, entry: _Entry, num_points: int) -> np.ndarray:
         path = self.root / str(entry.labels)

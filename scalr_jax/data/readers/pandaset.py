@@ -22,6 +22,7 @@ import numpy as np
 
 from scalr_jax.data.readers import files
 from scalr_jax.data.readers.pickles import read_dataframe
+from scalr_jax.data.readers.raw import RawDataset
 from scalr_jax.data.scenes import Frame
 from scalr_jax.runtime.errors import BadFrameError, InputError
 
@@ -62,10 +63,10 @@ class _Entry(NamedTuple):
     number: int  # of the frame: 0 to 79
     scan: str  # file name below lidar/: "00.pkl.gz"
     labels: str | None  # file name below annotations/semseg/
-    cameras: tuple[str, ...]  # those of the wanted cameras whose image is there
+    images: tuple[str, ...]  # the cameras, of those that are drawn, whose image is there
 
 
-class PandaSet:
+class PandaSet(RawDataset[_Entry]):
     """The frames of one lidar of PandaSet, in the order of scene and frame number.
 
     Args:
@@ -95,85 +96,40 @@ class PandaSet:
     ) -> None:
         files.check_choice("sensor", sensor, SENSORS)
         files.check_choice("split", split, ("train", "validation", "all"))
-        self.root, self.sensor, self.split, self.labels = Path(root), sensor, split, labels
-        self.cameras = tuple(cameras if cameras is not None else () if labels else SENSORS[sensor].cameras)
-        for camera in self.cameras:
-            files.check_choice("camera", camera, CAMERAS)
-        self.intensity = SENSORS[sensor].intensity
+        self.root, self.lidar, self.split, self.labels = Path(root), sensor, split, labels
+        self.known_cameras, self.statistics = CAMERAS, SENSORS[sensor].intensity
+        self._choose_cameras(cameras, SENSORS[sensor].cameras)
         self._label_map = files.read_label_map("pandaset")
         self.class_names = self._label_map.class_names
         self._poses: dict[Path, np.ndarray] = {}  # filled as frames are read
         self._ends: dict[Path, np.ndarray] = {}
-        self._scenes, num_unlabelled = self._find_scenes(scenes)
+        self._scenes, self._num_unlabelled = self._find_scenes(scenes)
         wanted = None if frames is None else frozenset(frames)
         found = [entry for scene in self._scenes for entry in self._find_frames(scene)]
         found = [entry for entry in found if wanted is None or entry.number in wanted]
-        self._entries = [e for e in found if (e.cameras or not self.cameras) and (e.labels or not labels)]
         self._num_found = len(found)
-        self._left_out = (
-            f"{sum(bool(self.cameras) and not e.cameras for e in found)} scans without image, "
-            f"{sum(labels and not e.labels for e in found)} without labels; {num_unlabelled} scenes without labels"
-            + (" (name them in scenes= to use them)" if num_unlabelled else "")
-        )
+        self._choose_entries(found)
         if not self._entries:
             raise InputError(
                 f"{self.root}: no frame to use among {len(found)} scans of {len(self._scenes)} scenes "
                 f"(split={split!r}, frames={frames}, cameras={self.cameras}, labels={labels}); expected {LAYOUT}."
             )
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def name(self, index: int) -> str:
-        """What errors and logs call a frame: "pandaset/002/45"."""
+        """As "pandaset/002/45"."""
         entry = self._entries[index]
         return f"pandaset/{entry.scene}/{entry.number:02d}"
 
+    def sensor(self, index: int) -> str:
+        del index
+        return self.lidar
+
     def describe(self) -> str:
         """A short table of what was found."""
-        images = sum(len(entry.cameras) for entry in self._entries)
-        rows = [
-            ("scenes", len(self._scenes)),
-            ("frames", f"{len(self)} of {self._num_found} scans"),
-            ("left out", self._left_out),
-            ("images", f"{images} of {len(self) * len(self.cameras)}"),
-            ("labelled frames", sum(entry.labels is not None for entry in self._entries)),
-        ]
-        return files.format_table(f"PandaSet {self.sensor}, split {self.split}: {self.root}", rows)
-
-    def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = files.RANDOM) -> Frame:
-        """Reads one frame.
-
-        Args:
-          index: 0 to len - 1.
-          rng: draws the camera, uniformly among the frame's; not needed where there is one at most, or it is named.
-          camera: a camera's name; None for no image; "random" draws one.
-
-        Returns:
-          The frame, with points [N, 4] float64 in the world (metres, raw intensity).
-
-        Raises:
-          BadFrameError: a file of this frame is missing or damaged.
-        """
-        entry = self._entries[index]
-        camera = files.pick_camera(camera, entry.cameras, CAMERAS, rng)
-        points, labels, times = self._read_scan(entry)
-        name = self.name(index)
-        to_sensor, beams = self._sensor(entry, points, times)
-        frame = Frame(name, points, self._to_ego(entry), labels=labels, to_sensor=to_sensor, beams=beams)
-        return frame if camera is None else self._pair(frame, entry, camera)
-
-    def cameras_of(self, index: int) -> tuple[str, ...]:
-        """The cameras of a frame that `frame` draws from."""
-        return self._entries[index].cameras
-
-    def image_path(self, index: int, camera: str) -> Path:
-        """The image file of one of a frame's cameras."""
-        return self._image_path(self._entries[index], camera)
-
-    def view(self, scan: Frame, index: int, camera: str) -> Frame:
-        """`frame(index, camera=camera)` from the frame's scan, `frame(index, camera=None)`. Raises BadFrameError."""
-        return self._pair(scan, self._entries[index], camera)
+        left_out = f"{self._left_out}; {self._num_unlabelled} scenes without labels"
+        left_out += " (name them in scenes= to use them)" if self._num_unlabelled else ""
+        title = f"PandaSet {self.lidar}"
+        return self._table(title, ("scenes", len(self._scenes)), f"{self._num_found} scans", left_out)
 
     def _find_scenes(self, wanted: Sequence[str] | None) -> tuple[list[str], int]:
         """The scenes of the split, and how many were left out for having no labels."""
@@ -211,26 +167,35 @@ class PandaSet:
                 number=int(stem),
                 scan=scans[stem],
                 labels=labels.get(stem),
-                cameras=tuple(camera for camera in self.cameras if f"{stem}.jpg" in images[camera]),
+                images=tuple(camera for camera in self.cameras if f"{stem}.jpg" in images[camera]),
             )
             for stem in sorted(scans)
             if stem.isdecimal()
         ]
 
-    def _read_scan(self, entry: _Entry) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Points of this sensor [N, 4] float64 in the world, their classes [N] uint8 where wanted, and where the file
-        has them their times [N] float64, seconds."""
+    def _read(self, entry: _Entry, name: str) -> Frame:
+        """The scan, with points [N, 4] float64 in the world (metres, raw intensity)."""
         path = self.root / entry.scene / "lidar" / entry.scan
         table = read_dataframe(path)
         if missing := [column for column in "xyzid" if column not in table]:
             raise BadFrameError(f"{path}: no column {', '.join(missing)}; a scan has columns x, y, z, i, t, d.")
-        mine = table["d"] == SENSORS[self.sensor].number
+        mine = table["d"] == SENSORS[self.lidar].number
         points = np.stack([np.asarray(table[column], np.float64)[mine] for column in "xyzi"], axis=1)
         if not len(points):
-            raise BadFrameError(f"{path}: no point of sensor {self.sensor}; copy the file again.")
+            raise BadFrameError(f"{path}: no point of sensor {self.lidar}; copy the file again.")
         good = files.finite_points(points, path)
-        times = np.asarray(table["t"], np.float64)[mine][good] if "t" in table else None
-        return points[good], self._read_labels(entry, mine)[good] if self.labels else None, times
+        times = np.asarray(table["t"], np.float64)[mine][good] if "t" in table else None  # seconds
+        labels = self._read_labels(entry, mine)[good] if self.labels else None
+        to_sensor, beams = self._find_sensor(entry, points[good], times)
+        return Frame(
+            name=name,
+            points=points[good],
+            to_ego=self._to_ego(entry),
+            labels=labels,
+            to_sensor=to_sensor,
+            beams=beams,
+            num_dropped=len(points) - int(good.sum()),
+        )
 
     def _read_labels(self, entry: _Entry, mine: np.ndarray) -> np.ndarray:
         """Classes [N] of the points that are `mine` ([all points] bool)."""
@@ -246,7 +211,7 @@ class PandaSet:
         to_ego[2, 3] -= GROUND_SHIFT
         return to_ego
 
-    def _sensor(
+    def _find_sensor(
         self, entry: _Entry, points: np.ndarray, times: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """World -> Pandar64 [4, 4] in the middle of the sweep, and the beam of each point [N] uint8 as the Pandar64
@@ -267,7 +232,7 @@ class PandaSet:
         mount = np.eye(4)
         mount[:3, :3], mount[:3, 3] = files.rotation(MOUNT_ROTATION), MOUNT_PLACE
         to_sensor = np.linalg.inv(mount) @ ((1 - middle) * before + middle * after)
-        if not self.labels or self.sensor != "pandar64" or times is None or not known or not np.isfinite(times).all():
+        if not self.labels or self.lidar != "pandar64" or times is None or not known or not np.isfinite(times).all():
             return to_sensor, None
         share = (times - ends[second - 1]) / (ends[second] - ends[second - 1])
         share = np.clip(share, middle - 1, middle + 1)  # of points whose time is no time of the sweep

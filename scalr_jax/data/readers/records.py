@@ -20,7 +20,7 @@ import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from scalr_jax.data.readers import files
-from scalr_jax.data.scenes import Frame, Voxels
+from scalr_jax.data.scenes import RANDOM, Dataset, Frame, Voxels
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.storage import read_json
 
@@ -56,7 +56,7 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
     return manifest
 
 
-class Records:
+class Records(Dataset):
     """The frames of a prepared split.
 
     Args:
@@ -88,7 +88,7 @@ class Records:
         manifest = read_manifest(root)
         self.metadata = {key: value for key, value in manifest.items() if key != "splits"}
         mean, std = manifest["intensity"]
-        self.intensity, self.class_names = (float(mean), float(std)), tuple(manifest["class_names"])
+        self._statistics, self.class_names = (float(mean), float(std)), tuple(manifest["class_names"])
         self.cameras = () if labels else tuple(manifest["cameras"])
         self._dtype = np.dtype(manifest["points_dtype"])
         self._scale_to = (image_size[0], image_size[1]) if image_size is not None and scaled_decode else None
@@ -122,8 +122,16 @@ class Records:
         self._readers: OrderedDict[int, Any] = OrderedDict()  # opened when first needed, in each process
         self._lock = threading.Lock()
 
+    def intensity(self, index: int) -> tuple[float, float]:
+        del index
+        return self._statistics
+
+    def sensor(self, index: int) -> str:
+        del index
+        return str(self.metadata["sensor"] or self.metadata["dataset"])
+
     def name(self, index: int) -> str:
-        """What errors and logs call a frame, as the raw reader does."""
+        """As the raw reader has it."""
         return str(self._names[index].decode())
 
     def scan_file(self, index: int) -> str:
@@ -143,7 +151,7 @@ class Records:
         of = f"{what['dataset']} {what['sensor']}".strip()
         return files.format_table(f"Prepared records of {of}, split {self.split}: {self.root}", rows)
 
-    def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = files.RANDOM) -> Frame:
+    def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = RANDOM) -> Frame:
         """Reads one frame.
 
         Args:

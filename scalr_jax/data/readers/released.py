@@ -13,21 +13,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from scalr_jax.data.joined import Joined
 from scalr_jax.data.readers import files
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
-from scalr_jax.data.scenes import Frame
+from scalr_jax.data.scenes import Dataset
 from scalr_jax.runtime.errors import InputError
 
 SEQUENCE = "08"  # of SemanticKITTI-C
 
 
-def open_released(clear: Any, root: Path, corruption: str, severity: str) -> Any:
+def open_released(clear: Dataset, root: Path, corruption: str, severity: str) -> Dataset:
     """The corrupted scans of a dataset.
 
     Args:
@@ -68,26 +65,26 @@ def _check_complete(folder: Path, wanted: set[str], there: Collection[str]) -> N
         )
 
 
-class SemanticKITTIC:
-    """The scans of one corruption and severity: `folder`/velodyne/NNNNNN.bin and `folder`/labels/NNNNNN.label.
+class SemanticKITTIC(SemanticKITTI):
+    """The clear set's scans with one corruption: `folder`/velodyne/NNNNNN.bin and `folder`/labels/NNNNNN.label.
 
     Raises:
         InputError: a folder is missing, a scan has no label file, or the scans are not those of the clear set.
     """
 
     def __init__(self, clear: SemanticKITTI, folder: Path):
-        self.intensity, self.class_names, self.folder = clear.intensity, clear.class_names, folder
-        self._class_of_id = files.read_label_map("semantic_kitti").class_of_id
+        self.__dict__.update(clear.__dict__)
+        self.folder = folder
         files.check_folder(folder / "velodyne", "SemanticKITTI-C, <root>/<corruption>/<severity>/velodyne/*.bin")
         scans = sorted(name for name in files.listing(folder / "velodyne") if name.endswith(".bin"))
-        self._numbers = [name.removesuffix(".bin") for name in scans]
+        numbers = [name.removesuffix(".bin") for name in scans]
         labels = files.listing(folder / "labels")
-        missing = [number for number in self._numbers if f"{number}.label" not in labels]
+        missing = [number for number in numbers if f"{number}.label" not in labels]
         if missing or not scans:
             what = f"{len(missing)} of {len(scans)} scans have no label file in labels/" if scans else "no scan"
             raise InputError(f"{folder}: {what}; unpack the set again")
         wanted = {clear.name(k).removeprefix("semantic_kitti/") for k in range(len(clear))}
-        there = {f"{SEQUENCE}/{number}" for number in self._numbers}
+        there = {f"{SEQUENCE}/{number}" for number in numbers}
         _check_complete(folder, wanted, there)
         if more := sorted(there - wanted):
             raise InputError(
@@ -95,19 +92,14 @@ class SemanticKITTIC:
                 f"labels there; complete {clear.root}"
             )
 
-    def __len__(self) -> int:
-        return len(self._numbers)
-
     def name(self, index: int) -> str:
-        return f"{self.folder.parent.name}/{self.folder.name}/{self._numbers[index]}"
+        """As "fog/light/000001"."""
+        return f"{self.folder.parent.name}/{self.folder.name}/{self._entries[index].number}"
 
-    def frame(self, index: int, rng: np.random.Generator | None = None) -> Frame:
-        """One scan [N, 4] float32 with classes [N]. Raises BadFrameError."""
-        del rng
-        number = self._numbers[index]
-        path, label_path = self.folder / "velodyne" / f"{number}.bin", self.folder / "labels" / f"{number}.label"
-        points = files.read_floats(path, 4)
-        raw = files.read_array(label_path, np.dtype("<u4")) & 0xFFFF
-        labels = files.map_labels(raw, self._class_of_id, len(points), label_path)
-        good = files.finite_points(points, path)
-        return Frame(self.name(index), points[good], np.eye(4), labels=labels[good])
+    def sensor(self, index: int) -> str:
+        del index
+        return "semantic_kitti"
+
+    def _folder(self, sequence: str) -> Path:
+        del sequence
+        return self.folder

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,9 +13,10 @@ from scalr_jax.data.readers.folder import Folder
 from scalr_jax.data.readers.nuscenes import VERSIONS, NuScenes
 from scalr_jax.data.readers.pandaset import SENSORS as PANDASET
 from scalr_jax.data.readers.pandaset import PandaSet
+from scalr_jax.data.readers.raw import RawDataset
 from scalr_jax.data.readers.scan_files import SUFFIXES, read_scan
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
-from scalr_jax.data.scenes import Frame
+from scalr_jax.data.scenes import Dataset, Frame
 from scalr_jax.runtime.errors import BadFrameError, InputError
 
 PANDASET_SUFFIXES = (".pkl.gz", ".pkl")
@@ -131,14 +132,14 @@ def _project(points: np.ndarray, camera: calibration.Camera) -> tuple[np.ndarray
     return pixels, visible & finite
 
 
-def dataset_frame(dataset: Any, index: int, camera: str | None = None) -> Frame:
+def dataset_frame(dataset: Dataset, index: int, camera: str | None = None) -> Frame:
     """Frame `index` of a reader, with an image where it has one: of the named camera, or of the first.
 
     Raises InputError for an index or camera that is not there, BadFrameError for a damaged frame.
     """
     if not 0 <= index < len(dataset):
         raise InputError(f"frame {index} is none of 0 to {len(dataset) - 1}")
-    if not hasattr(dataset, "cameras_of"):  # streets and records: each frame has its image, or none
+    if not isinstance(dataset, RawDataset):  # streets and records: each frame has its image, or none
         if camera is not None:
             raise InputError(f"{dataset.name(index)}: camera {camera!r} cannot be chosen, the frame has one image")
         return dataset.frame(index, np.random.default_rng(0))
@@ -149,7 +150,7 @@ def dataset_frame(dataset: Any, index: int, camera: str | None = None) -> Frame:
     return dataset.frame(index, camera=camera or (min(preferred, key=len) if preferred else None))
 
 
-def open_dataset(name: str, root: Path, *, split: str = "all", labels: bool | None = None) -> Any:
+def open_dataset(name: str, root: Path, *, split: str = "all", labels: bool | None = None) -> RawDataset:
     """A raw dataset's reader for looking at frames: with images, and with labels where the same frames have some.
 
     Args:
@@ -161,25 +162,25 @@ def open_dataset(name: str, root: Path, *, split: str = "all", labels: bool | No
     Raises:
       InputError: another name, or nothing to read.
     """
+    readers: dict[str, Callable[..., RawDataset]]
     readers = {"nuscenes": NuScenes, "semantic_kitti": SemanticKITTI, "folder": Folder}
     files.check_choice("dataset", name, (*readers, "pandaset", *PANDASET))
-    options: dict[str, Any] = {"split": split}
+    options: dict[str, str] = {"split": split}
     if name == "nuscenes":
         options["version"] = next((v for v in VERSIONS if (root / v).is_dir()), VERSIONS[0])
     elif name not in readers:
         options["sensor"] = name if name in PANDASET else "pandar64"
-    reader: Any = readers.get(name, PandaSet)
-    with_images = scans = None
+    reader = readers.get(name, PandaSet)
     try:
-        with_images = reader(root, labels=False, **options)
-    except InputError:
-        scans = reader(root, labels=bool(labels), cameras=(), **options)
-    cameras = with_images.cameras if with_images else ()
-    if labels is not False:
-        for chosen in (cameras, ()) if labels else (cameras,):
-            try:
-                return reader(root, labels=True, cameras=chosen, **options)
-            except InputError as error:
-                if labels and not chosen:
-                    raise error
-    return with_images or scans
+        plain = reader(root, labels=False, **options)
+    except InputError:  # no frame has an image
+        plain = reader(root, labels=bool(labels), cameras=(), **options)
+    if labels is False:
+        return plain
+    for cameras in (plain.cameras, ()) if labels else (plain.cameras,):
+        try:
+            return reader(root, labels=True, cameras=cameras, **options)
+        except InputError:
+            if labels and not cameras:
+                raise
+    return plain

@@ -15,10 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from scalr_jax.data.readers import files
+from scalr_jax.data.readers.raw import RawDataset
 from scalr_jax.data.scenes import Frame
 from scalr_jax.runtime.errors import BadFrameError, InputError
 
 CAMERAS = ("image_2",)
+INTENSITY = (0.28613698, 0.14090556)  # mean, standard deviation
 MIN_DISTANCE = 1.0  # metres ahead of the lidar, of a visible point
 CENTRE_TOLERANCE = 0.08  # how far the principal point may lie from the image's middle, as a share of its size
 LAYOUT = "<root>/dataset/sequences/XX/velodyne/*.bin"
@@ -33,8 +35,8 @@ SPLITS = {
 class _Entry(NamedTuple):
     sequence: str
     number: str  # of the scan: "000000"
-    has_image: bool
-    has_labels: bool
+    images: tuple[str, ...]  # CAMERAS, or () where there is none
+    labels: bool  # there are some
 
 
 class _Calibration(NamedTuple):
@@ -43,7 +45,7 @@ class _Calibration(NamedTuple):
     path: Path
 
 
-class SemanticKITTI:
+class SemanticKITTI(RawDataset[_Entry]):
     """The scans of a split, in the order of sequence and number.
 
     Args:
@@ -57,7 +59,7 @@ class SemanticKITTI:
       InputError: nothing to read at `root`, or an argument that does not fit what is there.
     """
 
-    intensity = (0.28613698, 0.14090556)  # mean, standard deviation
+    known_cameras, statistics = CAMERAS, INTENSITY
 
     def __init__(
         self,
@@ -70,9 +72,7 @@ class SemanticKITTI:
     ) -> None:
         files.check_choice("split", split, SPLITS)
         self.root, self.split, self.labels = Path(root), split, labels
-        self.cameras = tuple(cameras if cameras is not None else () if labels else CAMERAS)
-        for camera in self.cameras:
-            files.check_choice("camera", camera, CAMERAS)
+        self._choose_cameras(cameras, CAMERAS)
         self._label_map = files.read_label_map("semantic_kitti")
         self.class_names = self._label_map.class_names
         self._calibrations: dict[str, _Calibration] = {}  # filled as frames are read
@@ -83,83 +83,46 @@ class SemanticKITTI:
         self._sequences = [name for name in self._sequences if sequences is None or name in sequences]
         found = [entry for sequence in self._sequences for entry in self._find_scans(sequence)]
         self._num_found = len(found)
-        self._left_out = (
-            f"{sum(bool(self.cameras) and not e.has_image for e in found)} scans without image, "
-            f"{sum(labels and not e.has_labels for e in found)} without labels"
-        )
-        self._entries = [e for e in found if (e.has_image or not self.cameras) and (e.has_labels or not labels)]
+        self._choose_entries(found)
         if not self._entries:
             raise InputError(
                 f"{self.root}: no scan to use among {len(found)} of sequences {', '.join(SPLITS[split])} "
                 f"(split={split!r}, cameras={self.cameras}, labels={labels}); expected {LAYOUT}, image_2, labels."
             )
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def name(self, index: int) -> str:
-        """What errors and logs call a frame: "semantic_kitti/08/000000"."""
+        """As "semantic_kitti/08/000000"."""
         return f"semantic_kitti/{self._entries[index].sequence}/{self._entries[index].number}"
 
     def describe(self) -> str:
         """A short table of what was found."""
         absent = [name for name in SPLITS[self.split] if name not in self._sequences]
-        rows = [
-            ("sequences", f"{', '.join(self._sequences)} (not there or not wanted: {', '.join(absent) or 'none'})"),
-            ("frames", f"{len(self)} of {self._num_found} scans"),
-            ("left out", self._left_out),
-            ("images", sum(entry.has_image for entry in self._entries) if self.cameras else "not read"),
-            ("labelled frames", sum(entry.has_labels for entry in self._entries)),
-        ]
-        return files.format_table(f"SemanticKITTI, split {self.split}: {self.root}", rows)
+        sequences = f"{', '.join(self._sequences)} (missing or not asked for: {', '.join(absent) or 'none'})"
+        return self._table("SemanticKITTI", ("sequences", sequences), f"{self._num_found} scans", self._left_out)
 
-    def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = files.RANDOM) -> Frame:
-        """Reads one frame.
+    def _folder(self, sequence: str) -> Path:
+        """Where a sequence's velodyne/ and labels/ are."""
+        return self._base / sequence
 
-        Args:
-          index: 0 to len - 1.
-          rng: not needed (there is one camera); taken so that all datasets are called alike.
-          camera: "image_2"; None for no image; "random" reads it when the dataset has `cameras`.
-
-        Returns:
-          The frame, with points [N, 4] float32 in the lidar's frame (metres, intensity 0 to 1).
-
-        Raises:
-          BadFrameError: a file of this frame is missing or damaged.
-        """
-        entry = self._entries[index]
-        camera = files.pick_camera(camera, self.cameras, CAMERAS, rng)
-        path = self._base / entry.sequence / "velodyne" / f"{entry.number}.bin"
-        points = files.read_floats(path, 4)  # [N, 4]
-        good = files.finite_points(points, path)
-        frame = Frame(name=self.name(index), points=points[good], to_ego=np.eye(4))
+    def _read(self, entry: _Entry, name: str) -> Frame:
+        """The scan, with points [N, 4] float32 in the lidar's frame (metres, intensity 0 to 1)."""
+        path = self._folder(entry.sequence) / "velodyne" / f"{entry.number}.bin"
+        scan = Frame(name, files.read_floats(path, 4), np.eye(4))
         if self.labels:
-            labels, instances = self._read_labels(entry, len(points))
-            frame = frame._replace(labels=labels[good], instances=instances[good])
-        return frame if camera is None else self._pair(frame, entry, camera)
-
-    def cameras_of(self, index: int) -> tuple[str, ...]:
-        """The cameras of a frame that `frame` draws from."""
-        return self.cameras if self._entries[index].has_image else ()
-
-    def image_path(self, index: int, camera: str) -> Path:
-        """The image file of one of a frame's cameras."""
-        return self._image_path(self._entries[index], camera)
-
-    def view(self, scan: Frame, index: int, camera: str) -> Frame:
-        """`frame(index, camera=camera)` from the frame's scan, `frame(index, camera=None)`. Raises BadFrameError."""
-        return self._pair(scan, self._entries[index], camera)
+            labels, instances = self._read_labels(entry, len(scan.points))
+            scan = scan._replace(labels=labels, instances=instances)
+        return files.without_bad(scan, path)
 
     def _find_scans(self, sequence: str) -> list[_Entry]:
-        folder = self._base / sequence
+        folder = self._folder(sequence)
         images, labels = files.listing(folder / "image_2"), files.listing(folder / "labels")
         scans = sorted(scan for scan in files.listing(folder / "velodyne") if scan.endswith(".bin"))
         numbers = [scan.removesuffix(".bin") for scan in scans]
-        return [_Entry(sequence, n, f"{n}.png" in images, f"{n}.label" in labels) for n in numbers]
+        return [_Entry(sequence, n, CAMERAS if f"{n}.png" in images else (), f"{n}.label" in labels) for n in numbers]
 
     def _read_labels(self, entry: _Entry, num_points: int) -> tuple[np.ndarray, np.ndarray]:
         """Classes [N] uint8, and instances [N] uint32: the upper half numbers them, the lower half is the class."""
-        path = self._base / entry.sequence / "labels" / f"{entry.number}.label"
+        path = self._folder(entry.sequence) / "labels" / f"{entry.number}.label"
         raw = files.read_array(path, np.dtype("<u4"))
         return files.map_labels(raw & 0xFFFF, self._label_map.class_of_id, num_points, path), raw
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from scalr_jax.data.readers import files
-from scalr_jax.data.scenes import Frame
+from scalr_jax.data.scenes import RANDOM, Dataset, Frame
 from scalr_jax.data.streets.layout import CLASSES
 from scalr_jax.data.streets.sensors import SENSORS
 from scalr_jax.runtime.errors import BadFrameError, InputError
@@ -45,7 +45,7 @@ def split_seed(split: str, index: int, seed: int = 0) -> int:
     return (SPLITS.index(split) * STREAMS_PER_SPLIT + seed) * SCENES_PER_STREAM + index
 
 
-class Streets:
+class Streets(Dataset):
     """Scenes 0 to `num_scenes` - 1 of a split; scene i is seen by `sensors[i % len(sensors)]`.
 
     Args:
@@ -84,7 +84,7 @@ class Streets:
         return self.num_scenes
 
     def name(self, index: int) -> str:
-        """What errors and logs call a scene: "streets/train/0"."""
+        """As "streets/train/0"."""
         return f"streets/{self.split}/{index}"
 
     def describe(self) -> str:
@@ -130,13 +130,15 @@ class Streets:
                 said = now
         return len(missing)
 
-    def frame(self, index: int, rng: np.random.Generator | None = None) -> Frame:
-        """Scene `index` from the cache; points in the lidar's frame, which is the student's. `rng` is not used.
+    def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = RANDOM) -> Frame:
+        """Scene `index` from the cache; points in the lidar's frame, which is the student's.
+
+        Its one image is of a camera without a name; `camera=None` leaves it out. `rng` is not used.
 
         Raises:
             BadFrameError: the cache file is missing or unreadable; the message names it.
         """
-        del rng
+        files.pick_camera(camera, (), (), rng)
         path = self.path(index)
         try:
             with path.open("rb") as file, files.NUMPY_LOAD, np.load(file) as archive:
@@ -145,12 +147,8 @@ class Streets:
             raise BadFrameError(f"{path} is missing: call render_missing() first") from None
         except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
             raise BadFrameError(f"{path} cannot be read ({error}); delete it to have it rendered again") from error
-        return Frame(
-            name=self.name(index),
-            points=arrays["points"],
-            to_ego=np.eye(4),
-            image=arrays["image"],
-            pixels=arrays["pixels"].astype(np.float64),
-            visible=arrays["visible"],
-            labels=arrays["labels"],
-        )
+        scan = Frame(self.name(index), arrays["points"], np.eye(4), labels=arrays["labels"])
+        if camera is None:
+            return scan
+        pixels = arrays["pixels"].astype(np.float64)
+        return scan._replace(image=arrays["image"], pixels=pixels, visible=arrays["visible"])

@@ -204,10 +204,10 @@ def test_cameras_are_drawn(root):
 def test_intensity_is_measured_or_given(root):
     values = np.concatenate([raw.points_ahead(200, seed)[:, 3] for seed in (0, 1, 10, 11)]).astype(np.float64)
     for split in ("train", "validation"):
-        np.testing.assert_allclose(Folder(root, split=split).intensity, (values.mean(), values.std()))
+        np.testing.assert_allclose(Folder(root, split=split).statistics, (values.mean(), values.std()))
     assert "measured" in Folder(root).describe()
     raw.rewrite_settings(root, intensity=[3, 4.5])
-    assert Folder(root).intensity == (3, 4.5)
+    assert Folder(root).statistics == (3, 4.5)
 
 
 def test_scans_without_intensity(root):
@@ -215,7 +215,7 @@ def test_scans_without_intensity(root):
         writers.write_bin(path, np.fromfile(path, np.float32).reshape(-1, 4)[:, :3])
     raw.rewrite_settings(root, columns=3)
     dataset = Folder(root)
-    assert dataset.intensity == (0.0, 1.0)
+    assert dataset.statistics == (0.0, 1.0)
     assert "none in the files" in dataset.describe()
     assert (dataset.frame(0).points[:, 3] == 0).all()
 

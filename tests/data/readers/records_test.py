@@ -11,9 +11,9 @@ import pytest
 
 from scalr_jax.data import transforms
 from scalr_jax.data.pipeline import Pipeline
-from scalr_jax.data.readers import files
 from scalr_jax.data.readers.pandaset import PandaSet
 from scalr_jax.data.readers.records import Records
+from scalr_jax.data.scenes import RANDOM
 from scalr_jax.prepare import run as prepare
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support import raw_datasets as raw
@@ -49,7 +49,7 @@ def test_views_give_the_scenes_that_the_raw_files_give(tiny, name, split):
     root, folder = tiny[name]
     plain, records = READERS[name](root, split=split), Records(folder, split=split)
     assert [records.name(i) for i in range(len(records))] == [plain.name(i) for i in range(len(plain))]
-    assert records.intensity == plain.intensity
+    assert records.intensity(0) == plain.intensity(0)
     assert records.class_names == plain.class_names
     for i in range(len(plain)):
         for camera in plain.cameras_of(i):
@@ -64,10 +64,10 @@ def test_evaluation_sees_every_point_in_its_order(tiny, name):
     assert len(records) == len(plain)
     for i in range(len(plain)):
         assert_equal(scenes(plain, i, None, SEGMENTATION), scenes(records, i, None, SEGMENTATION))
-        assert_equal(scenes(plain, i, files.RANDOM, SEGMENTATION), scenes(records, i, files.RANDOM, SEGMENTATION))
+        assert_equal(scenes(plain, i, RANDOM, SEGMENTATION), scenes(records, i, RANDOM, SEGMENTATION))
         trained = dataclasses.replace(SEGMENTATION, train=True, augmentation="published")
         one, other = (
-            transforms.make_scene(d.frame(i), 0, d.intensity, trained, np.random.default_rng(i))
+            transforms.make_scene(d.frame(i), 0, d.intensity(i), trained, np.random.default_rng(i))
             for d in (plain, records)
         )
         assert_equal(one, other)
