@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
@@ -28,6 +28,7 @@ from scalr_jax.data.scenes import Batch, Dataset, FinishedScenes, SceneView
 from scalr_jax.data.transforms import SceneSettings, check_classes, make_scene
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
 
+T = TypeVar("T")
 SAMPLE_SIZE = 32  # scenes looked at to derive capacities
 
 
@@ -284,7 +285,7 @@ def _endless(records: grain.MapDataset, seed: int) -> grain.MapDataset:
     return records.shuffle(seed=seed % 2**32).repeat((2**31 - 1) // len(records))
 
 
-def prefetch(items: Iterator, size: int = 2) -> Generator[Any, None, None]:
+def prefetch(items: Iterator[T], size: int = 2) -> Generator[T, None, None]:
     """The same items, computed ahead in one thread, in order."""
     if size == 0:
         yield from items

@@ -14,7 +14,7 @@ from scalr_jax.data.readers import files, nuscenes, semantic_kitti
 from scalr_jax.data.readers.files import read_label_map
 from scalr_jax.data.readers.folder import Folder
 from scalr_jax.data.readers.pandaset import SENSORS as PANDASET
-from scalr_jax.data.scenes import IGNORE, FieldOfView
+from scalr_jax.data.scenes import IGNORE, Dataset, FieldOfView
 from scalr_jax.data.streets.layout import CLASSES as STREET_CLASSES
 from scalr_jax.data.streets.sensors import SENSORS as STREETS
 from scalr_jax.runtime.errors import InputError
@@ -51,7 +51,7 @@ INTENSITY: dict[str, tuple[float, float]] = {
 STREETS_INTENSITY = {name: sensor.intensity for name, sensor in STREETS.items()}  # generated
 
 
-def published_view(sensor: str, model: Mapping[str, Any]) -> View:
+def published_view(sensor: str, model: Mapping[str, object]) -> View:
     """The view of a published file of `sensor`, by its model config.
 
     Distilled ScaLR and ScaLR+ models: +-64 m, 256 cells. Segmentation on PandaSet: +-128 m, 512 cells (a model

@@ -207,7 +207,9 @@ def make_scene(
     return _segmentation_scene(frame, index, intensity, settings, rng)
 
 
-def _distillation_scene(frame: Frame, index: int, intensity, settings: SceneSettings, rng) -> SceneView:
+def _distillation_scene(
+    frame: Frame, index: int, intensity: tuple[float, float], settings: SceneSettings, rng: np.random.Generator
+) -> SceneView:
     if frame.image is None or frame.pixels is None or frame.visible is None:
         raise BadFrameError(f"{frame.name}: distillation needs an image, and the frame has none")
     kept = one_a_voxel(frame, settings.voxel_size, rng)
@@ -244,7 +246,9 @@ def labels_of(frame: Frame) -> np.ndarray:
     return frame.labels if frame.labels is not None else np.full(len(frame.points), IGNORE, np.uint8)
 
 
-def _segmentation_scene(frame: Frame, index: int, intensity, settings: SceneSettings, rng) -> SceneView:
+def _segmentation_scene(
+    frame: Frame, index: int, intensity: tuple[float, float], settings: SceneSettings, rng: np.random.Generator
+) -> SceneView:
     if settings.votes:
         return _vote_scene(frame, index, intensity, settings, rng)
     labels, raw = labels_of(frame), to_ego(frame.points, frame.to_ego)
@@ -266,7 +270,9 @@ def _segmentation_scene(frame: Frame, index: int, intensity, settings: SceneSett
     return _with_raw(scene, xyz, raw, labels, np.linalg.norm(raw, axis=1))
 
 
-def _vote_scene(frame: Frame, index: int, intensity, settings: SceneSettings, rng) -> SceneView:
+def _vote_scene(
+    frame: Frame, index: int, intensity: tuple[float, float], settings: SceneSettings, rng: np.random.Generator
+) -> SceneView:
     """One augmented copy of a whole scan, as WaffleIron's evaluation makes them: before the voxels are found.
 
     `published` turns coordinates and features by different angles, and flips and scales the coordinates alone;
@@ -294,7 +300,7 @@ def _with_raw(scene: SceneView, xyz: np.ndarray, raw: np.ndarray, labels: np.nda
     return scene._replace(upsample=nearest.astype(np.int32), raw_labels=labels, raw_ranges=ranges.astype(np.float32))
 
 
-def _augment_published(xyz: np.ndarray, feats: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:
+def _augment_published(xyz: np.ndarray, feats: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """As released: two rotations by different angles, flips of coordinates only, scaling of features only (x, y, z and
     radius)."""
     xyz, feats = xyz.copy(), feats.copy()

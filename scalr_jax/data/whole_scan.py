@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from pykdtree.kdtree import KDTree
 
 from scalr_jax.data.scenes import Frame, SceneNeeds, SceneView
@@ -18,7 +19,7 @@ from scalr_jax.runtime.errors import BadFrameError, InputError
 FARTHEST = 10_000.0  # metres along an axis: points beyond are no echo of a lidar
 
 
-def check_points(points: Any) -> np.ndarray:
+def check_points(points: ArrayLike) -> np.ndarray:
     """The points as [N, 4] float32: x, y, z in metres and raw intensity. Raises InputError when they are none."""
     points = np.asarray(points)
     if points.ndim != 2 or points.shape[1] != 4 or points.dtype.kind not in "fiu":

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,17 +40,31 @@ NEAREST = 0.1  # metres: a point at the sensor has no direction
 UNKNOWN_BEAMS = 64
 
 
-def _linear(low: float, high: float, number: int) -> np.ndarray:
-    return np.linspace(low, high, number)
-
-
 # Elevation of each beam, degrees, ascending.
 ELEVATIONS = {
-    **{name: _linear(*sensor.elevation, sensor.num_beams) for name, sensor in STREETS.items()},
-    "nuscenes": _linear(-30.67, 10.67, 32),  # HDL-32E
-    "semantic_kitti": np.concatenate([_linear(-24.33, -8.83, 32), _linear(-8.33, 2.0, 32)]),  # HDL-64E
+    **{name: np.linspace(*sensor.elevation, sensor.num_beams) for name, sensor in STREETS.items()},
+    "nuscenes": np.linspace(-30.67, 10.67, 32),  # HDL-32E
+    "semantic_kitti": np.concatenate([np.linspace(-24.33, -8.83, 32), np.linspace(-8.33, 2.0, 32)]),  # HDL-64E
     "pandar64": pandaset.ELEVATIONS,
 }
+
+
+class Scan(NamedTuple):
+    """What a corruption changes, and what it needs to know."""
+
+    points: np.ndarray  # [N, 4] float64: x, y, z in metres from the sensor (z up), raw intensity
+    labels: np.ndarray  # [N] uint8
+    sensor: str
+    beam: np.ndarray  # [N], 0 the lowest
+    class_names: Sequence[str]
+
+    @property
+    def num_beams(self) -> int:
+        return len(ELEVATIONS.get(self.sensor, range(UNKNOWN_BEAMS)))
+
+
+LabelledPoints = tuple[np.ndarray, np.ndarray]  # points [M, 4] and their labels [M]
+Corruption = Callable[[Scan, int, np.random.Generator], LabelledPoints]  # level: 0 to 2, light to heavy
 
 
 def check_corruption(corruption: str, severity: str) -> None:
@@ -74,28 +88,27 @@ def beams_of(xyz: np.ndarray, sensor: str) -> np.ndarray:
     return np.searchsorted((known[1:] + known[:-1]) / 2, elevation)
 
 
-def motion_blur(points, labels, level: int, rng, **_: Any):
+def motion_blur(scan: Scan, level: int, rng: np.random.Generator) -> LabelledPoints:
     """p + s + e: one shift s ~ N(0, sigma^2) of the whole scan along each axis, and for each point e ~
     N(0, (sigma/10)^2) along x and y, N(0, (sigma/20)^2) along z; sigma = 0.20, 0.25, 0.30 m (Robo3D)."""
     sigma = BLUR[level]
-    points = points.copy()
+    points = scan.points.copy()
     points[:, :3] += rng.normal(0, sigma, 3) + rng.normal(0, 1, (len(points), 3)) * sigma / np.array([10, 10, 20])
-    return points, labels
+    return points, scan.labels
 
 
-def beam_missing(points, labels, level: int, rng, *, sensor: str, beam: np.ndarray, **_: Any):
+def beam_missing(scan: Scan, level: int, rng: np.random.Generator) -> LabelledPoints:
     """A quarter, half or three quarters of the beams, drawn at random, return nothing (8, 16, 24 of 32)."""
-    number = len(ELEVATIONS.get(sensor, range(UNKNOWN_BEAMS)))
-    lost = rng.choice(number, round(MISSING[level] * number), replace=False)
-    kept = ~np.isin(beam, lost)
-    return points[kept], labels[kept]
+    lost = rng.choice(scan.num_beams, round(MISSING[level] * scan.num_beams), replace=False)
+    kept = ~np.isin(scan.beam, lost)
+    return scan.points[kept], scan.labels[kept]
 
 
-def crosstalk(points, labels, level: int, rng, *, sensor: str, **_: Any):
+def crosstalk(scan: Scan, level: int, rng: np.random.Generator) -> LabelledPoints:
     """0.6, 0.8 or 1 % of the points (3 % on nuScenes) answer another sensor's pulse: p + N(0, (3 m)^2), label 255."""
-    share = CROSSTALK_NUSCENES if sensor == "nuscenes" else CROSSTALK[level]
-    moved = rng.choice(len(points), round(share * len(points)), replace=False)
-    points, labels = points.copy(), labels.copy()
+    share = CROSSTALK_NUSCENES if scan.sensor == "nuscenes" else CROSSTALK[level]
+    moved = rng.choice(len(scan.points), round(share * len(scan.points)), replace=False)
+    points, labels = scan.points.copy(), scan.labels.copy()
     points[moved, :3] += rng.normal(0, CROSSTALK_NOISE, (len(moved), 3))
     labels[moved] = IGNORE
     return points, labels
@@ -107,38 +120,33 @@ def is_vehicle(class_name: str) -> bool:
     return any({word, word.removesuffix("s"), word.removesuffix("es")} & set(VEHICLES) for word in words)
 
 
-def incomplete_echo(points, labels, level: int, rng, *, class_names: Sequence[str], **_: Any):
+def incomplete_echo(scan: Scan, level: int, rng: np.random.Generator) -> LabelledPoints:
     """75, 85 or 95 % of the points of vehicles return nothing, as dark paint does."""
-    vehicles = [k for k, name in enumerate(class_names) if is_vehicle(name)]
-    kept = ~np.isin(labels, vehicles) | (rng.random(len(labels)) >= MISSING_ECHO[level])
-    return points[kept], labels[kept]
+    vehicles = [k for k, name in enumerate(scan.class_names) if is_vehicle(name)]
+    kept = ~np.isin(scan.labels, vehicles) | (rng.random(len(scan.labels)) >= MISSING_ECHO[level])
+    return scan.points[kept], scan.labels[kept]
 
 
-def cross_sensor(points, labels, level: int, rng, *, sensor: str, beam: np.ndarray, **_: Any):
+def cross_sensor(scan: Scan, level: int, rng: np.random.Generator) -> LabelledPoints:
     """A sensor with 3/4, 1/2 or 1/4 of the beams, evenly spread, of which every second point is kept."""
-    number = len(ELEVATIONS.get(sensor, range(UNKNOWN_BEAMS)))
-    left = np.floor((np.arange(round(OTHER_SENSOR[level] * number)) + 0.5) / OTHER_SENSOR[level]).astype(int)
-    order = np.lexsort((np.arctan2(points[:, 1], points[:, 0]), beam))
-    turn = np.empty(len(points), np.int64)
-    turn[order] = np.arange(len(points))  # along the beams
-    kept = np.isin(beam, left) & (turn % 2 == 0)
-    return points[kept], labels[kept]
+    del rng
+    share = OTHER_SENSOR[level]
+    left = np.floor((np.arange(round(share * scan.num_beams)) + 0.5) / share).astype(int)
+    order = np.lexsort((np.arctan2(scan.points[:, 1], scan.points[:, 0]), scan.beam))
+    turn = np.empty(len(scan.points), np.int64)
+    turn[order] = np.arange(len(scan.points))  # along the beams
+    kept = np.isin(scan.beam, left) & (turn % 2 == 0)
+    return scan.points[kept], scan.labels[kept]
 
 
-def fog(points, labels, level: int, rng, **_: Any):
-    return weather.fog(points, labels, level, rng)
+def _of_weather(function: Callable[[np.ndarray, np.ndarray, int, np.random.Generator], LabelledPoints]) -> Corruption:
+    return lambda scan, level, rng: function(scan.points, scan.labels, level, rng)
 
 
-def wet_ground(points, labels, level: int, rng, **_: Any):
-    return weather.wet_ground(points, labels, level, rng)
-
-
-def snow(points, labels, level: int, rng, **_: Any):
-    return weather.snow(points, labels, level, rng)
-
-
-FUNCTIONS = {f.__name__: f for f in (fog, wet_ground, snow, motion_blur, beam_missing)}
-FUNCTIONS |= {f.__name__: f for f in (crosstalk, incomplete_echo, cross_sensor)}
+FUNCTIONS: dict[str, Corruption] = {
+    **{f.__name__: _of_weather(f) for f in (weather.fog, weather.wet_ground, weather.snow)},
+    **{f.__name__: f for f in (motion_blur, beam_missing, crosstalk, incomplete_echo, cross_sensor)},
+}
 
 
 def corrupt(
@@ -151,7 +159,7 @@ def corrupt(
     sensor: str = "",
     beams: np.ndarray | None = None,
     class_names: Sequence[str] = (),
-) -> tuple[np.ndarray, np.ndarray]:
+) -> LabelledPoints:
     """A corrupted scan, and the labels of its points.
 
     Args:
@@ -174,8 +182,7 @@ def corrupt(
         raise BadFrameError(f"{name}: no point of the scan is farther than {NEAREST} m from the sensor")
     rng = np.random.default_rng(zlib.crc32(f"{name}/{corruption}/{severity}".encode()))
     beam = beams_of(points[:, :3], sensor) if beams is None else beams[~near]
-    function: Any = FUNCTIONS[corruption]
-    return function(points, labels, SEVERITIES.index(severity), rng, sensor=sensor, beam=beam, class_names=class_names)
+    return FUNCTIONS[corruption](Scan(points, labels, sensor, beam, class_names), SEVERITIES.index(severity), rng)
 
 
 class Corrupted(Derived):

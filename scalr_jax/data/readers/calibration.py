@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -123,7 +123,7 @@ def check_upright(camera: Camera, to_student: np.ndarray) -> str | None:
 # ------------------------------------------------------------------------------------ from JSON, with all that is wrong
 
 
-def read_camera(name: str, entry: Any, problems: list[str]) -> Camera | None:
+def read_camera(name: str, entry: object, problems: list[str]) -> Camera | None:
     """A camera's entry of the JSON file; appends to `problems` what is wrong with it, and returns None then."""
     before, where = len(problems), f"camera {name}"
     if not isinstance(entry, Mapping):
@@ -146,19 +146,19 @@ def read_camera(name: str, entry: Any, problems: list[str]) -> Camera | None:
     return Camera(name, lens, size, matrix, tuple(distortion))
 
 
-def check_keys(where: str, entry: Mapping[str, Any], known: Iterable[str], problems: list[str]) -> None:
+def check_keys(where: str, entry: Mapping[str, object], known: Iterable[str], problems: list[str]) -> None:
     """Appends the keys that are not `known`, each with the nearest one that is."""
     for key in sorted(set(entry) - set(known)):
         near = difflib.get_close_matches(key, list(known), n=1)
         problems.append(f"{where}: unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a JSON value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
 
 
-def read_numbers(where: str, value: Any, count: int | None, problems: list[str]) -> list[float] | None:
+def read_numbers(where: str, value: object, count: int | None, problems: list[str]) -> list[float] | None:
     """A list of finite numbers, `count` of them unless that is None."""
     if not isinstance(value, list) or not all(map(is_number, value)) or count not in (None, len(value)):
         problems.append(f"{where} must be a list of {'' if count is None else f'{count} '}numbers")
@@ -166,7 +166,7 @@ def read_numbers(where: str, value: Any, count: int | None, problems: list[str])
     return [float(number) for number in value]
 
 
-def read_matrix(where: str, value: Any, size: int, problems: list[str]) -> np.ndarray | None:
+def read_matrix(where: str, value: object, size: int, problems: list[str]) -> np.ndarray | None:
     """A square matrix, as a list of rows."""
     if value is None:
         problems.append(f"{where} is missing")
@@ -178,7 +178,7 @@ def read_matrix(where: str, value: Any, size: int, problems: list[str]) -> np.nd
     return np.array(rows, np.float64)
 
 
-def read_rigid(where: str, value: Any, problems: list[str]) -> np.ndarray | None:
+def read_rigid(where: str, value: object, problems: list[str]) -> np.ndarray | None:
     """A rotation and a translation, [4, 4]."""
     matrix = read_matrix(where, value, 4, problems)
     if matrix is None:
@@ -197,14 +197,14 @@ def read_rigid(where: str, value: Any, problems: list[str]) -> np.ndarray | None
     return None
 
 
-def _read_size(where: str, value: Any, problems: list[str]) -> tuple[int, int] | None:
+def _read_size(where: str, value: object, problems: list[str]) -> tuple[int, int] | None:
     if not isinstance(value, list) or len(value) != 2 or not all(type(n) is int and n > 1 for n in value):
         problems.append(f"{where}: size must be [width, height] of its images in pixels")
         return None
     return value[0], value[1]
 
 
-def _read_intrinsics(where: str, entry: Mapping[str, Any], problems: list[str]) -> np.ndarray | None:
+def _read_intrinsics(where: str, entry: Mapping[str, object], problems: list[str]) -> np.ndarray | None:
     """The 3x3 matrix, however it was given."""
     named = [key for key in ("fx", "fy", "cx", "cy") if key in entry]
     if ("intrinsics" in entry) == bool(named):

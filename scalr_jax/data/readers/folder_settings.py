@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,17 +51,18 @@ def read_settings(path: Path) -> Settings:
         return Settings()
     entry, problems = read_json(path, REMEDY), []
     calibration.check_keys("the file", entry, KEYS, problems)
-    columns = entry.get("columns")
+    columns, min_depth = entry.get("columns"), entry.get("min_depth", 1.0)
     if columns is not None and (type(columns) is not int or columns not in scan_files.COLUMNS):
         problems.append(f"columns must be one of {', '.join(map(str, scan_files.COLUMNS))}")
+        columns = None
     intensity = calibration.read_numbers(
         "intensity [mean, standard deviation]", entry.get("intensity", [0, 1]), 2, problems
     )
     if intensity is not None and intensity[1] <= 0:
         problems.append("intensity: the standard deviation must be positive")
-    min_depth = entry.get("min_depth", 1.0)
     if not is_number(min_depth) or not 0 < min_depth < 100:
         problems.append("min_depth must be metres between 0 and 100")
+        min_depth = 1.0
     classes, class_of_id = _read_classes(entry, problems)
     settings = Settings(
         columns=columns,
@@ -91,7 +92,7 @@ def _raise(path: Path, problems: list[str]) -> None:
         raise InputError(f"{path}: {number}: {'; '.join(problems)}. {HELP}")
 
 
-def _read_cameras(entry: Any, problems: list[str]) -> dict[str, Camera]:
+def _read_cameras(entry: object, problems: list[str]) -> dict[str, Camera]:
     if not isinstance(entry, dict):
         problems.append('cameras must be an object, {"front": {...}}')
         return {}
@@ -101,7 +102,7 @@ def _read_cameras(entry: Any, problems: list[str]) -> dict[str, Camera]:
     return {name: camera for name, camera in found.items() if camera is not None}
 
 
-def _read_to_student(entry: Mapping[str, Any], problems: list[str]) -> np.ndarray:
+def _read_to_student(entry: Mapping[str, object], problems: list[str]) -> np.ndarray:
     height, matrix = entry.get("sensor_height"), np.eye(4)
     if height is not None and "to_student" in entry:
         problems.append("give to_student or sensor_height, not both")
@@ -115,7 +116,7 @@ def _read_to_student(entry: Mapping[str, Any], problems: list[str]) -> np.ndarra
     return matrix
 
 
-def _read_names(key: str, entry: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
+def _read_names(key: str, entry: Mapping[str, object], problems: list[str]) -> tuple[str, ...]:
     names = entry.get(key, [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         problems.append(f"{key} must be a list of different names")
@@ -123,7 +124,7 @@ def _read_names(key: str, entry: Mapping[str, Any], problems: list[str]) -> tupl
     return tuple(names)
 
 
-def _read_classes(entry: Mapping[str, Any], problems: list[str]) -> tuple[tuple[str, ...], dict[int, int]]:
+def _read_classes(entry: Mapping[str, object], problems: list[str]) -> tuple[tuple[str, ...], dict[int, int]]:
     """The classes, and the class of every number that may stand in a label file."""
     classes = _read_names("classes", entry, problems)
     if len(classes) > IGNORE:

@@ -19,6 +19,7 @@ from scalr_jax.runtime.errors import InputError
 
 T = TypeVar("T")
 
+Row = dict[str, Any]  # of a JSON table
 _BLOCK = 1 << 20  # characters read at a time; a row has about 700
 
 
@@ -76,7 +77,7 @@ def read_keyframes(folder: Path, scenes: dict[str, str], channels: Collection[st
     channel_of = _read(folder, "sensor", lambda rows: {row["token"]: row["channel"] for row in rows})
     sensors = _read(folder, "calibrated_sensor", lambda rows: {r["token"]: _sensor(r, channel_of) for r in rows})
 
-    def wanted(row: dict[str, Any]) -> bool:
+    def wanted(row: Row) -> bool:
         return (
             row["is_key_frame"]
             and row["sample_token"] in samples
@@ -116,19 +117,19 @@ def read_class_of_id(folder: Path, label_map: LabelMap) -> dict[int, int]:
     return {i: of_name[name] for i, name in named.items() if name in of_name} or label_map.class_of_id
 
 
-def _sensor(row: dict[str, Any], channel_of: dict[str, str]) -> Sensor:
+def _sensor(row: Row, channel_of: dict[str, str]) -> Sensor:
     intrinsics = np.array(row["camera_intrinsic"], np.float64)
     return Sensor(channel_of[row["sensor_token"]], pose(_numbers(row)), intrinsics)
 
 
-def _numbers(row: dict[str, Any]) -> np.ndarray:
+def _numbers(row: Row) -> np.ndarray:
     numbers = np.array([*row["rotation"], *row["translation"]], np.float64)
     if numbers.shape != (7,) or not np.isfinite(numbers).all() or not numbers[:4].any():
         raise ValueError(f"no pose in row {row['token']}")
     return numbers
 
 
-def _read(folder: Path, table: str, collect: Callable[[Iterator[dict[str, Any]]], T]) -> T:
+def _read(folder: Path, table: str, collect: Callable[[Iterator[Row]], T]) -> T:
     """`collect` over a table's rows; whatever is wrong with the table becomes one InputError."""
     path = folder / f"{table}.json"
     try:
@@ -141,7 +142,7 @@ def _read(folder: Path, table: str, collect: Callable[[Iterator[dict[str, Any]]]
         raise InputError(f"{path}: not a table of nuScenes ({error}); unpack the tables again.") from error
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[Row]:
     """The objects of a JSON array, one by one. Raises ValueError where the file is not one or is cut short."""
     decode = json.JSONDecoder().raw_decode
     with open(path, encoding="utf-8") as file:

@@ -24,6 +24,7 @@ from scalr_jax.data.scenes import RANDOM, Dataset, Frame, Voxels
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.storage import read_json
 
+Manifest = dict[str, Any]  # the JSON of records.json
 MANIFEST = "records.json"  # written last: a folder that has it is complete
 SETTINGS = "prepare.json"  # there until then
 FORMAT = 1  # of the manifest and the records
@@ -42,7 +43,7 @@ def is_begun(root: str | Path) -> bool:
     return is_prepared(root) or (Path(root) / SETTINGS).is_file()
 
 
-def read_manifest(root: str | Path) -> dict[str, Any]:
+def read_manifest(root: str | Path) -> Manifest:
     """The manifest of a prepared folder. Raises InputError when it is missing, damaged or of another format."""
     path = Path(root) / MANIFEST
     if not path.is_file():
@@ -111,10 +112,10 @@ class Records(Dataset):
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key not in ("_readers", "_lock")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._start()
 

@@ -6,8 +6,6 @@ Whatever is placed claims its footprint; what comes later and finds its place ta
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from scalr_jax.data.streets import layout
@@ -132,8 +130,8 @@ class _Builder:
             values = np.array([row[i] for row in rows], np.int32 if i in (4, 5, 6) else np.float32)
             columns.append(np.concatenate([values, np.ones((CAPACITY - len(rows), *values.shape[1:]), values.dtype)]))
         as_floats = (np.array(values, np.float32) for values in (self.size, self.middle, self.ego))
-        numbers: list[Any] = [np.asarray(value, np.float32) for value in self.ground]
-        return Street(Geometry(Ground(*numbers), Shapes(*columns), (boxes, cylinders, ellipsoids)), *as_floats)
+        ground = Ground._make(np.asarray(value, np.float32) for value in self.ground)
+        return Street(Geometry(ground, Shapes(*columns), (boxes, cylinders, ellipsoids)), *as_floats)
 
     # ---- what stands there
 

@@ -6,9 +6,13 @@ scaled, turned about z and moved. World frame: metres, z up, the carriageway at 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax  # a type alone: data workers start no JAX
 
 CLASSES = (
     *("road", "pavement", "terrain", "building", "fence", "vegetation"),
@@ -31,6 +35,8 @@ NUM_PATCHES = 6  # objects 0 to 5 are the ground: carriageway, paved left and ri
 KERB_HEIGHT = 0.12  # metres: everything but the carriageway lies this high
 NO_CROSSING = 1e4  # metres
 STYLES = ("town", "suburb", "park")
+
+A = TypeVar("A", float, np.ndarray, "jax.Array")
 
 
 class Ground(NamedTuple):
@@ -77,7 +83,7 @@ class Street(NamedTuple):
     ego: np.ndarray  # [3] x, y (metres) and heading (radians) of the vehicle that carries the sensors
 
 
-def surface(ground: Any, x: Any, y: Any, xp: Any = np) -> tuple[Any, Any]:
+def surface(ground: Ground, x: A, y: A, xp: ModuleType = np) -> tuple[A, A]:
     """Class (ROAD, PAVEMENT, TERRAIN) and patch (below NUM_PATCHES) of the ground at x, y (metres); `xp` np or jnp."""
     across = y - 0.5 * ground.curvature * x * x
     left = across > 0

@@ -7,45 +7,33 @@ updates the nearest hit of all rays at once. The ground follows from x and y (`s
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from scalr_jax.data.streets import layout
-from scalr_jax.data.streets.layout import KERB_HEIGHT, ROAD, Geometry, Shapes
-from scalr_jax.data.streets.texture import albedo
+from scalr_jax.data.streets.layout import KERB_HEIGHT, ROAD, Geometry, Ground, Shapes
+from scalr_jax.data.streets.texture import Hits, albedo
 
 FAR = 1e6  # metres: the ray meets nothing
+Vector = jax.Array | Sequence[jax.Array]  # x, y, z, each [R]
 
 
-class Hits(NamedTuple):
-    """What R rays meet. Where `distance` is FAR (the sky) the rest has no meaning."""
-
-    distance: jax.Array  # [R] metres
-    point: jax.Array  # [3, R] metres, world
-    normal: jax.Array  # [3, R] unit, world, outwards
-    unit: jax.Array  # [3, R] the point in its shape's frame, -1 to 1
-    half: jax.Array  # [3, R] half sizes of the shape, metres
-    label: jax.Array  # [R] class
-    material: jax.Array  # [R]
-    instance: jax.Array  # [R] row of `Street.size`
-    color: jax.Array  # [3, R] base colour, 0 to 1
-
-
-def _turn(vector: Any, yaw: Any) -> tuple[Any, Any, Any]:
+def _turn(vector: Vector, yaw: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x, y, z [R] turned by `yaw` radians about z. Components stay apart, so that XLA fuses what follows."""
     x, y, z = vector
     cos, sin = jnp.cos(yaw), jnp.sin(yaw)
     return cos * x - sin * y, sin * x + cos * y, z
 
 
-def _dot(a: Any, b: Any) -> Any:
+def _dot(a: Vector, b: Vector) -> jax.Array:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
-def _meet_box(origin: Any, direction: Any, ragged: Any) -> Any:
+def _meet_box(origin: Vector, direction: Vector, ragged: jax.Array) -> jax.Array:
     """[R] distance at which rays (x, y, z each [R]) enter the cube from -1 to 1, or FAR."""
     del ragged
     enter, leave = 0.0, FAR
@@ -56,7 +44,7 @@ def _meet_box(origin: Any, direction: Any, ragged: Any) -> Any:
     return jnp.where((enter <= leave) & (enter > 0), enter, FAR)
 
 
-def _meet_cylinder(origin: Any, direction: Any, ragged: Any) -> Any:
+def _meet_cylinder(origin: Vector, direction: Vector, ragged: jax.Array) -> jax.Array:
     """[R] distance at which rays (x, y, z each [R]) enter the upright unit cylinder by its side or its top."""
     del ragged
     x, y, z = origin
@@ -70,7 +58,7 @@ def _meet_cylinder(origin: Any, direction: Any, ragged: Any) -> Any:
     return jnp.minimum(side, jnp.where(inside & (top > 0) & (direction[2] < 0), top, FAR))
 
 
-def _meet_ellipsoid(origin: Any, direction: Any, ragged: Any) -> Any:
+def _meet_ellipsoid(origin: Vector, direction: Vector, ragged: jax.Array) -> jax.Array:
     """[R] distance at which rays (x, y, z each [R]) enter the unit sphere, whose outline `ragged` tears in steps."""
     a, b = _dot(direction, direction), _dot(origin, direction)
     t = -b / a
@@ -81,7 +69,7 @@ def _meet_ellipsoid(origin: Any, direction: Any, ragged: Any) -> Any:
     return jnp.where((room > 0.5 * ragged * (torn - jnp.floor(torn))) & (enter > 0), enter, FAR)
 
 
-def _nearest_shape(scene: Geometry, origin: Any, direction: Any) -> tuple[Any, Any]:
+def _nearest_shape(scene: Geometry, origin: Vector, direction: Vector) -> tuple[jax.Array, jax.Array]:
     """Distance [R] and row [R] of the nearest shape that rays from `origin` along `direction` (x, y, z [R]) meet."""
     shapes = scene.shapes
 
@@ -106,7 +94,7 @@ def _nearest_shape(scene: Geometry, origin: Any, direction: Any) -> tuple[Any, A
     return best
 
 
-def _meet_ground(ground: Any, origin: Any, direction: Any) -> tuple[Any, Any, Any]:
+def _meet_ground(ground: Ground, origin: Vector, direction: Vector) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Distance [R], class [R] and patch [R] of the ground each ray meets.
 
     A ray first meets the raised ground; where that is above the carriageway it goes on down, to the carriageway or,
@@ -127,7 +115,7 @@ def _meet_ground(ground: Any, origin: Any, direction: Any) -> tuple[Any, Any, An
     return distance, label, jnp.where(raised, patch_up, patch_low)
 
 
-def _normals(kind: Any, unit: Any, half: Any, yaw: Any) -> Any:
+def _normals(kind: jax.Array, unit: jax.Array, half: ArrayLike, yaw: ArrayLike) -> jax.Array:
     """[3, R] outward normals at the points `unit` of shapes of `kind` [R]."""
     size = jnp.abs(unit)
     flat = jnp.where(size == size.max(axis=0), jnp.sign(unit), 0.0)

@@ -6,15 +6,30 @@ for noise, metres in the shape's own frame for facades, vehicles and fences.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from scalr_jax.data.streets import layout
+from scalr_jax.data.streets.layout import Ground
 
 GLASS = np.array([0.1, 0.13, 0.17], np.float32)[:, None]
+
+
+class Hits(NamedTuple):
+    """What R rays meet. Where `distance` is FAR (the sky) the rest has no meaning."""
+
+    distance: jax.Array  # [R] metres
+    point: jax.Array  # [3, R] metres, world
+    normal: jax.Array  # [3, R] unit, world, outwards
+    unit: jax.Array  # [3, R] the point in its shape's frame, -1 to 1
+    half: jax.Array  # [3, R] half sizes of the shape, metres
+    label: jax.Array  # [R] class
+    material: jax.Array  # [R]
+    instance: jax.Array  # [R] row of `Street.size`
+    color: jax.Array  # [3, R] base colour, 0 to 1
 
 
 def noise(point: jax.Array, cell: float) -> jax.Array:
@@ -25,8 +40,8 @@ def noise(point: jax.Array, cell: float) -> jax.Array:
     return ((value ^ (value >> 16)) & 0xFFFF).astype(jnp.float32) / 65535.0
 
 
-def albedo(ground: Any, hits: Any) -> jax.Array:
-    """[3, R] the colour under white light at `hits` (`street_render.Hits`), 0 to 1."""
+def albedo(ground: Ground, hits: Hits) -> jax.Array:
+    """[3, R] the colour under white light at `hits`, 0 to 1."""
     place = hits.unit * hits.half  # [3, R] metres in the shape's frame
     on_side = jnp.abs(hits.unit[1]) > 0.999
     on_end = jnp.abs(hits.unit[0]) > 0.999
@@ -56,7 +71,7 @@ def albedo(ground: Any, hits: Any) -> jax.Array:
     return jnp.clip(out, 0.02, 1.0)
 
 
-def _asphalt(ground: Any, hits: Any) -> jax.Array:
+def _asphalt(ground: Ground, hits: Hits) -> jax.Array:
     """Speckled; a dashed centre line, a line beside the parking lane, a zebra crossing before the crossing road."""
     x, y, _ = hits.point
     across = y - 0.5 * ground.curvature * x * x
@@ -69,7 +84,7 @@ def _asphalt(ground: Any, hits: Any) -> jax.Array:
     return jnp.where(marked & (jnp.abs(across) < ground.half_width), 0.85, speckled)
 
 
-def _paving(ground: Any, hits: Any) -> jax.Array:
+def _paving(ground: Ground, hits: Hits) -> jax.Array:
     """Slabs of 0.6 m with joints; kerb stones are lighter."""
     x, y, _ = hits.point
     joint = (x % 0.6 < 0.05) | (y % 0.6 < 0.05)
@@ -79,13 +94,13 @@ def _paving(ground: Any, hits: Any) -> jax.Array:
     return jnp.where(kerb, hits.color * 1.25, slab)
 
 
-def _grass(hits: Any) -> jax.Array:
+def _grass(hits: Hits) -> jax.Array:
     fine, coarse = noise(hits.point, 0.07), noise(hits.point, 0.9)
     dry = jnp.array([0.12, 0.04, 0.0])[:, None] * coarse
     return (hits.color + dry) * (0.6 + 0.6 * fine + 0.2 * coarse)
 
 
-def _facade(hits: Any, along: jax.Array, height: jax.Array) -> jax.Array:
+def _facade(hits: Hits, along: jax.Array, height: jax.Array) -> jax.Array:
     """A grid of windows of 1.2 m by 1.5 m every 2.6 m by 3 m over a darker plinth; roofs are dark."""
     window = (along % 2.6 < 1.2) & ((height - 0.9) % 3.0 < 1.5) & (height > 0.9)
     frame = ((along + 0.1) % 2.6 < 1.4) & ((height - 0.8) % 3.0 < 1.7) & (height > 0.8)
@@ -95,13 +110,15 @@ def _facade(hits: Any, along: jax.Array, height: jax.Array) -> jax.Array:
     return jnp.where(hits.unit[2] > 0.999, 0.22, jnp.where(window, pane, wall))
 
 
-def _wheels(hits: Any, place: jax.Array, height: jax.Array) -> jax.Array:
+def _wheels(hits: Hits, place: jax.Array, height: jax.Array) -> jax.Array:
     """[R] True on a wheel of a vehicle's lowest part."""
     from_axle = jnp.abs(place[0]) - (hits.half[0] - 0.85)
     return from_axle**2 + (height - 0.1) ** 2 < 0.36**2
 
 
-def _paint(hits: Any, place: Any, height: Any, on_side: Any, on_end: Any, glass: Any) -> jax.Array:
+def _paint(
+    hits: Hits, place: jax.Array, height: jax.Array, on_side: jax.Array, on_end: jax.Array, glass: jax.Array
+) -> jax.Array:
     """Paint, with windows where `glass`, wheels on the sides and lamps at the ends."""
     out = jnp.where(glass, GLASS, hits.color * (0.97 + 0.06 * noise(hits.point, 0.4)))
     out = jnp.where(on_side & _wheels(hits, place, height), 0.05, out)
@@ -111,23 +128,23 @@ def _paint(hits: Any, place: Any, height: Any, on_side: Any, on_end: Any, glass:
     return jnp.where(lamp, jnp.where(hits.unit[0] > 0, front, rear), out)
 
 
-def _body(hits: Any, place: Any, height: Any, on_side: Any, on_end: Any) -> jax.Array:
+def _body(hits: Hits, place: jax.Array, height: jax.Array, on_side: jax.Array, on_end: jax.Array) -> jax.Array:
     return _paint(hits, place, height, on_side, on_end, jnp.zeros_like(on_side))
 
 
-def _cabin(hits: Any, place: jax.Array, on_end: jax.Array) -> jax.Array:
+def _cabin(hits: Hits, place: jax.Array, on_end: jax.Array) -> jax.Array:
     pillar = ~on_end & ((jnp.abs(place[0]) < 0.06) | (jnp.abs(hits.unit[0]) > 0.92))
     glass = (jnp.abs(hits.unit[2]) < 0.75) & ~pillar
     return jnp.where(glass, GLASS, hits.color)
 
 
-def _van(hits: Any, place: Any, height: Any, on_side: Any, on_end: Any) -> jax.Array:
+def _van(hits: Hits, place: jax.Array, height: jax.Array, on_side: jax.Array, on_end: jax.Array) -> jax.Array:
     high = (hits.unit[2] > 0.2) & (hits.unit[2] < 0.75)
     glass = high & ((on_side & (hits.unit[0] > 0.55) & (hits.unit[0] < 0.93)) | (on_end & (hits.unit[0] > 0)))
     return _paint(hits, place, height, on_side, on_end, glass)
 
 
-def _bus(hits: Any, place: Any, height: Any, on_side: Any, on_end: Any) -> jax.Array:
+def _bus(hits: Hits, place: jax.Array, height: jax.Array, on_side: jax.Array, on_end: jax.Array) -> jax.Array:
     sides = on_side & (hits.unit[2] > -0.1) & (hits.unit[2] < 0.65) & (place[0] % 1.5 > 0.14)
     ends = on_end & (hits.unit[2] > -0.25) & (hits.unit[2] < 0.75) & (jnp.abs(hits.unit[1]) < 0.9)
     stripe = on_side & (hits.unit[2] > 0.7) & (hits.unit[2] < 0.88)
