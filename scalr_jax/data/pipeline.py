@@ -9,6 +9,7 @@ and counted here. What a checkpoint needs is one number a stream: the first scen
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import signal
 import threading
@@ -290,16 +291,19 @@ def prefetch(items: Iterator[T], size: int = 2) -> Generator[T, None, None]:
     if size == 0:
         yield from items
         return
-    end = object()
+
+    def take() -> list[T]:
+        return list(itertools.islice(items, 1))
+
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
-        pending = deque(pool.submit(next, items, end) for _ in range(size))
+        pending = deque(pool.submit(take) for _ in range(size))
         while True:
-            item = pending.popleft().result()
-            if item is end:
+            taken = pending.popleft().result()
+            if not taken:
                 return
-            pending.append(pool.submit(next, items, end))
-            yield item
+            pending.append(pool.submit(take))
+            yield taken[0]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         if isinstance(items, Generator):
