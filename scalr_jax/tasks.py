@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +156,13 @@ def load_segmenter(settings: Settings) -> tuple[Student, Saved]:
     return student_of(settings, head, params["head"]["bias"].shape[0]), saved
 
 
-def class_order(settings: Settings, dataset: Dataset, saved: Saved, num_classes: int) -> np.ndarray:
+def class_order(settings: Settings, class_names: Sequence[str], saved: Saved, num_classes: int) -> np.ndarray:
     """The dataset's class [num_classes] of each class of the model, by name.
 
     A published file does not name its classes: those of the dataset are then taken in order. Raises `InputError` when
     the model and the dataset have other classes.
     """
-    here = tuple(dataset.class_names)
+    here = tuple(class_names)
     there = tuple(saved.settings.get("class_names") or (here if len(here) == num_classes else ()))
     if len(here) != num_classes or set(there) != set(here):
         described = f" ({', '.join(there)})" if there else ""
@@ -345,7 +345,7 @@ def _open_evaluation(settings: Settings, workdir: Path) -> tuple[Evaluator, Data
     """The model of `config.checkpoint`, ready to classify the scans of `config.data`, and its variables."""
     student, saved = load_segmenter(settings)
     dataset = open_dataset(settings, workdir, settings.data.split)
-    order = class_order(settings, dataset, saved, student.out_features)
+    order = class_order(settings, dataset.class_names, saved, student.out_features)
     votes = settings.evaluate.votes
     evaluator = make_evaluator(settings, student, saved.variables, student.out_features, votes=votes, order=order)
     return evaluator, dataset, saved.variables

@@ -265,17 +265,15 @@ def test_classes_are_matched_by_name(street_cache, probed, tmp_path):
     settings = read_settings(evaluation_config(street_cache, probed))
     saved = tasks.load_backbone(settings)
 
-    class Shuffled:
-        class_names = tuple(saved.settings["class_names"])[::-1]
-
-    np.testing.assert_array_equal(tasks.class_order(settings, Shuffled, saved, 12), np.arange(12)[::-1])
-    Shuffled.class_names = ("tram", *Shuffled.class_names[1:])
+    shuffled = tuple(saved.settings["class_names"])[::-1]
+    np.testing.assert_array_equal(tasks.class_order(settings, shuffled, saved, 12), np.arange(12)[::-1])
+    shuffled = ("tram", *shuffled[1:])
     with pytest.raises(InputError, match=r"12 classes apart \(road, .*\), and streets has 12 \(tram, "):
-        tasks.class_order(settings, Shuffled, saved, 12)
+        tasks.class_order(settings, shuffled, saved, 12)
     saved = Saved({}, {})  # a published file says nothing of its classes
-    np.testing.assert_array_equal(tasks.class_order(settings, Shuffled, saved, 12), np.arange(12))
+    np.testing.assert_array_equal(tasks.class_order(settings, shuffled, saved, 12), np.arange(12))
     with pytest.raises(InputError, match="tells 5 classes apart, and streets has 12"):
-        tasks.class_order(settings, Shuffled, saved, 5)
+        tasks.class_order(settings, shuffled, saved, 5)
 
 
 def test_the_order_of_the_classes_reaches_the_matrix(street_cache, tmp_path):

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -251,7 +252,7 @@ def test_kernel_elements_are_those_of_the_same_offset(layout):
         return np.stack([result[voxel] for voxel in sorted(result)])
 
     near, down, up = (rng.normal(size=(elements, 3, 3)).astype(np.float32) for elements in (27, 8, 8))
-    found = sparse_conv.submanifold(x, level, near[element_order(layout, 27)])
+    found = sparse_conv.submanifold(jnp.asarray(x), level, jnp.asarray(near[element_order(layout, 27)]))
     np.testing.assert_allclose(found, rows(convolve(layout, near, scene)), rtol=1e-5, atol=1e-5)
     coarse = convolve(layout, down, scene, 2)
     found = np.asarray(sparse_conv.convolve(x, level.down, down[element_order(layout, 8)]))

@@ -142,7 +142,7 @@ def both(kind, depth, level, index, x, kernel, gradient):
         wanted, pull_wanted = jax.vjp(lambda x, kernel: reference(kind, depth, index, x, kernel), x, kernel)
         used = index[1][:, :1] < NUM_SCENES
         gradient = jnp.where(used, gradient, 0.0)
-        return (jnp.where(used, out, 0.0), *pull(gradient)), (wanted, *pull_wanted(gradient))
+        return (jnp.where(used, jnp.asarray(out), 0.0), *pull(gradient)), (wanted, *pull_wanted(gradient))
 
 
 def compare(kind, depth, level, index, x, kernel):
