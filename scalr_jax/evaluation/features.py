@@ -31,7 +31,7 @@ from scalr_jax.models.student import Student, Variables, without_head
 from scalr_jax.runtime import distributed, sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.logging import PROGRESS_SECONDS, format_seconds
-from scalr_jax.runtime.storage import flatten, read_json, write_json, written_whole
+from scalr_jax.runtime.storage import differences, flatten, read_json, write_json, written_whole
 
 AGAIN = "remove the folder, and the features are computed again"
 # Settings that change neither scenes nor features.
@@ -216,11 +216,10 @@ def _check_key(path: Path, key: Mapping[str, Any]) -> None:
     saved = read_json(path, AGAIN).get("key", {})
     now = json.loads(json.dumps(key))
     saved = json.loads(json.dumps({row.name: row.default for row in all_keys() if row.name in now})) | saved
-    wrong = [f"{k}: {saved.get(k)} saved, {now.get(k)} now" for k in sorted(saved | now) if saved.get(k) != now.get(k)]
-    if wrong:
+    if found := differences(saved, now):
         raise InputError(
-            f"{path.parent} holds features of another student or of other scenes ({'; '.join(wrong)}); remove it, or "
-            "use another --workdir"
+            f"{path.parent} holds features of another student or of other scenes ({found}); remove it, or use another "
+            "--workdir"
         )
 
 

@@ -36,7 +36,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
@@ -59,7 +59,10 @@ from scalr_jax.runtime.command_line import (
     use_cache,
 )
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from scalr_jax.runtime.storage import check_writable, locked, read_json, write_arrays, write_json
+from scalr_jax.runtime.storage import check_writable, differences, locked, read_json, write_arrays, write_json
+
+if TYPE_CHECKING:
+    from scalr_jax.api import Model
 
 WHATS = ("labels", "features", "distilled")
 SETTINGS = "predict.json"  # in an output folder: what its files were made with
@@ -85,7 +88,7 @@ def parse(arguments: list[str]) -> None:
     require(FLAGS, "model", "input", example="--model=runs/pretrain --input=scan.bin")
 
 
-def predict(model: Any, points: np.ndarray, what: str, *, sector: tuple[float, float] | None = None) -> np.ndarray:
+def predict(model: Model, points: np.ndarray, what: str, *, sector: tuple[float, float] | None = None) -> np.ndarray:
     """`what` of every point: [N, C] float32 or class ids [N] int32; 0 or 255 outside the sector.
 
     Args:
@@ -116,18 +119,18 @@ def in_sector(points: np.ndarray, sector: tuple[float, float]) -> np.ndarray:
         return (angle - sector[0]) % 360.0 <= (sector[1] - sector[0]) % 360.0  # no number is in no sector
 
 
-def choose_what(config: Any, wanted: str | None) -> str:
-    """What to predict with a model of this config. Raises InputError when it cannot."""
-    segments = config.head != "distill"
-    if wanted is None:
+def choose_what(head: str, requested: str | None) -> str:
+    """What to predict with a model that has this head. Raises InputError when it cannot."""
+    segments = head != "distill"
+    if requested is None:
         return "labels" if segments else "features"
-    if wanted == "labels" and not segments:
+    if requested == "labels" and not segments:
         raise InputError(
             "this model was only distilled and has no classes; probe or fine-tune it, or take --what=features"
         )
-    if wanted == "distilled" and segments:
+    if requested == "distilled" and segments:
         raise InputError("this model has classes and no features in a teacher's space; take --what=features or labels")
-    return wanted
+    return requested
 
 
 def choose_outputs(scans: list[Path]) -> tuple[dict[Path, list[Path]], Path | None]:
@@ -176,7 +179,7 @@ class _Warnings:
 class _Colors:
     """Colours of predictions: of classes, or by the principal axes of the first scan's features, kept in a file."""
 
-    def __init__(self, model: Any, what: str, path: Path | None):
+    def __init__(self, model: Model, what: str, path: Path | None):
         self._names, self._what, self._path = model.class_names, what, path
         self._axes: correlation.ColorAxes | None = None
         if path is not None and path.exists():
@@ -196,7 +199,7 @@ class _Colors:
         return correlation.color_by_axes(rows, self._axes)
 
 
-def _run_one(model: Any, what: str, scan: Path, paths: list[Path], warn: _Warnings, colors: _Colors) -> int:
+def _run_one(model: Model, what: str, scan: Path, paths: list[Path], warn: _Warnings, colors: _Colors) -> int:
     """One scan: read, predict, write. Returns its number of points; raises InputError, which names it, and OSError."""
     try:
         frame = read(scan)
@@ -229,7 +232,7 @@ def _sector() -> tuple[float, float] | None:
     return None if found is None else (found[0], found[1])
 
 
-def settings_of(model: Any, what: str) -> dict[str, Any]:
+def settings_of(model: Model, what: str) -> dict:
     """What decides the content of an output file, for predict.json."""
     import jax
 
@@ -245,20 +248,17 @@ def settings_of(model: Any, what: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, settings: dict[str, Any], *, anew: bool) -> Iterator[None]:
+def claimed(folder: Path, settings: dict, *, anew: bool) -> Iterator[None]:
     """Holds an output folder for one run. Raises InputError when another run does, or when it had other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK, "wait for it or stop it"):
         path = folder / SETTINGS
         if path.exists() and not anew:
-            there = read_json(path, "give another --output, or --overwrite")
-            wrong = [
-                f"{key} was {there.get(key)}, is {value}" for key, value in settings.items() if there.get(key) != value
-            ]
-            if wrong:
+            found = differences(read_json(path, "give another --output, or --overwrite"), settings)
+            if found:
                 raise InputError(
-                    f"{folder} holds predictions of another model or other settings ({'; '.join(wrong)}); give another "
-                    "--output, or --overwrite"
+                    f"{folder} holds predictions of another model or other settings ({found}); give another --output, "
+                    "or --overwrite"
                 )
         if anew:
             (folder / COLORS).unlink(missing_ok=True)
@@ -266,7 +266,7 @@ def claimed(folder: Path, settings: dict[str, Any], *, anew: bool) -> Iterator[N
         yield
 
 
-def _run_folder(model: Any, what: str, outputs: dict[Path, list[Path]], folder: Path) -> None:
+def _run_folder(model: Model, what: str, outputs: dict[Path, list[Path]], folder: Path) -> None:
     """Every scan that is not finished; raises InputError at the end when some were bad."""
     warn, bad, done, points = _Warnings(), [], 0, 0
     anew = FLAGS.overwrite or not any(path.exists() for paths in outputs.values() for path in paths)
@@ -308,7 +308,7 @@ def run(arguments: list[str]) -> None:
 
     use_cache(FLAGS.cache)
     model = api.load(**model_arguments(FLAGS))
-    what = choose_what(model.config, FLAGS.what)
+    what = choose_what(model.config.head, FLAGS.what)
     predict_outputs.check_formats(formats, what)
     if "label" in formats:
         dataset = raw_labels(np.zeros(1, np.int32), model.class_names)[1]

@@ -27,7 +27,7 @@ from scalr_jax.prepare import source as record_source
 from scalr_jax.prepare.source import Source
 from scalr_jax.prepare.writing import PARTS, Part, Progress, Shard, write_shards
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
-from scalr_jax.runtime.storage import checksum, flatten, locked, read_json, remove_partial, write_json
+from scalr_jax.runtime.storage import checksum, differences, locked, read_json, remove_partial, write_json
 
 LOCK = "prepare.lock"
 AGAIN = "delete it and run the same command again"
@@ -58,12 +58,9 @@ def run_settings(choices: dict, sources: Mapping[str, Source], frames_per_shard:
 
 def check_same(folder: Path, found: dict, expected: dict) -> None:
     """Raises InputError that lists how the settings found in `folder` differ from this command's."""
-    a, b = flatten(found), flatten(expected)
-    if different := [
-        f"{key}: {a.get(key)} there, {b.get(key)} now" for key in sorted({*a, *b}) if a.get(key) != b.get(key)
-    ]:
+    if different := differences(found, expected):
         raise InputError(
-            f"{folder} was begun with other settings or other raw files ({'; '.join(different)}); "
+            f"{folder} was begun with other settings or other raw files ({different}); "
             "repeat the command that began it, give another --output, or delete the folder"
         )
 

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from scalr_jax.runtime.command_line import end
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.storage import flatten
+from scalr_jax.runtime.storage import differences, flatten
 
 HEARTBEAT_SECONDS = 40  # a process that was not heard of for so long counts as dead
 
@@ -146,16 +146,12 @@ def check_agreement(settings: dict[str, Any], free: tuple[str, ...] = ()) -> Non
     if jax.process_count() == 1:
         return
     mine = {key: value for key, value in flatten(settings).items() if key not in free}
-    there = json.loads(_broadcast(json.dumps(mine)))
-    mine = json.loads(json.dumps(mine))
-    wrong = [
-        f"{key}: {there.get(key)} on process 0, {mine.get(key)} on process {jax.process_index()}"
-        for key in sorted(there | mine)
-        if there.get(key) != mine.get(key)
-    ]
+    text = json.dumps(mine)
+    first, here = json.loads(_broadcast(text)), f"on process {jax.process_index()}"
+    wrong = differences(first, json.loads(text), where="on process 0", here=here)
     agreeing = np.asarray(multihost_utils.process_allgather(np.array([not wrong])))
     if wrong:
-        raise InputError(f"processes of one run have different configs: {'; '.join(wrong)}")
+        raise InputError(f"processes of one run have different configs: {wrong}")
     if not agreeing.all():
         others = ", ".join(str(process) for process in np.flatnonzero(~agreeing.ravel()))
         raise InputError(f"processes of one run have different configs: see what process {others} says")

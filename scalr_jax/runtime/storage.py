@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -114,6 +114,20 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differences(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    free: Collection[str] = (),
+    where: str = "saved",
+    here: str = "now",
+) -> str:
+    """The values by dotted name that differ, but for `free` ones: "seed: 0 saved, 1 now; ..."; "" when none do."""
+    a, b = flatten(saved), flatten(now)
+    names = sorted(name for name in {*a, *b} - {*free} if a.get(name) != b.get(name))
+    return "; ".join(f"{name}: {a.get(name)} {where}, {b.get(name)} {here}" for name in names)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

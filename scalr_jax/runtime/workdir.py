@@ -13,7 +13,7 @@ import jax
 from scalr_jax.runtime import distributed
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.keys import Row
-from scalr_jax.runtime.storage import flatten, locked, read_json, write_json
+from scalr_jax.runtime.storage import differences, flatten, locked, read_json, write_json
 
 
 @contextlib.contextmanager
@@ -74,15 +74,7 @@ def _compare(path: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> None
     """Raises `InputError` with every difference. Keys missing from an older config.json count as their defaults."""
     if not path.exists():
         return
-    there = flatten(read_json(path, "use another --workdir, or remove it"))
-    now, free = flatten(record), {row.name for row in keys if row.resume}
-    old = json.loads(json.dumps({row.name: row.default for row in keys})) | there
-    differences = [
-        f"{key}: {old.get(key)} there, {now.get(key)} now"
-        for key in sorted(old | now)
-        if old.get(key) != now.get(key) and key not in free
-    ]
-    if differences:
-        raise InputError(
-            f"{path.parent} holds a run with another config ({'; '.join(differences)}); use another --workdir"
-        )
+    saved = flatten(read_json(path, "use another --workdir, or remove it"))
+    saved = json.loads(json.dumps({row.name: row.default for row in keys})) | saved
+    if found := differences(saved, record, free=[row.name for row in keys if row.resume]):
+        raise InputError(f"{path.parent} holds a run with another config ({found}); use another --workdir")

@@ -177,7 +177,7 @@ def test_a_run_keeps_its_workdir(street_cache, probed, tmp_path):
     results = tasks.evaluate(read_settings(config), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["data"]["num_scenes"] == 1
     assert (results["scans"], results["bad_scans"]) == (1, 0)
-    with pytest.raises(InputError, match=r"another config \(data\.num_scenes: 1 there, 2 now\)"):
+    with pytest.raises(InputError, match=r"another config \(data\.num_scenes: 1 saved, 2 now\)"):
         tasks.evaluate(read_settings(evaluation_config(street_cache, probed, **{"data.num_scenes": 2})), tmp_path)
     with pytest.raises(InputError, match="another config"):
         tasks.evaluate(read_settings(config), probed)

@@ -168,9 +168,9 @@ def test_a_folder_resumes(models, folder, tmp_path, capsys):
 def test_another_model_does_not_go_on_in_a_folder(models, folder, tmp_path):
     flags = (f"--output={tmp_path}/out", "--formats=npy", "--what=features")
     run(models / "probed.pth", folder, *flags)
-    with pytest.raises(ValueError, match=r"another model or other settings \(weights was \w+, is \w+; activation"):
+    with pytest.raises(ValueError, match=r"other settings \(activation: .* now; weights: \w+ saved, \w+ now"):
         run(models / "distilled.pth", folder, *flags, "--activation=gelu")
-    with pytest.raises(ValueError, match=r"\(sector was None, is \['0', '90'\]\)"):
+    with pytest.raises(ValueError, match=r"\(sector: None saved, \['0', '90'\] now\)"):
         run(models / "probed.pth", folder, *flags, "--sector=0,90")
     run(models / "distilled.pth", folder, *flags, "--overwrite")
     np.testing.assert_array_equal(

@@ -265,12 +265,12 @@ def test_other_settings_and_other_files_are_refused_with_the_differences(kitti):
     folder = make("semantic_kitti", kitti, kitti / "out")
     (folder / "prepare.json").write_text(json.dumps(json.loads((folder / "records.json").read_text())["settings"]))
     (folder / "records.json").unlink()
-    with pytest.raises(InputError, match=r"other settings.*image_format: original there, jpeg now; image_size: None"):
+    with pytest.raises(InputError, match=r"other settings.*image_format: original saved, jpeg now; image_size: None"):
         make("semantic_kitti", kitti, kitti / "out", "--image_size=28,56")
-    with pytest.raises(InputError, match=r"frames_per_shard: 128 there, 7 now; labels: False there, True now"):
+    with pytest.raises(InputError, match=r"frames_per_shard: 128 saved, 7 now; labels: False saved, True now"):
         make("semantic_kitti", kitti, kitti / "out", "--labels", "--frames_per_shard=7")
     raw.write_semantic_kitti(kitti / "semantic_kitti", num_scans=NUM_SCANS + 1)
-    with pytest.raises(InputError, match=r"splits.train.frames: 24 there, 25 now"):
+    with pytest.raises(InputError, match=r"splits.train.frames: 24 saved, 25 now"):
         make("semantic_kitti", kitti, kitti / "out")
 
 

@@ -93,7 +93,7 @@ def test_a_finished_run_does_nothing_again(whole_run, street_cache):
 
 def test_a_workdir_of_another_config_is_refused(whole_run, street_cache):
     config = small_config(street_cache, **{"optimizer.learning_rate": 0.5, "model.channels": 8})
-    with pytest.raises(InputError, match=r"model\.channels: 16 there, 8 now; optimizer\.learning_rate"):
+    with pytest.raises(InputError, match=r"model\.channels: 16 saved, 8 now; optimizer\.learning_rate"):
         distill(config, whole_run[0])
 
 
