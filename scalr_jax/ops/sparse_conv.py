@@ -21,7 +21,7 @@ maps them over D. Sizes are static: `ops.voxels.count_levels` counts what scenes
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -34,9 +34,8 @@ from scalr_jax.ops.voxels import CENTRE, NEIGHBORS, Sizes
 Array = jax.Array
 F32 = jnp.float32
 Extent = tuple[int, int, int]
-Result = TypeVar("Result")
-
 CHILDREN = 8
+Result = TypeVar("Result")
 
 
 class Pairs(NamedTuple):
@@ -59,8 +58,8 @@ class Level(NamedTuple):
 
 
 class Voxels(NamedTuple):
-    """What a sparse U-Net needs of a packed shard. `cells.flatten` and `cells.inflate` take it as a plane: the mean of
-    each voxel's points, and each point reading its voxel."""
+    """The tables of a packed shard. `cells.flatten` and `cells.inflate` take it as a plane: the mean of each voxel's
+    points, and each point reading its voxel."""
 
     cell: Array  # [P] int32: the finest level's voxel of each point; V for padding
     order: Array  # [P] int32: points sorted by voxel
@@ -72,9 +71,7 @@ class Voxels(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------- the tables
 
 
-def make_levels(
-    coordinates: Array, scene: Array, sizes: tuple[Sizes, ...], *, num_scenes: int, extent: Extent
-) -> Voxels:
+def make_levels(coordinates: Array, scene: Array, sizes: Sequence[Sizes], *, num_scenes: int, extent: Extent) -> Voxels:
     """The tables of every level, from the finest.
 
     Args:
@@ -221,17 +218,21 @@ def _alone(function: Callable[..., Result], rows: Array, pairs: Pairs, *others: 
 
 def submanifold(rows: Array, level: Level, kernel: Array) -> Array:
     """3x3x3 on the occupied voxels. rows [V, C_in], kernel [27, C_in, C_out] -> [V, C_out] float32."""
-    return convolve(rows, level.near, kernel, CENTRE)
+    return _product(rows, level.near, kernel, CENTRE)
+
+
+def convolve(rows: Array, pairs: Pairs, kernel: Array) -> Array:
+    """Every pair's input row times its kernel element, summed over the pairs of each output row.
+
+    rows [V_in, C_in]; kernel [T, C_in, C_out]. Returns [V_out, C_out] float32: products are made in the dtype of `rows`
+    and summed in float32. Its gradients gather as well.
+    """
+    return _product(rows, pairs, kernel, None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def convolve(rows: Array, pairs: Pairs, kernel: Array, centre: int | None = None) -> Array:
-    """Every pair's input row times its kernel element, summed over the pairs of each output row.
-
-    rows [V_in, C_in]; kernel [T, C_in, C_out]; `centre`: the element, not in `pairs`, by which every row is its own
-    pair. Returns [V_out, C_out] float32: products are made in the dtype of `rows` and summed in float32. Its gradients
-    gather as well.
-    """
+def _product(rows: Array, pairs: Pairs, kernel: Array, centre: int | None) -> Array:
+    """`convolve`, with each row paired with itself by the element `centre`, which is not in `pairs`."""
     return _alone(functools.partial(_convolve, centre), rows, pairs, kernel)
 
 
@@ -270,18 +271,16 @@ def exchange(pairs: Pairs) -> Pairs:
     return Pairs(pairs.target, pairs.source, pairs.element, pairs.of_target, pairs.of_source)
 
 
-def _convolve_forward(rows: Array, pairs: Pairs, kernel: Array, centre: int | None):
-    return convolve(rows, pairs, kernel, centre), (rows, pairs, kernel)
+def _product_forward(rows: Array, pairs: Pairs, kernel: Array, centre: int | None):
+    return _product(rows, pairs, kernel, centre), (rows, pairs, kernel)
 
 
-def _convolve_backward(centre: int | None, residuals: tuple[Array, Pairs, Array], gradient: Array):
-    of_rows, of_kernel = _alone(functools.partial(_convolve_gradients, centre), *residuals, gradient)
+def _product_backward(centre: int | None, residuals: tuple[Array, Pairs, Array], gradient: Array):
+    of_rows, of_kernel = _alone(functools.partial(_gradients, centre), *residuals, gradient)
     return of_rows, None, of_kernel
 
 
-def _convolve_gradients(
-    centre: int | None, rows: Array, pairs: Pairs, kernel: Array, gradient: Array
-) -> tuple[Array, Array]:
+def _gradients(centre: int | None, rows: Array, pairs: Pairs, kernel: Array, gradient: Array) -> tuple[Array, Array]:
     """Of rows and kernel. The former are the transposed convolution of the gradient."""
     gradient = gradient.astype(rows.dtype)
     inputs = _blocks(rows, pairs.source, pairs)
@@ -298,7 +297,7 @@ def _convolve_gradients(
     return of_rows.astype(rows.dtype), of_kernel.astype(kernel.dtype)
 
 
-convolve.defvjp(_convolve_forward, _convolve_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 # ------------------------------------------------------------------------------------------------- back to the points
