@@ -5,6 +5,7 @@ import pytest
 from scalr_jax.data.joined import every_nth, listed
 from scalr_jax.data.streets.streets import Streets
 from scalr_jax.runtime.errors import InputError
+from tests.support.checks import mentions
 from tests.support.datasets import Frames
 
 
@@ -48,14 +49,14 @@ def test_a_frame_is_known_by_each_of_its_names(tmp_path, line):
 
 def test_lists_that_cannot_be_meant(tmp_path):
     path = tmp_path / "list.txt"
-    with pytest.raises(InputError, match=r"list\.txt: this list of frames cannot be read"):
+    with pytest.raises(InputError, match=r"list\.txt"):
         listed(Scans(), path)
     path.write_text("# nothing\n")
-    with pytest.raises(InputError, match="names no frame"):
+    with pytest.raises(InputError, match=r"list\.txt.*no frame"):
         listed(Scans(), path)
     path.write_text("1/2\n7/7\n8/8\n")
-    with pytest.raises(InputError, match=r"2 of 3 names are no frame of the dataset, as '7/7'.*like 'scans/0/0'"):
+    with pytest.raises(InputError, match=mentions("2 of 3", "7/7", "scans/0/0")):
         listed(Scans(), path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"list\.txt"):
         listed(Scans(), path)

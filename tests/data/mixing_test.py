@@ -15,7 +15,7 @@ from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
 from scalr_jax.data.scenes import Frame
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support import raw_datasets as raw
-from tests.support.checks import present
+from tests.support.checks import mentions, present
 from tests.support.datasets import Frames
 from tests.support.runs import config_of, open_split, scene_settings
 
@@ -172,15 +172,15 @@ def test_a_placed_instance_keeps_its_shape():
 
 
 def test_a_bank_of_other_scans_is_refused_and_a_damaged_one_named(bank, tmp_path):
-    with pytest.raises(InputError, match="of other scans or classes; remove it"):
+    with pytest.raises(InputError, match=mentions(bank.folder.name, "other")):
         instances.open_bank(bank.folder, Scans(), (1, 2))
     instances.write_bank(tmp_path / "half", Scans(), (3,))
-    with pytest.raises(InputError, match="no training scan has an instance"):
+    with pytest.raises(InputError, match="instance"):
         instances.open_bank(tmp_path / "half", Scans(), (3,))
     (tmp_path / "half" / "bank.json").write_text("{")
     with pytest.raises(InputError, match=r"bank\.json: (cannot be read|not valid JSON) .* remove the folder"):
         instances.open_bank(tmp_path / "half", Scans(), (3,))
-    with pytest.raises(InputError, match=r"2 of 4 frames are bad, more than 1 %; the last one: scan . is damaged"):
+    with pytest.raises(InputError, match=mentions("2 of 4 frames", "1 %", "is damaged")):
         instances.write_bank(tmp_path / "bad", Scans(bad=(0, 1)), (1,))
     assert not (tmp_path / "bad" / "bank.json").exists()
 
@@ -224,7 +224,7 @@ def test_mixed_scenes_depend_on_seed_epoch_and_record_alone(workers, street_cach
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.polarmix": ("zebra",)}, r"data\.polarmix: zebra are none of the classes road, "),
+        ({"data.polarmix": ("zebra",)}, mentions("data.polarmix", "zebra", "road, ")),
         ({"data.cutmix_ground": ()}, r"data\.cutmix_ground = \(\)"),
         ({"task": "probe", "probe.features": "cached"}, "use 'augmented'"),
     ],

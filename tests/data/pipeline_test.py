@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import Frame, SceneNeeds
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from tests.support.checks import present
+from tests.support.checks import mentions, present
 from tests.support.datasets import Frames
 
 SETTINGS = SceneSettings(
@@ -193,7 +194,7 @@ def test_a_mixture_is_the_same_for_any_processes_workers_and_resumption(weights)
 
 
 def test_weights_that_cannot_be_meant():
-    for weights, message in (((1, 2), "2 weights for 3"), ((1, 0, 1), "positive"), ((1, np.inf, 1), "positive")):
+    for weights, message in (((1, 2), "2 .* 3"), ((1, 0, 1), "positive"), ((1, np.inf, 1), "positive")):
         with pytest.raises(InputError, match=message):
             mixture(weights=weights)
     with pytest.raises(InputError, match="no scene in an epoch"):
@@ -232,18 +233,18 @@ def test_a_scene_with_labels_outside_the_classes_is_a_bad_frame(train, caplog):
     steps = loader.steps(CAPACITIES, loader.sample()[0])
     found = [next(steps) for _ in range(12)]
     assert found[-1].bad_frames == 1
-    assert "clouds/17: 1 labels are up to 7, and the classes are 0 to 2; write or prepare" in caplog.text
+    assert re.search(r"clouds/17\b.* 7\b.* 2\b", caplog.text), caplog.text
     labels = [step.batch.labels for step in found] if train else [s.raw_labels for t in found for s in t.scenes[0]]
     assert set(np.unique(np.concatenate([np.ravel(present(part)) for part in labels]))) == {0, 1, 2, 255}
 
 
 def test_more_than_one_percent_of_bad_frames_stops():
-    with pytest.raises(InputError, match=r"2 of 23 frames are bad, more than 1 %"):
+    with pytest.raises(InputError, match=r"2 of 23 frames.* 1 %"):
         run(dataset=Clouds(bad=(3, 8)))
 
 
 def test_nothing_usable_at_the_beginning_is_said():
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="clouds/"):
         pipeline(dataset=Clouds(4, bad=(0, 1, 2, 3))).sample()
     with pytest.raises(InputError, match="no frame"):
         pipeline(dataset=Clouds(0))
@@ -274,7 +275,7 @@ def test_an_exact_number_of_scenes_a_step():
     p = pipeline(scenes_per_step=4, num_shards=2, shards=range(2))
     steps = p.steps(CAPACITIES, p.sample(4)[0])
     assert [next(steps).num_scenes for _ in range(5)] == [4] * 5
-    with pytest.raises(InputError, match=r"scenes_per_step = 5 does not divide among 2"):
+    with pytest.raises(InputError, match=mentions("scenes_per_step", 5, 2)):
         pipeline(scenes_per_step=5, num_shards=2, shards=range(2))
 
 

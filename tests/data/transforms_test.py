@@ -230,9 +230,9 @@ def test_a_real_pandaset_frame_is_evaluated_as_it_is_predicted():
     ("changes", "words"),
     [
         ({"points": np.zeros((0, 4))}, "no points"),
-        ({"visible": np.zeros(200, bool)}, "no point of the scan projects"),
-        ({"visible": np.arange(200) < 9}, "17 are needed"),
-        ({"image": None}, "needs an image"),
+        ({"visible": np.zeros(200, bool)}, "project"),
+        ({"visible": np.arange(200) < 9}, "9 .* 17 "),
+        ({"image": None}, "image"),
     ],
 )
 def test_bad_frames_are_named(changes, words):

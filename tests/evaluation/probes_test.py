@@ -19,7 +19,7 @@ from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train.loop import train
 from scalr_jax.train.state import variables_of
-from tests.support.checks import present
+from tests.support.checks import mentions, present
 from tests.support.datasets import Frames
 from tests.support.runs import config_of, open_split
 from tests.support.tiny_student import write_workdir
@@ -116,7 +116,7 @@ def test_a_cache_that_does_not_fit_is_not_begun(tmp_path, street_cache, backbone
     config = probe_config(street_cache, backbone)
     dataset = open_split(config, "train", cache=tmp_path)
     monkeypatch.setattr(features.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
-    with pytest.raises(InputError, match=r"need about 0\.0 GB, and 0\.0 GB are free; use --config\.probe\.cache_dtype"):
+    with pytest.raises(InputError, match=mentions("0.0 GB", "free", "probe.cache_dtype")):
         make_cache(config, tmp_path / "features", dataset, load_variables(backbone / "checkpoints"))
     assert not list((tmp_path / "features").glob("*.npy"))
 
@@ -165,7 +165,7 @@ def test_the_bank_is_balanced_and_does_not_depend_on_the_order():
     again, other = (nearest_neighbors.make_bank(scenes[::-1], 4, 10, seed=seed)[0] for seed in (5, 6))
     np.testing.assert_array_equal(np.sort(bank, axis=0), np.sort(again, axis=0))
     assert not np.array_equal(bank, other)
-    with pytest.raises(InputError, match="no labelled point"):
+    with pytest.raises(InputError, match="labelled point"):
         nearest_neighbors.make_bank([(scene_of(0, [255]), np.ones((1, 3), np.float32))], 2, 10, seed=0)
 
 
@@ -224,7 +224,7 @@ def test_prototype_images_are_found_by_the_classes_names(tmp_path):
         ("car", 1),
     ]
     (tmp_path / "7_zebra").mkdir()
-    with pytest.raises(InputError, match="7_zebra are no classes; name its folders after the classes barrier, car"):
+    with pytest.raises(InputError, match=mentions("7_zebra", "barrier, car")):
         zero_shot.find_images(tmp_path, names)
     with pytest.raises(InputError, match="is not a folder"):
         zero_shot.find_images(tmp_path / "none", names)
@@ -264,7 +264,7 @@ def test_zero_shot_without_a_labelled_point_in_any_image(tmp_path, street_cache,
     settings = read_settings(config)
     teacher = make_teacher(settings.teacher, settings.data.image_size, "cpu")
     images = zero_shot.Images(settings.data.image_size, antialias=True, seed=0)
-    with pytest.raises(InputError, match="none of the 3 training images shows a labelled point; check data"):
+    with pytest.raises(InputError, match=mentions("3 training images", "labelled point")):
         zero_shot.gather_prototypes("", Unlabelled(), teacher, "x_pre_norm", images)
 
 
@@ -278,20 +278,20 @@ def test_a_folder_without_settings_is_refused(tmp_path, street_cache, backbone):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"probe.method": "svm"}, r"probe\.method = 'svm' is none of head, knn, zero_shot"),
-        ({"probe.features": "cache"}, r"probe\.features = 'cache' is none of augmented, fixed, cached"),
-        ({"model.channels": 16}, "channels is 8 there, 16 in config.model"),
-        ({"model.num_classes": 3}, r"model\.num_classes = 3, and streets has 12 classes"),
+        ({"probe.method": "svm"}, mentions("probe.method", "svm", "head, knn, zero_shot")),
+        ({"probe.features": "cache"}, mentions("probe.features", "cache", "augmented, fixed, cached")),
+        ({"model.channels": 16}, mentions("channels", 8, 16, "model")),
+        ({"model.num_classes": 3}, mentions("model.num_classes", 3, "streets", 12)),
         ({"data.label_fraction": 0.0}, r"label_fraction = 0\.0"),
-        ({"data.label_fraction": 0.05}, r"label_fraction = 0\.05 of 8 frames: .* leaves at least one frame"),
-        ({"data.label_fraction": 0.4}, "it is 1/n, as 0.01"),
-        ({"probe.method": "knn", "probe.temperature": 0.0}, r"probe\.temperature = 0\.0 above 0"),
-        ({"probe.method": "zero_shot", "teacher.checkpoint": "x.pth"}, "x.pth' is not a file"),
+        ({"data.label_fraction": 0.05}, mentions("label_fraction", 0.05, "8 frames")),
+        ({"data.label_fraction": 0.4}, mentions("label_fraction", 0.4, "1/n")),
+        ({"probe.method": "knn", "probe.temperature": 0.0}, mentions("probe.temperature", 0.0)),
+        ({"probe.method": "zero_shot", "teacher.checkpoint": "x.pth"}, "x.pth"),
         (
             {"probe.method": "zero_shot", "teacher.feature": "x"},
-            r"another teacher .*feature is x_pre_norm there, x here",
+            mentions("teacher", "feature", "x_pre_norm"),
         ),
-        ({"probe.features": "cached", "probe.cache_dtype": "int8"}, "'int8' is none of float32, float16"),
+        ({"probe.features": "cached", "probe.cache_dtype": "int8"}, mentions("int8", "float32, float16")),
     ],
 )
 def test_what_cannot_be_probed_is_one_sentence(changes, message, tmp_path, street_cache, backbone):
@@ -303,8 +303,8 @@ def test_labels_are_checked_before_training(capsys):
     from scalr_jax.data.build import check_labels
 
     check_labels([scene_of(0, [0, 255]), scene_of(1, [2])], ("road", "bus", "car"), 3)
-    assert "no point of bus in the first 2 training scenes" in capsys.readouterr().out
-    with pytest.raises(InputError, match="none of the first 2 training scenes has a labelled point"):
+    assert "bus in the first 2 training scenes" in capsys.readouterr().out
+    with pytest.raises(InputError, match=mentions("2 training scenes", "labelled point")):
         check_labels([scene_of(0, [255]), scene_of(1, [255])], ("road",), 1)
-    with pytest.raises(InputError, match="labels up to 4, and the classes are 0 to 2"):
+    with pytest.raises(InputError, match=mentions("labels", 4, 2)):
         check_labels([scene_of(0, [0, 4])], ("road", "bus", "car"), 3)

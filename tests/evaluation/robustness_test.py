@@ -22,7 +22,7 @@ from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.figures.charts import draw_robustness
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import InputError
-from tests.support.checks import present
+from tests.support.checks import mentions, present
 from tests.support.raw_datasets import write_nuscenes, write_semantic_kitti
 from tests.support.runs import config_of
 from tests.support.tiny_student import write_workdir
@@ -152,18 +152,18 @@ def test_another_run_as_baseline(finished, tmp_path):
     assert again["mce"] == pytest.approx(100.0)
     assert again["baseline"] == str(workdir)
     config.evaluate.severities = ("light",)
-    with pytest.raises(InputError, match="evaluate the baseline in the same way"):
+    with pytest.raises(InputError, match="baseline"):
         find_baseline(config, robustness.OWN)
-    with pytest.raises(InputError, match="none of auto, nuscenes_c, semantic_kitti_c, nor the workdir"):
+    with pytest.raises(InputError, match=mentions("cylinder3d", "auto, nuscenes_c, semantic_kitti_c")):
         find_baseline(make_config(baseline="cylinder3d"), robustness.OWN)
     (tmp_path / "results.json").write_text(json.dumps({"miou": 0.5}))
-    with pytest.raises(InputError, match="holds no results of task robustness"):
+    with pytest.raises(InputError, match=mentions(tmp_path, "robustness")):
         find_baseline(make_config(baseline=str(tmp_path)), robustness.OWN)
     assert results["robustness"]["corrupted_by"] == robustness.OWN
     fewer = json.loads((workdir / "results.json").read_text())
     fewer["support"]["road"] -= 1
     (tmp_path / "results.json").write_text(json.dumps(fewer))
-    with pytest.raises(InputError, match="evaluate the baseline on the same scans"):
+    with pytest.raises(InputError, match=mentions("baseline", "same scans")):
         measure(make_config(baseline=str(tmp_path)), workdir, FakeEvaluator(), streets, "weights")
 
 
@@ -176,10 +176,10 @@ def test_published_baselines_are_of_released_sets():
     config.evaluate.baseline = "nuscenes_c"
     assert find_baseline(config, robustness.OWN) == robustness.PUBLISHED["nuscenes_c"]
     config.evaluate.baseline = "semantic_kitti_c"
-    with pytest.raises(InputError, match=r"moderate, heavy on semantic_kitti, and this run has .* on nuscenes"):
+    with pytest.raises(InputError, match=mentions("moderate, heavy on semantic_kitti", "on nuscenes")):
         find_baseline(config, "nuScenes-C")
     config.evaluate.update(baseline="nuscenes_c", severities=("heavy",))
-    with pytest.raises(InputError, match="this run has heavy on nuscenes"):
+    with pytest.raises(InputError, match=" heavy on nuscenes"):
         find_baseline(config, "nuScenes-C")
     config.evaluate.baseline = "auto"
     assert find_baseline(config, "nuScenes-C") is None
@@ -191,7 +191,7 @@ def test_published_baselines_are_of_released_sets():
         ({"severities": ("light", "huge")}, r"evaluate\.severities.*one of light"),
         ({"severities": ()}, r"evaluate\.severities.*at least one"),
         ({"rings": (20.0, 10.0)}, r"evaluate\.rings.*ascending"),
-        ({"corrupted_root": "/nowhere"}, "as downloaded; leave it empty"),
+        ({"corrupted_root": "/nowhere"}, "/nowhere"),
     ],
 )
 def test_what_is_refused(finished, tmp_path, changes, words):
@@ -251,18 +251,18 @@ def test_semantic_kitti_c(tmp_path):
     expected, found = clear.frame(1), foggy.frame(1)
     np.testing.assert_array_equal(found.points, expected.points[:-1])
     np.testing.assert_array_equal(present(found.labels), present(expected.labels)[:-1])
-    with pytest.raises(InputError, match="snow/light/velodyne: no such folder"):
+    with pytest.raises(InputError, match="snow/light/velodyne"):
         open_released(clear, tmp_path / "c", "snow", "light")
     labels.unlink()
-    with pytest.raises(InputError, match="1 of 3 scans have no label file"):
+    with pytest.raises(InputError, match=mentions("1 of 3 scans", "label")):
         open_released(clear, tmp_path / "c", "fog", "light")
     scan.unlink()
-    with pytest.raises(InputError, match=r"fog/light: 1 of the clear set's 3 scans are missing \(08/000001\)"):
+    with pytest.raises(InputError, match=mentions("fog/light", 1, 3, "08/000001")):
         open_released(clear, tmp_path / "c", "fog", "light")
     (source / "labels" / "000001.label").unlink()
     (source / "labels" / "000002.label").unlink()
     fewer = SemanticKITTI(tmp_path / "clear", split="validation", labels=True)
-    with pytest.raises(InputError, match=r"1 of its 2 scans, as 08/000002, are not in the clear set"):
+    with pytest.raises(InputError, match=mentions(1, 2, "08/000002", "clear")):
         open_released(fewer, tmp_path / "c", "fog", "light")
 
 
@@ -278,10 +278,10 @@ def test_nuscenes_c(tmp_path):
     np.testing.assert_array_equal(snowy.frame(0).points, clear.frame(0).points + 1)
     np.testing.assert_array_equal(snowy.frame(0).labels, clear.frame(0).labels)
     assert len(snowy) == len(clear)
-    with pytest.raises(InputError, match="fog/light/samples/LIDAR_TOP: no such folder"):
+    with pytest.raises(InputError, match="fog/light/samples/LIDAR_TOP"):
         open_released(clear, tmp_path / "c", "fog", "light")
     scan.unlink()
-    with pytest.raises(InputError, match=r"snow/heavy: 1 of the clear set's 2 scans are missing"):
+    with pytest.raises(InputError, match=mentions("snow/heavy", 1, 2)):
         open_released(clear, tmp_path / "c", "snow", "heavy")
 
 
@@ -303,5 +303,5 @@ def test_the_config_of_a_finished_run(tmp_path):
     assert config.data.root == str(tmp_path / "streets")
     for content in ("[]", "{", '{"data": 3}'):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(InputError, match="is not the config of a run"):
+        with pytest.raises(InputError, match=r"config\.json"):
             runpy.run_path(str(script))["get_config"](str(tmp_path))

@@ -19,6 +19,7 @@ from scalr_jax.export.voxel_tables import BLOCK, voxel_tables
 from scalr_jax.interop.model import empty_batch, student_of
 from scalr_jax.ops.voxels import NEIGHBORS
 from scalr_jax.runtime.errors import InputError
+from tests.support.checks import mentions
 from tests.support.paths import ROOT
 
 VIEW = ((-16.0, -16.0, -4.0), (16.0, 16.0, 4.0))
@@ -149,7 +150,7 @@ def test_an_orbax_export_is_loaded_again(tmp_path):
     config = json.loads((tmp_path / "weights" / "config.json").read_text())
     config["settings"]["minkunet"]["width"] = 0.2
     (tmp_path / "weights" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"does not fit its settings, nothing was loaded: .*backbone/"):
+    with pytest.raises(InputError, match=mentions("weights", "backbone/")):
         scalr_jax.load(tmp_path / "weights")
 
 
@@ -157,6 +158,6 @@ def test_an_orbax_export_is_loaded_again(tmp_path):
     ("form", "folded"), [("onnx", False), ("torch", False), ("safetensors", False), ("orbax", True)]
 )
 def test_other_exports_are_refused(tmp_path, form, folded):
-    with pytest.raises(InputError, match="a minkunet14 is exported as stablehlo or orbax, and not folded"):
+    with pytest.raises(InputError, match=mentions("minkunet14", "stablehlo", "orbax")):
         export.export_model(make_model(), form, tmp_path / "x", folded=folded)
     assert not Path(tmp_path / "x").exists()

@@ -23,7 +23,7 @@ from scalr_jax.export.inputs import LEVELS, make_inputs, pad_inputs, sum_tree
 from scalr_jax.interop import waffleiron as interop
 from scalr_jax.interop.exported import READABLE
 from scalr_jax.runtime.errors import InputError
-from tests.support.checks import assert_one_sentence, present
+from tests.support.checks import assert_one_sentence, mentions, present
 from tests.support.tiny_student import tiny_model, write_workdir
 
 SETTINGS = {
@@ -332,9 +332,9 @@ def fails(capsys, match, *arguments):
         (("--model=RUN", "--format=onnx", "--output=OUT.onnx"), "the folder that will hold model.onnx"),
         (("--model=RUN", "--format=onnx", "--output=OUT", "again"), "unexpected arguments: again"),
         (("--model=RUN", "--format=onnx", "--output=OUT", "--grids=3,4"), "must be 6 numbers"),
-        (("--model=RUN", "--format=onnx", "--output=RUN"), "exists; give another --output, or --overwrite"),
-        (("--model=RUN", "--format=onnx", "--output=RUN", "--overwrite"), "is no exported folder"),
-        (("--model=RUN", "--format=torch", "--output=RUN/config.json/a"), "is a file; give another --output"),
+        (("--model=RUN", "--format=onnx", "--output=RUN"), "--overwrite"),
+        (("--model=RUN", "--format=onnx", "--output=RUN", "--overwrite"), "exported"),
+        (("--model=RUN", "--format=torch", "--output=RUN/config.json/a"), "config.json"),
     ],
 )
 def test_mistakes_are_one_sentence(workdir, tmp_path, capsys, arguments, match):
@@ -364,7 +364,7 @@ def test_another_model_is_refused(models, tmp_path, monkeypatch):
 
     for factor in (1.05, np.nan):
         monkeypatch.setattr(export, "fold", spoiled(factor))
-        with pytest.raises(InputError, match=r"differ from the original's by .*nothing was written"):
+        with pytest.raises(InputError, match="differ"):
             export.export_model(models["probed"], "safetensors", tmp_path / "a" / "b", folded=True)
         assert list(tmp_path.iterdir()) == []
 
@@ -416,15 +416,15 @@ def changed(folder, tmp_path, **settings):
 @pytest.mark.parametrize(
     ("form", "settings", "match"),
     [
-        ("safetensors", {"format": "tar"}, "is not that of an exported model"),
-        ("safetensors", {"voxel_size": None}, "is not that of an exported model"),
+        ("safetensors", {"format": "tar"}, "config.json"),
+        ("safetensors", {"voxel_size": None}, "config.json"),
         ("safetensors", {"num_neighbors": -1}, "num_neighbors is -1"),
         ("safetensors", {"class_names": ["car"]}, r"class_names are \['car'\] for 7 classes"),
-        ("safetensors", {"grids": [[0, 1]]}, "other: what was given, or is in its config.json, is no grids"),
-        ("safetensors", {"activation": "tanh"}, "activation = 'tanh'"),
-        ("orbax", {"channels": 16}, r"params/head/kernel has \(8, 7\), needs \(16, 7\)"),
-        ("orbax", {"depth": 6}, "does not fit its settings"),
-        ("orbax", {"depth": "deep"}, "is not that of an exported model"),
+        ("safetensors", {"grids": [[0, 1]]}, mentions("other", "config.json", "grids")),
+        ("safetensors", {"activation": "tanh"}, mentions("activation", "tanh")),
+        ("orbax", {"channels": 16}, mentions("params/head/kernel", (8, 7), (16, 7))),
+        ("orbax", {"depth": 6}, "settings"),
+        ("orbax", {"depth": "deep"}, "config.json"),
     ],
 )
 def test_folders_that_do_not_fit_are_one_sentence(exported, tmp_path, form, settings, match):
@@ -433,22 +433,22 @@ def test_folders_that_do_not_fit_are_one_sentence(exported, tmp_path, form, sett
 
 
 def test_damaged_folders_are_one_sentence(exported, tmp_path):
-    with pytest.raises(InputError, match=r"is a program \(stablehlo\), which .*README.md says how to run"):
+    with pytest.raises(InputError, match=mentions("stablehlo", "README.md")):
         scalr_jax.load(exported / "stablehlo")
     other = changed(exported / "safetensors", tmp_path)
     weights = (other / "model.safetensors").read_bytes()
     (other / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(InputError, match=r"other: model.safetensors is damaged or was changed; copy the folder again"):
+    with pytest.raises(InputError, match=mentions("other", "model.safetensors", "damaged")):
         scalr_jax.load(other)
     (other / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"other: model.safetensors is missing; copy the folder again"):
+    with pytest.raises(InputError, match=mentions("other", "model.safetensors", "missing")):
         scalr_jax.load(other)
     (other / "config.json").write_text((exported / "safetensors" / "config.json").read_text()[:300])
-    with pytest.raises(InputError, match="no exported folder"):
+    with pytest.raises(InputError, match=mentions("other", "exported")):
         scalr_jax.load(other)
     content = json.loads((exported / "safetensors" / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**content, "export": 99}))
-    with pytest.raises(InputError, match="export of layout 99"):
+    with pytest.raises(InputError, match=mentions("other", 99)):
         scalr_jax.load(other)
 
 
@@ -459,7 +459,7 @@ def test_a_changed_byte_is_not_loaded(exported, tmp_path, capfd):
     content = largest.read_bytes()
     for damaged in (content[:-40] + bytes([content[-40] ^ 1]) + content[-39:], content[: len(content) // 2]):
         largest.write_bytes(damaged)
-        with pytest.raises(InputError, match=rf"{largest.name} is damaged or was changed; copy the folder again"):
+        with pytest.raises(InputError, match=mentions(largest.name, "damaged")):
             scalr_jax.load(other)
     assert capfd.readouterr().err == ""
     largest.write_bytes(content)

@@ -1,6 +1,7 @@
 """Published MinkUNets, in small: files of both layouts give what a plain interpreter of those networks gives."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from scalr_jax.ops import sparse_conv
 from scalr_jax.ops.voxels import count_levels, extent_of, sizes_for
 from scalr_jax.predict import run as predict
 from scalr_jax.runtime.errors import InputError
+from tests.support.checks import mentions
 from tests.support.fast import FAST
 
 VIEW, SIZE = ((0.0, 0.0, 0.0), (12.0, 10.0, 6.0)), 0.5
@@ -368,8 +370,7 @@ def test_a_published_file_is_a_student(tmp_path):
     config.model.minkunet.update(width=0.1, stem_convolutions=2)
     with pytest.raises(
         InputError,
-        match=r"minkunet\.voxel_size is 0\.05 there, 0\.1 in config\.model; intensity is \(0\.0, 1\.0\) there, \(\) in "
-        r"config\.data; voxel_size is 0\.05 there, 0\.1 in config\.data; set these keys",
+        match=mentions("minkunet.voxel_size", "intensity", (0.0, 1.0), "; voxel_size", 0.05, 0.1),
     ):
         tasks.load_backbone(read_settings(config))  # it would be run on other inputs than load() gives it
     config.model.minkunet.voxel_size = config.data.voxel_size = model.config.voxel_size
@@ -380,14 +381,10 @@ def test_a_published_file_is_a_student(tmp_path):
         jax.device_get(model.variables),
     )
     config.model.minkunet.update(width=0.2, stem_convolutions=1)
-    with pytest.raises(
-        InputError, match=r"width is 0\.1 there, 0\.2 in config\.model; minkunet\.stem_convolutions is 2"
-    ):
+    with pytest.raises(InputError, match=mentions("minkunet.width", 0.1, 0.2, "minkunet.stem_convolutions", 2)):
         tasks.load_backbone(read_settings(config))
     torch_file.write_torch_file(tmp_path / "odd.pt", {"model": state_dict("torchsparse")})
-    with pytest.raises(
-        InputError, match=r"odd\.pt: a MinkUNet of 4, 4, 6, .* channels and 1, 2, 1, .* residual blocks"
-    ):
+    with pytest.raises(InputError, match=mentions("odd.pt", "4, 4, 6, ", "1, 2, 1, ")):
         scalr_jax.load(tmp_path / "odd.pt")
 
 
@@ -405,7 +402,7 @@ def test_the_stem_takes_our_features(layout):
     feats = make_features(xyz, intensity, (0.0, 1.0))
     np.testing.assert_allclose(feats @ wide["stem"]["kernel"], theirs @ kernel, rtol=1e-5, atol=1e-5)
     assert wide["rest"] == 1
-    with pytest.raises(InputError, match=r"^net\.pt takes 6 features"):
+    with pytest.raises(InputError, match=mentions("net.pt", 6)):
         with_our_features(variables, network._replace(features=(), num_features=6), "net.pt")
 
 
@@ -422,9 +419,8 @@ def test_all_that_differs_is_listed(layout, missing, narrow, transposed, tmp_pat
     state[narrow], state[transposed] = state[narrow][:-1], state[transposed].T
     state["extra.kernel"] = np.zeros((8, 2, 2), np.float32)
     message = reading(tmp_path / "net.pth", state)
-    said = (f"{missing} is missing, needs (6,)", f"{narrow} has (7, 8, 8), needs (8, 8, 8)", f"{transposed} has ")
-    for part in (*said, "extra.kernel (8, 2, 2) is not part of this model"):
-        assert part in message
+    for part in ((missing, (6,)), (narrow, (7, 8, 8), (8, 8, 8)), (transposed,), ("extra.kernel", (8, 2, 2))):
+        assert re.search(mentions(*part), message)
     assert message.count(";") == 3
 
 
@@ -441,12 +437,12 @@ def test_other_models_are_refused(tmp_path):
     unknown = {f"backbone.{name.replace('conv0p1s1', 'conv_input.0.0')}": array for name, array in state.items()}
     for content in (unknown, {"state_dict": unknown}):  # MMDetection3D names them like this
         torch_file.write_torch_file(path, content)
-        with pytest.raises(InputError, match=r"holds no .*; it looks like a MinkUNet whose names are not known here"):
+        with pytest.raises(InputError, match=mentions("net.pth", "MinkUNet", "names")):
             scalr_jax.load(path, sensor="nuscenes")
     del state["block6.0.conv1.kernel"]
     assert "block6.0.conv1.kernel" in reading(path, state)
     flat = state_dict("minkowski") | {"conv0p1s1.kernel": np.zeros(3, np.float32)}
     assert "conv0p1s1.kernel" in reading(path, flat)
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(InputError, match=r"net\.pth is not a checkpoint"):
+    with pytest.raises(InputError, match=mentions("net.pth", "checkpoint")):
         find(path)

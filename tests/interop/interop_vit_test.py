@@ -1,6 +1,7 @@
 """Published ViTs give the published numbers, whatever project's names their weights have."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from scalr_jax.interop.vit import load_dinov2
 from scalr_jax.models import vit
 from scalr_jax.runtime.errors import InputError
 from tests.support import numpy_vit
+from tests.support.checks import mentions
 
 features = jax.jit(vit.features, static_argnums=0, static_argnames="which")
 
@@ -265,11 +267,11 @@ def test_heads_are_asked_for(tmp_path):
     assert refusal(tmp_path / "a.pth", narrow) == " is 48 wide and does not say in how many heads: give num_heads"
     rotary = numpy_vit.random_weights("dinov3")
     text = refusal(tmp_path / "b.pth", rotary, num_heads=4)
-    assert text == " has 2 heads by its rotary periods, not num_heads = 4"
+    assert re.search(mentions("2 heads", "num_heads", 4), text)
 
 
 def test_not_a_vit(tmp_path):
     student = {"net": {"embed.norm.weight": np.zeros(5, np.float32)}}
-    assert "holds no ViT: it has 0 weights named cls_token" in refusal(tmp_path / "a.pth", student)
-    with pytest.raises(InputError, match="is not a file"):
+    assert re.search(mentions("ViT", 0, "cls_token"), refusal(tmp_path / "a.pth", student))
+    with pytest.raises(InputError, match=r"missing\.pth"):
         load_dinov2(tmp_path / "missing.pth")

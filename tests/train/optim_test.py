@@ -18,6 +18,7 @@ from scalr_jax.models.waffleiron import WaffleIronBackbone
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import flatten
 from scalr_jax.train import optim
+from tests.support.checks import mentions
 from tests.support.random_scenes import FIELD_OF_VIEW
 from tests.support.tiny_student import tiny_model
 
@@ -55,7 +56,7 @@ def test_a_learning_rate_of_zero_is_constant():
     config = get_config().optimizer
     for rate, schedule in ((0.0, "cosine"), (-1e-3, "rsqrt"), (-1e-3, "constant"), (float("nan"), "cosine")):
         config.update(learning_rate=rate, schedule=schedule)
-        with pytest.raises(InputError, match=r"optimizer\.learning_rate = \S+ with .* give a positive one, or 0"):
+        with pytest.raises(InputError, match=mentions("optimizer.learning_rate", rate)):
             optim.make_schedule(config, 100.0)
     config.update(learning_rate=0.0, schedule="constant")
     assert optim.make_schedule(config, 100.0)(jnp.float32(5)) == 0
@@ -110,7 +111,7 @@ def test_lamb_by_its_formula():
     for name in ("bias", "zero"):
         np.testing.assert_allclose(-ours["head"][name], adamw["head"][name], rtol=1e-5, atol=1e-6)
     config.name = "sgd"
-    with pytest.raises(InputError, match=r"optimizer\.name = 'sgd'"):
+    with pytest.raises(InputError, match=mentions("optimizer.name", "sgd")):
         optim.make_optimizer(config)
 
 
@@ -121,7 +122,7 @@ def test_a_large_batch_sees_the_same_scenes_on_the_same_schedule():
     assert large.optimizer.total_updates == base.num_steps  # the schedule counts scenes in units of 8
     assert large.optimizer.learning_rate == pytest.approx(60**0.5 * base.optimizer.learning_rate)
     assert large.optimizer.warmup_share == pytest.approx(min(0.1, 60**0.5 * base.optimizer.warmup_share))
-    with pytest.raises(InputError, match="cannot be 0 times"):
+    with pytest.raises(InputError, match=mentions(0)):
         recipes.large_batch(base, 0)
 
 

@@ -12,6 +12,7 @@ from scalr_jax.runtime import sharding
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train.loop import train
+from tests.support.checks import mentions
 from tests.support.runs import distill, lines, losses, open_split, scene_settings, small_config
 
 
@@ -100,7 +101,7 @@ def test_a_workdir_of_another_config_is_refused(whole_run, street_cache):
 def test_tables_that_were_too_small_are_raised_in_the_same_workdir(whole_run, tmp_path, street_cache):
     """The run stops with the scene and the key, and goes on when that is raised: the result is that of larger ones."""
     given = lambda halo: {"data.cells_per_shard": (3000,) * 3, "data.halo_per_shard": (halo,) * 3}  # noqa: E731
-    with pytest.raises(InputError, match=r"needs .* halo where data\.halo_per_shard is \(50, 50, 50\); raise it"):
+    with pytest.raises(InputError, match=mentions("data.halo_per_shard", (50, 50, 50))):
         distill(small_config(street_cache, **given(50)), tmp_path)
     state = distill(small_config(street_cache, **given(5000)), tmp_path)
     assert int(state.step) == 6
@@ -208,7 +209,7 @@ def test_resuming_on_another_number_of_devices_is_refused(whole_run, street_cach
 
     checkpoints = Checkpoints(whole_run[0] / "checkpoints", every=3, keep=2)
     positions = jax.ShapeDtypeStruct((4,), np.int32)
-    with pytest.raises(InputError, match=r"of a run with 8 data shards \(devices\), and here are 4"):
+    with pytest.raises(InputError, match=mentions(8, "shards", 4)):
         checkpoints.restore({}, positions)
     checkpoints.close()
 
@@ -269,6 +270,6 @@ def test_the_average_of_the_weights(tmp_path, street_cache):
 
 @pytest.mark.parametrize("ema", [1.0, -0.1, float("nan")])
 def test_an_average_that_cannot_be_meant(ema, tmp_path, street_cache):
-    with pytest.raises(InputError, match=r"optimizer\.ema = .* is not in \[0, 1\)"):
+    with pytest.raises(InputError, match=mentions("optimizer.ema", ema)):
         distill(small_config(street_cache, **{"optimizer.ema": ema}), tmp_path)
     assert not (tmp_path / "config.json").exists()  # so that the corrected command is not another run

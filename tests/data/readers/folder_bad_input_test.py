@@ -9,6 +9,7 @@ from scalr_jax.data.readers.folder import Folder
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support import raw_datasets as raw
 from tests.support import scan_writers as writers
+from tests.support.checks import mentions
 from tests.support.runs import open_split
 
 MATRIX = np.array(raw.FOLDER_CAMERA["lidar_to_camera"])
@@ -36,7 +37,7 @@ def test_a_matrix_read_the_wrong_way_is_warned_about(root, matrix, message):
     (warning,) = Folder(root).warnings
     assert message in warning
     assert message in Folder(root).describe()
-    with pytest.raises(BadFrameError, match=rf"none of 200 points .* would show \d+ points: .*{message}"):
+    with pytest.raises(BadFrameError, match=rf"200 points .* \d+ points.*{message}"):
         Folder(root).frame(0)
 
 
@@ -114,7 +115,7 @@ def test_what_is_wrong_with_a_camera(root, changes, messages):
         ({"labels": {"10": "bus"}}, '"bus" must be null or one of classes'),
         ({"labels": [1]}, "labels must be an object"),
         ({"validation": "b"}, "validation must be a list"),
-        ({"validation": ["c"]}, "no validation scene c; found a, b"),
+        ({"validation": ["c"]}, mentions("validation", "scene c", "a, b")),
     ],
 )
 def test_what_is_wrong_with_the_settings(root, changes, message):
@@ -127,7 +128,7 @@ def test_what_is_wrong_with_the_settings(root, changes, message):
 def test_all_problems_at_once(root):
     raw.change_camera(root, size=None, distortion=[1])
     raw.rewrite_settings(root, columns=0)
-    with pytest.raises(InputError, match=r"3 problems: columns .*; camera front: size .*; camera front: distortion"):
+    with pytest.raises(InputError, match=mentions(3, "columns", "camera front: size", "camera front: distortion")):
         Folder(root)
 
 
@@ -162,8 +163,8 @@ def spoil(path, rows, columns):
         ("scans/000.bin", lambda p: p.unlink(), "cannot be read"),
         ("scans/000.bin", lambda p: spoil(p, 20, 1), "20 of 200 points are NaN"),
         ("scans/000.bin", lambda p: spoil(p, 200, 3), "no point of the scan has an echo"),
-        ("scans/000.bin", lambda p: writers.write_bin(p, raw.points_ahead(200) + 5e6), "not in a map's"),
-        ("labels/000.label", lambda p: cut(p, 796), "199 labels for a scan of 200"),
+        ("scans/000.bin", lambda p: writers.write_bin(p, raw.points_ahead(200) + 5e6), "map"),
+        ("labels/000.label", lambda p: cut(p, 796), "199 .* 200"),
         ("labels/000.label", lambda p: p.write_bytes(b"\x09\0\0\0" * 200), r"labels \[9\]"),
         ("front/000.png", lambda p: cut(p, 60), "unreadable image"),
         ("front/000.png", lambda p: raw.write_image(p, (200, 100)), "for 400 x 200"),
@@ -193,29 +194,29 @@ def test_wrong_label_files(root):
 
 
 def test_what_is_not_there(root, tmp_path_factory):
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="gone"):
         Folder(root / "gone")
-    with pytest.raises(InputError, match="no folder scans/"):
+    with pytest.raises(InputError, match="scans/"):
         Folder(tmp_path_factory.mktemp("empty"))
     with pytest.raises(InputError, match="split='val'"):
         Folder(root, split="val")
-    with pytest.raises(InputError, match="camera='back' is not one of front"):
+    with pytest.raises(InputError, match=mentions("back", "front")):
         Folder(root, cameras=["back"])
-    with pytest.raises(InputError, match="no train scene c; found a"):
+    with pytest.raises(InputError, match=mentions("train", "scene c", "a")):
         Folder(root, scenes=["c"])
     for path in root.glob("*/front/*.png"):
         path.rename(path.with_stem(f"image_{path.stem}"))
-    with pytest.raises(InputError, match=r"scans are named like 000\.bin, other files like front/image_000\.png"):
+    with pytest.raises(InputError, match=mentions("000.bin", "front/image_000.png")):
         Folder(root)
     (root / "a/scans/000.pcd").touch()
-    with pytest.raises(InputError, match=r"000\.bin and 000\.pcd have one name"):
+    with pytest.raises(InputError, match=mentions("000.bin", "000.pcd")):
         Folder(root)
     raw.rewrite_settings(root, classes=None)
     (root / "a/scans/000.pcd").unlink()
-    with pytest.raises(InputError, match="no classes"):
+    with pytest.raises(InputError, match="classes"):
         Folder(root, labels=True)
     raw.rewrite_settings(root, validation=None)
-    with pytest.raises(InputError, match='list some under "validation", among a, b'):
+    with pytest.raises(InputError, match=mentions("validation", "a, b")):
         Folder(root, split="validation", cameras=())
 
 
@@ -224,8 +225,8 @@ def test_without_dataset_json_there_are_scans_but_nothing_to_distil(root):
     dataset = Folder(root)
     assert len(dataset) == 4
     assert dataset.frame(0).image is None
-    assert "to distil, missing" in dataset.describe()
+    assert "missing" in dataset.describe()
     config = defaults.get_config()
     config.data.update(dataset="folder", root=str(root))
-    with pytest.raises(InputError, match=r"distillation needs images .* no cameras in dataset\.json"):
+    with pytest.raises(InputError, match=mentions("images", "cameras", "dataset.json")):
         open_split(config, "train", cache=root)

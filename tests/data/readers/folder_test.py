@@ -172,7 +172,7 @@ def test_a_scan_without_image_or_labels_is_left_out_and_counted(root):
     assert "2 of 2 scans" in table
     assert "images of front  1 of 2" in table
     assert "labelled scans   1 of 2" in table
-    with pytest.raises(BadFrameError, match="no image of front"):
+    with pytest.raises(BadFrameError, match="image of front"):
         Folder(root, cameras=()).frame(0, camera="front")
 
 

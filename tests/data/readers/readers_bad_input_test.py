@@ -9,7 +9,7 @@ from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
 from scalr_jax.data.scenes import IGNORE
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support import raw_datasets as raw
-from tests.support.checks import present
+from tests.support.checks import mentions, present
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_wrong_labels_are_named(request, name, file, count):
         raw.write_gzip(root / file, raw.table_pickle({"class": np.full(2 * count, 77)}))
     else:
         (root / file).write_bytes(np.full(count, 77, "<u4" if name == "kitti" else "u1").tobytes())
-    with pytest.raises(BadFrameError, match=r"labels \[77\]" if count == 50 else "labels for a scan of"):
+    with pytest.raises(BadFrameError, match=r"\[77\]" if count == 50 else r"\d+ labels .*\d+"):
         dataset.frame(0)
 
 
@@ -119,7 +119,7 @@ def test_a_calibration_that_projects_nothing_is_named(kitti):
     points = raw.points_ahead(50)
     points[:, 1] = 1.0
     (kitti / KITTI_00 / "velodyne/000000.bin").write_bytes(points.tobytes())
-    with pytest.raises(BadFrameError, match=r"none of 50 points projects .*calib\.txt"):
+    with pytest.raises(BadFrameError, match=mentions("50 points", "calib.txt")):
         SemanticKITTI(kitti).frame(0)
 
 
@@ -143,11 +143,11 @@ def test_what_the_user_gave_wrong_is_said(tmp_path, reader, arguments, message):
 
 
 def test_what_is_not_there_is_listed(pandaset):
-    with pytest.raises(InputError, match="no scene 003, 007; found 001"):
+    with pytest.raises(InputError, match=mentions("003, 007", "001")):
         PandaSet(pandaset, scenes=["001", "007", "003"])
-    with pytest.raises(InputError, match="no frame to use among 2 scans"):
+    with pytest.raises(InputError, match=mentions("no frame", "2 scans")):
         PandaSet(pandaset, cameras=["left_camera"])
-    with pytest.raises(InputError, match="not one of back_camera"):
+    with pytest.raises(InputError, match="back_camera"):
         PandaSet(pandaset).frame(0, camera="CAM_FRONT")
     (pandaset / "001/meta/gps.json").unlink()
     with pytest.raises(InputError, match=r"gps\.json.*split='all'"):
@@ -178,5 +178,5 @@ def test_a_keyframe_without_its_scan_is_counted(nuscenes):
     dataset = NuScenes(nuscenes, split="all")
     assert len(dataset) == 1
     assert "1 keyframes without scan" in dataset.describe()
-    with pytest.raises(BadFrameError, match="no image of CAM_BACK"):
+    with pytest.raises(BadFrameError, match="CAM_BACK"):
         dataset.frame(0, camera=CAMERAS[3])

@@ -15,7 +15,7 @@ from scalr_jax.data.scenes import IGNORE, Frame
 from scalr_jax.evaluation.corruptions import beams_of
 from scalr_jax.runtime.errors import InputError
 from tests.support import raw_datasets as raw
-from tests.support.checks import present
+from tests.support.checks import mentions, present
 from tests.support.paths import SAMPLES, SHARED
 
 GOLDEN = SHARED / "golden" / "readers_real_samples.npz"
@@ -197,7 +197,7 @@ def test_pandaset_draws_each_camera_that_is_there(tmp_path):
     assert dataset.frame(0, np.random.default_rng(3)).name.endswith(drawn[3])
     assert dataset.frame(0, camera=None).image is None
     assert "3 of 6" in dataset.describe()
-    with pytest.raises(InputError, match="give rng"):
+    with pytest.raises(InputError, match="rng"):
         dataset.frame(0)
 
 
@@ -283,7 +283,7 @@ def test_the_official_validation_scenes_are_150(nuscenes):
     tables, other = nuscenes / "v1.0-mini", nuscenes / "v1.0-trainval"
     tables.rename(other)
     assert NuScenes(nuscenes, version="v1.0-trainval", split="validation").name(0).startswith("nuscenes/scene-0103")
-    with pytest.raises(InputError, match="no train scene scene-0103"):
+    with pytest.raises(InputError, match=mentions("train", "scene-0103")):
         NuScenes(nuscenes, version="v1.0-trainval", scenes=["scene-0103"])
 
 

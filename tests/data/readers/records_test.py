@@ -17,7 +17,7 @@ from scalr_jax.data.scenes import RANDOM
 from scalr_jax.prepare import run as prepare
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support import raw_datasets as raw
-from tests.support.checks import present
+from tests.support.checks import mentions, present
 from tests.support.paths import SAMPLES
 from tests.support.prepared_datasets import (
     READERS,
@@ -110,9 +110,9 @@ def test_each_camera_is_drawn_as_by_the_raw_reader(tiny):
     drawn = [[d.frame(0, np.random.default_rng(seed)).name for seed in range(30)] for d in (plain, records)]
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) == 3
-    with pytest.raises(InputError, match="give rng"):
+    with pytest.raises(InputError, match="rng"):
         records.frame(0)
-    with pytest.raises(InputError, match="camera 'side' is not one of"):
+    with pytest.raises(InputError, match=mentions("side", "front_camera")):
         records.frame(0, camera="side")
 
 
@@ -120,7 +120,7 @@ def test_scenes_and_frames_can_be_chosen(tiny):
     _, folder = tiny["pandaset"]
     assert [Records(folder, frames=[5, 6, 7]).name(i) for i in range(2)] == ["pandaset/001/05", "pandaset/001/07"]
     assert len(Records(folder, split="all", scenes=["002"])) == 1
-    with pytest.raises(InputError, match="no frame to use"):
+    with pytest.raises(InputError, match="no frame"):
         Records(folder, scenes=["009"])
 
 
@@ -174,18 +174,18 @@ def test_one_scene_can_be_trained_and_validated_on_by_frame(tiny, tmp_path):
         assert [Path(name).name for name in names] == ["05", "02"]
         for frames in ((2, 5), ()):
             config.data.frames = frames
-            with pytest.raises(InputError, match="other frames of the same scenes"):
+            with pytest.raises(InputError, match="validation_frames"):
                 open_split(config, "validation", cache=tmp_path)
 
 
 def test_sensors_that_nothing_would_read_are_refused(tiny, tmp_path):
     root = tiny["pandaset"][1].parent
     config = make_config(root, dataset="pandar64", sensors=("pandargt",))
-    with pytest.raises(InputError, match=r"'pandar64': sensors are .* give data.dataset = 'pandargt', or leave"):
+    with pytest.raises(InputError, match=mentions("pandar64", "sensors", "data.dataset", "pandargt")):
         open_split(config, "train", cache=tmp_path)
     config.data.sensors = ("pandar64",)
     assert len(open_split(config, "train", cache=tmp_path)) == 3
-    with pytest.raises(InputError, match="give a dataset that has them, or leave"):
+    with pytest.raises(InputError, match=mentions("sensors", "nuscenes")):
         open_split(make_config(root, dataset="nuscenes", sensors=("solid",)), "train", cache=tmp_path)
 
 
@@ -193,25 +193,25 @@ def test_what_a_config_asks_for_must_be_what_is_prepared(tiny, tmp_path):
     for changes, match in (
         (
             {"root": str(tiny["nuscenes"][1]), "dataset": "semantic_kitti"},
-            "holds records of nuscenes , not of semantic",
+            "nuscenes.*semantic_kitti",
         ),
-        ({"root": str(tiny["pandaset"][1].parent), "dataset": "pandargt"}, "pandargt: not prepared"),
+        ({"root": str(tiny["pandaset"][1].parent), "dataset": "pandargt"}, "pandargt"),
     ):
         with pytest.raises(InputError, match=match):
             open_split(make_config(**{"root": "", **changes}), "train", cache=tmp_path)
     root, _ = tiny["semantic_kitti"]
     small = make("semantic_kitti", root.parent, tmp_path, "--image_size=28,56", "--image_format=jpeg")
-    with pytest.raises(InputError, match=r"prepared at \(28, 56\), and data.image_size = \(56, 112\)"):
+    with pytest.raises(InputError, match=mentions((28, 56), "data.image_size", (56, 112))):
         open_split(make_config(small, dataset="semantic_kitti"), "train", cache=tmp_path)
     config = make_config(small, dataset="semantic_kitti", image_size=(28, 56), antialias=False)
-    with pytest.raises(InputError, match="resized with antialiasing"):
+    with pytest.raises(InputError, match="antialias"):
         open_split(config, "train", cache=tmp_path)
     config.task, config.data.antialias = "probe", True
-    with pytest.raises(InputError, match="prepared without labels; prepare it again with --labels"):
+    with pytest.raises(InputError, match="--labels"):
         open_split(config, "train", cache=tmp_path)
-    with pytest.raises(InputError, match="whole scans are prepared with --labels only"):
+    with pytest.raises(InputError, match=mentions("whole scans", "--labels")):
         Records(small).frame(0, camera=None)
-    with pytest.raises(InputError, match="no split 'test' is prepared; there are train, validation"):
+    with pytest.raises(InputError, match=mentions("'test'", "train, validation")):
         Records(small, split="test")
 
 
@@ -232,10 +232,10 @@ def test_a_file_cut_short_is_named_when_the_records_are_opened(kitti):
     path = a_file(kitti)
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(InputError, match=rf"{path.name} has {size - 500} bytes instead of {size}: run .*--verify"):
+    with pytest.raises(InputError, match=mentions(path.name, size - 500, size, "--verify")):
         Records(kitti)
     path.unlink()
-    with pytest.raises(InputError, match=rf"{path.name} is missing"):
+    with pytest.raises(InputError, match=mentions(path.name, "missing")):
         Records(kitti)
 
 
@@ -249,7 +249,7 @@ def test_damage_of_the_same_size_is_a_bad_frame(kitti, place):
         at = content.index(b"semantic_kitti/00/000001") + 60
         content[at] ^= 255
     path.write_bytes(bytes(content))
-    with pytest.raises(BadFrameError, match=rf"{path.name}: record 1 is damaged .*--verify"):
+    with pytest.raises(BadFrameError, match=mentions(path.name, "record 1", "--verify")):
         records.frame(1)
     scene = Pipeline(records, SETTINGS).order()
     assert any(scene[i].error and path.name in scene[i].error for i in range(len(records)))
@@ -260,7 +260,7 @@ def test_damage_of_the_same_size_is_a_bad_frame(kitti, place):
 def test_a_file_cut_short_while_training_is_a_bad_frame(kitti):
     records, path = Records(kitti), a_file(kitti)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(BadFrameError, match=rf"{path.name}: record 0 is damaged"):
+    with pytest.raises(BadFrameError, match=mentions(path.name, "record 0")):
         records.frame(0)
 
 
@@ -273,5 +273,5 @@ def test_a_damaged_manifest_is_named(kitti, content):
 
 def test_an_unfinished_folder_is_no_dataset(kitti, tmp_path):
     (kitti / "records.json").rename(kitti / "prepare.json")
-    with pytest.raises(InputError, match="not prepared to the end"):
+    with pytest.raises(InputError, match=mentions(kitti, "prepare")):
         open_split(make_config(kitti, dataset="semantic_kitti"), "train", cache=tmp_path)

@@ -9,7 +9,7 @@ from scalr_jax.data.readers import pcd
 from scalr_jax.data.readers.scan_files import INTENSITY_NAMES, read_scan
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from tests.support import scan_writers as writers
-from tests.support.checks import present
+from tests.support.checks import mentions, present
 
 
 def write(path, table, encoding):
@@ -198,10 +198,10 @@ def test_a_damaged_file_is_named_in_one_sentence(tmp_path, suffix, encoding, dam
 def test_wrong_columns(tmp_path):
     path = tmp_path / "a.bin"
     writers.write_bin(path, np.zeros((5, 3)))
-    with pytest.raises(BadFrameError, match=r"60 bytes are not whole points of 4 float32 columns \(3, 5 would fit\)"):
+    with pytest.raises(BadFrameError, match=mentions("60 bytes", "4 ", "3, 5")):
         read_scan(path)
     path.write_bytes(b"\0" * 61)
-    with pytest.raises(BadFrameError, match="not whole float32"):
+    with pytest.raises(BadFrameError, match="61 bytes"):
         read_scan(path)
     path.write_bytes(b"")
     with pytest.raises(BadFrameError, match="no points"):
@@ -220,7 +220,7 @@ def test_a_missing_file(tmp_path, name):
 
 
 def test_other_formats_and_pickles(tmp_path):
-    with pytest.raises(InputError, match=r"a\.las: a scan is a file that ends in \.bin"):
+    with pytest.raises(InputError, match=mentions("a.las", ".bin")):
         read_scan(tmp_path / "a.las")
     np.save(tmp_path / "a.npy", np.array([{"x": 1}], object), allow_pickle=True)
     with pytest.raises(BadFrameError, match="unreadable"):
