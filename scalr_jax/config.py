@@ -36,7 +36,7 @@ INTERPOLATIONS = ("auto", "dinov2", "size", "antialias")
 DTYPES = ("auto", "float32", "bfloat16")
 USES = ("camera", "lidar", "radar", "map", "external")
 
-Point = tuple[float, float, float]
+Point, Grid = tuple[float, float, float], tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ class StudentSettings:
     segmentation_head: str = key("segment", "batch norm and linear, or linear alone", choices=("segment", "linear"))
     drop_path: float = key(0.0, "share of residual branches that are dropped in training", low=0, below=1)
     field_of_view: tuple[Point, Point] = key(
-        ((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0)), "lowest and highest corner, metres"
+        ((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0)), "lowest, highest corner, metres"
     )
-    grids: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] = key(
-        ((256, 256), (256, 32), (256, 32)), "rows and columns of the planes xy, xz, yz", low=1, high=8192
+    grids: tuple[Grid, Grid, Grid] = key(
+        ((256, 256), (256, 32), (256, 32)), "rows, columns of xy, xz, yz", low=1, high=8192
     )
     implementation: str = key("auto", "spatial mixing (docs/design.md)", choices=("auto", "cells", "windows", "dense"))
     remat: str = key("none", "computed again in the backward pass, to save memory", choices=("none", "layer", "group"))
@@ -295,11 +295,8 @@ def read_settings(config: ConfigDict) -> Settings:
     problems: list[str] = []
     values = config.copy_and_resolve_references().to_dict()
     top = {name: value for name, value in values.items() if name not in SECTIONS}
-    run = keys.read(RunSettings, top, problems)
-    parts: dict[str, Any] = {
-        name: keys.read(table, values.get(name, {}), problems, f"{name}.") for name, table in SECTIONS.items()
-    }
-    settings = Settings(run, **parts)
+    parts = {name: keys.read(table, values.get(name, {}), problems, f"{name}.") for name, table in SECTIONS.items()}
+    settings = Settings(keys.read(RunSettings, top, problems), **parts)
     problems += _problems(settings)
     if problems:
         raise InputError(f"config: {'; '.join(problems)}; docs/config.md lists every key")
@@ -310,7 +307,7 @@ def student_settings(model: Mapping[str, Any]) -> StudentSettings:
     """The settings of a model config that has other keys too, or lacks younger ones. Raises `InputError`."""
     values, problems = get_config().model.to_dict(), []
     values |= {name: value for name, value in model.items() if name in values}
-    values["minkunet"] = {**keys.defaults(MinkunetSettings), **values["minkunet"]}
+    values["minkunet"] = get_config().model.minkunet.to_dict() | dict(values["minkunet"])
     settings = keys.read(StudentSettings, values, problems, "model.")
     if problems:
         raise InputError("; ".join(problems))
@@ -367,10 +364,7 @@ def _data_problems(settings: Settings) -> Iterator[str]:
     if data.intensity and not (len(data.intensity) == 2 and data.intensity[1] > 0):
         yield f"data.intensity = {data.intensity} (expected: mean and standard deviation of the raw intensity)"
     if bool(data.cutmix) != bool(data.cutmix_ground):
-        yield (
-            f"data.cutmix = {data.cutmix} and data.cutmix_ground = {data.cutmix_ground} (instances need their classes "
-            "and the classes that they stand on)"
-        )
+        yield f"data.cutmix = {data.cutmix} with data.cutmix_ground = {data.cutmix_ground} (give both, or none)"
     if (data.polarmix or data.cutmix) and task == "probe" and settings.probe.features != "augmented":
         yield f"data.polarmix, data.cutmix with probe.features = {settings.probe.features!r} (use 'augmented')"
 
@@ -385,25 +379,20 @@ def _frame_problems(settings: Settings) -> Iterator[str]:
         yield f"data.label_fraction = {share} (expected: 1/n, as 0.01, 0.05, 0.1 or 0.25)"
     if share < 1 and data.frame_list:
         yield "data.frame_list and data.label_fraction (both choose training frames; give one of them)"
-    numbers = {name: getattr(data, name) for name in ("frames", "validation_frames")}
-    for name, frames in numbers.items():
+    for name, frames in (("frames", data.frames), ("validation_frames", data.validation_frames)):
         if not all(str(frame).isdecimal() for frame in frames):
             yield f"data.{name} = {frames} (expected: frame numbers, as in --config.data.{name}='(45, 48)')"
             return
-    train, validation = (set(map(int, frames)) for frames in numbers.values())
+    train, validation = (set(map(int, frames)) for frames in (data.frames, data.validation_frames))
     if validation and (not train or train & validation):
-        yield (
-            f"data.validation_frames = {data.validation_frames} with data.frames = {data.frames or 'all'} (expected: "
-            "other frames of the same scenes in data.frames)"
-        )
+        yield f"data.validation_frames = {data.validation_frames} (expected: other frames than data.frames, some of each)"
 
 
 HEAD = """\
 # Config keys
 
-Every key of a config, from the table in `scalr_jax/config.py`. Set one on the command line,
-`--config.data.num_workers=4`, or in a config file that starts from `scalr_jax.config.get_config()`. A key with a star
-may differ when a run is resumed. This page is written by `python -m scalr_jax.config > docs/config.md`.
+Set a key with `--config.data.num_workers=4`, or in a config file that starts from `scalr_jax.config.get_config()`. One
+with a star may differ when a run is resumed. Written by `python -m scalr_jax.config > docs/config.md`.
 """
 
 if __name__ == "__main__":

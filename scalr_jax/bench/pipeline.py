@@ -186,7 +186,7 @@ class _Stages:
         places += [(transforms, "find_neighbors", "neighbours")]
         places += [(transforms, name, "cells") for name in ("in_view", "make_plane")]
         for owner, name, stage in places:
-            if hasattr(owner, name):
+            if name in dir(owner):
                 stack.enter_context(mock.patch.object(owner, name, self._timed(stage, getattr(owner, name))))
         return stack
 

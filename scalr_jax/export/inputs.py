@@ -34,7 +34,7 @@ from scalr_jax.data.packing import Capacities, round_up
 from scalr_jax.data.scenes import SceneView
 from scalr_jax.data.whole_scan import check_points, whole_scan
 from scalr_jax.export.voxel_tables import BLOCK, voxel_tables
-from scalr_jax.ops.voxels import LEVELS as VOXEL_LEVELS
+from scalr_jax.ops import voxels
 from scalr_jax.ops.voxels import extent_of
 from scalr_jax.runtime.errors import InputError
 
@@ -138,7 +138,7 @@ def pad_inputs(inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]) ->
 def _pad_voxels(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """`pad_inputs` of a MinkUNet. A slot at the end of every list of pairs stays unused: it is the zero row."""
     num_points = len(inputs["feats"])
-    pairs = tuple(int((inputs[f"near_source_{level}"] >= 0).sum()) for level in range(VOXEL_LEVELS))
+    pairs = tuple(int((inputs[f"near_source_{level}"] >= 0).sum()) for level in range(voxels.LEVELS))
     need = Capacities(num_points, 1, (), (), tuple(inputs["number"].tolist()), pairs)
     capacities = round_up(need, ())
     points, rows = capacities.points, capacities.voxels
@@ -147,12 +147,12 @@ def _pad_voxels(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     padded["order"] = np.concatenate([inputs["order"], np.arange(num_points, points, dtype=np.int32)])
     padded["inverse_count"] = _pad(inputs["inverse_count"], rows[0], 0)
     padded["neighbors"] = _pad(inputs["neighbors"], rows[0], -1)
-    for level in range(VOXEL_LEVELS):
+    for level in range(voxels.LEVELS):
         near = capacities.pairs[level] // BLOCK + 27  # 26 elements, each with a part of a block unused, and one more
         padded[f"near_source_{level}"] = _pad(inputs[f"near_source_{level}"], BLOCK * near, -1)
         padded[f"near_element_{level}"] = _pad(inputs[f"near_element_{level}"], near, 25)
         padded[f"near_slots_{level}"] = _pad(inputs[f"near_slots_{level}"], rows[level], -1)
-        if level + 1 < VOXEL_LEVELS:
+        if level + 1 < voxels.LEVELS:
             down = rows[level] // BLOCK + 9
             padded[f"down_source_{level}"] = _pad(inputs[f"down_source_{level}"], BLOCK * down, -1)
             padded[f"up_source_{level}"] = _pad(inputs[f"up_source_{level}"], BLOCK * down, -1)

@@ -138,7 +138,7 @@ def read(table: type[Table], values: Mapping[str, Any], problems: list[str], pre
         hint, full = hints[name], f"{prefix}{name}"
         if dataclasses.is_dataclass(hint):
             part = values.get(name, {})
-            found[name] = read(typing.cast(type, hint), part if hasattr(part, "items") else {}, problems, f"{full}.")
+            found[name] = read(typing.cast(type, hint), part if isinstance(part, Mapping) else {}, problems, f"{full}.")
             continue
         found[name] = field.default
         if name not in values:

@@ -130,9 +130,9 @@ def differences(
     return "; ".join(f"{name}: {a.get(name)} {where}, {b.get(name)} {here}" for name in names)
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves by dotted name, of nested ConfigDicts or dicts."""
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted name."""
     flat = {}
-    for key, value in config.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {f"{prefix}{key}": value})
+    for key, value in nested.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return flat

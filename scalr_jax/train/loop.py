@@ -24,7 +24,7 @@ from scalr_jax.config import TrainSettings
 from scalr_jax.data.build import check_labels, make_mixing, scene_settings
 from scalr_jax.data.packing import Capacities, choose_capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
-from scalr_jax.data.scenes import SceneView
+from scalr_jax.data.scenes import Dataset, FinishedScenes, SceneView
 from scalr_jax.models.backbone import CachedFeatures
 from scalr_jax.models.student import Student, Variables, without_head
 from scalr_jax.models.vit import ViTConfig
@@ -111,7 +111,7 @@ def segmentation_task(
     return Task(label, scene_task, student, trainable, make_step, None, initial, num_classes, fixed)
 
 
-def train(settings: TrainSettings, workdir: Path, dataset: Any, task: Task) -> TrainState:
+def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedScenes, task: Task) -> TrainState:
     """Trains to `num_steps`, resuming when `workdir` holds a checkpoint. Returns the last state.
 
     Args:
@@ -127,18 +127,7 @@ def train(settings: TrainSettings, workdir: Path, dataset: Any, task: Task) -> T
     # Devices, data and the static sizes of a pack.
     run = settings.run
     mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp)
-    scenes = scene_settings(settings.data, task.student.needs, task=task.scene_task, train=True, fixed=task.fixed)
-    if task.num_classes:
-        scenes = dataclasses.replace(scenes, mixing=make_mixing(settings.data, dataset, workdir / "instances"))
-    pipeline = Pipeline(
-        dataset,
-        scenes,
-        seed=run.seed,
-        num_shards=mesh.size,
-        shards=sharding.local_shards(mesh),
-        num_workers=settings.data.num_workers,
-        scenes_per_step=settings.data.scenes_per_step or None,
-    )
+    pipeline = _make_pipeline(settings, dataset, task, mesh, workdir)
     sample = pipeline.sample()
     if task.num_classes:
         check_labels(sample, dataset.class_names, task.num_classes)
@@ -197,6 +186,24 @@ def train(settings: TrainSettings, workdir: Path, dataset: Any, task: Task) -> T
             f"{task.label} stopped as asked after step {number} of {run.num_steps}; the same command resumes"
         )
     return state
+
+
+def _make_pipeline(
+    settings: TrainSettings, dataset: Dataset | FinishedScenes, task: Task, mesh: Mesh, workdir: Path
+) -> Pipeline:
+    """The training scenes of this process's shards."""
+    scenes = scene_settings(settings.data, task.student.needs, task=task.scene_task, train=True, fixed=task.fixed)
+    if task.num_classes and not isinstance(dataset, FinishedScenes):
+        scenes = dataclasses.replace(scenes, mixing=make_mixing(settings.data, dataset, workdir / "instances"))
+    return Pipeline(
+        dataset,
+        scenes,
+        seed=settings.run.seed,
+        num_shards=mesh.size,
+        shards=sharding.local_shards(mesh),
+        num_workers=settings.data.num_workers,
+        scenes_per_step=settings.data.scenes_per_step or None,
+    )
 
 
 class Program(NamedTuple):
