@@ -385,7 +385,7 @@ def _frame_problems(settings: Settings) -> Iterator[str]:
             return
     train, validation = (set(map(int, frames)) for frames in (data.frames, data.validation_frames))
     if validation and (not train or train & validation):
-        yield f"data.validation_frames = {data.validation_frames} (expected: other frames than data.frames, some of each)"
+        yield f"data.validation_frames = {data.validation_frames} (expected: other frames than data.frames)"
 
 
 HEAD = """\

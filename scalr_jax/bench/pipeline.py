@@ -32,6 +32,7 @@ from scalr_jax.data import packing, pipeline, transforms
 from scalr_jax.data.build import make_dataset, scene_settings
 from scalr_jax.data.joined import Derived
 from scalr_jax.data.readers import files
+from scalr_jax.data.readers.raw import RawDataset
 from scalr_jax.data.scenes import PLANE_AXES, Dataset, Frame
 from scalr_jax.models.build import make_backbone
 from scalr_jax.runtime.errors import InputError
@@ -180,14 +181,13 @@ class _Stages:
         stack = ExitStack()
         reader = type(dataset.datasets[0] if isinstance(dataset, Derived) else dataset)
         places = [(reader, "frame", "read"), (files, "read_image", "decode"), (files, "decode_image", "decode")]
-        places += [(reader, "_pair", "project")]
+        places += [(reader, "_pair", "project")] if issubclass(reader, RawDataset) else []
         places += [(transforms, "one_a_voxel", "voxelise"), (transforms, "resize_image", "resize")]
         places += [(transforms, name, "augment") for name in ("limit", "to_ego", "augment", "make_features")]
         places += [(transforms, "find_neighbors", "neighbours")]
         places += [(transforms, name, "cells") for name in ("in_view", "make_plane")]
         for owner, name, stage in places:
-            if name in dir(owner):
-                stack.enter_context(mock.patch.object(owner, name, self._timed(stage, getattr(owner, name))))
+            stack.enter_context(mock.patch.object(owner, name, self._timed(stage, getattr(owner, name))))
         return stack
 
     def _timed(self, stage: str, function: Callable) -> Callable:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scalr_jax.config import MERGED, DataSettings, dataset_names
-from scalr_jax.data.joined import Joined
+from scalr_jax.data.joined import Derived, Joined
 from scalr_jax.data.readers import files, nuscenes, semantic_kitti
 from scalr_jax.data.readers.files import read_label_map
 from scalr_jax.data.readers.folder import Folder
@@ -100,7 +100,9 @@ def trained_intensities(data: DataSettings, dataset: Dataset) -> dict[str, tuple
 
 def label_map_of(data: DataSettings, dataset: Dataset) -> dict[str, str | None] | None:
     """The class (None: ignored) of each label number of the dataset's files; None for generated streets."""
-    names = tuple(dataset.class_names)
+    names = dataset.class_names
+    while isinstance(dataset, Derived):
+        dataset = dataset.datasets[0]
     name = "pandaset" if data.dataset in PANDASET else data.dataset
     if name in LABEL_MAPS:
         classes = read_label_map(name).class_of_id
