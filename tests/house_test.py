@@ -155,6 +155,10 @@ DEFECTS = {
         {"rooms/a.py": "from house.rooms.hall import read\n"},
         ("house/rooms/a.py", "read", "house/rooms/hall.py"),
     ),
+    "a re-export under another name": (
+        {"rooms/b.py": "from house.ground.files import read as get\n", "rooms/a.py": "from house.rooms.b import get\n"},
+        ("house/rooms/a.py", "get", "house/rooms/b.py"),
+    ),
     "a full root": ({"a.py": "", "b.py": ""}, ("house has 4", "3")),
     "a full folder": ({f"rooms/{name}.py": "" for name in "abc"}, ("house/rooms has 5", "4")),
     "a long file": ({"rooms/a.py": "x = 1\n" * 21}, ("house/rooms/a.py", "21", "20")),

@@ -39,6 +39,7 @@ def _one_device():
     return jax.devices()[:1]
 
 
+@pytest.mark.slow
 def test_results_have_every_figure(finished):
     workdir, first = finished
     for key in ("miou_random", "miou_distilled", "miou_supervised"):
@@ -53,6 +54,7 @@ def test_results_have_every_figure(finished):
     assert max(supervised) == first["miou_supervised"]
 
 
+@pytest.mark.slow
 def test_running_again_gives_the_same_figures(finished):
     workdir, first = finished
     again = json.loads((workdir / "results.json").read_text())
@@ -61,6 +63,7 @@ def test_running_again_gives_the_same_figures(finished):
     assert again["seconds"] > first["seconds"]  # of both starts
 
 
+@pytest.mark.slow
 def test_pictures_are_there_and_show_something(finished):
     workdir, _ = finished
     pictures = sorted((workdir / "figures").glob("*.png"))

@@ -229,6 +229,7 @@ def test_tables_hold_what_comes_late_and_may_be_given(street_cache, tmp_path):
     assert cells[1] > 9
 
 
+@pytest.mark.slow
 def test_a_probe_of_one_sensor_on_another(street_cache, probed, tmp_path):
     """By configs/evaluate.py, with the other sensor's intensity: each scan has the classes that `load` gives it."""
     script = Path(__file__).parents[2] / "configs" / "evaluate.py"

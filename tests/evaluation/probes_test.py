@@ -57,6 +57,7 @@ def losses(workdir):
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
+@pytest.mark.slow
 def test_a_probe_on_cached_features_equals_one_on_the_same_scenes(tmp_path, street_cache, backbone):
     """Every loss, the trained head and the whole checkpoint's layout; with a hidden layer, which starts at random."""
     config = probe_config(street_cache, backbone, **{"probe.features": "fixed", "probe.head": "mlp"})
@@ -169,6 +170,7 @@ def test_the_bank_is_balanced_and_does_not_depend_on_the_order():
         nearest_neighbors.make_bank([(scene_of(0, [255]), np.ones((1, 3), np.float32))], 2, 10, seed=0)
 
 
+@pytest.mark.slow
 def test_the_knn_probe_is_the_same_on_one_device_and_on_eight(tmp_path, street_cache, backbone, monkeypatch):
     changes = {"probe.method": "knn", "probe.bank_per_class": 40, "probe.num_neighbors": 5}
     eight = tasks.probe(read_settings(probe_config(street_cache, backbone, **changes)), tmp_path / "eight")

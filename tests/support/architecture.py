@@ -84,13 +84,20 @@ def arrows_up(package: Package, floors: Floors) -> list[str]:
 
 def reexports(package: Package, allowed: Sequence[str]) -> list[str]:
     """Names imported from a module that only imports them itself; `allowed`: modules whose purpose that is."""
-    taken = {module: set(package.imported(module)) for module in package.modules}
-    names = {module: {name for _, name in imports if name} for module, imports in taken.items()}
+    bound = {
+        module: {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        for module, tree in package.trees.items()
+    }
     return [
         f"{package.file(module)} takes {name} from {package.file(source)}, which imports it"
-        for module, imports in taken.items()
-        for source, name in sorted(imports)
-        if name in names[source] and source not in allowed
+        for module in package.modules
+        for source, name in sorted(set(package.imported(module)))
+        if name in bound[source] and source not in allowed
     ]
 
 
