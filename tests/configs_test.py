@@ -43,7 +43,7 @@ def variants():
 
 def abstract_state(config):
     """The train state's shapes; no array is made."""
-    distill = config.task == "distill"
+    distill, settings = config.task == "distill", read_settings(config).optimizer
     student = make_student(
         config.model,
         platform="cpu",
@@ -51,8 +51,8 @@ def abstract_state(config):
         out_features=TEACHER_WIDTH if distill else CLASSES[config.data.dataset],
         frozen_backbone=config.task == "probe",
     )
-    optimizer = optim.make_optimizer(config.optimizer, student.backbone)
-    optim.make_schedule(config.optimizer, float(config.num_steps))
+    optimizer = optim.make_optimizer(settings, student.backbone)
+    optim.make_schedule(settings, float(config.num_steps))
     trainable = ("head",) if config.task == "probe" else None
     key = jax.random.key(0)
     return jax.eval_shape(
@@ -85,7 +85,7 @@ def test_every_config_takes_a_minkunet(name, method):
     assert (settings.needs.voxel_size, settings.needs.grids) == (0.1, ())
     backbone = make_backbone(config.model)
     assert (backbone.depth, backbone.channels) == (23, 96)
-    optim.make_optimizer(config.optimizer, backbone)
+    optim.make_optimizer(read_settings(config).optimizer, backbone)
     room = abstract.choose_capacities(read_settings(config).data, backbone.needs)
     scenes = config.data.scenes_per_step
     assert room.pairs[0] >= (scenes * recipes.SCENE_PAIRS[0] if scenes else recipes.PACK_PAIRS[0])

@@ -6,7 +6,6 @@ What is timed is what trains: the step of `steps.py`, the layers of `models/waff
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 from scalr_jax.bench import products as bench_products
 from scalr_jax.bench.timing import compiled_bytes, working_bytes
+from scalr_jax.config import OptimizerSettings
 from scalr_jax.data.scenes import PLANE_AXES
 from scalr_jax.models.flops import Sizes
 from scalr_jax.models.layers import Norm, to_rows
@@ -24,17 +24,7 @@ from scalr_jax.train import optim, steps
 from scalr_jax.train.state import init_state
 
 PLANES = len(PLANE_AXES)
-OPTIMIZER = SimpleNamespace(
-    name="adamw",
-    learning_rate=2e-3,
-    schedule="constant",
-    warmup_share=0.0,
-    beta1=0.9,
-    beta2=0.999,
-    weight_decay=0.03,
-    layer_decay=1.0,
-    ema=0.0,
-)
+OPTIMIZER = OptimizerSettings(schedule="constant", warmup_share=0.0)
 
 
 def student_step(student: Student) -> tuple[Callable, Callable]:

@@ -7,15 +7,14 @@ So a run whose packs hold a varying number of scenes follows the same curve in s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from scalr_jax.config import OptimizerSettings
 from scalr_jax.models.backbone import Backbone
-from scalr_jax.runtime.errors import InputError
 
 Array = jax.Array
 
@@ -39,51 +38,34 @@ def warmup_rsqrt_cooldown(t: Array, *, warmup: float, cooldown: float, timescale
     return jnp.where(t < warmup, t / max(warmup, 1), jnp.where(t < cooldown, inverse_root, linear))
 
 
-def make_schedule(config: Any, total: float) -> Callable[[Array], Array]:
-    """progress (updates of the published batch, float32) -> learning rate. `config` is `config.optimizer`.
-
-    Raises `InputError` for an unknown schedule, and for a rate below 0, or of 0 where a cosine would end above it.
-    """
-    peak = config.learning_rate
-    if not peak >= 0 or (peak == 0 and config.schedule == "cosine"):
-        raise InputError(
-            f"optimizer.learning_rate = {peak} with optimizer.schedule = {config.schedule!r}: give a positive one, or "
-            "0 with the schedule 'constant', which trains nothing but the batch norms' statistics"
-        )
-    warmup = config.warmup_share * total
-    if config.schedule == "cosine":
-        final = config.final_learning_rate / peak
+def make_schedule(settings: OptimizerSettings, total: float) -> Callable[[Array], Array]:
+    """progress (updates of the published batch, float32) -> learning rate, for `total` updates."""
+    peak, warmup = settings.learning_rate, settings.warmup_share * total
+    if settings.schedule == "cosine":
+        final = settings.final_learning_rate / peak
         return lambda t: peak * warmup_cosine(t, warmup=warmup, total=total, final=final)
-    if config.schedule == "rsqrt":
-        cooldown, timescale = config.cooldown_start_share * total, config.timescale_share * total
+    if settings.schedule == "rsqrt":
+        cooldown, timescale = settings.cooldown_start_share * total, settings.timescale_share * total
         return lambda t: (
             peak * warmup_rsqrt_cooldown(t, warmup=warmup, cooldown=cooldown, timescale=timescale, total=total)
         )
-    if config.schedule == "constant":
-        return lambda t: peak * jnp.ones_like(t)
-    raise InputError(f"optimizer.schedule = {config.schedule!r} is none of 'cosine', 'rsqrt', 'constant'")
+    return lambda t: peak * jnp.ones_like(t)
 
 
-def make_optimizer(config: Any, backbone: Backbone | None = None) -> optax.GradientTransformation:
+def make_optimizer(settings: OptimizerSettings, backbone: Backbone) -> optax.GradientTransformation:
     """AdamW or LAMB without the learning rate, which the step multiplies in; decay on all parameters, as published.
 
-    `config` is `config.optimizer`; `layer_decay` counts the layers of `backbone`.
+    `layer_decay` counts the layers of `backbone`.
     """
-    adam = [
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=1e-8),
-        optax.add_decayed_weights(config.weight_decay),
+    parts = [
+        optax.scale_by_adam(b1=settings.beta1, b2=settings.beta2, eps=1e-8),
+        optax.add_decayed_weights(settings.weight_decay),
     ]
-    if not 0 <= config.ema < 1:
-        raise InputError(f"optimizer.ema = {config.ema} is not in [0, 1); 0 keeps no average of the weights")
-    if config.name not in ("adamw", "lamb"):
-        raise InputError(f"optimizer.name = {config.name!r} is none of 'adamw', 'lamb'")
-    if config.name == "lamb":
-        adam.append(scale_by_weights())
-    if config.layer_decay == 1.0:
-        return optax.chain(*adam)
-    if not 0 < config.layer_decay < 1 or backbone is None:
-        raise InputError(f"optimizer.layer_decay = {config.layer_decay} is not in (0, 1], or there is no student")
-    return optax.chain(*adam, scale_by_layer(backbone, config.layer_decay))
+    if settings.name == "lamb":
+        parts.append(scale_by_weights())
+    if settings.layer_decay != 1.0:
+        parts.append(scale_by_layer(backbone, settings.layer_decay))
+    return optax.chain(*parts)
 
 
 def scale_by_weights() -> optax.GradientTransformation:
@@ -93,7 +75,7 @@ def scale_by_weights() -> optax.GradientTransformation:
     matrix while it or its update is zero.
     """
 
-    def scale(updates: Any, params: Any) -> Any:
+    def scale(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         def one(path: tuple, update: Array, param: Array) -> Array:
             stacked = any(key.key == "groups" for key in path)
             if param.ndim - stacked < 2:
@@ -114,7 +96,7 @@ def scale_by_layer(backbone: Backbone, decay: float) -> optax.GradientTransforma
     Layers are as the backbone numbers them; the head's is depth + 1.
     """
 
-    def scale(updates: Any, _: Any = None) -> Any:
+    def scale(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
         def one(path: tuple, update: Array) -> Array:
             names = tuple(key.key for key in path)
             layers = backbone.depth + 1 if names[0] == "head" else backbone.layer_numbers(names)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+
+from scalr_jax.data.scenes import Batch
+from scalr_jax.models.student import Student, Variables
+
+Array = jax.Array
 
 
 @flax.struct.dataclass
@@ -18,11 +23,11 @@ class TrainState:
     `opt_state` covers `params[k]` for the trainable top-level keys k only.
     """
 
-    step: jax.Array  # [] int32
-    scenes_seen: jax.Array  # [] int32: schedules advance by it
-    params: Any
-    batch_stats: Any
-    opt_state: Any
+    step: Array  # [] int32
+    scenes_seen: Array  # [] int32: schedules advance by it
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
 
 
 @flax.struct.dataclass
@@ -32,7 +37,7 @@ class AveragedState(TrainState):
     `average` is {"params", "batch_stats"}: the trainable top-level parameters and all statistics.
     """
 
-    average: Any = None
+    average: dict
 
 
 def start_average(state: TrainState, trainable: tuple[str, ...]) -> AveragedState:
@@ -42,20 +47,26 @@ def start_average(state: TrainState, trainable: tuple[str, ...]) -> AveragedStat
     return AveragedState(**fields, average=jax.tree.map(jnp.copy, average))
 
 
-def variables_of(state: TrainState) -> dict:
+def variables_of(state: TrainState) -> Variables:
     """params and batch_stats to evaluate: the averages, where there are any."""
     if isinstance(state, AveragedState):
         return {"params": {**state.params, **state.average["params"]}, "batch_stats": state.average["batch_stats"]}
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
-def split(params: Any, trainable: tuple[str, ...]) -> tuple[dict, dict]:
+def split(params: Mapping, trainable: tuple[str, ...]) -> tuple[dict, dict]:
     """Top-level parameters as (trainable, frozen)."""
     chosen = {k: v for k, v in params.items() if k in trainable}
     return chosen, {k: v for k, v in params.items() if k not in trainable}
 
 
-def init_state(student: Any, batch: Any, optimizer: optax.GradientTransformation, trainable, key) -> TrainState:
+def init_state(
+    student: Student,
+    batch: Batch[Array],
+    optimizer: optax.GradientTransformation,
+    trainable: tuple[str, ...] | None,
+    key: Array,
+) -> TrainState:
     """A fresh state; `trainable` None: all. Call under `jit` with `out_shardings`, so that it is born sharded."""
     variables = student.init({"params": key, "dropout": key}, batch, train=False)
     params = variables["params"]

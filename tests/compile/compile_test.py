@@ -17,7 +17,7 @@ import pytest
 from scalr_jax import recipes
 from scalr_jax.compile import abstract, hlo
 from scalr_jax.compile import run as compile
-from scalr_jax.config import get_config, read_settings
+from scalr_jax.config import OptimizerSettings, read_settings
 from scalr_jax.data.packing import Capacities, pack_shard, stack_shards
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.models import vit
@@ -179,7 +179,7 @@ def split_steps():
     vit_config = vit.ViTConfig(patch_size=8, width=48, depth=3, num_heads=2, hidden=80, position_grid=(2, 3))
     weights = vit.init(vit_config, jax.random.key(1), IMAGE_SIZE)
     student = small_student(channels=40, depth=15, out_features=48)  # five groups, so that CPUs loop too
-    optimizer = optim.make_optimizer(get_config().optimizer)
+    optimizer = optim.make_optimizer(OptimizerSettings(), student.backbone)
     step = steps.make_distill_step(student, vit_config, optimizer, lambda t: 1e-3, seed=0, batch_size=8, which="x")
 
     one = jax.tree.map(lambda x: x[:1], batch)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from scalr_jax.config import get_config
+from scalr_jax.config import OptimizerSettings
 from scalr_jax.data.scenes import Batch, Plane, SceneNeeds
 from scalr_jax.models import vit
 from scalr_jax.models.student import Student
@@ -65,7 +65,7 @@ def compiled_text(mesh, head, make_step):
     """The compiled step of a student of two groups of layers, all state abstract."""
     backbone = WaffleIronBackbone(SceneNeeds(FIELD_OF_VIEW, grids=GRIDS), 256, 6, remat="group")
     student = Student(backbone, head=head, out_features=384, dtype=jnp.bfloat16)
-    optimizer = optim.make_optimizer(get_config().optimizer, backbone)
+    optimizer = optim.make_optimizer(OptimizerSettings(), backbone)
     batch = abstract_batch(mesh)
     state = jax.eval_shape(lambda b: init_state(student, b, optimizer, None, jax.random.key(0)), batch)
     teacher_config = vit.ViTConfig(depth=2)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from scalr_jax import recipes
-from scalr_jax.config import get_config
+from scalr_jax.config import OptimizerSettings
 from scalr_jax.data.scenes import SceneNeeds
 from scalr_jax.interop.model import student_of
 from scalr_jax.interop.waffleiron import weight_table
@@ -23,6 +23,7 @@ from tests.support.random_scenes import FIELD_OF_VIEW
 from tests.support.tiny_student import tiny_model
 
 NEEDS = SceneNeeds(FIELD_OF_VIEW)
+BACKBONE = WaffleIronBackbone(NEEDS, channels=2, depth=2)
 
 
 def test_published_schedules(golden):
@@ -41,37 +42,23 @@ def test_schedules_stay_at_their_end():
     assert optim.warmup_rsqrt_cooldown(jnp.float32(999), warmup=1, cooldown=8, timescale=2, total=10) == 0
 
 
-def test_the_config_chooses_the_schedule():
-    config = get_config().optimizer
-    cosine = optim.make_schedule(config, 100.0)
+def test_the_settings_choose_the_schedule():
+    cosine = optim.make_schedule(OptimizerSettings(), 100.0)
     assert cosine(jnp.float32(2)) == pytest.approx(2e-3)  # the warm-up is 2 % long
     assert cosine(jnp.float32(100)) == pytest.approx(1e-5)
-    config.schedule = "linear"
-    with pytest.raises(InputError, match=r"optimizer\.schedule"):
-        optim.make_schedule(config, 100.0)
-
-
-def test_a_learning_rate_of_zero_is_constant():
-    """A cosine from 0 to `final_learning_rate` would be a warm-up; without training, batch norms still see the data."""
-    config = get_config().optimizer
-    for rate, schedule in ((0.0, "cosine"), (-1e-3, "rsqrt"), (-1e-3, "constant"), (float("nan"), "cosine")):
-        config.update(learning_rate=rate, schedule=schedule)
-        with pytest.raises(InputError, match=mentions("optimizer.learning_rate", rate)):
-            optim.make_schedule(config, 100.0)
-    config.update(learning_rate=0.0, schedule="constant")
-    assert optim.make_schedule(config, 100.0)(jnp.float32(5)) == 0
+    nothing = optim.make_schedule(OptimizerSettings(learning_rate=0.0, schedule="constant"), 100.0)
+    assert nothing(jnp.float32(5)) == 0
 
 
 def test_adamw_decays_every_parameter():
     """One step equals AdamW's formula (decoupled weight decay), biases included."""
-    config = get_config().optimizer
-    optimizer = optim.make_optimizer(config)
+    optimizer = optim.make_optimizer(OptimizerSettings(), BACKBONE)
     params = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([3.0])}
     gradients = {"kernel": jnp.array([0.5, 0.1]), "bias": jnp.array([-1.0])}
     updates: Any
     theirs: Any
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-    expected = optax.adamw(1.0, weight_decay=config.weight_decay)
+    expected = optax.adamw(1.0, weight_decay=0.03)
     theirs, _ = expected.update(gradients, expected.init(params), params)
     for name in params:
         np.testing.assert_allclose(-updates[name], theirs[name], rtol=1e-6)
@@ -79,8 +66,6 @@ def test_adamw_decays_every_parameter():
 
 def test_lamb_by_its_formula():
     """A matrix as Optax's LAMB has it, each layer of a stack by itself, and vectors as AdamW."""
-    config = get_config().optimizer
-    config.name = "lamb"
     rng = np.random.default_rng(0)
     stack, kernel, bias, zero = (
         rng.normal(size=(2, 4, 3)),
@@ -94,7 +79,7 @@ def test_lamb_by_its_formula():
         k: {name: jnp.asarray(rng.normal(size=x.shape), jnp.float32) for name, x in v.items()}
         for k, v in params.items()
     }
-    ours: Any = optim.make_optimizer(config)
+    ours: Any = optim.make_optimizer(OptimizerSettings(name="lamb"), BACKBONE)
     ours, _ = ours.update(gradients, ours.init(params), params)
     apart = {"a": params["groups"]["kernel"][0], "b": params["groups"]["kernel"][1], "c": params["head"]["kernel"]}
     apart_gradients = {
@@ -102,17 +87,14 @@ def test_lamb_by_its_formula():
         "b": gradients["groups"]["kernel"][1],
         "c": gradients["head"]["kernel"],
     }
-    lamb: Any = optax.lamb(1.0, eps=1e-8, weight_decay=config.weight_decay)
+    lamb: Any = optax.lamb(1.0, eps=1e-8, weight_decay=0.03)
     lamb, _ = lamb.update(apart_gradients, lamb.init(apart), apart)
     for mine, theirs in zip((*ours["groups"]["kernel"], ours["head"]["kernel"]), lamb.values(), strict=True):
         np.testing.assert_allclose(-mine, theirs, rtol=1e-5, atol=1e-6)
-    adamw: Any = optax.adamw(1.0, weight_decay=config.weight_decay)
+    adamw: Any = optax.adamw(1.0, weight_decay=0.03)
     adamw, _ = adamw.update(gradients, adamw.init(params), params)
     for name in ("bias", "zero"):
         np.testing.assert_allclose(-ours["head"][name], adamw["head"][name], rtol=1e-5, atol=1e-6)
-    config.name = "sgd"
-    with pytest.raises(InputError, match=mentions("optimizer.name", "sgd")):
-        optim.make_optimizer(config)
 
 
 def test_a_large_batch_sees_the_same_scenes_on_the_same_schedule():
@@ -165,15 +147,11 @@ def test_layer_decay_of_every_published_weight(depth):
 
 
 def test_layer_decay_in_the_optimizer():
-    """It scales whole updates, weight decay included, and refuses what it cannot mean."""
-    config = get_config().optimizer
+    """It scales whole updates, weight decay included."""
     params = {"embedding": jnp.ones(2), "head": jnp.ones(2)}
-    plain: Any = optim.make_optimizer(config)
+    plain: Any = optim.make_optimizer(OptimizerSettings(), BACKBONE)
     plain, _ = plain.update(params, plain.init(params), params)
-    config.layer_decay = 0.5
-    decayed: Any = optim.make_optimizer(config, WaffleIronBackbone(NEEDS, 2, 2))
+    decayed: Any = optim.make_optimizer(OptimizerSettings(layer_decay=0.5), BACKBONE)
     decayed, _ = decayed.update(params, decayed.init(params), params)
     np.testing.assert_allclose(decayed["head"], plain["head"])
     np.testing.assert_allclose(decayed["embedding"], plain["embedding"] / 8)
-    with pytest.raises(InputError, match="layer_decay"):
-        optim.make_optimizer(config)

@@ -185,13 +185,14 @@ def test_no_gather_or_scatter_crosses_a_device(street_cache, tmp_path):
     )
     sample = pipeline.sample(4)
     batch = sharding.put_batch(pipeline.empty_batch(choose_capacities(config.data, sample), sample[0]), mesh)
-    task = tasks.distillation(read_settings(config))
-    optimizer = optim.make_optimizer(config.optimizer)
+    settings = read_settings(config)
+    task = tasks.distillation(settings)
+    optimizer = optim.make_optimizer(settings.optimizer, task.student.backbone)
     state = jax.eval_shape(lambda b: init_state(task.student, b, optimizer, None, jax.random.key(0)), batch)
     place = lambda tree: jax.tree.map(  # noqa: E731
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), tree
     )
-    step = jax.jit(task.make_step(optimizer, optim.make_schedule(config.optimizer, 10.0)))
+    step = jax.jit(task.make_step(optimizer, optim.make_schedule(settings.optimizer, 10.0)))
     text = step.lower(place(state), place(task.teacher), batch).compile().as_text() or ""
     assert steps  # the step under test
     assert "all-reduce" in text
