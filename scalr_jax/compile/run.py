@@ -37,7 +37,6 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -58,9 +57,7 @@ flags.DEFINE_string("text", None, "Where to write the compiled program.", flag_v
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def compile_step(
-    settings: Settings, topology: Topology, num_slices: int, teacher: str | None
-) -> tuple[dict[str, Any], str]:
+def compile_step(settings: Settings, topology: Topology, num_slices: int, teacher: str | None) -> tuple[dict, str]:
     """The result and the compiled program's text, "" when it does not fit. Raises `InputError`."""
     import jax
 
@@ -69,15 +66,15 @@ def compile_step(
 
     mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, devices=tpu_devices(topology.name, num_slices))
     run = make_run(settings, mesh, teacher)
-    result: dict[str, Any] = {"topology": topology.name, "slices": num_slices, "devices": mesh.size}
+    result: dict = {"topology": topology.name, "slices": num_slices, "devices": mesh.size}
     began = time.monotonic()
     try:
         compiled = run.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         peak, text = needed_bytes(str(error)), ""
-        measured: dict[str, Any] = dict.fromkeys(("flops_per_device", "bytes_per_device", "collectives"))
+        measured: dict = dict.fromkeys(("flops_per_device", "bytes_per_device", "collectives"))
     else:
-        plan: Any = compiled.memory_analysis()
+        plan = compiled.memory_analysis()
         results = plan.output_size_in_bytes - plan.alias_size_in_bytes
         held = plan.argument_size_in_bytes + results + plan.generated_code_size_in_bytes
         peak, text = held + plan.temp_size_in_bytes, compiled.as_text() or ""
@@ -102,7 +99,7 @@ def needed_bytes(message: str) -> int:
     return int(float(number) * UNITS[unit])
 
 
-def show(result: dict[str, Any], mesh: str) -> None:
+def show(result: dict, mesh: str) -> None:
     """The table for people."""
     gib = 2**30
     rows = [
@@ -122,7 +119,7 @@ def show(result: dict[str, Any], mesh: str) -> None:
         print(f"{name:<28}{text}")
 
 
-def run(arguments: list[str]) -> dict[str, Any]:
+def run(arguments: list[str]) -> dict:
     """Compiles, prints and returns the result. Raises `InputError`."""
     parse_flags(FLAGS, arguments, __doc__)
     require(FLAGS, "config", "topology", example="--config=configs/smoke.py --topology=v5e:2x2")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -14,6 +12,8 @@ from scalr_jax.data import sensors
 from scalr_jax.export.inputs import HEADS, PLANES
 from scalr_jax.interop.exported import FILES, VERSION
 from scalr_jax.models.minkunet import scaled_widths
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import read_json, write_json
 
 # Terms of the training data, as their providers state them: what bears on a licence of weights.
 TERMS = {
@@ -30,27 +30,30 @@ PUBLISHED = "weights as their authors published them; the terms are those of tha
 def training_of(model_path: Path) -> tuple[dict | None, dict | None]:
     """(config, results) of the workdir `model_path`; None for what is not there. Paths are cut to their last part."""
 
-    def read(name: str) -> Any:
+    def read(name: str) -> dict | None:
         try:
-            return json.loads((model_path / name).read_text())
-        except (OSError, ValueError):
+            return read_json(model_path / name, "")
+        except InputError:
             return None
 
     if not model_path.is_dir():
         return None, None
     config = read("config.json")
-    if isinstance(config, dict) and "export" in config:  # an export of an export
+    if config is not None and "export" in config:  # an export of an export
         return config.get("training"), config.get("results")
-    return _without_folders(config), read("results.json")
+    return config and _without_folders(config), read("results.json")
 
 
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
-    return Path(value).name if isinstance(value, str) and "/" in value else value
+def _without_folders(settings: dict) -> dict:
+    def cut(value: object) -> object:
+        if isinstance(value, dict):
+            return _without_folders(value)
+        return Path(value).name if isinstance(value, str) and "/" in value else value
+
+    return {key: cut(value) for key, value in settings.items()}
 
 
-def licence_of(model_path: Path, training: Mapping[str, Any] | None, given: str) -> str:
+def licence_of(model_path: Path, training: dict | None, given: str) -> str:
     """What the card says of the weights' licence: what was `given`, else whose terms bear on it."""
     if given:
         return given
@@ -78,23 +81,23 @@ def _dataset_of(sensor: str) -> str:
 
 def _exported_licence(model_path: Path) -> str:
     try:
-        return str(json.loads((model_path / "config.json").read_text())["licence"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_json(model_path / "config.json", "").get("licence", ""))
+    except InputError:
         return ""
 
 
-def write_card(folder: Path, card: Mapping[str, Any], *, name: str) -> None:
+def write_card(folder: Path, card: dict, *, name: str) -> None:
     """Writes config.json and README.md into `folder`, which will be called `name`.
 
     `card`: settings, source, folded, parameters, licence, training, results, files, check.
     """
     versions = {"scalr_jax": importlib.metadata.version("scalr_jax"), "jax": jax.__version__}
     content = {"export": VERSION, "made_with": versions, **card}
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "config.json", content)
     (folder / "README.md").write_text(readme(content, name))
 
 
-def readme(content: Mapping[str, Any], name: str) -> str:
+def readme(content: dict, name: str) -> str:
     """The card as Markdown."""
     settings, check = content["settings"], content["check"]
     form, head = settings["format"], settings["head"]
@@ -131,11 +134,11 @@ def readme(content: Mapping[str, Any], name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _is_sparse(settings: Mapping[str, Any]) -> bool:
+def _is_sparse(settings: dict) -> bool:
     return settings.get("name", "waffleiron") != "waffleiron"
 
 
-def _student_text(settings: Mapping[str, Any]) -> str:
+def _student_text(settings: dict) -> str:
     if _is_sparse(settings):
         given = settings["minkunet"]
         reading = f"read by {given['reading']}"
@@ -146,7 +149,7 @@ def _student_text(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _output_text(settings: Mapping[str, Any]) -> str:
+def _output_text(settings: dict) -> str:
     what = {"distill": "features in the teacher's space"}
     what |= dict.fromkeys(("segment", "mlp", "linear"), "class logits")
     width = scaled_widths(settings["minkunet"]["width"])[-1] if _is_sparse(settings) else settings["channels"]
@@ -156,13 +159,13 @@ def _output_text(settings: Mapping[str, Any]) -> str:
     return text
 
 
-def _metric_text(value: Any) -> str:
+def _metric_text(value: object) -> str:
     if isinstance(value, Mapping):  # by class
         return ", ".join(f"{name} {_metric_text(number)}" for name, number in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _training_text(training: Mapping[str, Any] | None) -> str:
+def _training_text(training: dict | None) -> str:
     if training is None:
         return "as published; the file does not say it"
     data = training["data"]

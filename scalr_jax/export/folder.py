@@ -13,7 +13,6 @@ import errno
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -79,7 +78,7 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def write_weights(folder: Path, form: str, settings: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
+def write_weights(folder: Path, form: str, settings: dict, variables: dict) -> None:
     """Writes the weights in one of the `READABLE` formats. The first two have PyTorch's names and layouts."""
     path = folder / FILES[form]
     if form == "torch":
@@ -90,7 +89,7 @@ def write_weights(folder: Path, form: str, settings: Mapping[str, Any], variable
         _write_orbax(path, variables)
 
 
-def _write_orbax(path: Path, variables: Mapping[str, Any]) -> None:
+def _write_orbax(path: Path, variables: dict) -> None:
     """`save_weights`; raises OSError. That there is space is tried first: when a disk is full while Orbax writes, its
     abandoned tasks print tracebacks of pages."""
     size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(variables))
@@ -104,6 +103,6 @@ def _write_orbax(path: Path, variables: Mapping[str, Any]) -> None:
 
 def save_example(path: Path, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
     """Inputs of a program and what the model makes of them ("output/NAME"), as a plain .npz."""
-    arrays: Any = {**inputs, **{f"output/{name}": rows for name, rows in outputs.items()}}
+    arrays = {**inputs, **{f"output/{name}": rows for name, rows in outputs.items()}}
     with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, allow_pickle=False, **arrays)

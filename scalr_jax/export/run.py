@@ -26,9 +26,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -104,7 +103,7 @@ def main(arguments: list[str]) -> None:
 
 
 def export_model(
-    model: Any,
+    model: api.Model,
     form: str,
     output: Path,
     *,
@@ -179,7 +178,7 @@ def export_model(
     return difference
 
 
-def example_scan(settings: Mapping[str, Any], num_points: int = CHECK_POINTS) -> np.ndarray:
+def example_scan(settings: dict, num_points: int = CHECK_POINTS) -> np.ndarray:
     """A seeded scan [N, 4] of uneven ground and of upright things, inside the field of view."""
     rng = np.random.default_rng(0)
     low, high = np.asarray(settings["field_of_view"], np.float64)
@@ -196,7 +195,7 @@ def example_scan(settings: Mapping[str, Any], num_points: int = CHECK_POINTS) ->
 
 
 @functools.lru_cache(maxsize=4)  # a model that is exported in several formats is compiled once
-def make_reference(settings_json: str) -> Callable[[Any, SceneView], Outputs]:
+def make_reference(settings_json: str) -> Callable[[dict, SceneView], Outputs]:
     """The model itself in float32: (variables, scene) -> features [N, C] and the head's output by its name."""
     settings = json.loads(settings_json)
     student = student_of(settings, implementation="cells")
@@ -210,7 +209,7 @@ def make_reference(settings_json: str) -> Callable[[Any, SceneView], Outputs]:
         )
     )
 
-    def reference(variables: Any, scene: SceneView) -> Outputs:
+    def reference(variables: dict, scene: SceneView) -> Outputs:
         shard = pack_shard([scene], static_capacities(scene, grids), scene, grids)
         rows, state = apply(variables, jax.tree.map(lambda x: x[None], shard))  # type: ignore[misc]
         outputs = {"features": state["intermediates"]["backbone"]["__call__"][0]}
@@ -221,12 +220,12 @@ def make_reference(settings_json: str) -> Callable[[Any, SceneView], Outputs]:
     return reference
 
 
-def _inputs(form: str, scene: SceneView, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _inputs(form: str, scene: SceneView, settings: dict) -> dict[str, np.ndarray]:
     inputs = scene_inputs(scene, {**settings, "format": form})
     return pad_inputs(inputs, settings) if form == "stablehlo" else inputs
 
 
-def _write_program(folder: Path, form: str, settings: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
+def _write_program(folder: Path, form: str, settings: dict, variables: dict) -> None:
     path = folder / FILES[form]
     if form == "onnx":
         from scalr_jax.export.onnx import serialize
@@ -240,11 +239,11 @@ def _write_program(folder: Path, form: str, settings: Mapping[str, Any], variabl
         write_arrays(folder / "weights.npz", weights)
 
 
-def _as_json(settings: Mapping[str, Any]) -> str:
+def _as_json(settings: dict) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def _run_program(folder: Path, form: str, settings: Mapping[str, Any], scene: SceneView) -> Outputs:
+def _run_program(folder: Path, form: str, settings: dict, scene: SceneView) -> Outputs:
     """An exported program's outputs, by the way in which a user would run it."""
     inputs = _inputs(form, scene, settings)
     if form == "onnx":

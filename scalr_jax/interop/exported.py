@@ -11,7 +11,7 @@ from scalr_jax.interop.published import read_content
 from scalr_jax.interop.torch_file import read_weights_file
 from scalr_jax.runtime.checkpoint import load_weights
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.storage import checksum
+from scalr_jax.runtime.storage import checksum, read_json
 
 VERSION = 1  # of the folder's layout
 
@@ -34,10 +34,9 @@ READABLE = ("torch", "safetensors", "orbax")  # by `scalr_jax.load`; the others 
 def is_export(folder: Path) -> bool:
     """Whether `folder` is one that `scalr_jax.export` wrote."""
     try:
-        content = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        return "export" in read_json(folder / "config.json", "")
+    except InputError:
         return False
-    return isinstance(content, dict) and "export" in content
 
 
 def read_export(folder: Path) -> tuple[dict, dict]:

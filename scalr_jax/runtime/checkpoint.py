@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from logging import LogRecord
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from absl import logging
@@ -16,6 +17,7 @@ from orbax.checkpoint import v1 as _orbax
 
 from scalr_jax.runtime.errors import InputError
 
+State = TypeVar("State")  # a tree of arrays
 ocp: Any = _orbax  # its annotations are narrower than what it takes
 
 
@@ -36,14 +38,16 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
-    def save(self, step: int, state: Any, positions: jax.Array, *, force: bool = False) -> None:
+    def save(self, step: int, state: object, positions: jax.Array, *, force: bool = False) -> None:
         """Starts a save when the policy (or `force`) says so; returns before it is written."""
         if self._checkpointer.latest is not None and self._checkpointer.latest.step == step:
             return
         with self._named_errors():
             self._checkpointer.save_async(step, {"state": state, "positions": positions}, force=force)
 
-    def restore(self, abstract_state: Any, abstract_positions: Any) -> tuple[Any, jax.Array] | None:
+    def restore(
+        self, abstract_state: State, abstract_positions: jax.ShapeDtypeStruct
+    ) -> tuple[State, jax.Array] | None:
         """The newest readable (state, positions) with the shardings of the abstract ones; None when there is none.
 
         Raises:
@@ -109,9 +113,8 @@ class Checkpoints:
             ) from error
 
 
-def _is_news(record: Any) -> bool:
-    """Not so: the traces that Orbax logs from its threads, of an error that it raises as well, and its guess that what
-    cannot be read is of another kind."""
+def _is_news(record: LogRecord) -> bool:
+    """Drops Orbax's duplicate tracebacks and its misleading 'incompatible handler' warning."""
     return not ("orbax" in record.pathname and (record.exc_info or "incompatible handler" in record.getMessage()))
 
 
@@ -168,7 +171,7 @@ def load_variables(directory: Path) -> dict:
     return state
 
 
-def save_weights(directory: Path, variables: Any) -> None:
+def save_weights(directory: Path, variables: dict) -> None:
     """Writes {"params", "batch_stats"} alone, as a checkpoint that `orbax.checkpoint.v1.load(directory)` reads."""
     ocp.save(directory.absolute(), variables)
 

@@ -7,12 +7,14 @@ and an exit code here; SIGTERM becomes a step after which all processes stop.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import signal
 import socket
 import threading
 import time
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import FrameType
 
 import jax
 import numpy as np
@@ -48,10 +50,11 @@ def start(
     """
     given = {"--coordinator_address": address, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
-    timeouts: dict[str, Any] = {
-        "initialization_timeout": connect_seconds,
-        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
-    }
+    initialize = functools.partial(
+        jax.distributed.initialize,
+        initialization_timeout=connect_seconds,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
     where = "" if address is None else f" at {address}"
     _at_abort(
         2,
@@ -60,7 +63,7 @@ def start(
     )
     if len(missing) == len(given):
         try:
-            jax.distributed.initialize(**timeouts)
+            initialize()
         except ValueError as error:
             if "should be defined" in str(error) or "must be defined" in str(error):
                 return  # no cluster: alone
@@ -71,7 +74,7 @@ def start(
         if not 0 <= process_id < num_processes:
             raise InputError(f"--process_id={process_id} is not between 0 and --num_processes={num_processes} - 1")
         _await_coordinator(address, process_id, connect_seconds)
-        jax.distributed.initialize(address, num_processes, process_id, **timeouts)
+        initialize(address, num_processes, process_id)
     _at_abort(1, LOST)
 
 
@@ -101,13 +104,13 @@ def _at_abort(code: int, message: str) -> None:
         end(code, message)
 
     global _handler  # the C library keeps only a pointer to it
-    _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
+    handler = _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    libc.signal(signal.SIGABRT, ctypes.cast(_handler, ctypes.c_void_p))
+    libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
 
 
-_handler: Any = None
+_handler: object = None
 
 
 def end_if_not_alone(code: int, message: str) -> None:
@@ -136,7 +139,7 @@ def sum_over_processes(array: np.ndarray) -> np.ndarray:
     return stack_over_processes(array).sum(axis=0)
 
 
-def check_agreement(settings: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+def check_agreement(settings: Mapping[str, object], free: tuple[str, ...] = ()) -> None:
     """Raises `InputError` on every process when one has other `settings` than process 0; lists the differences here.
 
     Args:
@@ -175,18 +178,18 @@ class Preemption:
     def __init__(self):
         self._asked = False
         self._alone = not jax.distributed.is_initialized()
-        self._before: Any = None
+        self._before: Callable[[int, FrameType | None], object] | int | None = None
 
     def __enter__(self) -> Preemption:
         if self._alone and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._ask)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def _ask(self, *_: Any) -> None:
+    def _ask(self, *_: object) -> None:
         self._asked = True
 
     def reached(self, step: int) -> bool:

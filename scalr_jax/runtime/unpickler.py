@@ -25,18 +25,18 @@ class Record:
 
     kind = ""
     args: tuple[Any, ...]
-    items: dict[Any, Any]
+    items: dict
     state: Any
 
-    def __new__(cls, *args: Any, **_: Any) -> Record:
+    def __new__(cls, *args: object, **_: object) -> Record:
         record = super().__new__(cls)
         record.args, record.items, record.state = args, {}, None
         return record
 
-    def __setitem__(self, key: Any, value: Any) -> None:  # SETITEMS of an OrderedDict
+    def __setitem__(self, key: object, value: object) -> None:  # SETITEMS of an OrderedDict
         self.items[key] = value
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         self.state = state
 
 

@@ -39,7 +39,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
@@ -66,6 +66,9 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import check_writable
 from scalr_jax.visualize.viewer import MAX_POINTS, write_viewer
 
+if TYPE_CHECKING:
+    from scalr_jax.api import Model
+
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
 define_model(FLAGS)
 for _name in ("output", "input", "image", "calibration", "camera", "dataset", "root", "split"):
@@ -80,7 +83,7 @@ flags.DEFINE_integer("max_points", MAX_POINTS, "Of the viewer.", 100, flag_value
 
 
 def visualize(
-    model: Any,
+    model: Model,
     frame: Frame,
     output: str | Path,
     *,
@@ -182,7 +185,14 @@ def _part(frame: Frame, kept: np.ndarray) -> Frame:
     )
 
 
-def _choose_queries(features, view: Frame, xyz, labels, place, number: int) -> list[int]:
+def _choose_queries(
+    features: np.ndarray,
+    view: Frame,
+    xyz: np.ndarray,
+    labels: np.ndarray | None,
+    place: Sequence[float] | None,
+    number: int,
+) -> list[int]:
     """Indices of the query points: the one nearest to a place [3], or chosen among those that the image shows."""
     if place is not None:
         return [int(np.linalg.norm(xyz - np.asarray(place, np.float64), axis=1).argmin())]
@@ -252,7 +262,7 @@ def _streets(root: Path, sensors: tuple[str, ...], size: tuple[int, int], seed: 
     return streets
 
 
-def _run_config(workdir: Path) -> dict[str, Any]:
+def _run_config(workdir: Path) -> dict:
     try:
         config = json.loads((workdir / "config.json").read_text())
         return {"data": dict(config["data"]), "seed": int(config["seed"])}
