@@ -36,7 +36,8 @@ INTERPOLATIONS = ("auto", "dinov2", "size", "antialias")
 DTYPES = ("auto", "float32", "bfloat16")
 USES = ("camera", "lidar", "radar", "map", "external")
 
-Point, Grid = tuple[float, float, float], tuple[int, int]
+Point = tuple[float, float, float]
+Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)

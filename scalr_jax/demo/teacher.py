@@ -16,6 +16,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def train_teacher(settings: Settings, workdir: Path) -> Path:
     scales = {name: float(getattr(views, name).std()) for name in CONTINUOUS}
 
     # The step.
-    schedule = make_schedule(adam, run.num_steps)
+    schedule: Any = make_schedule(adam, run.num_steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(training.max_gradient),
         optax.adamw(schedule, adam.beta1, adam.beta2, weight_decay=adam.weight_decay),

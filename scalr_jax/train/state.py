@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -68,7 +69,7 @@ def init_state(
     key: Array,
 ) -> TrainState:
     """A fresh state; `trainable` None: all. Call under `jit` with `out_shardings`, so that it is born sharded."""
-    variables = student.init({"params": key, "dropout": key}, batch, train=False)
+    variables: Any = student.init({"params": key, "dropout": key}, batch, train=False)
     params = variables["params"]
     chosen, _ = split(params, tuple(params) if trainable is None else trainable)
     zero = jnp.zeros((), jnp.int32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def make_student_step(
         mask = batch.scene < batch.scene_points.shape[1]  # [D, P]
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def loss_of(params: dict) -> tuple[Array, tuple[dict, Metrics]]:
+        def loss_of(params: dict) -> tuple[Array, tuple[Any, Metrics]]:
             variables = {"params": params, "batch_stats": state.batch_stats}
             output, updated = student.apply(
                 variables, batch, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
@@ -162,7 +163,7 @@ def make_segment_step(
         mask = (batch.scene < batch.scene_points.shape[1]) & (labels != IGNORE)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def loss_of(params: dict) -> tuple[Array, tuple[dict, Metrics]]:
+        def loss_of(params: dict) -> tuple[Array, tuple[Any, Metrics]]:
             variables = {"params": params, "batch_stats": state.batch_stats}
             logits, updated = student.apply(
                 variables, batch, train=True, rngs={"dropout": key}, mutable=["batch_stats"]

@@ -180,7 +180,9 @@ def split_steps():
     weights = vit.init(vit_config, jax.random.key(1), IMAGE_SIZE)
     student = small_student(channels=40, depth=15, out_features=48)  # five groups, so that CPUs loop too
     optimizer = optim.make_optimizer(OptimizerSettings(), student.backbone)
-    step = steps.make_distill_step(student, vit_config, optimizer, lambda t: 1e-3, seed=0, batch_size=8, which="x")
+    step = steps.make_distill_step(
+        student, vit_config, optimizer, lambda t: jnp.full((), 1e-3), seed=0, batch_size=8, which="x"
+    )
 
     one = jax.tree.map(lambda x: x[:1], batch)
     fresh = jax.jit(lambda b: init_state(student, b, optimizer, None, jax.random.key(0)))(one)
