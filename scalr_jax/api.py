@@ -92,9 +92,9 @@ class Model:
 
     def _run(self, function: Any, points: Any, *, fill: float) -> np.ndarray:
         """`function`'s rows of the kept points, spread over all points."""
-        scene, nearest = whole_scan(check_points(points), self.config)
-        grids = self.student.needs.grids
-        shard = pack_shard([scene], static_capacities(scene, grids), scene, grids)
+        needs, config = self.student.needs, self.config
+        scene, nearest = whole_scan(check_points(points), needs, config.intensity, config.voxel_size)
+        shard = pack_shard([scene], static_capacities(scene, needs.grids), scene, needs.grids)
         batch = jax.tree.map(lambda x: jnp.asarray(x)[None], shard)
         rows = np.asarray(function(self.variables, batch))[0]
         out = rows[nearest]

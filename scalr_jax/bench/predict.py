@@ -115,8 +115,9 @@ def measure(model: Model, path: Path, sensor: str, arguments: argparse.Namespace
         return scan_inputs.student_points(scan_inputs.read_frame(path, sensor=sensor))
 
     points = read()
-    scene, nearest = whole_scan(points, model.config)
-    grids = [tuple(grid) for grid in model.config.grids]
+    needs = model.student.needs
+    scene, nearest = whole_scan(points, needs, model.config.intensity, model.config.voxel_size)
+    grids = needs.grids
     capacities = static_capacities(scene, grids)
     stages = {"read": read, **_stages(model, points, scene, nearest, grids)}
     print(f"{path.name}: {len(points)} points, {len(scene.feats)} in voxels, in room for {capacities.points}")
@@ -200,8 +201,8 @@ def _onnxruntime(model: Model, scene: SceneView, network: Callable[[], np.ndarra
     except ImportError as error:
         raise InputError(f'onnxruntime is what is compared with: pip install "scalr_jax[export]" ({error})') from error
     variables = fold(jax.tree.map(np.asarray, model.variables))
-    session = open_session(serialize(model.config.to_dict(), variables), threads=_threads())
-    inputs = scene_inputs(scene, {"format": "onnx"})
+    session = open_session(serialize(model.student, variables, model.config.to_dict()), threads=_threads())
+    inputs = scene_inputs(scene, model.student.needs, "onnx")
     ours, theirs = network()[: len(scene.feats)], session.run(None, inputs)[0]
     difference = float(np.abs(ours - theirs).max() / max(1.0, np.abs(ours).max()))
     if not difference <= 1e-4:

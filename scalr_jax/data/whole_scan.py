@@ -5,9 +5,6 @@ NumPy alone, so that an exported model is served without JAX.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike
 from pykdtree.kdtree import KDTree
@@ -33,7 +30,9 @@ def check_points(points: ArrayLike) -> np.ndarray:
         return points.astype(np.float32)
 
 
-def whole_scan(points: np.ndarray, settings: Mapping[str, Any]) -> tuple[SceneView, np.ndarray]:
+def whole_scan(
+    points: np.ndarray, needs: SceneNeeds, intensity: tuple[float, float], voxel_size: float
+) -> tuple[SceneView, np.ndarray]:
     """The points that go through the network, and for each input point [N] the nearest of them (-1: none).
 
     As in the published evaluation that is the first point of each voxel inside the field of view. A point whose
@@ -41,32 +40,21 @@ def whole_scan(points: np.ndarray, settings: Mapping[str, Any]) -> tuple[SceneVi
 
     Args:
       points: [N, 4] float32, of `check_points`.
-      settings: `intensity`, `voxel_size`, `field_of_view`, `grids` and `num_neighbors`, as in `Model.config`; of a
-        MinkUNet, by its `name`, `minkunet` instead of the last two.
+      needs: the backbone's.
+      intensity: mean and deviation of the raw intensity.
+      voxel_size: metres; one point a voxel is kept.
 
     Raises:
       InputError: too few points are left.
     """
     located = np.isfinite(points[:, :3]).all(axis=1)
     usable = located & np.isfinite(points[:, 3]) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1)
-    sparse = settings.get("name", "waffleiron") != "waffleiron"
-    view = settings["field_of_view"]
-    if sparse:
-        needs = SceneNeeds(view, voxel_size=settings["minkunet"]["voxel_size"])
-    else:
-        needs = SceneNeeds(view, settings["num_neighbors"], settings["grids"])
-    scene_settings = SceneSettings(
-        task="segment",
-        train=False,
-        needs=needs,
-        voxel_size=settings["voxel_size"],
-        augmentation="none",
-    )
+    settings = SceneSettings(task="segment", train=False, needs=needs, voxel_size=voxel_size, augmentation="none")
     if not usable.any():
         raise InputError(f"0 of {len(points)} points are finite; write or copy the scan again, or leave it out")
     frame = Frame("the scan", points[usable], np.eye(4))
     try:
-        scene = make_scene(frame, 0, settings["intensity"], scene_settings, np.random.default_rng(0))
+        scene = make_scene(frame, 0, intensity, settings, np.random.default_rng(0))
     except BadFrameError as error:
         found = str(error).removeprefix(f"{frame.name}: ")
         raise InputError(

@@ -11,7 +11,7 @@ import jax
 from scalr_jax.data import sensors
 from scalr_jax.export.inputs import HEADS, PLANES
 from scalr_jax.interop.exported import FILES, VERSION
-from scalr_jax.models.minkunet import scaled_widths
+from scalr_jax.models.student import Student
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import read_json, write_json
 
@@ -53,7 +53,7 @@ def _without_folders(settings: dict) -> dict:
     return {key: cut(value) for key, value in settings.items()}
 
 
-def licence_of(model_path: Path, training: dict | None, given: str) -> str:
+def licence_of(model_path: Path, training: Mapping | None, given: str) -> str:
     """What the card says of the weights' licence: what was `given`, else whose terms bear on it."""
     if given:
         return given
@@ -86,7 +86,7 @@ def _exported_licence(model_path: Path) -> str:
         return ""
 
 
-def write_card(folder: Path, card: dict, *, name: str) -> None:
+def write_card(folder: Path, card: Mapping, student: Student, *, name: str) -> None:
     """Writes config.json and README.md into `folder`, which will be called `name`.
 
     `card`: settings, source, folded, parameters, licence, training, results, files, check.
@@ -94,27 +94,27 @@ def write_card(folder: Path, card: dict, *, name: str) -> None:
     versions = {"scalr_jax": importlib.metadata.version("scalr_jax"), "jax": jax.__version__}
     content = {"export": VERSION, "made_with": versions, **card}
     write_json(folder / "config.json", content)
-    (folder / "README.md").write_text(readme(content, name))
+    (folder / "README.md").write_text(readme(content, student, name))
 
 
-def readme(content: dict, name: str) -> str:
+def readme(content: Mapping, student: Student, name: str) -> str:
     """The card as Markdown."""
-    settings, check = content["settings"], content["check"]
+    settings, check, needs = content["settings"], content["check"], student.needs
     form, head = settings["format"], settings["head"]
     view = zip("xyz", *settings["field_of_view"], strict=True)
     mean, deviation = settings["intensity"]
     rows = [
         ("source", content["source"]),
-        ("student", _student_text(settings)),
+        ("student", student.backbone.describe()),
         ("parameters", f"{content['parameters']:,}"),
-        ("output", _output_text(settings)),
+        ("output", _output_text(student)),
         *([("classes", ", ".join(settings["class_names"]))] if settings.get("class_names") else []),
         ("folded", "batch norms folded, layer scales merged" if content["folded"] else "no"),
         ("field of view", ", ".join(f"{x} {low:g} to {high:g}" for x, low, high in view) + " metres"),
-        *([] if _is_sparse(settings) else
-          [("grids", "; ".join(f"{p} {h} x {w}" for p, (h, w) in zip(PLANES, settings["grids"], strict=True)))]),
+        *([("grids", "; ".join(f"{p} {h} x {w}" for p, (h, w) in zip(PLANES, needs.grids, strict=True)))]
+          if needs.grids else []),
         ("points", f"one a voxel of {settings['voxel_size']:g} metres"
-         + ("" if _is_sparse(settings) else f", {settings['num_neighbors']} neighbours each")),
+         + (f", {needs.num_neighbors} neighbours each" if needs.num_neighbors else "")),
         ("raw intensity", f"mean {mean:g}, standard deviation {deviation:g}"),
         ("training data", _training_text(content["training"])),
         ("licence of the weights", content["licence"]),
@@ -134,28 +134,11 @@ def readme(content: dict, name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _is_sparse(settings: dict) -> bool:
-    return settings.get("name", "waffleiron") != "waffleiron"
-
-
-def _student_text(settings: dict) -> str:
-    if _is_sparse(settings):
-        given = settings["minkunet"]
-        reading = f"read by {given['reading']}"
-        return f"{settings['name']}, width {given['width']:g}, voxels of {given['voxel_size']:g} metres, {reading}"
-    return (
-        f"WaffleIron, {settings['depth']} layers, {settings['channels']} wide, {settings['norm']} norm, "
-        f"{settings['activation']}"
-    )
-
-
-def _output_text(settings: dict) -> str:
-    what = {"distill": "features in the teacher's space"}
-    what |= dict.fromkeys(("segment", "mlp", "linear"), "class logits")
-    width = scaled_widths(settings["minkunet"]["width"])[-1] if _is_sparse(settings) else settings["channels"]
-    text = f"backbone features [N, {width}]"
-    if settings["head"] in what:
-        text += f", {what[settings['head']]} [N, {settings['out_features']}]"
+def _output_text(student: Student) -> str:
+    text = f"backbone features [N, {student.backbone.channels}]"
+    if student.head in HEADS:
+        what = "features in the teacher's space" if student.head == "distill" else "class logits"
+        text += f", {what} [N, {student.out_features}]"
     return text
 
 
@@ -165,7 +148,7 @@ def _metric_text(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _training_text(training: dict | None) -> str:
+def _training_text(training: Mapping | None) -> str:
     if training is None:
         return "as published; the file does not say it"
     data = training["data"]

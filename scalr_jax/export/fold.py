@@ -12,16 +12,17 @@ only, so no bias of a convolution can take it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from scalr_jax.models.layers import BATCH_NORM_EPS
+from scalr_jax.models.student import Variables
 
 IDENTITY_VARIANCE = 1.0 - BATCH_NORM_EPS
 
 
-def norm_affine(norm: Mapping[str, Any], stats: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def norm_affine(norm: Mapping, stats: Mapping) -> tuple[np.ndarray, np.ndarray]:
     """(multiplier, shift) float64 such that a batch norm with its running statistics is x * multiplier + shift."""
     scale, bias, mean, variance = (np.asarray(x, np.float64) for x in (*_pair(norm), stats["mean"], stats["variance"]))
     deviation = np.sqrt((variance + BATCH_NORM_EPS).astype(np.float32)).astype(np.float64)  # 1 of an identity, exactly
@@ -29,9 +30,9 @@ def norm_affine(norm: Mapping[str, Any], stats: Mapping[str, Any]) -> tuple[np.n
     return multiplier, bias - mean * multiplier
 
 
-def fold(variables: Mapping[str, Any]) -> dict:
+def fold(variables: Variables) -> dict:
     """{"params", "batch_stats"} of NumPy arrays -> the same, folded."""
-    params, stats = _copied(variables["params"]), _copied(variables.get("batch_stats", {}))
+    params, stats = (_as_type(variables.get(kind, {}), np.float64) for kind in ("params", "batch_stats"))
     _fold_embedding(params["embedding"], stats["embedding"])
     for kind, planes in params.get("backbone", {}).items():  # "groups", stacked, and "rest"
         for plane, layer in planes.items():
@@ -41,10 +42,10 @@ def fold(variables: Mapping[str, Any]) -> dict:
     head = params.get("head", {})
     if "norm" in head:
         _into_linear(head["norm"], stats["head"]["norm"], head.get("hidden", head))
-    return {"params": _float32(params), "batch_stats": _float32(stats)}
+    return {"params": _as_type(params, np.float32), "batch_stats": _as_type(stats, np.float32)}
 
 
-def _fold_embedding(params: Any, stats: Any) -> None:
+def _fold_embedding(params: dict, stats: dict) -> None:
     """The input norm goes into the points' layer, all three norms of the neighbourhood into its first matrix and the
     bias of its second norm (`models/embedding.py`)."""
     multiplier, _ = norm_affine(params["norm"], stats["norm"])
@@ -58,14 +59,14 @@ def _fold_embedding(params: Any, stats: Any) -> None:
         _set_norm(params[name], stats[name], np.ones_like(shift), shift)
 
 
-def _fold_spatial(params: Any, stats: Any) -> None:
+def _fold_spatial(params: dict, stats: dict | None) -> None:
     if stats is not None:
         norm, running = params["norm"]["batch"], stats["norm"]["batch"]
         _set_norm(norm, running, *norm_affine(norm, running))
     _merge_scale(params, params, "kernel_2", "bias_2")
 
 
-def _fold_channel(params: Any, stats: Any) -> None:
+def _fold_channel(params: dict, stats: dict | None) -> None:
     if stats is not None:
         _into_linear(params["norm"]["batch"], stats["norm"]["batch"], params["linear_1"])
     else:
@@ -73,7 +74,7 @@ def _fold_channel(params: Any, stats: Any) -> None:
     _merge_scale(params, params["linear_2"], "kernel", "bias")
 
 
-def _into_linear(norm: Any, stats: Any, linear: Any) -> None:
+def _into_linear(norm: dict, stats: dict | None, linear: dict) -> None:
     """A norm's multiplier and shift, or a layer norm's scale and bias, into the linear layer that follows."""
     multiplier, shift = _pair(norm) if stats is None else norm_affine(norm, stats)
     linear["bias"] = linear["bias"] + np.einsum("...i,...io->...o", shift, linear["kernel"])
@@ -81,25 +82,22 @@ def _into_linear(norm: Any, stats: Any, linear: Any) -> None:
     _set_norm(norm, stats, np.ones_like(multiplier), np.zeros_like(shift))
 
 
-def _merge_scale(params: Any, layer: Any, kernel: str, bias: str) -> None:
+def _merge_scale(params: dict, layer: dict, kernel: str, bias: str) -> None:
     scale = params["scale"]
     layer[kernel], layer[bias] = layer[kernel] * scale[..., None, :], layer[bias] * scale
     params["scale"] = np.ones_like(scale)
 
 
-def _set_norm(norm: Any, stats: Any, multiplier: np.ndarray, shift: np.ndarray) -> None:
+def _set_norm(norm: dict, stats: dict | None, multiplier: np.ndarray, shift: np.ndarray) -> None:
     norm["scale"], norm["bias"] = multiplier, shift
     if stats is not None:
         stats["mean"], stats["variance"] = np.zeros_like(shift), np.full_like(shift, IDENTITY_VARIANCE)
 
 
-def _pair(norm: Mapping[str, Any]) -> tuple[Any, Any]:
+def _pair(norm: Mapping) -> tuple[np.ndarray, np.ndarray]:
     return norm["scale"], norm["bias"]
 
 
-def _copied(tree: Any) -> Any:
-    return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, Mapping) else np.asarray(tree, np.float64)
-
-
-def _float32(tree: Any) -> Any:
-    return {k: _float32(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree.astype(np.float32)
+def _as_type(tree: Mapping, dtype: DTypeLike) -> dict:
+    """A copy whose leaves have another dtype."""
+    return {k: _as_type(v, dtype) if isinstance(v, Mapping) else np.array(v, dtype) for k, v in tree.items()}

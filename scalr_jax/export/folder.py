@@ -19,8 +19,8 @@ import numpy as np
 import safetensors.numpy
 
 from scalr_jax.interop.exported import FILES, is_export
-from scalr_jax.interop.model import student_of
-from scalr_jax.interop.waffleiron import published_state_dict, save_torch_checkpoint
+from scalr_jax.interop.waffleiron import published_state_dict, write_published
+from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.checkpoint import save_weights
 from scalr_jax.runtime.errors import InputError
 
@@ -78,13 +78,13 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def write_weights(folder: Path, form: str, settings: dict, variables: dict) -> None:
+def write_weights(folder: Path, form: str, student: Student, variables: Variables) -> None:
     """Writes the weights in one of the `READABLE` formats. The first two have PyTorch's names and layouts."""
     path = folder / FILES[form]
     if form == "torch":
-        save_torch_checkpoint(path, settings, variables)
+        write_published(path, student, variables)
     elif form == "safetensors":
-        path.write_bytes(safetensors.numpy.save(published_state_dict(student_of(settings), variables)))
+        path.write_bytes(safetensors.numpy.save(published_state_dict(student, variables)))
     else:
         _write_orbax(path, variables)
 

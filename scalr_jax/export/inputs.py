@@ -26,12 +26,12 @@ in voxels, and the tables of `export.voxel_tables.voxel_tables`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from scalr_jax.data.packing import Capacities, round_up
-from scalr_jax.data.scenes import SceneView
+from scalr_jax.data.scenes import SceneNeeds, SceneView
 from scalr_jax.data.whole_scan import check_points, whole_scan
 from scalr_jax.export.voxel_tables import BLOCK, voxel_tables
 from scalr_jax.ops import voxels
@@ -43,7 +43,7 @@ LEVELS, PARTS = 6, 8  # a cell holds at most 8^6 points
 HEADS = {"distill": "distilled", "segment": "logits", "mlp": "logits", "linear": "logits"}  # head -> its output
 
 
-def make_inputs(points: Any, settings: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def make_inputs(points: ArrayLike, settings: Mapping) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The inputs by name, and for each input point [N] the row of its result (-1: none).
 
     Args:
@@ -53,16 +53,27 @@ def make_inputs(points: Any, settings: Mapping[str, Any]) -> tuple[dict[str, np.
     Raises:
       InputError: points that are none, or too few of them in the field of view.
     """
-    scene, nearest = whole_scan(check_points(points), settings)
-    return scene_inputs(scene, settings), nearest
+    needs = needs_of(settings)
+    scene, nearest = whole_scan(check_points(points), needs, settings["intensity"], settings["voxel_size"])
+    return scene_inputs(scene, needs, settings["format"]), nearest
 
 
-def scene_inputs(scene: SceneView, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def needs_of(settings: Mapping) -> SceneNeeds:
+    """What a scene of an exported program brings. Exports made before settings had `needs` say it by their name."""
+    low, high = settings["field_of_view"]
+    needs = SceneNeeds((tuple(low), tuple(high)), **settings.get("needs", {}))
+    if "needs" not in settings and settings.get("name", "waffleiron") == "waffleiron":
+        needs = needs._replace(num_neighbors=settings["num_neighbors"], grids=settings["grids"])
+    elif "needs" not in settings:
+        needs = needs._replace(voxel_size=settings["minkunet"]["voxel_size"])
+    return needs._replace(grids=tuple((rows, columns) for rows, columns in needs.grids))
+
+
+def scene_inputs(scene: SceneView, needs: SceneNeeds, form: str) -> dict[str, np.ndarray]:
     """The inputs of an "onnx" or "stablehlo" program, of a prepared scene."""
-    form = settings["format"]
-    if scene.voxels is not None:
+    if scene.voxels is not None and needs.voxel_size is not None:
         coordinates = scene.voxels.coordinates
-        tables = voxel_tables(coordinates, extent_of(settings["field_of_view"], settings["minkunet"]["voxel_size"]))
+        tables = voxel_tables(coordinates, extent_of(needs.field_of_view, needs.voxel_size))
         return {"feats": scene.feats, "offset": coordinates % 1.0 - 0.5, **tables}
     inputs = {"feats": scene.feats, "neighbors": scene.neighbors}
     for name, plane in zip(PLANES, scene.planes, strict=True):
@@ -114,7 +125,7 @@ def sum_tree(order: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.concatenate(sums).astype(np.int32), np.array(begins, np.int64), roots.astype(np.int32)
 
 
-def pad_inputs(inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def pad_inputs(inputs: Mapping[str, np.ndarray], settings: Mapping) -> dict[str, np.ndarray]:
     """The same with rows of padding, to sizes of a short list, so that a program is compiled a few times only.
 
     Padded rows come last and nothing that is not padding reads them; the first N rows of a result are the points'.
@@ -123,7 +134,7 @@ def pad_inputs(inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]) ->
     if "offset" in inputs:
         return _pad_voxels(inputs)
     cells, halo = (tuple(len(inputs[f"{taps}_taps_{p}"]) for p in PLANES) for taps in ("cell", "halo"))
-    capacities = round_up(Capacities(num_points, 1, cells, halo), settings["grids"])
+    capacities = round_up(Capacities(num_points, 1, cells, halo), needs_of(settings).grids)
     padded = {name: _pad(inputs[name], capacities.points, 0) for name in ("feats", "neighbors")}
     for k, p in enumerate(PLANES):
         padded[f"cell_{p}"] = _pad(inputs[f"cell_{p}"], capacities.points, -1)

@@ -13,17 +13,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import onnx
 import onnxruntime
+from numpy.typing import ArrayLike
 from onnx import TensorProto, helper, numpy_helper
 
 from scalr_jax.export.fold import norm_affine
 from scalr_jax.export.inputs import HEADS, LEVELS, PARTS, PLANES
 from scalr_jax.models.layers import LAYER_NORM_EPS
+from scalr_jax.models.student import Student, Variables
+from scalr_jax.models.waffleiron import WaffleIronBackbone
 from scalr_jax.runtime.errors import InputError
 
 OPSET, IR_VERSION = 20, 9  # the first opset with Gelu: onnxruntime from 1.17 on
@@ -38,13 +41,13 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, np.ndarray] = {}
 
-    def add(self, operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+    def add(self, operator: str, *inputs: str, output: str = "", **attributes: float) -> str:
         """Adds a node of one output and returns the output's name."""
         output = output or f"{operator.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, inputs, [output], **attributes))
         return output
 
-    def constant(self, name: str, array: Any) -> str:
+    def constant(self, name: str, array: ArrayLike) -> str:
         """A constant; a name that was there before must stand for the same array."""
         self.constants[name] = np.asarray(array)
         return name
@@ -83,15 +86,15 @@ class Graph:
         return self.add("Concat", table, self.constant("zero_row", np.zeros((1, channels), np.float32)), axis=0)
 
 
-def serialize(model: Mapping[str, Any], variables: Mapping[str, Any]) -> bytes:
+def serialize(student: Student, variables: Variables, settings: Mapping) -> bytes:
     """The file's bytes, weights inside. Raises InputError for more than a file can hold."""
-    content = build_model(model, variables)
+    content = build_model(student, variables, settings)
     if content.ByteSize() >= LARGEST_FILE:
         raise InputError(f"the model is {content.ByteSize() / 1e9:.1f} GB, and an ONNX file holds 2; take stablehlo")
     return content.SerializeToString()
 
 
-def open_session(model: Path | bytes, *, threads: int = 0) -> Any:
+def open_session(model: Path | bytes, *, threads: int = 0) -> onnxruntime.InferenceSession:
     """An onnxruntime session on the CPU, of a file or its bytes; `threads` 0: as many as there are cores."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -100,44 +103,49 @@ def open_session(model: Path | bytes, *, threads: int = 0) -> Any:
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def build_model(model: Mapping[str, Any], variables: Mapping[str, Any]) -> onnx.ModelProto:
-    """The ONNX model of a student.
+def build_model(student: Student, variables: Variables, settings: Mapping) -> onnx.ModelProto:
+    """The ONNX model of a student with a WaffleIron.
 
     Args:
-      model: a model config (`Model.config`), as plain Python.
+      student: the Flax module.
       variables: {"params", "batch_stats"} of NumPy arrays.
+      settings: the export's, which the file keeps.
     """
-    graph, channels, depth = Graph(), model["channels"], model["depth"]
+    backbone = student.backbone
+    assert isinstance(backbone, WaffleIronBackbone), "no other backbone is exported as ONNX"
+    graph, channels, depth = Graph(), backbone.channels, backbone.depth
     planes = [_plane(graph, name) for name in PLANES]
-    x = _embedding(graph, model, variables)
+    x = _embedding(graph, backbone.needs.num_neighbors, variables)
     for d in range(depth):
         params = _layer(variables["params"], d, depth)
-        stats = _layer(variables["batch_stats"], d, depth) if model["norm"] == "batch" else {}
-        x = _spatial_mix(graph, model, x, params["spatial"], stats.get("spatial"), planes[d % 3], f"layer_{d}/spatial")
-        x = _channel_mix(graph, model, x, params["channel"], stats.get("channel"), f"layer_{d}/channel")
+        stats = _layer(variables["batch_stats"], d, depth) if backbone.norm == "batch" else {}
+        plane, activation = planes[d % len(planes)], "Relu" if backbone.activation == "relu" else "Gelu"
+        x = _spatial_mix(graph, activation, x, params["spatial"], stats.get("spatial"), plane, f"layer_{d}/spatial")
+        x = _channel_mix(graph, activation, x, params["channel"], stats.get("channel"), f"layer_{d}/channel")
     graph.add("Identity", x, output="features")
     outputs = [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["N", channels])]
-    if model["head"] != "none":
-        name = HEADS[model["head"]]
+    if student.head in HEADS:
+        name = HEADS[student.head]
         graph.add("Identity", _head(graph, x, variables), output=name)
-        outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", model["out_features"]]))
+        outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", student.out_features]))
+    inputs = _inputs(len(variables["params"]["embedding"]["norm"]["scale"]), backbone.needs.num_neighbors)
     constants = [numpy_helper.from_array(array, name) for name, array in graph.constants.items()]
     content = helper.make_model(
-        helper.make_graph(graph.nodes, "scalr_jax", _inputs(model), outputs, constants),
+        helper.make_graph(graph.nodes, "scalr_jax", inputs, outputs, constants),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="scalr_jax",
     )
-    helper.set_model_props(content, {"settings": json.dumps(dict(model))})  # a file alone knows its preprocessing
+    helper.set_model_props(content, {"settings": json.dumps(dict(settings))})  # a file alone knows its preprocessing
     onnx.checker.check_model(content)
     return content
 
 
-def _inputs(model: Mapping[str, Any]) -> list[onnx.ValueInfoProto]:
-    """Names, types and shapes of `export_inputs`."""
-    shapes: dict[str, tuple[Any, list]] = {
-        "feats": (np.float32, ["N", model["num_features"]]),
-        "neighbors": (np.int32, ["N", model["num_neighbors"]]),
+def _inputs(num_features: int, num_neighbors: int) -> list[onnx.ValueInfoProto]:
+    """Names, types and shapes of `export.inputs`."""
+    shapes: dict[str, tuple[type, list]] = {
+        "feats": (np.float32, ["N", num_features]),
+        "neighbors": (np.int32, ["N", num_neighbors]),
     }
     for p in PLANES:
         shapes[f"cell_{p}"] = (np.int32, ["N"])
@@ -150,7 +158,7 @@ def _inputs(model: Mapping[str, Any]) -> list[onnx.ValueInfoProto]:
     return [helper.make_tensor_value_info(name, TYPES[dtype], shape) for name, (dtype, shape) in shapes.items()]
 
 
-def _layer(tree: Mapping[str, Any], d: int, depth: int) -> Any:
+def _layer(tree: Mapping, d: int, depth: int) -> dict:
     """The parameters or statistics of layer d. Whole groups of planes are stacked, the rest is not."""
     group, plane = divmod(d, len(PLANES))
     scanned = group < depth // len(PLANES)
@@ -158,24 +166,34 @@ def _layer(tree: Mapping[str, Any], d: int, depth: int) -> Any:
     return jax.tree.map(lambda x: x[group], layer) if scanned else layer
 
 
-def _plane(graph: Graph, p: str) -> dict[str, Any]:
-    """What the layers of a plane share: columns of the taps, levels of the tree, counts as a column."""
+class Plane(NamedTuple):
+    """What the layers of a plane share, by names in the graph."""
+
+    cell: str
+    halo_taps: list[str]  # by column
+    cell_taps: list[str]
+    levels: list[str]  # of the tree of sums
+    roots: str
+    inverse_count: str  # [M, 1]
+    filled: str  # [M, 1]: n / (n + 1e-6) of a cell of n points, what `_flatten` makes of ones
+
+
+def _plane(graph: Graph, p: str) -> Plane:
     edges = [graph.rows(f"levels_{p}", graph.integers(level), graph.integers(level + 1)) for level in range(LEVELS + 1)]
-    inverse_count = graph.add("Unsqueeze", f"inverse_count_{p}", graph.integers(1))  # [M, 1]
-    # n / (n + 1e-6) of a cell of n points: what `_flatten` makes of ones.
+    inverse_count = graph.add("Unsqueeze", f"inverse_count_{p}", graph.integers(1))
     missing = graph.add("Mul", inverse_count, graph.constant("1e-6", np.full(1, 1e-6, np.float32)))
-    return {
-        "cell": f"cell_{p}",
-        "halo_taps": [graph.column(f"halo_taps_{p}", t) for t in range(9)],
-        "cell_taps": [graph.column(f"cell_taps_{p}", t) for t in range(9)],
-        "levels": [graph.rows(f"sums_{p}", edges[level], edges[level + 1]) for level in range(LEVELS)],
-        "roots": f"roots_{p}",
-        "inverse_count": inverse_count,
-        "filled": graph.add("Sub", graph.constant("one", np.ones(1, np.float32)), missing),
-    }
+    return Plane(
+        cell=f"cell_{p}",
+        halo_taps=[graph.column(f"halo_taps_{p}", t) for t in range(9)],
+        cell_taps=[graph.column(f"cell_taps_{p}", t) for t in range(9)],
+        levels=[graph.rows(f"sums_{p}", edges[level], edges[level + 1]) for level in range(LEVELS)],
+        roots=f"roots_{p}",
+        inverse_count=inverse_count,
+        filled=graph.add("Sub", graph.constant("one", np.ones(1, np.float32)), missing),
+    )
 
 
-def _embedding(graph: Graph, model: Mapping[str, Any], variables: Mapping[str, Any]) -> str:
+def _embedding(graph: Graph, num_neighbors: int, variables: Variables) -> str:
     """`models/embedding.py`: final([linear(n_i), max over neighbours j of MLP(n_j - n_i)])."""
     params, stats = (variables[kind]["embedding"] for kind in ("params", "batch_stats"))
     norms = ("norm", "neighbor_norm_0", "neighbor_norm_1")
@@ -186,7 +204,7 @@ def _embedding(graph: Graph, model: Mapping[str, Any], variables: Mapping[str, A
     folded = {"kernel": matrix.astype(np.float32), "bias": bias.astype(np.float32)}
     kernel = graph.constant("embedding/neighbor_out", params["neighbor_out"])
     best = ""
-    for k in range(model["num_neighbors"]):  # one at a time: [N, K, C] of a whole scan is a gigabyte
+    for k in range(num_neighbors):  # one at a time: [N, K, C] of a whole scan is a gigabyte
         offset = graph.add("Sub", graph.add("Gather", "feats", graph.column("neighbors", k)), "feats")
         hidden = graph.add("Relu", graph.linear(offset, "embedding/neighbor_in", folded))
         value = graph.add("MatMul", hidden, kernel)
@@ -194,39 +212,36 @@ def _embedding(graph: Graph, model: Mapping[str, Any], variables: Mapping[str, A
     return graph.linear(graph.add("Concat", points, best, axis=1), "embedding/final", params["final"])
 
 
-def _activation(graph: Graph, model: Mapping[str, Any], x: str) -> str:
-    return graph.add("Relu" if model["activation"] == "relu" else "Gelu", x)
-
-
-def _spatial_mix(graph: Graph, model: Mapping[str, Any], x: str, params: Any, stats: Any, plane: Any, name: str) -> str:
+def _spatial_mix(
+    graph: Graph, activation: str, x: str, params: Mapping, stats: Mapping | None, plane: Plane, name: str
+) -> str:
     """x + scale * inflate(conv3x3(activation(conv3x3(flatten(norm(x))))))."""
-    if model["norm"] == "batch":  # on cells, where it costs nothing; an empty cell stays zero
+    channels = len(params["scale"])
+    if stats is not None:  # on cells, where it costs nothing; an empty cell stays zero
         multiplier, shift = norm_affine(params["norm"]["batch"], stats["norm"]["batch"])
-        table = graph.scaled(_flatten(graph, x, plane, model["channels"]), f"{name}/norm/multiplier", multiplier)
+        table = graph.scaled(_flatten(graph, x, plane, channels), f"{name}/norm/multiplier", multiplier)
         if np.any(shift):
-            shifts = graph.add("Mul", plane["filled"], graph.constant(f"{name}/norm/shift", np.float32(shift)))
+            shifts = graph.add("Mul", plane.filled, graph.constant(f"{name}/norm/shift", np.float32(shift)))
             table = graph.add("Add", table, shifts)
     else:
         points = graph.layer_norm(x, f"{name}/norm", params["norm"]["layer"])
-        table = _flatten(graph, points, plane, model["channels"])
-    halo = _conv(graph, table, plane["halo_taps"], params["kernel_1"], f"{name}/kernel_1")
-    halo = _activation(graph, model, graph.add("Add", halo, graph.constant(f"{name}/bias_1", params["bias_1"])))
-    table = _conv(graph, halo, plane["cell_taps"], params["kernel_2"], f"{name}/kernel_2")
+        table = _flatten(graph, points, plane, channels)
+    halo = _conv(graph, table, plane.halo_taps, params["kernel_1"], f"{name}/kernel_1")
+    halo = graph.add(activation, graph.add("Add", halo, graph.constant(f"{name}/bias_1", params["bias_1"])))
+    table = _conv(graph, halo, plane.cell_taps, params["kernel_2"], f"{name}/kernel_2")
     table = graph.add("Add", table, graph.constant(f"{name}/bias_2", params["bias_2"]))
-    return graph.add(
-        "Add", x, graph.add("Gather", graph.scaled(table, f"{name}/scale", params["scale"]), plane["cell"])
-    )
+    return graph.add("Add", x, graph.add("Gather", graph.scaled(table, f"{name}/scale", params["scale"]), plane.cell))
 
 
-def _flatten(graph: Graph, x: str, plane: Any, channels: int) -> str:
+def _flatten(graph: Graph, x: str, plane: Plane, channels: int) -> str:
     """Mean of the points of each cell, [N, C] -> [M, C]."""
     sums, below = [], x
-    for level in plane["levels"]:
+    for level in plane.levels:
         rows = graph.add("Gather", graph.with_zero_row(below, channels), level)  # [Q_l, 8, C]
         below = graph.add("ReduceSum", rows, graph.integers(1), keepdims=0)
         sums.append(below)
-    cells = graph.add("Gather", graph.add("Concat", *sums, axis=0), plane["roots"])
-    return graph.add("Mul", cells, plane["inverse_count"])
+    cells = graph.add("Gather", graph.add("Concat", *sums, axis=0), plane.roots)
+    return graph.add("Mul", cells, plane.inverse_count)
 
 
 def _conv(graph: Graph, table: str, taps: list[str], kernel: np.ndarray, name: str) -> str:
@@ -238,18 +253,18 @@ def _conv(graph: Graph, table: str, taps: list[str], kernel: np.ndarray, name: s
     return total
 
 
-def _channel_mix(graph: Graph, model: Mapping[str, Any], x: str, params: Any, stats: Any, name: str) -> str:
+def _channel_mix(graph: Graph, activation: str, x: str, params: Mapping, stats: Mapping | None, name: str) -> str:
     """x + scale * linear(activation(linear(norm(x))))."""
-    if model["norm"] == "batch":
+    if stats is not None:
         y = graph.affine(x, f"{name}/norm", *norm_affine(params["norm"]["batch"], stats["norm"]["batch"]))
     else:
         y = graph.layer_norm(x, f"{name}/norm", params["norm"]["layer"])
-    y = _activation(graph, model, graph.linear(y, f"{name}/linear_1", params["linear_1"]))
+    y = graph.add(activation, graph.linear(y, f"{name}/linear_1", params["linear_1"]))
     y = graph.linear(y, f"{name}/linear_2", params["linear_2"])
     return graph.add("Add", x, graph.scaled(y, f"{name}/scale", params["scale"]))
 
 
-def _head(graph: Graph, x: str, variables: Mapping[str, Any]) -> str:
+def _head(graph: Graph, x: str, variables: Variables) -> str:
     params = variables["params"]["head"]
     if "norm" in params:
         x = graph.affine(x, "head/norm", *norm_affine(params["norm"], variables["batch_stats"]["head"]["norm"]))

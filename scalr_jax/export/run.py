@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -40,11 +40,10 @@ from scalr_jax.data.whole_scan import whole_scan
 from scalr_jax.export import card as export_card
 from scalr_jax.export.fold import fold
 from scalr_jax.export.folder import check_output, new_folder, save_example, write_weights
-from scalr_jax.export.inputs import HEADS, pad_inputs, scene_inputs
+from scalr_jax.export.inputs import HEADS, needs_of, pad_inputs, scene_inputs
 from scalr_jax.interop.exported import FILES, READABLE, checksums
 from scalr_jax.interop.model import student_of
-from scalr_jax.models.minkunet import MinkUNet
-from scalr_jax.models.waffleiron import WaffleIron
+from scalr_jax.models.student import Student, Variables, outputs_of
 from scalr_jax.runtime.command_line import (
     define_model,
     exit_codes,
@@ -115,7 +114,7 @@ def export_model(
     """Writes `output` and returns the largest difference to the original (relative to its largest value, or to 1).
 
     Args:
-      model: a `scalr_jax.Model`.
+      model: the model.
       form: one of `FILES`.
       output: the folder to write.
       folded: fold batch norms and merge layer scales (`fold.py`).
@@ -134,16 +133,20 @@ def export_model(
         raise InputError(f"a {model.config.name} is exported as {' or '.join(backbone.exports)}{folds}")
     _need_packages(form)
     settings = {**model.config.to_dict(), "format": form, "implementation": "cells"}
+    student = student_of(settings)
+    if form not in READABLE:
+        needs = student.needs
+        settings["needs"] = {"num_neighbors": needs.num_neighbors, "grids": needs.grids, "voxel_size": needs.voxel_size}
     original: dict = jax.tree.map(np.asarray, model.variables)
     variables = fold(original) if folded else original
-    scene, _ = whole_scan(example_scan(settings), settings)
-    reference = make_reference(_as_json({**settings, "format": ""}))
+    scene, _ = whole_scan(example_scan(settings), student.needs, settings["intensity"], settings["voxel_size"])
+    reference = make_reference(student)
     wanted = reference(original, scene)
     with new_folder(output, overwrite=overwrite) as folder:
         if form in READABLE:
-            write_weights(folder, form, settings, variables)
+            write_weights(folder, form, student, variables)
         else:
-            _write_program(folder, form, settings, variables)
+            _write_program(folder, form, student, settings, variables)
             save_example(folder / "example.npz", _inputs(form, scene, settings), wanted)
         training, results = export_card.training_of(source) if source else (None, None)
         card = {
@@ -157,7 +160,9 @@ def export_model(
             "files": checksums(folder),
             "check": {"max_difference": 0.0, "max_value": 0.0, "points": len(scene.feats)},
         }
-        export_card.write_card(folder, card, name=output.name)  # what loads an exported folder needs its settings
+        export_card.write_card(
+            folder, card, student, name=output.name
+        )  # what loads an exported folder needs its settings
         if form in READABLE:
             loaded = api.load(folder)
             if _as_json(loaded.config.to_dict()) != _as_json(settings):
@@ -174,11 +179,11 @@ def export_model(
                 f"{largest:.3g}, more than {LARGEST_DIFFERENCE} of it; nothing was written"
             )
         card["check"] |= {"max_difference": absolute, "max_value": largest}
-        export_card.write_card(folder, card, name=output.name)
+        export_card.write_card(folder, card, student, name=output.name)
     return difference
 
 
-def example_scan(settings: dict, num_points: int = CHECK_POINTS) -> np.ndarray:
+def example_scan(settings: Mapping, num_points: int = CHECK_POINTS) -> np.ndarray:
     """A seeded scan [N, 4] of uneven ground and of upright things, inside the field of view."""
     rng = np.random.default_rng(0)
     low, high = np.asarray(settings["field_of_view"], np.float64)
@@ -195,55 +200,44 @@ def example_scan(settings: dict, num_points: int = CHECK_POINTS) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)  # a model that is exported in several formats is compiled once
-def make_reference(settings_json: str) -> Callable[[dict, SceneView], Outputs]:
-    """The model itself in float32: (variables, scene) -> features [N, C] and the head's output by its name."""
-    settings = json.loads(settings_json)
-    student = student_of(settings, implementation="cells")
-    grids = student.needs.grids
-    apply = jax.jit(
-        lambda variables, batch: student.apply(
-            variables,
-            batch,
-            train=False,
-            capture_intermediates=lambda module, _: isinstance(module, WaffleIron | MinkUNet),
-        )
-    )
+def make_reference(student: Student) -> Callable[[Variables, SceneView], Outputs]:
+    """The model itself: (variables, scene) -> features [N, C] and the head's output by its name."""
+    apply = jax.jit(lambda variables, batch: outputs_of(student, variables, batch))
 
-    def reference(variables: dict, scene: SceneView) -> Outputs:
+    def reference(variables: Variables, scene: SceneView) -> Outputs:
+        grids = student.needs.grids
         shard = pack_shard([scene], static_capacities(scene, grids), scene, grids)
-        rows, state = apply(variables, jax.tree.map(lambda x: x[None], shard))  # type: ignore[misc]
-        outputs = {"features": state["intermediates"]["backbone"]["__call__"][0]}
-        if student.head in HEADS:
-            outputs[HEADS[student.head]] = rows[0]
+        features, rows = apply(variables, jax.tree.map(lambda x: x[None], shard))
+        outputs = {"features": features} | ({HEADS[student.head]: rows[0]} if student.head in HEADS else {})
         return {name: np.asarray(rows)[: len(scene.feats)] for name, rows in outputs.items()}
 
     return reference
 
 
-def _inputs(form: str, scene: SceneView, settings: dict) -> dict[str, np.ndarray]:
-    inputs = scene_inputs(scene, {**settings, "format": form})
+def _inputs(form: str, scene: SceneView, settings: Mapping) -> dict[str, np.ndarray]:
+    inputs = scene_inputs(scene, needs_of(settings), form)
     return pad_inputs(inputs, settings) if form == "stablehlo" else inputs
 
 
-def _write_program(folder: Path, form: str, settings: dict, variables: dict) -> None:
+def _write_program(folder: Path, form: str, student: Student, settings: Mapping, variables: Variables) -> None:
     path = folder / FILES[form]
     if form == "onnx":
         from scalr_jax.export.onnx import serialize
 
-        path.write_bytes(serialize(settings, variables))
+        path.write_bytes(serialize(student, variables, settings))
     else:
         from scalr_jax.export.stablehlo import export_program, flat_weights
 
         weights = flat_weights(variables)
-        path.write_bytes(export_program(settings, weights))
+        path.write_bytes(export_program(student, weights, settings["num_features"]))
         write_arrays(folder / "weights.npz", weights)
 
 
-def _as_json(settings: dict) -> str:
+def _as_json(settings: Mapping) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def _run_program(folder: Path, form: str, settings: dict, scene: SceneView) -> Outputs:
+def _run_program(folder: Path, form: str, settings: Mapping, scene: SceneView) -> Outputs:
     """An exported program's outputs, by the way in which a user would run it."""
     inputs = _inputs(form, scene, settings)
     if form == "onnx":

@@ -11,69 +11,52 @@ argument, because as constants they would be folded at each compilation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from scalr_jax.data.scenes import Batch, Plane
 from scalr_jax.export.inputs import HEADS, PLANES
 from scalr_jax.export.voxel_tables import BLOCK
-from scalr_jax.interop.model import student_of
-from scalr_jax.models.minkunet import GivenTables, MinkUNet
-from scalr_jax.models.waffleiron import WaffleIron
+from scalr_jax.models.minkunet import GivenTables
+from scalr_jax.models.student import Student, Variables, outputs_of
 from scalr_jax.ops import sparse_conv
 from scalr_jax.ops.voxels import CENTRE, LEVELS
+
+Array = jax.Array
+Inputs = dict[str, Array]
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def flat_weights(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def flat_weights(variables: Variables) -> dict[str, np.ndarray]:
     """Variables by path, "params/head/out/kernel"."""
-    leaves = jax.tree_util.tree_leaves_with_path(dict(variables))
-    return {"/".join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in leaves}
+    return {path: np.asarray(leaf) for path, leaf in sorted(flatten_dict(dict(variables), sep="/").items())}
 
 
-def _nested(weights: Mapping[str, Any]) -> dict:
-    """The inverse of `flat_weights`."""
-    variables: dict = {}
-    for path, leaf in weights.items():
-        *folders, name = path.split("/")
-        node = variables
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = leaf
-    return variables
-
-
-def make_program(model: Mapping[str, Any]) -> Any:
+def make_program(student: Student) -> Callable[[Inputs, Inputs], Inputs]:
     """The pure function (weights, inputs) -> outputs by name; all are flat dicts of arrays."""
-    student = student_of(model, implementation="cells")
-    sparse = student.needs.voxel_size is not None
+    make_batch = _plane_batch if student.needs.voxel_size is None else _voxel_batch
 
-    def program(weights: dict, inputs: dict) -> dict:
-        rows, state = student.apply(  # type: ignore[misc]
-            _nested(weights),
-            _sparse_batch(inputs) if sparse else _batch(inputs),
-            train=False,
-            capture_intermediates=lambda module, _: isinstance(module, WaffleIron | MinkUNet),
-        )
-        outputs = {"features": state["intermediates"]["backbone"]["__call__"][0]}
-        if student.head in HEADS:
-            outputs[HEADS[student.head]] = rows[0]
-        return outputs
+    def program(weights: Inputs, inputs: Inputs) -> Inputs:
+        features, rows = outputs_of(student, unflatten_dict(weights, sep="/"), make_batch(inputs))
+        return {"features": features} | ({HEADS[student.head]: rows[0]} if student.head in HEADS else {})
 
     return program
 
 
-def _sparse_batch(inputs: Mapping[str, Any]) -> Batch:
+def _voxel_batch(inputs: Inputs) -> Batch[Array]:
     """One shard of one scene, D = S = 1, with its tables."""
     rows = [inputs[f"near_slots_{level}"].shape[0] for level in range(LEVELS)]
 
-    def pairs(kind: str, level: int, element: Any, num_inputs: Any, back: Any = None) -> sparse_conv.Pairs:
+    def pairs(
+        kind: str, level: int, element: Array, num_inputs: int, back: sparse_conv.Pairs | None = None
+    ) -> sparse_conv.Pairs:
         source = _none_to(num_inputs, inputs[f"{kind}_source_{level}"])
         slots = _none_to(source.shape[0] - 1, inputs[f"{kind}_slots_{level}"])  # the last is never used
         target, of_source = (back.source, back.of_target) if back else (source, slots)
@@ -97,18 +80,16 @@ def _sparse_batch(inputs: Mapping[str, Any]) -> Batch:
         missing=jnp.zeros((), jnp.int32),
     )
     valid = inputs["cell"] >= 0
-    scene: Any = jnp.where(valid, 0, 1)
-    none: Any = jnp.zeros((1, 0), jnp.int32)
-    batch: Any = Batch(inputs["feats"], scene, valid.sum(dtype=jnp.int32)[None], none, ())
+    scene, number = jnp.where(valid, 0, 1), valid.sum(dtype=jnp.int32)[None]
+    batch = Batch(inputs["feats"], scene, number, jnp.zeros((1, 0), jnp.int32), ())
     batch = batch._replace(voxels=GivenTables(tables, inputs["offset"]))
     return jax.tree.map(lambda x: x[None], batch)
 
 
-def _batch(inputs: Mapping[str, Any]) -> Batch:
+def _plane_batch(inputs: Inputs) -> Batch[Array]:
     """One shard of one scene, D = S = 1, of padded inputs. Tables that only the other forms read are left out."""
     valid = inputs["cell_xy"] >= 0
-    scene: Any = jnp.where(valid, 0, 1)
-    planes, left_out = [], np.zeros(0, np.int32)
+    planes, left_out = [], jnp.zeros(0, jnp.int32)
     for p in PLANES:
         num_cells, num_halo = (inputs[f"{taps}_taps_{p}"].shape[0] for taps in ("cell", "halo"))
         planes.append(
@@ -125,7 +106,7 @@ def _batch(inputs: Mapping[str, Any]) -> Batch:
         )
     batch = Batch(
         feats=inputs["feats"],
-        scene=scene,
+        scene=jnp.where(valid, 0, 1),
         scene_points=valid.sum(dtype=jnp.int32)[None],
         neighbors=inputs["neighbors"],
         planes=tuple(planes),
@@ -133,60 +114,65 @@ def _batch(inputs: Mapping[str, Any]) -> Batch:
     return jax.tree.map(lambda x: x[None], batch)
 
 
-def _none_to(row: Any, rows: Any) -> Any:
+def _none_to(row: int, rows: Array) -> Array:
     """-1 becomes `row`, the zero row of a table."""
     return jnp.where(rows < 0, row, rows)
 
 
-def export_program(model: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> bytes:
+def export_program(student: Student, weights: Mapping[str, np.ndarray], num_features: int) -> bytes:
     """The program, lowered for all platforms and serialised."""
-    sparse = student_of(model).needs.voxel_size is not None
-    shapes = _sparse_shapes(model) if sparse else _plane_shapes(model)
-    inputs = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    needs = student.needs
+    shapes = _plane_shapes(needs.num_neighbors) if needs.voxel_size is None else _voxel_shapes()
+    num_points = next(iter(shapes.values())).shape[0]
+    inputs = {"feats": _float32(num_points, num_features), **shapes}
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
-    exported = jax.export.export(jax.jit(make_program(model)), platforms=PLATFORMS)(abstract, inputs)
+    exported = jax.export.export(jax.jit(make_program(student)), platforms=PLATFORMS)(abstract, inputs)
     return bytes(exported.serialize())
 
 
-def _sparse_shapes(model: Mapping[str, Any]) -> dict[str, tuple[tuple, Any]]:
-    """Shape and dtype of every input of a MinkUNet."""
+def _int32(*shape: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)  # numbers and symbols
+
+
+def _float32(*shape: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _voxel_shapes() -> dict[str, jax.ShapeDtypeStruct]:
+    """Every input of a program on voxels, but the features."""
     names = [*(f"V_{level}" for level in range(LEVELS)), *(f"B_{level}" for level in range(LEVELS))]
     names += [f"D_{level}" for level in range(LEVELS - 1)]
     num_points, *sizes = jax.export.symbolic_shape(", ".join(["N", *names]))
     rows, near, down = sizes[:LEVELS], sizes[LEVELS : 2 * LEVELS], sizes[2 * LEVELS :]
-    shapes: dict[str, tuple[tuple, Any]] = {
-        "feats": ((num_points, model["num_features"]), jnp.float32),
-        "offset": ((num_points, 3), jnp.float32),
-        "cell": ((num_points,), jnp.int32),
-        "order": ((num_points,), jnp.int32),
-        "inverse_count": ((rows[0],), jnp.float32),
-        "number": ((LEVELS,), jnp.int32),
-        "neighbors": ((rows[0], 27), jnp.int32),
+    shapes = {
+        "offset": _float32(num_points, 3),
+        "cell": _int32(num_points),
+        "order": _int32(num_points),
+        "inverse_count": _float32(rows[0]),
+        "number": _int32(LEVELS),
+        "neighbors": _int32(rows[0], 27),
     }
     for level in range(LEVELS):
-        shapes[f"near_source_{level}"] = ((BLOCK * near[level],), jnp.int32)
-        shapes[f"near_element_{level}"] = ((near[level],), jnp.int32)
-        shapes[f"near_slots_{level}"] = ((rows[level], 26), jnp.int32)
+        shapes[f"near_source_{level}"] = _int32(BLOCK * near[level])
+        shapes[f"near_element_{level}"] = _int32(near[level])
+        shapes[f"near_slots_{level}"] = _int32(rows[level], 26)
         if level + 1 < LEVELS:
-            shapes[f"down_source_{level}"] = shapes[f"up_source_{level}"] = ((BLOCK * down[level],), jnp.int32)
-            shapes[f"down_element_{level}"] = ((down[level],), jnp.int32)
-            shapes[f"down_slots_{level}"] = ((rows[level + 1], 8), jnp.int32)
-            shapes[f"up_slots_{level}"] = ((rows[level], 1), jnp.int32)
+            shapes[f"down_source_{level}"] = shapes[f"up_source_{level}"] = _int32(BLOCK * down[level])
+            shapes[f"down_element_{level}"] = _int32(down[level])
+            shapes[f"down_slots_{level}"] = _int32(rows[level + 1], 8)
+            shapes[f"up_slots_{level}"] = _int32(rows[level], 1)
     return shapes
 
 
-def _plane_shapes(model: Mapping[str, Any]) -> dict[str, tuple[tuple, Any]]:
-    """Shape and dtype of every input of a WaffleIron."""
+def _plane_shapes(num_neighbors: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every input of a program on planes, but the features."""
     sizes = jax.export.symbolic_shape(", ".join(["N", *(f"{n}_{p}" for p in PLANES for n in ("M", "H"))]))
-    shapes: dict[str, tuple[tuple, Any]] = {
-        "feats": ((sizes[0], model["num_features"]), jnp.float32),
-        "neighbors": ((sizes[0], model["num_neighbors"]), jnp.int32),
-    }
+    shapes = {"neighbors": _int32(sizes[0], num_neighbors)}
     for k, p in enumerate(PLANES):
         num_cells, num_halo = sizes[1 + 2 * k : 3 + 2 * k]
-        shapes[f"cell_{p}"] = ((sizes[0],), jnp.int32)
-        shapes[f"inverse_count_{p}"] = ((num_cells,), jnp.float32)
-        shapes[f"halo_taps_{p}"] = ((num_halo, 9), jnp.int32)
-        shapes[f"cell_taps_{p}"] = ((num_cells, 9), jnp.int32)
-        shapes[f"order_{p}"] = ((sizes[0],), jnp.int32)
+        shapes[f"cell_{p}"] = _int32(sizes[0])
+        shapes[f"inverse_count_{p}"] = _float32(num_cells)
+        shapes[f"halo_taps_{p}"] = _int32(num_halo, 9)
+        shapes[f"cell_taps_{p}"] = _int32(num_cells, 9)
+        shapes[f"order_{p}"] = _int32(sizes[0])
     return shapes

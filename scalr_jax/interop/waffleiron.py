@@ -272,6 +272,11 @@ def load_torch_checkpoint(path: str | Path, *, activation: str | None = None) ->
 
 
 def save_torch_checkpoint(path: str | Path, model: Mapping, variables: Variables) -> None:
-    """Write the published layout: under `model_point` for distilled models, `net` for others, names with `module.`."""
-    state = {f"module.{key}": value for key, value in published_state_dict(student_of(model), variables).items()}
-    write_torch_file(path, {"model_point" if model["head"] == "distill" else "net": state})
+    """Writes a model, with its config as `load_torch_checkpoint` gives it, in the published layout."""
+    write_published(path, student_of(model), variables)
+
+
+def write_published(path: str | Path, student: Student, variables: Variables) -> None:
+    """Writes the published layout: under `model_point` for distilled models, `net` for others, names with `module.`."""
+    state = {f"module.{key}": value for key, value in published_state_dict(student, variables).items()}
+    write_torch_file(path, {"model_point" if student.head == "distill" else "net": state})

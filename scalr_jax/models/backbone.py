@@ -44,10 +44,6 @@ class Backbone(Protocol):
         """Layers, as `layer_numbers` counts them."""
         ...
 
-    def num_features(self, params: Mapping) -> int:
-        """Number of input features per point, F, of a student's parameters."""
-        ...
-
     def layer_numbers(self, path: tuple[str, ...]) -> int | np.ndarray:
         """The layer of a parameter, 0 for what comes before layer 1: a number, or one a row of stacked layers.
 
@@ -101,9 +97,6 @@ class CachedFeatures:
     @property
     def depth(self) -> int:
         return self.backbone.depth
-
-    def num_features(self, params: Mapping) -> int:
-        return self.backbone.num_features(params)
 
     def layer_numbers(self, path: tuple[str, ...]) -> int | np.ndarray:
         return self.backbone.layer_numbers(path)

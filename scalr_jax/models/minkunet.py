@@ -11,7 +11,7 @@ or, by its distances, that and the neighbours ("trilinear").
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -216,9 +216,6 @@ class MinkUNetBackbone:
     def depth(self) -> int:
         """Residual blocks."""
         return sum(BLOCKS[self.name])
-
-    def num_features(self, params: Mapping) -> int:
-        return params["backbone"]["stem"]["kernel"].shape[1]
 
     def layer_numbers(self, path: tuple[str, ...]) -> int:
         """The stem is 0, residual block d is d + 1, with the convolution that leads to it."""

@@ -54,6 +54,7 @@ class Student(nn.Module):
         """Returns [D, P, out_features] (or [D, P, C] for head "none"), float32."""
         mask = batch.scene < batch.scene_points.shape[1]  # [D, P]
         x = self.backbone(batch, mask, dtype=self.dtype, train=train and not self.frozen_backbone)
+        self.sow("intermediates", "features", x)  # [D * P, C], for `outputs_of`
         x = self._head(jax.lax.stop_gradient(x) if self.frozen_backbone else x, to_rows(mask), train=train)
         return x.astype(jnp.float32).reshape(*mask.shape, -1)
 
@@ -64,6 +65,13 @@ class Student(nn.Module):
         if self.head in ("segment", "mlp"):
             return SegmentationHead(self.out_features, self.head == "mlp", name="head")(x, mask, train=train)
         return Linear(self.out_features, dtype=self.dtype, name="head")(x) if self.head == "linear" else x
+
+
+def outputs_of(student: Student, variables: Variables, batch: Batch[Array]) -> tuple[Array, Array]:
+    """The backbone's features [D * P, C] and the head's output [D, P, out_features], in prediction."""
+    result: Any = student.apply(variables, batch, train=False, mutable=["intermediates"])
+    rows, state = result
+    return state["intermediates"]["features"][0], rows
 
 
 def without_head(variables: Variables) -> dict:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -329,9 +329,6 @@ class WaffleIronBackbone:
             settings.implementation,
             settings.remat,
         )
-
-    def num_features(self, params: Mapping) -> int:
-        return params["embedding"]["norm"]["scale"].shape[0]
 
     def layer_numbers(self, path: tuple[str, ...]) -> int | np.ndarray:
         """The embedding is 0, layer d of `WaffleIron` d + 1."""

@@ -50,9 +50,9 @@ def test_networks_that_differ_are_not_compared(root, capsys, monkeypatch):
     """Another network beside ours, as a wrong export would be."""
     right = export_onnx.serialize
 
-    def wrong(model, variables):
+    def wrong(student, variables, settings):
         variables["params"]["embedding"]["final"]["bias"] += 1.0
-        return right(model, variables)
+        return right(student, variables, settings)
 
     monkeypatch.setattr(export_onnx, "serialize", wrong)
     fails(capsys, "the exported network differs", *SMALL, f"--root={root}")

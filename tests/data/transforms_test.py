@@ -212,9 +212,8 @@ def test_a_real_pandaset_frame_is_evaluated_as_it_is_predicted():
     source = dataset.frame(0)
     settings = settings_of("segment", train=False)
     scene = transforms.make_scene(source, 0, dataset.intensity(0), settings, np.random.default_rng(0))
-    model = {"intensity": dataset.intensity(0), "field_of_view": FIELD_OF_VIEW, "grids": GRIDS}
     points = check_points(in_students_frame(source).points)
-    predicted, nearest = whole_scan(points, model | {"voxel_size": 0.1, "num_neighbors": 16})
+    predicted, nearest = whole_scan(points, settings.needs, dataset.intensity(0), 0.1)
     np.testing.assert_array_equal(predicted.feats[:, 1:4], scene.feats[:, 1:4])
     np.testing.assert_allclose(predicted.feats, scene.feats, rtol=1e-6, atol=1e-6)  # intensities, from float64
     np.testing.assert_array_equal(nearest, scene.upsample)
