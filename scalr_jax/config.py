@@ -12,13 +12,14 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from scalr_jax.runtime import keys
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.keys import key
+
+if TYPE_CHECKING:  # reading settings, as a bench of a saved batch does, needs no config library
+    from ml_collections import ConfigDict
 
 TASKS = ("distill", "probe", "finetune", "evaluate", "robustness", "demo", "teacher")
 DATASETS = ("streets", "pandaset", "pandar64", "pandargt", "nuscenes", "semantic_kitti", "folder")
@@ -281,6 +282,8 @@ SECTIONS: dict[str, type] = {name: table for name, table in get_type_hints(Setti
 
 def get_config() -> Any:  # a ConfigDict, whose attributes have no static types
     """The defaults: ScaLR's 48 x 768 student, 8 scenes a step. Locked: a misspelt key names the nearest one."""
+    from ml_collections import ConfigDict
+
     nested = keys.defaults(RunSettings) | {name: keys.defaults(table) for name, table in SECTIONS.items()}
     return ConfigDict(nested, convert_dict=True).lock()
 
@@ -358,10 +361,7 @@ def _data_problems(settings: Settings) -> Iterator[str]:
         yield f"data.weights = {data.weights} (expected: one number for each of {', '.join(names)})"
     known, chosen = {"streets", "pandaset"} & set(names), set(data.sensors) - set(names)
     if chosen and not known and data.sensors != DataSettings.sensors:
-        yield (
-            f"data.sensors = {data.sensors} with data.dataset = {data.dataset!r} (sensors are chosen of streets and "
-            "pandaset alone; name the lidar as data.dataset, or leave data.sensors out)"
-        )
+        yield f"data.sensors = {data.sensors} with data.dataset = {data.dataset!r} (leave data.sensors out)"
     if data.intensity and not (len(data.intensity) == 2 and data.intensity[1] > 0):
         yield f"data.intensity = {data.intensity} (expected: mean and standard deviation of the raw intensity)"
     if bool(data.cutmix) != bool(data.cutmix_ground):

@@ -224,13 +224,13 @@ def test_a_workdir_of_the_published_mixture_or_of_own_scans_asks_for_what_it_nee
     with pytest.raises(ValueError, match=r"several sensors \(nuscenes, semantic_kitti, pandar64, pandargt\)"):
         scalr_jax.load(path)
     path = write_workdir(tmp_path / "own", "distill", "distill", 6, dataset="folder")
-    with pytest.raises(ValueError, match=r"own scans; give intensity="):
+    with pytest.raises(ValueError, match=r"own scans .*intensity="):
         scalr_jax.load(path)
     assert scalr_jax.load(path, intensity=(1.0, 2.0)).config.intensity == (1.0, 2.0)
 
 
 def test_folders_that_are_no_workdir(tmp_path):
-    with pytest.raises(ValueError, match="is not a workdir"):
+    with pytest.raises(ValueError, match="no workdir"):
         scalr_jax.load(tmp_path)
     (tmp_path / "distill" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="its folders distill are"):

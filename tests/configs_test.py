@@ -211,7 +211,7 @@ def test_a_share_of_the_labels_is_every_nth_frame():
     ("task", "data", "message"),
     [
         ("distill", {"label_fraction": 0.1}, "label_fraction = 0.1 with task 'distill'"),
-        ("probe", {"label_fraction": 0.0}, r"the share in \(0, 1\]"),
+        ("probe", {"label_fraction": 0.0}, r"data\.label_fraction = 0\.0"),
         ("probe", {"dataset": "nuscenes+pandaset"}, "several datasets have several classes"),
         ("distill", {"dataset": "nuscenes+waymo", "root": "."}, "nuscenes is not a folder|'waymo' is none of"),
     ],
@@ -235,7 +235,7 @@ def test_given_intensities_are_those_of_every_frame(street_cache):
         assert (dataset.intensity(1) == (0.0, 1.0)) == bool(given)
     for given in ((1.0,), (0.0, 0.0), "ab"):
         config.data.update(intensity=tuple(given))
-        with pytest.raises(InputError, match=r"data\.intensity = .* is no \(mean, standard deviation\)"):
+        with pytest.raises(InputError, match=r"data\.intensity = "):
             open_split(config, "train", cache=street_cache)
 
 

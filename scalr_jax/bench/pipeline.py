@@ -27,7 +27,7 @@ from PIL import Image
 from scipy.spatial import KDTree
 
 from scalr_jax.bench.timing import Parser
-from scalr_jax.config import DataSettings, StudentSettings
+from scalr_jax.config import DATASETS, DataSettings, StudentSettings
 from scalr_jax.data import packing, pipeline, transforms
 from scalr_jax.data.build import make_dataset, scene_settings
 from scalr_jax.data.joined import Derived
@@ -86,6 +86,8 @@ def _settings(arguments: argparse.Namespace) -> tuple[DataSettings, transforms.S
         height, width = (int(size) for size in arguments.image_size.split(","))
     except ValueError as error:
         raise InputError(f"--image_size={arguments.image_size} is not two numbers, as in 224,448") from error
+    if unknown := [name for name in arguments.dataset.split("+") if name not in DATASETS]:
+        raise InputError(f"--dataset={arguments.dataset}: {unknown[0]!r} is none of {', '.join(DATASETS)}")
     if min(height, width) < 1:
         raise InputError(f"--image_size={arguments.image_size} must be positive")
     data = DataSettings(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from scalr_jax.config import student_settings
 from scalr_jax.interop.model import check_shapes, student_of
 from scalr_jax.interop.published import read_content
 from scalr_jax.interop.torch_file import read_weights_file
@@ -51,6 +52,7 @@ def read_export(folder: Path) -> tuple[dict, dict]:
         version, settings = content["export"], dict(content["settings"])
         form, head = settings["format"], settings["head"]
         _check_settings(settings)
+        student_settings(settings)
         if version != VERSION:
             raise InputError(
                 f"{folder} is an export of layout {version}, and this version of scalr_jax reads {VERSION}"
@@ -73,7 +75,9 @@ def read_export(folder: Path) -> tuple[dict, dict]:
             settings |= {name: found.model[name] for name in ("num_features", "out_features")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):  # which is a ValueError
-            raise
+            raise InputError(
+                str(error) if str(folder) in str(error) else f"{folder / 'config.json'}: {error}"
+            ) from None
         raise InputError(f"{folder / 'config.json'} is not that of an exported model ({error!r})") from None
     return settings, variables
 

@@ -14,8 +14,6 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from ml_collections import config_dict
-
 Table = TypeVar("Table")
 
 NAMES = {int: "whole number", float: "number", str: "text", bool: "True or False"}
@@ -100,6 +98,8 @@ class Row(NamedTuple):
 
 def defaults(table: type) -> dict[str, Any]:
     """The default of each key, nested as the tables are; None as ml_collections' placeholder of a whole number."""
+    from ml_collections import config_dict
+
     hints, nested = typing.get_type_hints(table), {}
     for field in dataclasses.fields(table):
         if dataclasses.is_dataclass(hints[field.name]):

@@ -452,7 +452,7 @@ def test_what_the_dockerfile_copies_is_all_that_a_run_needs(tmp_path):
         check=False,
     )
     assert result.returncode == 2
-    assert "config.task = 'nothing'" in result.stderr
+    assert "task = 'nothing'" in result.stderr
     main = subprocess.run(
         [sys.executable, "-c", "import scalr_jax; print(scalr_jax.__file__)"],
         cwd=tmp_path,
