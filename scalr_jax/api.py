@@ -15,18 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from numpy.typing import ArrayLike
 
 from scalr_jax.config import get_config, student_settings
 from scalr_jax.data import sensors
 from scalr_jax.data.packing import pack_shard, static_capacities
 from scalr_jax.data.scan_checks import check_scan
-from scalr_jax.data.scenes import IGNORE
+from scalr_jax.data.scenes import IGNORE, Batch
 from scalr_jax.data.sensors import known_classes
 from scalr_jax.data.transforms import FEATURES
 from scalr_jax.data.whole_scan import check_points, whole_scan
 from scalr_jax.interop.published import read_published
 from scalr_jax.interop.saved import choose_intensity, read_saved
 from scalr_jax.models.build import make_student
+from scalr_jax.models.student import Variables
 from scalr_jax.runtime.errors import InputError
 
 SEGMENTATION_HEADS = ("segment", "mlp", "linear")
@@ -64,21 +66,21 @@ class Model:
         self._head = jax.jit(self.apply)
         self._classes = jax.jit(lambda variables, batch: self.apply(variables, batch).argmax(-1))
 
-    def apply(self, variables: Any, batch: Any) -> Any:
+    def apply(self, variables: Variables, batch: Batch) -> Any:
         """The pure function underneath: variables and a `scenes.Batch` -> the head's output [D, P, C_out] float32."""
         return self.student.apply(variables, batch, train=False)
 
-    def embed(self, points: Any) -> np.ndarray:
+    def embed(self, points: ArrayLike) -> np.ndarray:
         """The backbone's features [N, C] float32. Raises ValueError for points that are none."""
         return self._run(self._embed, points, fill=0.0)
 
-    def distilled(self, points: Any) -> np.ndarray:
+    def distilled(self, points: ArrayLike) -> np.ndarray:
         """Features in the teacher's space [N, C_teacher] float32; ValueError for a segmentation model."""
         if self.config.head != "distill":
             raise InputError(f"this model has head {self.config.head!r} and no features in a teacher's space")
         return self._run(self._head, points, fill=0.0)
 
-    def segment(self, points: Any) -> np.ndarray:
+    def segment(self, points: ArrayLike) -> np.ndarray:
         """Class ids [N] int32; ValueError for a model that was only distilled."""
         if self.config.head not in SEGMENTATION_HEADS:
             raise InputError(
@@ -86,11 +88,11 @@ class Model:
             )
         return self._run(self._classes, points, fill=IGNORE)
 
-    def check(self, points: Any) -> dict[str, str]:
+    def check(self, points: ArrayLike) -> dict[str, str]:
         """What of the points does not fit the training data, one sentence by kind; see `scan_checks.check_scan`."""
         return check_scan(check_points(points), self.config)
 
-    def _run(self, function: Any, points: Any, *, fill: float) -> np.ndarray:
+    def _run(self, function: Any, points: ArrayLike, *, fill: float) -> np.ndarray:
         """`function`'s rows of the kept points, spread over all points."""
         needs, config = self.student.needs, self.config
         scene, nearest = whole_scan(check_points(points), needs, config.intensity, config.voxel_size)
@@ -107,8 +109,8 @@ def load(
     *,
     sensor: str | None = None,
     intensity: tuple[float, float] | None = None,
-    field_of_view: Any = None,
-    grids: Any = None,
+    field_of_view: ArrayLike | None = None,
+    grids: ArrayLike | None = None,
     activation: str | None = None,
 ) -> Model:
     """A trained or published student.

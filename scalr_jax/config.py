@@ -37,6 +37,7 @@ INTERPOLATIONS = ("auto", "dinov2", "size", "antialias")
 DTYPES = ("auto", "float32", "bfloat16")
 USES = ("camera", "lidar", "radar", "map", "external")
 
+Config = Any  # a ConfigDict: its attributes have no static types
 Point = tuple[float, float, float]
 Grid = tuple[int, int]
 
@@ -249,7 +250,7 @@ class TeacherTrainingSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What one training needs of the config, beside student, teacher and scenes."""
+    """What one training needs, beside student, teacher and scenes."""
 
     run: RunSettings
     data: DataSettings
@@ -280,7 +281,7 @@ class Settings:
 SECTIONS: dict[str, type] = {name: table for name, table in get_type_hints(Settings).items() if name != "run"}
 
 
-def get_config() -> Any:  # a ConfigDict, whose attributes have no static types
+def get_config() -> Config:
     """The defaults: ScaLR's 48 x 768 student, 8 scenes a step. Locked: a misspelt key names the nearest one."""
     from ml_collections import ConfigDict
 
@@ -334,8 +335,7 @@ def _problems(settings: Settings) -> Iterator[str]:
     yield from _data_problems(settings)
     yield from _frame_problems(settings)
     model, optimizer, evaluate = settings.model, settings.optimizer, settings.evaluate
-    low, high = model.field_of_view
-    if not all(a < b for a, b in zip(low, high, strict=True)):
+    if not all(low < high for low, high in zip(*model.field_of_view, strict=True)):
         yield f"model.field_of_view = {model.field_of_view} (expected: a lowest corner below the highest)"
     if optimizer.learning_rate == 0 and optimizer.schedule == "cosine":
         yield "optimizer.learning_rate = 0 with optimizer.schedule = 'cosine' (give the schedule 'constant')"

@@ -11,9 +11,8 @@ Published runs used mixed precision, ScaLR float16 and ScaLR+ bfloat16; here it 
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from scalr_jax.config import get_config
+from scalr_jax.config import Config, get_config
 from scalr_jax.data.sensors import PANDARGT_FINETUNING, PANDASET_DOWNSTREAM, WAFFLEIRON, View
 from scalr_jax.runtime.errors import InputError
 
@@ -36,7 +35,7 @@ SCENE_VOXELS, SCENE_PAIRS = (20_000, 14_464, 8_576, 4_864, 2_368), (138_368, 100
 TURN_CELLS, TURN_HALO = (5_200, 2_100, 2_600), (14_600, 4_300, 5_100)
 
 
-def pretraining(method: str, channels: int = 768) -> Any:
+def pretraining(method: str, channels: int = 768) -> Config:
     """Distillation on all four datasets jointly; `channels` 256, 384 or 768."""
     config = _student(method, channels)
     config.task = "distill"
@@ -60,7 +59,7 @@ def pretraining(method: str, channels: int = 768) -> Any:
     return config
 
 
-def packed(config: Any, num_shards: int) -> Any:
+def packed(config: Config, num_shards: int) -> Config:
     """The same pretraining with as many scenes a step as fit: the schedule, which counts scenes, stays the same."""
     scenes = config.num_steps * BATCH_SIZE
     config.optimizer.total_updates = config.num_steps
@@ -75,7 +74,7 @@ def packed(config: Any, num_shards: int) -> Any:
     return config
 
 
-def large_batch(config: Any, times: float) -> Any:
+def large_batch(config: Config, times: float) -> Config:
     """The optimiser for steps of `times` as many scenes, of which a run then has so many fewer: see docs/scaling.md.
 
     The learning rate grows with the square root of the batch, as suits Adam's normalised steps (Malladi et al., 2022),
@@ -88,7 +87,7 @@ def large_batch(config: Any, times: float) -> Any:
     return config
 
 
-def probing(dataset: str, method: str) -> Any:
+def probing(dataset: str, method: str) -> Config:
     """Batch norm and a linear layer on the frozen backbone of `config.checkpoint`."""
     config = _student(method)
     config.task, config.checkpoint = "probe", "CHECKPOINT"
@@ -102,7 +101,7 @@ def probing(dataset: str, method: str) -> Any:
     return config
 
 
-def finetuning_share(dataset: str, argument: str) -> Any:
+def finetuning_share(dataset: str, argument: str) -> Config:
     """`finetuning` by what stands after a config file's colon: a method, a percentage, or both with a comma."""
     method, percent = "scalr", "100"
     for part in argument.split(","):
@@ -115,7 +114,7 @@ def finetuning_share(dataset: str, argument: str) -> Any:
     return finetuning(dataset, method, int(percent))
 
 
-def finetuning(dataset: str, method: str, percent: int = 100) -> Any:
+def finetuning(dataset: str, method: str, percent: int = 100) -> Config:
     """All parameters, from `config.checkpoint`, on `percent` of the labels; published are 100, 10 and 1."""
     config = _student(method)
     config.task, config.checkpoint = "finetune", "CHECKPOINT"  # to be given: from "" it would begin at random weights
@@ -137,7 +136,7 @@ def finetuning(dataset: str, method: str, percent: int = 100) -> Any:
     return config
 
 
-def waffleiron(dataset: str, channels: int) -> Any:
+def waffleiron(dataset: str, channels: int) -> Config:
     """The original WaffleIron with full supervision, from random weights; `config.checkpoint` stays empty."""
     config = get_config()
     config.task = "finetune"
@@ -152,7 +151,7 @@ def waffleiron(dataset: str, channels: int) -> Any:
     return config
 
 
-def _student(method: str, channels: int = 768) -> Any:
+def _student(method: str, channels: int = 768) -> Config:
     """The defaults with the method's student: 48 layers, layer norm, +-64 m, 256 cells."""
     if method not in METHODS:
         raise InputError(
@@ -163,18 +162,18 @@ def _student(method: str, channels: int = 768) -> Any:
     return config
 
 
-def _dataset(config: Any, dataset: str) -> None:
+def _dataset(config: Config, dataset: str) -> None:
     if dataset.startswith("pandar"):
         config.data.update(dataset="pandaset", sensors=(dataset,))
     else:
         config.data.dataset = dataset
 
 
-def _view(config: Any, view: View) -> None:
+def _view(config: Config, view: View) -> None:
     config.model.update(field_of_view=view.field_of_view, grids=view.grids)
 
 
-def _batch(config: Any, size: int, cells: tuple[int, ...], halo: tuple[int, ...]) -> None:
+def _batch(config: Config, size: int, cells: tuple[int, ...], halo: tuple[int, ...]) -> None:
     """Exactly `size` scenes a step, with room for as many of the largest."""
     config.data.update(
         max_points=MAX_POINTS,
@@ -189,7 +188,7 @@ def _batch(config: Any, size: int, cells: tuple[int, ...], halo: tuple[int, ...]
     config.model.remat = "group"
 
 
-def _epochs(config: Any, epochs: int, frames: int, *, warmup: int = 0, batch_size: int = BATCH_SIZE) -> None:
+def _epochs(config: Config, epochs: int, frames: int, *, warmup: int = 0, batch_size: int = BATCH_SIZE) -> None:
     """`num_steps` of so many epochs, and the share of them that warms up."""
     config.num_steps = epochs * (frames // batch_size)
     config.optimizer.warmup_share = warmup / epochs

@@ -233,7 +233,7 @@ def test_folders_that_are_no_workdir(tmp_path):
     with pytest.raises(ValueError, match="no workdir"):
         scalr_jax.load(tmp_path)
     (tmp_path / "distill" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="its folders distill are"):
+    with pytest.raises(ValueError, match="its folders distill"):
         scalr_jax.load(tmp_path)
     (tmp_path / "distill" / "config.json").write_text(json.dumps({"data": 3}))
     with pytest.raises(ValueError, match="is not the config of a run"):

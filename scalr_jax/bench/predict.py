@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def measure(model: Model, path: Path, sensor: str, arguments: argparse.Namespace
 
 
 def _stages(
-    model: Model, points: np.ndarray, scene: SceneView, nearest: np.ndarray, grids: list
+    model: Model, points: np.ndarray, scene: SceneView, nearest: np.ndarray, grids: Sequence
 ) -> dict[str, Callable[[], Any]]:
     """What `whole_scan` and `Model.embed` do, one stage at a time, each on what the stage before makes."""
     config = model.config

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from scalr_jax.bench import products as bench_products
 from scalr_jax.bench.timing import compiled_bytes, working_bytes
 from scalr_jax.config import OptimizerSettings
-from scalr_jax.data.scenes import PLANE_AXES
+from scalr_jax.data.scenes import PLANE_AXES, Batch
 from scalr_jax.models.flops import Sizes
 from scalr_jax.models.layers import Norm, to_rows
 from scalr_jax.models.student import Student
@@ -34,7 +34,7 @@ def student_step(student: Student) -> tuple[Callable, Callable]:
     return lambda batch: init_state(student, batch, optimizer, None, jax.random.key(0)), step
 
 
-def training_step(student: Student, batch: Any) -> tuple[Callable[[], Any], int | None]:
+def training_step(student: Student, batch: Batch) -> tuple[Callable[[], Any], int | None]:
     """A function that makes one training step for random targets, and what a step needs in memory by XLA's plan."""
     init, step = student_step(student)
     state = jax.jit(init)(batch)
@@ -50,14 +50,14 @@ def training_step(student: Student, batch: Any) -> tuple[Callable[[], Any], int 
     return run, compiled_bytes(compiled)
 
 
-def forward_pass(student: Student, batch: Any) -> Callable[[], Any]:
+def forward_pass(student: Student, batch: Batch) -> Callable[[], Any]:
     """A function that runs the student as prediction does."""
     variables = jax.jit(lambda batch: student.init(jax.random.key(0), batch, train=False))(batch)
     predict = jax.jit(steps.make_predict_step(student))
     return lambda: predict(variables, batch)
 
 
-def layers_alone(student: Student, batch: Any) -> dict[str, Callable[[], Any]]:
+def layers_alone(student: Student, batch: Batch) -> dict[str, Callable[[], Any]]:
     """Three layers, one a plane: forward, and forward with the gradients of input and parameters."""
     num_scenes, x = batch.scene_points.shape[1], _rows(student, batch, jnp.float32)
     backbone: Any = student.backbone
@@ -76,7 +76,7 @@ def layers_alone(student: Student, batch: Any) -> dict[str, Callable[[], Any]]:
     )(x, batch)
     rest = {name: value for name, value in variables.items() if name != "params"}
 
-    def apply(params: Any, x: Any, batch: Any, train: bool) -> Any:
+    def apply(params: Any, x: Any, batch: Batch, train: bool) -> Any:
         rngs = {"dropout": jax.random.key(0)} if train else None
         variables = {"params": params, **rest}
         arguments = (variables, x, batch.planes, batch.scene, num_scenes)
@@ -84,7 +84,7 @@ def layers_alone(student: Student, batch: Any) -> dict[str, Callable[[], Any]]:
             return model.apply(*arguments, train=False)
         return model.apply(*arguments, train=True, rngs=rngs, mutable=["batch_stats"])[0]
 
-    def both(params: Any, x: Any, gradient: Any, batch: Any) -> Any:
+    def both(params: Any, x: Any, gradient: Any, batch: Batch) -> Any:
         out, pull_back = jax.vjp(lambda params, x: apply(params, x, batch, True), params, x)
         return out, pull_back(gradient)
 
@@ -97,7 +97,7 @@ def layers_alone(student: Student, batch: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _rows(student: Student, batch: Any, dtype: Any, seed: int = 0) -> Any:
+def _rows(student: Student, batch: Batch, dtype: Any, seed: int = 0) -> Any:
     """Random rows [D * P, C]."""
     shape = (batch.scene.size, student.backbone.channels)
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
@@ -126,7 +126,7 @@ def step_products(sizes: Sizes, num_rows: int, dtype: Any) -> Callable[[], Any]:
     return lambda: compiled(operands)
 
 
-def spatial_alone(student: Student, batch: Any) -> tuple[dict[str, Callable[[], Any]], dict[str, int | None]]:
+def spatial_alone(student: Student, batch: Batch) -> tuple[dict[str, Callable[[], Any]], dict[str, int | None]]:
     """Spatial mixing without its norm, forward and backward: top view, top view dense, all planes."""
     num_scenes, mask = batch.scene_points.shape[1], to_rows(batch.scene < batch.scene_points.shape[1])
     x, gradient = (_rows(student, batch, student.dtype, seed) for seed in (0, 1))

@@ -50,8 +50,8 @@ from scalr_jax.bench.timing import (
     rounded,
     show_times,
 )
+from scalr_jax.config import StudentSettings
 from scalr_jax.data.scenes import SceneNeeds
-from scalr_jax.data.sensors import PRETRAINING
 from scalr_jax.models.build import compute_dtype
 from scalr_jax.models.flops import Sizes, flops, student_products
 from scalr_jax.models.student import Student
@@ -103,7 +103,7 @@ def student_of(arguments: argparse.Namespace, grids: Any) -> Student:
     if not 0 <= arguments.drop_path < 1:
         raise InputError(f"--drop_path={arguments.drop_path} is not in [0, 1)")
     backbone = WaffleIronBackbone(
-        SceneNeeds(PRETRAINING.field_of_view, grids=tuple(grids)),
+        SceneNeeds(StudentSettings.field_of_view, grids=tuple(grids)),
         arguments.channels,
         arguments.depth,
         arguments.norm,

@@ -26,7 +26,7 @@ from scalr_jax.data.build import check_labels, scene_settings
 from scalr_jax.data.packing import choose_capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.readers import files
-from scalr_jax.data.scenes import Batch, SceneNeeds, SceneView
+from scalr_jax.data.scenes import Batch, Dataset, SceneNeeds, SceneView
 from scalr_jax.models.student import Student, Variables, without_head
 from scalr_jax.runtime import distributed, sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
@@ -41,7 +41,7 @@ FREE_DATA += ("image_size", "antialias", "scaled_decode")
 FREE_MODEL = ("segmentation_head", "head_hidden", "drop_path", "remat", "num_classes")
 
 
-def make_pipeline(settings: TrainSettings, needs: SceneNeeds, dataset: Any, mesh: Mesh) -> Pipeline:
+def make_pipeline(settings: TrainSettings, needs: SceneNeeds, dataset: Dataset, mesh: Mesh) -> Pipeline:
     """Every scene of `dataset` once, as in every epoch of a probe on fixed scenes."""
     return Pipeline(
         dataset,
@@ -57,7 +57,7 @@ def make_pipeline(settings: TrainSettings, needs: SceneNeeds, dataset: Any, mesh
 def each_scene(
     settings: TrainSettings,
     student: Student,
-    dataset: Any,
+    dataset: Dataset,
     variables: Variables,
     *,
     skip: Callable[[int], bool] | None = None,
@@ -138,7 +138,7 @@ def make_cache(
     settings: TrainSettings,
     student: Student,
     folder: Path,
-    dataset: Any,
+    dataset: Dataset,
     variables: Variables,
     *,
     key: Mapping[str, Any],
@@ -183,7 +183,7 @@ def make_cache(
     return cache
 
 
-def cache_key(record: Mapping[str, Any], dataset: Any, variables: Variables) -> dict[str, Any]:
+def cache_key(record: Mapping[str, Any], dataset: Dataset, variables: Variables) -> dict[str, Any]:
     """What the features depend on: settings by dotted name, the frames, and a checksum of the weights.
 
     `record`: the config as config.json holds it.
@@ -223,7 +223,7 @@ def _check_key(path: Path, key: Mapping[str, Any]) -> None:
         )
 
 
-def _check_space(settings: TrainSettings, student: Student, cache: FeatureCache, dataset: Any, dtype: str) -> None:
+def _check_space(settings: TrainSettings, student: Student, cache: FeatureCache, dataset: Dataset, dtype: str) -> None:
     """Prints how large the cache will be, and compares it with the free space."""
     mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp)
     sample = make_pipeline(settings, student.needs, dataset, mesh).sample()

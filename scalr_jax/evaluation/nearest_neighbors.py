@@ -10,14 +10,14 @@ random number from (seed, scene), and the points with the smallest are the bank.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from scalr_jax.config import ProbeSettings, TrainSettings
-from scalr_jax.data.scenes import IGNORE, Batch, SceneNeeds, SceneView
+from scalr_jax.data.scenes import IGNORE, Batch, Dataset, SceneNeeds, SceneView
 from scalr_jax.evaluation.features import each_scene
 from scalr_jax.models.student import Classifier, Student, Variables, without_head
 from scalr_jax.runtime import distributed
@@ -116,7 +116,7 @@ def nearest_neighbors(
     probe: ProbeSettings,
     settings: TrainSettings,
     student: Student,
-    dataset: Any,
+    dataset: Dataset,
     backbone: Variables,
     num_classes: int,
 ) -> tuple[NearestNeighbors, dict]:

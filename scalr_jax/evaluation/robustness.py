@@ -20,6 +20,7 @@ import numpy as np
 
 from scalr_jax.config import DataSettings, EvaluateSettings
 from scalr_jax.data.readers.released import open_released
+from scalr_jax.data.scenes import Dataset
 from scalr_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corrupted
 from scalr_jax.evaluation.report import results_by_range, results_of
 from scalr_jax.evaluation.segmentation import Evaluator
@@ -183,7 +184,7 @@ class _Parts:
 
 
 def measure(
-    evaluate: EvaluateSettings, data: DataSettings, workdir: Path, evaluator: Evaluator, dataset: Any, key: str
+    evaluate: EvaluateSettings, data: DataSettings, workdir: Path, evaluator: Evaluator, dataset: Dataset, key: str
 ) -> dict[str, Any]:
     """Evaluates clear and corrupted scans; returns what results.json holds.
 

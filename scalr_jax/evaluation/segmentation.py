@@ -21,7 +21,7 @@ from scalr_jax.config import DataSettings
 from scalr_jax.data.build import scene_settings
 from scalr_jax.data.packing import Capacities, derive_capacities, flat, given_tables, largest, sizes
 from scalr_jax.data.pipeline import Pipeline, prefetch
-from scalr_jax.data.scenes import SceneView
+from scalr_jax.data.scenes import Dataset, SceneView
 from scalr_jax.evaluation import metrics
 from scalr_jax.models.student import Classifier, Variables
 from scalr_jax.runtime import distributed, sharding
@@ -80,7 +80,7 @@ class Evaluator:
         self.num_scans = 0  # of the last `confusion`, over all processes: those that could be read
 
     def confusion(
-        self, dataset: Any, *, rings: Sequence[float] = (), keep: Callable[[ScanClasses], None] | None = None
+        self, dataset: Dataset, *, rings: Sequence[float] = (), keep: Callable[[ScanClasses], None] | None = None
     ) -> np.ndarray:
         """Confusion matrices [len(rings) + 1, classes, classes] int64, over all processes, of the labelled points by
         their distance: below rings[0], from there to rings[1], ..., beyond the last (metres, ascending). Scans that
@@ -112,7 +112,7 @@ class Evaluator:
         sample = [scene for dataset in datasets for scene in self._pipeline(dataset).sample(number)]
         self._capacities = self._choose_capacities(sample)
 
-    def scans(self, dataset: Any) -> Iterator[ScanClasses]:
+    def scans(self, dataset: Dataset) -> Iterator[ScanClasses]:
         """The good scans of this process's shards, packed several a shard."""
         pipeline = self._pipeline(dataset)
         sample = pipeline.sample()
@@ -141,7 +141,7 @@ class Evaluator:
         for ballot in ballots:
             yield from ballot.close()
 
-    def _pipeline(self, dataset: Any) -> Pipeline:
+    def _pipeline(self, dataset: Dataset) -> Pipeline:
         return Pipeline(
             dataset,
             self._settings,

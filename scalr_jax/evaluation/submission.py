@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +22,7 @@ import numpy as np
 from scalr_jax.data.joined import Joined
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
+from scalr_jax.data.scenes import Dataset
 from scalr_jax.data.sensors import raw_labels
 from scalr_jax.evaluation.segmentation import ScanClasses
 from scalr_jax.runtime import distributed
@@ -50,7 +50,7 @@ class Submission:
         InputError: another dataset, a folder that is there, or a use that nuScenes does not know.
     """
 
-    def __init__(self, dataset: Any, folder: Path, uses: Sequence[str] = ("lidar",)):
+    def __init__(self, dataset: Dataset, folder: Path, uses: Sequence[str] = ("lidar",)):
         if unknown := sorted(set(uses) - set(USES)):
             raise InputError(f"evaluate.submission_uses has {', '.join(unknown)}; it takes some of {', '.join(USES)}")
         if isinstance(dataset, Joined) and len(dataset.datasets) == 1:

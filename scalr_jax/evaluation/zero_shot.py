@@ -25,7 +25,7 @@ import scipy.special
 
 from scalr_jax.config import ProbeSettings
 from scalr_jax.data.readers import files
-from scalr_jax.data.scenes import IGNORE, Batch, SceneNeeds
+from scalr_jax.data.scenes import IGNORE, Batch, Dataset, SceneNeeds
 from scalr_jax.data.transforms import check_classes, resize_image
 from scalr_jax.models import vit
 from scalr_jax.models.student import Classifier, Student, Variables
@@ -96,7 +96,7 @@ def zero_shot(
     student: Student,
     teacher: tuple[ViTConfig, Any],
     feature: str,
-    dataset: Any,
+    dataset: Dataset,
     variables: Variables,
     images: Images,
 ) -> tuple[ZeroShot, dict]:
@@ -127,7 +127,7 @@ def zero_shot(
 
 
 def gather_prototypes(
-    prototypes: str, dataset: Any, teacher: tuple[ViTConfig, Any], feature: str, images: Images
+    prototypes: str, dataset: Dataset, teacher: tuple[ViTConfig, Any], feature: str, images: Images
 ) -> tuple[np.ndarray, np.ndarray]:
     """Unit prototypes [n, C_teacher] float32 and their classes [n]. Every process computes them all.
 
@@ -204,7 +204,7 @@ def mean_unit_feature(tokens: Array, size: tuple[int, int]) -> Array:
     return jax.lax.map(one_row, jnp.arange(h)).mean(axis=0)
 
 
-def _from_labels(dataset: Any, images: Images, tokens_of: Callable[..., Array]) -> Iterator[tuple[np.ndarray, int]]:
+def _from_labels(dataset: Dataset, images: Images, tokens_of: Callable[..., Array]) -> Iterator[tuple[np.ndarray, int]]:
     """One prototype for each training image and class in it, over the pixels of the class's points."""
 
     @jax.jit

@@ -89,7 +89,7 @@ def write_weights(folder: Path, form: str, student: Student, variables: Variable
         _write_orbax(path, variables)
 
 
-def _write_orbax(path: Path, variables: dict) -> None:
+def _write_orbax(path: Path, variables: Variables) -> None:
     """`save_weights`; raises OSError. That there is space is tried first: when a disk is full while Orbax writes, its
     abandoned tasks print tracebacks of pages."""
     size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(variables))

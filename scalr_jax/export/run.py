@@ -28,6 +28,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -140,7 +141,7 @@ def export_model(
     original: dict = jax.tree.map(np.asarray, model.variables)
     variables = fold(original) if folded else original
     scene, _ = whole_scan(example_scan(settings), student.needs, settings["intensity"], settings["voxel_size"])
-    reference = make_reference(student)
+    reference = make_reference(cast(Any, student))  # which is hashable
     wanted = reference(original, scene)
     with new_folder(output, overwrite=overwrite) as folder:
         if form in READABLE:
@@ -244,7 +245,8 @@ def _run_program(folder: Path, form: str, settings: Mapping, scene: SceneView) -
         from scalr_jax.export.onnx import open_session
 
         session = open_session(folder / FILES[form])
-        return dict(zip([output.name for output in session.get_outputs()], session.run(None, inputs), strict=True))
+        found: Any = session.run(None, inputs)
+        return dict(zip([output.name for output in session.get_outputs()], found, strict=True))
     program = jax.export.deserialize(bytearray((folder / FILES[form]).read_bytes()))
     with np.load(folder / "weights.npz") as file:
         weights = dict(file)

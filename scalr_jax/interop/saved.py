@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from scalr_jax.config import DataSettings, StudentSettings, get_config
 from scalr_jax.data import sensors
+from scalr_jax.data.scenes import Dataset
 from scalr_jax.data.transforms import FEATURES
 from scalr_jax.interop.exported import is_export, read_export
 from scalr_jax.models.heads import segmentation_head
@@ -40,7 +41,9 @@ class Saved(NamedTuple):
     variables: Variables
 
 
-def write_settings(workdir: Path, model: StudentSettings, data: DataSettings, student: Student, dataset: Any) -> None:
+def write_settings(
+    workdir: Path, model: StudentSettings, data: DataSettings, student: Student, dataset: Dataset
+) -> None:
     """Writes settings.json of a run that trains `student` on `dataset`."""
     segments = student.head != "distill"
     settings = {
@@ -69,8 +72,11 @@ def read_saved(folder: Path) -> Saved:
     if not (folder / "checkpoints").is_dir():
         raise InputError(_without_weights(folder))
     settings = read_settings_of(folder)
+    if settings is not None:
+        return Saved(settings, load_variables(folder / "checkpoints"))
+    data, model = _read_config(folder)
     variables = load_variables(folder / "checkpoints")
-    return Saved(settings or _old_settings(folder, variables), variables)
+    return Saved(_old_settings(folder, data, model, variables), variables)
 
 
 def read_settings_of(workdir: Path) -> dict[str, Any] | None:
@@ -103,11 +109,8 @@ def _without_weights(folder: Path) -> str:
     )
 
 
-def _old_settings(folder: Path, variables: Variables) -> dict[str, Any]:
-    """Settings of a workdir without settings.json, from its config.json, the weights' shapes and results.json.
-
-    Raises `InputError` when there is no config.json either, or one that is no run's.
-    """
+def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`data` and `model` of a run's config.json, with defaults for younger keys. Raises `InputError` for others."""
     path = folder / "config.json"
     try:
         written = json.loads(path.read_text())
@@ -117,6 +120,11 @@ def _old_settings(folder: Path, variables: Variables) -> dict[str, Any]:
         raise InputError(f"{path} is not the config of a run ({error!r}); copy the workdir again") from None
     if task not in STUDENTS:
         raise InputError(f"{folder} is a run of task {task!r}, which leaves no student")
+    return data, model
+
+
+def _old_settings(folder: Path, data: dict, model: dict, variables: Variables) -> dict[str, Any]:
+    """Settings of a workdir without settings.json, from its config.json, the weights' shapes and results.json."""
     params = variables["params"]
     head = segmentation_head(params)
     out = params["head"] if head else params["head"]["out"]

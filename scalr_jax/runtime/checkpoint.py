@@ -6,7 +6,7 @@ The teacher is never in one. A checkpoint that cannot be read is named, and the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from logging import LogRecord
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,7 +171,7 @@ def load_variables(directory: Path) -> dict:
     return state
 
 
-def save_weights(directory: Path, variables: dict) -> None:
+def save_weights(directory: Path, variables: Mapping) -> None:
     """Writes {"params", "batch_stats"} alone, as a checkpoint that `orbax.checkpoint.v1.load(directory)` reads."""
     ocp.save(directory.absolute(), variables)
 

@@ -158,10 +158,9 @@ def visualize(
             label_names=label_names,
             max_points=max_points,
         )
+        files.append(folder / "viewer.html")
     except InputError as error:
         print(error, file=sys.stderr)
-    else:
-        files.append(folder / "viewer.html")
     return files
 
 
