@@ -27,8 +27,6 @@ APIS = ("scalr_jax", "scalr_jax.interop")  # the only modules that pass on what 
 SIZES = {"root": 8, "folder": 16, "lines": 400, "function": 80}
 MOST_ANY = 250
 
-not_yet = pytest.mark.xfail(strict=True, reason="the redesign of issue 17 is not finished")
-
 
 @pytest.fixture(scope="module")
 def house():
