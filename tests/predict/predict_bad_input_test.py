@@ -52,7 +52,7 @@ def _loaded_once():
         (["--sector=nan,40"], "--sector=nan,40 must be 2 numbers"),
         (["--model=none.pth"], "none.pth does not exist; give a workdir of distill, probe or finetune, an exported"),
         (["--model=model.onnx"], "model.onnx is a program, which the README.md beside it says how to run"),
-        (["--model=empty"], r"empty is not a workdir \(.*\) and no exported folder .*; give a workdir of"),
+        (["--model=empty"], r"empty is no workdir .*no exported folder.*; give a workdir of"),
         (["--model="], "--model and --input are required"),
         (["extra"], "unexpected arguments: extra"),
         (["--outptu=x"], "Unknown command line flag 'outptu'"),
