@@ -19,7 +19,6 @@ from scalr_jax.ops.voxels import extent_of
 from scalr_jax.runtime import distributed
 from scalr_jax.runtime.errors import BadFrameError, InputError
 
-LABELLED = ("probe", "finetune", "evaluate", "robustness")  # tasks that read labels
 PANDASET = ("pandar64", "pandargt")  # lidars, each a dataset of its own in one folder
 
 
