@@ -81,7 +81,7 @@ def measure(
         "points": scenes.num_points,
         "num_scenes": scenes.num_scenes,
         "source": scenes.source,
-        **{name: getattr(student, name) for name in ("channels", "depth", "implementation", "remat")},
+        **{name: getattr(student.backbone, name) for name in ("channels", "depth", "implementation", "remat")},
         "dtype": jnp.dtype(student.dtype).name,
         **{name: value.median for name, value in times.items()},
         "scenes_per_s": scenes.num_scenes / seconds,

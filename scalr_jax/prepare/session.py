@@ -1,7 +1,7 @@
 """One preparation from beginning to end: claim the folder, go on where it stopped, finish, verify.
 
     <folder>/prepare.json     settings of a run that is not finished; one with others is refused
-    <folder>/parts/*.json     what is in each finished shard (record_writing.py)
+    <folder>/parts/*.json     what is in each finished shard (writing.py)
     <folder>/lidar_frames-train.array_record-00000-of-00012 ...
     <folder>/records.json     everything, written last: only a folder that has it can be read
 
