@@ -81,7 +81,7 @@ def test_killed_at_any_time_it_goes_on(kitti, num_processes):
     slow.mkdir()
     (slow / "sitecustomize.py").write_text(
         "import numpy as np, time\n"
-        "from scalr_jax.data.semantic_kitti import SemanticKITTI as K\n"
+        "from scalr_jax.data.readers.semantic_kitti import SemanticKITTI as K\n"
         "frame = K.frame\n"
         "K.frame = lambda *a, **k: (time.sleep(0.05), frame(*a, **k))[1]\n"
     )
