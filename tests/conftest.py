@@ -1,5 +1,6 @@
 """Every test process sees eight CPU devices. Golden arrays are read from tests/golden."""
 
+import fcntl
 import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -29,11 +30,20 @@ def highest_precision():
         yield
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder of the session that the test processes of `pytest -n` have in common."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _compilation_cache(tmp_path_factory):
+def _compilation_cache(shared_folder):
     """A program that several tests run is compiled once a session."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_compilation_cache_dir", str(shared_folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,11 +54,13 @@ def _forget_programs():
 
 
 @pytest.fixture(scope="session")
-def street_cache(tmp_path_factory):
+def street_cache(shared_folder):
     """Eight training and two validation streets, rendered once a session."""
     from scalr_jax.data.streets.streets import Streets
 
-    root = tmp_path_factory.mktemp("streets")
-    for split, number in (("train", 8), ("validation", 2)):
-        Streets(root, split=split, num_scenes=number, image_size=(112, 224)).render_missing(progress=None)
+    root = shared_folder / "streets"
+    with open(shared_folder / "streets.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another test process waits here, and finds them
+        for split, number in (("train", 8), ("validation", 2)):
+            Streets(root, split=split, num_scenes=number, image_size=(112, 224)).render_missing(progress=None)
     return root
