@@ -88,8 +88,7 @@ def bank_key(dataset: Dataset, classes: Sequence[int]) -> dict:
 def write_bank(folder: Path, dataset: Dataset, classes: Sequence[int]) -> None:
     """Cuts the instances out of all scans; nothing is done when the bank is there.
 
-    Raises:
-        InputError: more than 1 % of the scans (and more than one) cannot be read.
+    Raises InputError: more than 1 % of the scans (and more than one) cannot be read.
     """
     if (folder / "bank.json").exists():
         return

@@ -69,8 +69,7 @@ def check_same(folder: Path, found: dict, expected: dict) -> None:
 def claimed(folder: Path, settings: dict) -> Iterator[dict[str, Part]]:
     """Holds the folder for one run; gives the parts of finished shards, by file.
 
-    Raises:
-      InputError: another run holds it, it is complete, was begun with other settings, or holds something else.
+    Raises InputError: another run holds it, it is complete, was begun with other settings, or holds something else.
     """
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if there and not {SETTINGS, records.MANIFEST, LOCK} & set(there):
@@ -201,8 +200,7 @@ def finish(
 ) -> None:
     """Makes the folder readable: TFDS's files, then records.json. `described`: split -> table of the raw split.
 
-    Raises:
-      InputError: no frame was usable.
+    Raises InputError: no frame was usable.
     """
     splits = {name: [parts[shard.file] for shard in shards if shard.split == name] for name in described}
     if not any(part["names"] for part in parts.values()):

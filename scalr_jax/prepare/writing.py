@@ -72,8 +72,7 @@ def plan_shards(split: str, num_frames: int, frames_per_shard: int) -> list[Shar
 def write_shard(folder: Path, source: Source, shard: Shard, said: Progress = lambda frames: None) -> Part:
     """Writes one shard and its part, and returns that.
 
-    Raises:
-      InputError: the disk is full, or will not take the file for another reason.
+    Raises InputError: the disk is full, or will not take the file for another reason.
     """
     final = folder / shard.file
     try:
@@ -136,8 +135,7 @@ def write_shards(
 ) -> Generator[Part]:
     """Writes `shards` in this process, or in several; yields parts as they are finished.
 
-    Raises:
-      InputError: as `write_shard`, or a process was killed.
+    Raises InputError: as `write_shard`, or a process was killed.
     """
     if num_processes == 1 or len(shards) < 2:
         for shard in shards:

@@ -46,8 +46,7 @@ def read_label_map(dataset: str) -> LabelMap:
 def map_labels(labels: np.ndarray, class_of_id: dict[int, int], num_points: int, path: Path) -> np.ndarray:
     """A dataset's label numbers [N] -> classes [N] uint8, 255 where ignored.
 
-    Raises:
-      BadFrameError: another number of labels than points, or a label that the map does not know.
+    Raises BadFrameError: another number of labels than points, or a label that the map does not know.
     """
     if len(labels) != num_points:
         raise BadFrameError(
@@ -72,8 +71,7 @@ def read_json(path: Path) -> Any:
 def read_floats(path: Path, columns: int) -> np.ndarray:
     """A headerless file of little-endian float32 rows -> [N, columns].
 
-    Raises:
-      BadFrameError: missing, empty, or not a whole number of rows.
+    Raises BadFrameError: missing, empty, or not a whole number of rows.
     """
     raw = read_array(path, np.dtype("<f4"))
     if len(raw) == 0 or len(raw) % columns:
@@ -142,8 +140,7 @@ def decode_image(content: bytes, name: str, *, at_least: tuple[int, int] | None 
 def finite_points(points: np.ndarray, path: Path) -> np.ndarray:
     """Which points [N, 4] have finite coordinates and intensity, as [N] bool.
 
-    Raises:
-      BadFrameError: more than 3 % have not.
+    Raises BadFrameError: more than 3 % have not.
     """
     good = np.asarray(np.isfinite(points).all(axis=1))
     num_bad = len(points) - int(good.sum())
@@ -192,8 +189,7 @@ def pick_camera(
 ) -> str | None:
     """The camera of a frame: the one that was asked for, none, or one of `available` drawn with `rng`.
 
-    Raises:
-      InputError: a camera that the dataset does not have, or a draw without `rng`.
+    Raises InputError: a camera that the dataset does not have, or a draw without `rng`.
     """
     if camera != RANDOM:
         if camera is not None and camera not in known:

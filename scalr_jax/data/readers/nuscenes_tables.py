@@ -69,8 +69,7 @@ def read_scenes(folder: Path) -> dict[str, str]:
 def read_keyframes(folder: Path, scenes: dict[str, str], channels: Collection[str]) -> list[Keyframe]:
     """The keyframes of some scenes (token -> name), by scene name and time, with the shots of some channels.
 
-    Raises:
-      InputError: a table is missing or damaged, or a row's link leads nowhere.
+    Raises InputError: a table is missing or damaged, or a row's link leads nowhere.
     """
     samples = _read(folder, "sample", lambda rows: {r["token"]: (r["scene_token"], r["timestamp"]) for r in rows})
     samples = {token: sample for token, sample in samples.items() if sample[0] in scenes}

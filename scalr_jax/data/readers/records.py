@@ -297,10 +297,8 @@ def _array(parts: dict[str, memoryview], name: str, dtype: str) -> np.ndarray:
 def parse_example(record: bytes) -> dict[str, memoryview]:
     """A serialised tf.train.Example of one byte string a feature -> name -> the bytes, without copying.
 
-    The wire format: Example {1: Features {1: entry {1: key, 2: Feature {1: BytesList {1: value}}}, ...}}.
-
-    Raises:
-      ValueError: anything else.
+    The wire format: Example {1: Features {1: entry {1: key, 2: Feature {1: BytesList {1: value}}}, ...}}. Raises
+    ValueError: anything else.
     """
     view, parts = memoryview(record), {}
     (features,) = _fields(view)[1]

@@ -68,8 +68,7 @@ def _check_complete(folder: Path, wanted: set[str], there: Collection[str]) -> N
 class SemanticKITTIC(SemanticKITTI):
     """The clear set's scans with one corruption: `folder`/velodyne/NNNNNN.bin and `folder`/labels/NNNNNN.label.
 
-    Raises:
-        InputError: a folder is missing, a scan has no label file, or the scans are not those of the clear set.
+    Raises InputError: a folder is missing, a scan has no label file, or the scans are not those of the clear set.
     """
 
     def __init__(self, clear: SemanticKITTI, folder: Path):

@@ -28,8 +28,7 @@ MIN_DEPTH = 1.0  # metres before the camera, of a visible point
 def list_scans(path: str | Path) -> list[Path]:
     """The scans that an input names: the file itself, or those of a folder by name (its own, not of folders in it).
 
-    Raises:
-      InputError: nothing there, a folder without a scan, or two scans whose outputs would have one name.
+    Raises InputError: nothing there, a folder without a scan, or two scans whose outputs would have one name.
     """
     path = Path(path)
     if path.is_file():

@@ -33,8 +33,7 @@ FIELDS = ("points", "labels", "image", "pixels", "visible")
 def split_seed(split: str, index: int, seed: int = 0) -> int:
     """The street's seed for scene `index` of `split`, another one for every (split, seed, index).
 
-    Raises:
-        InputError: unknown split, or an index or seed outside its range (the ranges of two splits never meet).
+    Raises InputError: unknown split, or an index or seed outside its range (the ranges of two splits never meet).
     """
     if split not in SPLITS:
         raise InputError(f"split = {split!r} is none of {', '.join(SPLITS)}")
@@ -133,10 +132,8 @@ class Streets(Dataset):
     def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = RANDOM) -> Frame:
         """Scene `index` from the cache; points in the lidar's frame, which is the student's.
 
-        Its one image is of a camera without a name; `camera=None` leaves it out. `rng` is not used.
-
-        Raises:
-            BadFrameError: the cache file is missing or unreadable; the message names it.
+        Its one image is of a camera without a name; `camera=None` leaves it out. `rng` is not used. Raises
+        BadFrameError: the cache file is missing or unreadable; the message names it.
         """
         files.pick_camera(camera, (), (), rng)
         path = self.path(index)
