@@ -37,7 +37,9 @@ from tqdm import tqdm
 
 from scalr_jax.data.readers.folder import Folder
 from scalr_jax.data.readers.records import is_prepared
+from scalr_jax.data.readers.scan_inputs import open_reader
 from scalr_jax.data.scenes import Dataset
+from scalr_jax.data.streets.streets import Streets
 from scalr_jax.prepare import session as record_run
 from scalr_jax.prepare import source as record_source
 from scalr_jax.prepare.source import Images, Source
@@ -91,30 +93,13 @@ def image_choice() -> Images:
 
 def open_raw(split: str, *, labels: bool) -> Dataset:
     """The raw reader of a split. Raises InputError."""
-    dataset, root = FLAGS.dataset, Path(FLAGS.root)
-    if dataset == "nuscenes":
-        from scalr_jax.data.readers.nuscenes import NuScenes
-
-        version = "v1.0-trainval" if (root / "v1.0-trainval").is_dir() else "v1.0-mini"
-        return NuScenes(root, version=version, split=split, labels=labels)
-    if dataset == "semantic_kitti":
-        from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
-
-        return SemanticKITTI(root, split=split, labels=labels)
-    if dataset == "folder":
-        return Folder(root, split=split, labels=labels)
-    if dataset == "streets":
-        from scalr_jax.data.streets.streets import Streets
-
-        size = tuple(int(number) for number in FLAGS.image_size) or (112, 224)
-        streets = Streets(
-            root, split=split, num_scenes=FLAGS.num_scenes, sensors=(sensor(),), image_size=(size[0], size[1])
-        )
-        streets.render_missing()
-        return streets
-    from scalr_jax.data.readers.pandaset import PandaSet
-
-    return PandaSet(root, sensor=sensor(), split=split, labels=labels)
+    if FLAGS.dataset != "streets":
+        return open_reader(FLAGS.dataset, Path(FLAGS.root), sensor=sensor(), split=split, labels=labels)
+    rows, columns = map(int, FLAGS.image_size or (112, 224))
+    options = {"num_scenes": FLAGS.num_scenes, "sensors": (sensor(),), "image_size": (rows, columns)}
+    streets = Streets(FLAGS.root, split=split, **options)
+    streets.render_missing()
+    return streets
 
 
 def sensor() -> str:
@@ -124,17 +109,17 @@ def sensor() -> str:
 
 def open_sources(images: Images) -> dict[str, Source]:
     """The frames of every wanted split that has some. Raises InputError."""
-    sources, reasons = {}, []
+    sources, reasons = {}, {}
     for split in FLAGS.split or ("train", "validation"):
         try:
             sources[split] = open_source(split, images)
         except InputError as error:
+            reasons[split] = error
             if FLAGS.split:
                 raise
-            reasons.append((split, error))
     if not sources:
-        raise reasons[0][1]
-    for split, error in reasons:
+        raise next(iter(reasons.values()))
+    for split, error in reasons.items():
         print(f"split {split} is left out: {error}\n")
     return sources
 
@@ -181,8 +166,12 @@ def write_records() -> None:
         total = sum(frames.values())
         space = record_run.need_space(folder, missing * found.bytes_per_frame * record_run.SPARE)
         print(f"to write: {missing} of {total} frames, {len(shards) - len(finished)} of {len(shards)} files: {space}")
-        if found.fidelity is not None:
-            print(f"stored as JPEG, quality 95, 4:4:4: {describe_fidelity(found.fidelity)}")
+        if lost := found.fidelity:
+            print(
+                "stored as JPEG, quality 95, 4:4:4: pixels differ from those of the original files by "
+                f"{lost['mean_abs']:.2f} of 255 on average and {lost['max_abs']:.0f} at most, PSNR "
+                f"{lost['psnr_db']:.1f} dB, in {lost['images']} images"
+            )
         with tqdm(total=total, initial=total - missing, unit="frame", mininterval=1.0) as bar:
             parts = record_run.write_missing(
                 folder, sources, shards, finished, num_processes=FLAGS.num_processes, progress=bar.update
@@ -202,14 +191,6 @@ def write_records() -> None:
         }
         record_run.finish(folder, shards, parts, manifest, described)
     report(folder, [parts[shard.file] for shard in shards])
-
-
-def describe_fidelity(lost: dict[str, float]) -> str:
-    """One line."""
-    return (
-        f"pixels differ from those of the original files by {lost['mean_abs']:.2f} of 255 on average and "
-        f"{lost['max_abs']:.0f} at most, PSNR {lost['psnr_db']:.1f} dB, in {lost['images']} images"
-    )
 
 
 def report(folder: Path, parts: list[Part]) -> None:

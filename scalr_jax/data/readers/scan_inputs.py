@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -149,6 +151,24 @@ def dataset_frame(dataset: Dataset, index: int, camera: str | None = None) -> Fr
     return dataset.frame(index, camera=camera or (min(preferred, key=len) if preferred else None))
 
 
+def open_reader(name: str, root: Path, *, sensor: str = "", **options: Any) -> RawDataset:
+    """A raw dataset's reader, of nuScenes the version that is there. Raises InputError.
+
+    name: nuscenes, semantic_kitti, folder, pandaset or one of its lidars. sensor: of pandaset. options: the reader's.
+    """
+    readers: dict[str, Callable[..., RawDataset]] = {
+        "nuscenes": NuScenes,
+        "semantic_kitti": SemanticKITTI,
+        "folder": Folder,
+    }
+    files.check_choice("dataset", name, (*readers, "pandaset", *PANDASET))
+    if name == "nuscenes":
+        options = {"version": next((v for v in VERSIONS if (root / v).is_dir()), "v1.0-mini"), **options}
+    elif name not in readers:
+        options["sensor"] = sensor or (name if name in PANDASET else "pandar64")
+    return readers.get(name, PandaSet)(root, **options)
+
+
 def open_dataset(name: str, root: Path, *, split: str = "all", labels: bool | None = None) -> RawDataset:
     """A raw dataset's reader for looking at frames: with images, and with labels where the same frames have some.
 
@@ -161,24 +181,16 @@ def open_dataset(name: str, root: Path, *, split: str = "all", labels: bool | No
     Raises:
       InputError: another name, or nothing to read.
     """
-    readers: dict[str, Callable[..., RawDataset]]
-    readers = {"nuscenes": NuScenes, "semantic_kitti": SemanticKITTI, "folder": Folder}
-    files.check_choice("dataset", name, (*readers, "pandaset", *PANDASET))
-    options: dict[str, str] = {"split": split}
-    if name == "nuscenes":
-        options["version"] = next((v for v in VERSIONS if (root / v).is_dir()), VERSIONS[0])
-    elif name not in readers:
-        options["sensor"] = name if name in PANDASET else "pandar64"
-    reader = readers.get(name, PandaSet)
+    reader = functools.partial(open_reader, name, root, split=split)
     try:
-        plain = reader(root, labels=False, **options)
+        plain = reader(labels=False)
     except InputError:  # no frame has an image
-        plain = reader(root, labels=bool(labels), cameras=(), **options)
+        plain = reader(labels=bool(labels), cameras=())
     if labels is False:
         return plain
     for cameras in (plain.cameras, ()) if labels else (plain.cameras,):
         try:
-            return reader(root, labels=True, cameras=cameras, **options)
+            return reader(labels=True, cameras=cameras)
         except InputError:
             if labels and not cameras:
                 raise
