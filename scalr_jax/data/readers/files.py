@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from scalr_jax.data.scenes import IGNORE, RANDOM, Frame
-from scalr_jax.runtime.errors import BadFrameError, InputError, NothingVisibleError
+from scalr_jax.runtime.errors import BadFrameError, InputError
 
 MAX_BAD_FRACTION = 0.03  # of a scan's points that may be NaN or infinite; they are dropped, more is a bad frame
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad files
@@ -93,14 +93,9 @@ def read_array(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """An image file -> [h, w, 3] uint8.
+    """An image file -> [h, w, 3] uint8. Raises BadFrameError: missing, unreadable, cut short, or of another size.
 
-    Args:
-      path: any format that Pillow reads.
-      size: (width, height) in pixels that the calibration was made for, when it is known.
-
-    Raises:
-      BadFrameError: missing, unreadable, cut short, or of another size.
+    size: (width, height) in pixels that the calibration was made for, when it is known.
     """
     try:
         with Image.open(path) as file:
@@ -117,16 +112,10 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def decode_image(content: bytes, name: str, *, at_least: tuple[int, int] | None = None) -> np.ndarray:
-    """An image file's bytes -> [h, w, 3] uint8.
+    """An image file's bytes -> [h, w, 3] uint8. Raises BadFrameError, which calls it `name`.
 
-    Args:
-      content: in any format that Pillow reads.
-      name: what an error calls it.
-      at_least: (rows, columns). A JPEG file may then be decoded at 1/2, 1/4 or 1/8 of its size (averaged over blocks,
-        several times faster) as long as no side gets shorter than that. None: whole.
-
-    Raises:
-      BadFrameError: unreadable or cut short.
+    A JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size (averaged over blocks, several times faster) as long as no
+    side gets shorter than `at_least` (rows, columns). None: whole.
     """
     try:
         with Image.open(io.BytesIO(content)) as file:
@@ -155,20 +144,9 @@ def finite_points(points: np.ndarray, path: Path) -> np.ndarray:
 def without_bad(frame: Frame, path: Path) -> Frame:
     """The frame without points that have no finite coordinates or intensity. Raises BadFrameError as above."""
     good = finite_points(frame.points, path)
-    labels, instances, beams = (
-        None if array is None else array[good] for array in (frame.labels, frame.instances, frame.beams)
-    )
-    dropped = frame.num_dropped + len(good) - int(good.sum())
-    points = frame.points[good]
-    return frame._replace(points=points, labels=labels, instances=instances, beams=beams, num_dropped=dropped)
-
-
-def need_visible(visible: np.ndarray, name: str, calibration: Path) -> None:
-    """Raises NothingVisibleError when no point of a frame is visible ([N] bool)."""
-    if not visible.any():
-        raise NothingVisibleError(
-            f"{name}: none of {len(visible)} points projects into the image; check {calibration}."
-        )
+    arrays = {key: getattr(frame, key) for key in ("points", "labels", "instances", "beams")}
+    kept = {key: array[good] for key, array in arrays.items() if array is not None}
+    return frame._replace(**kept, num_dropped=frame.num_dropped + len(good) - int(good.sum()))
 
 
 def rotation(quaternion: Sequence[float] | np.ndarray) -> np.ndarray:

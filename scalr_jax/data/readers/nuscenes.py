@@ -19,7 +19,7 @@ from scalr_jax.data.readers import files, nuscenes_tables
 from scalr_jax.data.readers.nuscenes_tables import Keyframe, Shot
 from scalr_jax.data.readers.raw import RawDataset
 from scalr_jax.data.scenes import Frame
-from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.errors import BadFrameError
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 LIDAR = "LIDAR_TOP"
@@ -78,14 +78,11 @@ class NuScenes(RawDataset[_Entry]):
         self._num_scenes = len(chosen)
         keyframes = nuscenes_tables.read_keyframes(folder, chosen, (LIDAR, *CAMERAS))
         found = _find_files(keyframes, nuscenes_tables.read_lidarseg(folder), self.root)
-        self._num_keyframes, self._num_found = len(keyframes), len(found)
+        self._num_keyframes = len(keyframes)
         self._choose_entries(found)
         if not self._entries:
-            raise InputError(
-                f"{self.root}: no keyframe to use among {len(keyframes)} in the tables of {version} and {len(found)} "
-                f"with a scan (split={split!r}, cameras={self.cameras}, labels={labels}); unpack samples/ (and "
-                "lidarseg/ for labels) beside the tables."
-            )
+            among = f"{len(keyframes)} in the tables of {version} and {len(found)} with a scan"
+            raise self._nothing(among, "unpack samples/ (and lidarseg/ for labels) beside the tables")
 
     def name(self, index: int) -> str:
         """As "nuscenes/<scene>/<the scan's time in microseconds>"."""
@@ -131,9 +128,8 @@ class NuScenes(RawDataset[_Entry]):
         pixels = shot.sensor.intrinsics @ local.astype(np.float64)  # [3, N]
         x, y = pixels[:2] / np.where(in_front, pixels[2], 1.0)  # [N] each
         visible = in_front & (x > 0) & (x < image.shape[1] - 1) & (y > 0) & (y < image.shape[0] - 1)
-        name = f"{frame.name}/{camera}"
-        files.need_visible(visible, name, self.root / self.version / "calibrated_sensor.json")
-        return frame._replace(name=name, image=image, pixels=np.stack([y, x], axis=1), visible=visible)
+        reason = f"check {self.root / self.version / 'calibrated_sensor.json'}"
+        return self._paired(frame, camera, image, np.stack([y, x], axis=1), visible, reason)
 
 
 def _choose_scenes(folder: Path, split: str, wanted: Sequence[str] | None) -> dict[str, str]:

@@ -107,13 +107,10 @@ class PandaSet(RawDataset[_Entry]):
         wanted = None if frames is None else frozenset(frames)
         found = [entry for scene in self._scenes for entry in self._find_frames(scene)]
         found = [entry for entry in found if wanted is None or entry.number in wanted]
-        self._num_found = len(found)
         self._choose_entries(found)
         if not self._entries:
-            raise InputError(
-                f"{self.root}: no frame to use among {len(found)} scans of {len(self._scenes)} scenes "
-                f"(split={split!r}, frames={frames}, cameras={self.cameras}, labels={labels}); expected {LAYOUT}."
-            )
+            among = f"{len(found)} scans of {len(self._scenes)} scenes, frames={frames}"
+            raise self._nothing(among, f"expected {LAYOUT}")
 
     def name(self, index: int) -> str:
         """As "pandaset/002/45"."""
@@ -163,13 +160,9 @@ class PandaSet(RawDataset[_Entry]):
         images = {camera: files.listing(folder / "camera" / camera) for camera in self.cameras}
         return [
             _Entry(
-                scene=scene,
-                number=int(stem),
-                scan=scans[stem],
-                labels=labels.get(stem),
-                images=tuple(camera for camera in self.cameras if f"{stem}.jpg" in images[camera]),
+                scene, int(stem), scan, labels.get(stem), tuple(c for c in self.cameras if f"{stem}.jpg" in images[c])
             )
-            for stem in sorted(scans)
+            for stem, scan in sorted(scans.items())
             if stem.isdecimal()
         ]
 
@@ -187,15 +180,10 @@ class PandaSet(RawDataset[_Entry]):
         times = np.asarray(table["t"], np.float64)[mine][good] if "t" in table else None  # seconds
         labels = self._read_labels(entry, mine)[good] if self.labels else None
         to_sensor, beams = self._find_sensor(entry, points[good], times)
-        return Frame(
-            name=name,
-            points=points[good],
-            to_ego=self._to_ego(entry),
-            labels=labels,
-            to_sensor=to_sensor,
-            beams=beams,
-            num_dropped=len(points) - int(good.sum()),
-        )
+        to_ego = np.linalg.inv(self._pose(self.root / entry.scene / "lidar" / "poses.json", entry.number))
+        to_ego[2, 3] -= GROUND_SHIFT
+        scan = Frame(name, points[good], to_ego, labels=labels, to_sensor=to_sensor, beams=beams)
+        return scan._replace(num_dropped=len(good) - int(good.sum()))
 
     def _read_labels(self, entry: _Entry, mine: np.ndarray) -> np.ndarray:
         """Classes [N] of the points that are `mine` ([all points] bool)."""
@@ -204,12 +192,6 @@ class PandaSet(RawDataset[_Entry]):
         if "class" not in table:
             raise BadFrameError(f"{path}: no column class; copy the file again.")
         return files.map_labels(table["class"], self._label_map.class_of_id, len(mine), path)[mine]
-
-    def _to_ego(self, entry: _Entry) -> np.ndarray:
-        """World -> ego [4, 4]: the inverse of the lidar's pose, then down by 1.6 m."""
-        to_ego = np.linalg.inv(self._pose(self.root / entry.scene / "lidar" / "poses.json", entry.number))
-        to_ego[2, 3] -= GROUND_SHIFT
-        return to_ego
 
     def _find_sensor(
         self, entry: _Entry, points: np.ndarray, times: np.ndarray | None
@@ -270,9 +252,7 @@ class PandaSet(RawDataset[_Entry]):
         # As a matrix product would round it: fx * x + cx * z, then divided by z.
         x, y = (focal[:, None] * local[:2] + centre[:, None] * local[2]) / depth  # [N] each, pixels
         visible = in_front & (x > 0) & (x < image.shape[1]) & (y > 0) & (y < image.shape[0])
-        name = f"{frame.name}/{camera}"
-        files.need_visible(visible, name, folder)
-        return frame._replace(name=name, image=image, pixels=np.stack([y, x], axis=1), visible=visible)
+        return self._paired(frame, camera, image, np.stack([y, x], axis=1), visible, f"check {folder}")
 
     def _pose(self, path: Path, number: int) -> np.ndarray:
         """Pose of a frame number, sensor -> world [4, 4]."""

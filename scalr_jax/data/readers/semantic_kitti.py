@@ -17,7 +17,7 @@ import numpy as np
 from scalr_jax.data.readers import files
 from scalr_jax.data.readers.raw import RawDataset
 from scalr_jax.data.scenes import Frame
-from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.errors import BadFrameError
 
 CAMERAS = ("image_2",)
 INTENSITY = (0.28613698, 0.14090556)  # mean, standard deviation
@@ -82,13 +82,10 @@ class SemanticKITTI(RawDataset[_Entry]):
         files.check_all_in("sequence", sequences, self._sequences, self._base)
         self._sequences = [name for name in self._sequences if sequences is None or name in sequences]
         found = [entry for sequence in self._sequences for entry in self._find_scans(sequence)]
-        self._num_found = len(found)
         self._choose_entries(found)
         if not self._entries:
-            raise InputError(
-                f"{self.root}: no scan to use among {len(found)} of sequences {', '.join(SPLITS[split])} "
-                f"(split={split!r}, cameras={self.cameras}, labels={labels}); expected {LAYOUT}, image_2, labels."
-            )
+            among = f"{len(found)} of sequences {', '.join(SPLITS[split])}"
+            raise self._nothing(among, f"expected {LAYOUT}, image_2, labels")
 
     def name(self, index: int) -> str:
         """As "semantic_kitti/08/000000"."""
@@ -137,16 +134,13 @@ class SemanticKITTI(RawDataset[_Entry]):
         image = files.read_image(path)
         height, width = image.shape[:2]
         _check_size(calibration, (width, height), path)
-        points = frame.points
-        ahead = points[:, 0] > MIN_DISTANCE
-        homogeneous = np.concatenate([points[:, :3], np.ones((len(points), 1))], axis=1)  # [N, 4] float64
+        ahead = frame.points[:, 0] > MIN_DISTANCE
+        homogeneous = np.column_stack([frame.points[:, :3], np.ones(len(ahead))])  # [N, 4] float64
         projected = homogeneous @ calibration.matrix.T  # [N, 3]
         depth = np.where(ahead & (projected[:, 2] != 0), projected[:, 2], 1.0)
         x, y = projected[:, 0] / depth, projected[:, 1] / depth  # [N] each, pixels
         visible = ahead & (x > 0) & (x < width - 1) & (y > 0) & (y < height - 1)
-        name = f"{frame.name}/{camera}"
-        files.need_visible(visible, name, calibration.path)
-        return frame._replace(name=name, image=image, pixels=np.stack([y, x], axis=1), visible=visible)
+        return self._paired(frame, camera, image, np.stack([y, x], axis=1), visible, f"check {calibration.path}")
 
     def _read_calibration(self, sequence: str) -> _Calibration:
         places = [self.root / "calib" / "dataset" / "sequences" / sequence / "calib.txt"]
