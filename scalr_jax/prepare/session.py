@@ -45,24 +45,12 @@ class Estimate(NamedTuple):
 
 def run_settings(choices: dict, sources: Mapping[str, Source], frames_per_shard: int) -> dict:
     """What two runs must share to write one dataset: `choices`, and per split the frames and their order."""
-    splits = {
-        name: {
-            "frames": len(source),
-            "names": hashlib.sha256("\n".join(source.name(i) for i in range(len(source))).encode()).hexdigest()[:16],
-        }
-        for name, source in sources.items()
-    }
+    splits = {}
+    for split, source in sources.items():
+        names = "\n".join(source.name(i) for i in range(len(source)))
+        splits[split] = {"frames": len(source), "names": hashlib.sha256(names.encode()).hexdigest()[:16]}
     settings = {**choices, "format": records.FORMAT, "frames_per_shard": frames_per_shard, "splits": splits}
     return json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
-
-
-def check_same(folder: Path, found: dict, expected: dict) -> None:
-    """Raises InputError that lists how the settings found in `folder` differ from this command's."""
-    if different := differences(found, expected):
-        raise InputError(
-            f"{folder} was begun with other settings or other raw files ({different}); "
-            "repeat the command that began it, give another --output, or delete the folder"
-        )
 
 
 @contextlib.contextmanager
@@ -102,13 +90,18 @@ def _leave(folder: Path) -> None:
 def _finished(folder: Path, settings: dict) -> dict[str, Part]:
     """The parts of shards whose file is there and has the size that was written."""
     parts: dict[str, Part] = {}
-    complete = records.is_prepared(folder)
+    complete, found = records.is_prepared(folder), settings
     if complete:
         manifest = records.read_manifest(folder)
-        check_same(folder, manifest["settings"], settings)
+        found = manifest["settings"]
         parts = {part["file"]: part for split in manifest["splits"].values() for part in split["shards"]}
     elif (folder / SETTINGS).exists():
-        check_same(folder, read_json(folder / SETTINGS, AGAIN), settings)
+        found = read_json(folder / SETTINGS, AGAIN)
+    if different := differences(found, settings):
+        raise InputError(
+            f"{folder} was begun with other settings or other raw files ({different}); "
+            "repeat the command that began it, give another --output, or delete the folder"
+        )
     own = [cast("Part", read_json(path, AGAIN)) for path in sorted((folder / PARTS).glob("*.json"))]
     parts |= {part["file"]: part for part in own}
     whole = {name: part for name, part in parts.items() if _size(folder / name) == part["bytes"]}
@@ -192,38 +185,28 @@ def write_missing(
 
 
 def finish(
-    folder: Path,
-    shards: list[Shard],
-    parts: Mapping[str, Part],
-    manifest: dict,
-    described: Mapping[str, str],
+    folder: Path, shards: list[Shard], parts: Mapping[str, Part], manifest: dict, described: Mapping[str, str]
 ) -> None:
     """Makes the folder readable: TFDS's files, then records.json. `described`: split -> table of the raw split.
 
     Raises InputError: no frame was usable.
     """
-    splits = {name: [parts[shard.file] for shard in shards if shard.split == name] for name in described}
     if not any(part["names"] for part in parts.values()):
         raise InputError(f"{folder}: none of the frames was usable")
-    layout = {
-        name: ([part["records"] for part in own], sum(part["bytes"] for part in own)) for name, own in splits.items()
-    }
+    splits, layout = {}, {}
+    for name, table in described.items():
+        own = [parts[shard.file] for shard in shards if shard.split == name]
+        splits[name] = {"described": table, "shards": own}
+        layout[name] = ([part["records"] for part in own], sum(part["bytes"] for part in own))
     builders.write_tfds_files(folder, layout, manifest)
-    content = {name: {"described": described[name], "shards": own} for name, own in splits.items()}
-    write_json(folder / records.MANIFEST, {**manifest, "splits": content}, indent=None)
+    write_json(folder / records.MANIFEST, {**manifest, "splits": splits}, indent=None)
     shutil.rmtree(folder / PARTS)
     (folder / SETTINGS).unlink(missing_ok=True)
 
 
 def verify(folder: Path, progress: Progress = lambda size: None) -> str:
-    """Compares every file's bytes with what was written; `progress` gets their numbers.
-
-    Returns:
-      A sentence about what was found.
-
-    Raises:
-      InputError: files that are missing or differ, named, and what to do.
-    """
+    """Compares every file's bytes with what was written; `progress` gets their numbers. Returns a sentence about what
+    was found; raises InputError that names files which are missing or differ, and says what to do."""
     manifest = records.read_manifest(folder)
     wrong, parts = [], [part for split in manifest["splits"].values() for part in split["shards"]]
     for part in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,18 +119,15 @@ class Source:
             prepared.examples.append(view_example(view, points, voxels, camera, content))
             prepared.cameras.append(camera)
         if not prepared.examples:
-            raise BadFrameError(
-                f"{name}: no camera sees anything, or no image can be read {' '.join(prepared.problems)}"
-            )
+            problems = " ".join(prepared.problems)
+            raise BadFrameError(f"{name}: no camera sees anything, or no image can be read {problems}")
         return prepared
 
     def an_image(self, index: int) -> list[np.ndarray]:
         """One of a frame's images [h, w, 3] uint8 as the raw reader gives it; none where there is none."""
-        plain = int(self._plain[index])
-        try:
+        plain, image = int(self._plain[index]), None
+        with contextlib.suppress(BadFrameError):
             image = None if plain < 0 else self.dataset.frame(plain, np.random.default_rng(index)).image
-        except BadFrameError:
-            image = None
         return [] if image is None else [image]
 
     def _view(self, scan: Frame, plain: int, camera: str) -> tuple[Frame, Path | None]:
@@ -172,14 +170,14 @@ def scan_example(scan: Frame, points: np.ndarray) -> dict[str, bytes]:
 
     Without voxels: finding those of the student's frame takes 5 ms of the scan's 35 to 180 (Pandar64, 2026-11-27).
     """
-    to_sensor = None if scan.to_sensor is None else scan.to_sensor @ np.linalg.inv(scan.to_ego)
-    return {
-        "name": scan.name.encode(),
-        "points": to_bytes(points, "f4"),
-        "labels": b"" if scan.labels is None else to_bytes(scan.labels, "u1"),
-        "beams": b"" if scan.beams is None else to_bytes(scan.beams, "u1"),
-        "to_sensor": b"" if to_sensor is None else to_bytes(to_sensor, "f8"),
-    }
+    example = {"name": scan.name.encode(), "points": to_bytes(points, "f4")}
+    if scan.labels is not None:
+        example["labels"] = to_bytes(scan.labels, "u1")
+    if scan.beams is not None:
+        example["beams"] = to_bytes(scan.beams, "u1")
+    if scan.to_sensor is not None:
+        example["to_sensor"] = to_bytes(scan.to_sensor @ np.linalg.inv(scan.to_ego), "f8")
+    return example
 
 
 def view_example(
@@ -189,9 +187,7 @@ def view_example(
 
     points [N, 4]: `student_points` of the scan. image: what is stored, and its rows and columns.
     """
-    assert view.visible is not None
-    assert view.pixels is not None
-    assert view.image is not None
+    assert view.visible is not None and view.pixels is not None and view.image is not None  # noqa: PT018
     lengths = np.diff(voxels.start)  # [v]
     seen = np.add.reduceat(view.visible[voxels.order], voxels.start[:-1]) > 0  # [v]
     kept = voxels.order[np.repeat(seen, lengths)]  # [n]
@@ -222,10 +218,6 @@ def fidelity(views: Sequence[np.ndarray], images: Images) -> dict[str, float] | 
         back = files.decode_image(encode_image(image, images.format), "sample")
         differences.append(np.abs(back.astype(np.float64) - image).ravel())
     difference = np.concatenate(differences)
-    square = float(np.square(difference).mean())
-    return {
-        "mean_abs": float(difference.mean()),
-        "max_abs": float(difference.max()),
-        "psnr_db": float(10 * np.log10(255.0**2 / max(square, 1e-9))),
-        "images": len(views),
-    }
+    psnr = float(10 * np.log10(255.0**2 / max(float(np.square(difference).mean()), 1e-9)))
+    largest = float(difference.max())
+    return {"mean_abs": float(difference.mean()), "max_abs": largest, "psnr_db": psnr, "images": len(views)}
