@@ -37,10 +37,13 @@ def list_scans(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder; give a scan ({', '.join(KINDS)}) or a folder of scans")
-    scans = [path / name for name in sorted(files.listing(path)) if name.lower().endswith(KINDS) and name[0] != "."]
-    scans = [scan for scan in scans if scan.is_file()]
+
+    def in_folder(folder: Path) -> list[Path]:
+        return [folder / name for name in sorted(files.listing(folder)) if name.lower().endswith(KINDS)]
+
+    scans = [scan for scan in in_folder(path) if scan.name[0] != "." and scan.is_file()]
     if not scans:
-        inside = sorted(child.name for child in path.iterdir() if child.is_dir() and _has_scans(child))
+        inside = sorted(child.name for child in path.iterdir() if in_folder(child))
         hint = f"; its folders {', '.join(inside[:5])} have some" if inside else ""
         raise InputError(f"{path}: no scan in this folder, no file that ends in {', '.join(KINDS)}{hint}")
     by_stem: dict[str, Path] = {}
@@ -50,10 +53,6 @@ def list_scans(path: str | Path) -> list[Path]:
     return scans
 
 
-def _has_scans(folder: Path) -> bool:
-    return any(name.lower().endswith(KINDS) for name in files.listing(folder))
-
-
 def stem(path: Path) -> str:
     """A scan's name without its ending: "000000", "45" of "45.pkl.gz"."""
     ending = next((suffix for suffix in (".pkl.gz", NUSCENES_SUFFIX) if path.name.lower().endswith(suffix)), None)
@@ -61,16 +60,12 @@ def stem(path: Path) -> str:
 
 
 def read_frame(path: Path, *, columns: int | None = None, sensor: str | None = None) -> Frame:
-    """One scan's file as a frame without image or labels.
+    """One scan's file as a frame without image or labels. Raises as `read_scan`.
 
     Args:
       path: .bin, .npy, .pcd or .ply; or PandaSet's `<root>/<scene>/lidar/45.pkl.gz`, whose poses lie beside it.
       columns: of a .bin file. None: 5 for nuScenes (`.pcd.bin`, or `sensor`), else 4.
       sensor: whose scan it is; for PandaSet's files, which hold both lidars, "pandar64" (None) or "pandargt".
-
-    Raises:
-      BadFrameError: a missing, damaged or empty file.
-      InputError: another kind of file, or a wrong argument.
     """
     if path.name.lower().endswith(PANDASET_SUFFIXES):
         return _read_pandaset(path, sensor or "pandar64")
@@ -119,18 +114,13 @@ def pair_image(frame: Frame, image: Path, cameras: Path, camera: str | None = No
         raise InputError(f"{cameras}: {len(known)} cameras, {', '.join(known)}; name one of them")
     name = camera or next(iter(known))
     files.check_choice("camera", name, known)
-    pixels, visible = _project(frame.points, known[name])
+    finite = np.isfinite(frame.points[:, :3]).all(axis=1)  # points that are no numbers are not visible
+    pixels, visible = calibration.project(np.where(finite[:, None], frame.points[:, :3], 0.0), known[name], MIN_DEPTH)
+    visible &= finite
     if not visible.any():
         reason = calibration.explain_nothing_visible(frame.points, known[name], MIN_DEPTH)
         raise BadFrameError(f"{frame.name}/{name}: none of {len(visible)} points projects into the image; {reason}.")
     return frame._replace(image=files.read_image(image, known[name].size), pixels=pixels, visible=visible)
-
-
-def _project(points: np.ndarray, camera: calibration.Camera) -> tuple[np.ndarray, np.ndarray]:
-    """`calibration.project` where points may be no numbers: they are not visible."""
-    finite = np.asarray(np.isfinite(points[:, :3]).all(axis=1))
-    pixels, visible = calibration.project(np.where(finite[:, None], points[:, :3], 0.0), camera, MIN_DEPTH)
-    return pixels, visible & finite
 
 
 def dataset_frame(dataset: Dataset, index: int, camera: str | None = None) -> Frame:

@@ -45,18 +45,10 @@ def split_seed(split: str, index: int, seed: int = 0) -> int:
 
 
 class Streets(Dataset):
-    """Scenes 0 to `num_scenes` - 1 of a split; scene i is seen by `sensors[i % len(sensors)]`.
+    """Scenes 0 to `num_scenes` - 1 of a split; scene i is seen by `sensors[i % len(sensors)]`, keys of `SENSORS`.
 
-    Args:
-        root: folder of the cache; made when missing.
-        split: "train", "validation" or "teacher".
-        num_scenes: how many.
-        sensors: keys of `street_sensors.SENSORS`.
-        image_size: rows and columns of the image.
-        seed: another seed gives other streets.
-
-    Raises:
-        InputError: an unknown split or sensor, or a seed out of range.
+    root: folder of the cache; made when missing. split: "train", "validation" or "teacher". image_size: rows and
+    columns. Raises InputError: an unknown split or sensor, or a seed out of range.
     """
 
     class_names = CLASSES
@@ -90,16 +82,13 @@ class Streets(Dataset):
         """A short table of what there is."""
         h, w = self.image_size
         rows = [("scenes", len(self)), ("sensors", ", ".join(self.sensors)), ("images", f"{h} x {w}")]
-        return files.format_table(
-            f"Generated streets, split {self.split}: {self.root}", [*rows, ("labelled frames", len(self))]
-        )
+        rows.append(("labelled frames", len(self)))
+        return files.format_table(f"Generated streets, split {self.split}: {self.root}", rows)
 
     def sensor(self, index: int) -> str:
-        """Name of the sensor of scene `index`."""
         return self.sensors[index % len(self.sensors)]
 
     def intensity(self, index: int) -> tuple[float, float]:
-        """Mean and standard deviation of the raw intensity of scene `index`'s sensor."""
         return SENSORS[self.sensor(index)].intensity
 
     def path(self, index: int) -> Path:
