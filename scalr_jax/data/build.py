@@ -26,17 +26,11 @@ from scalr_jax.runtime.errors import BadFrameError, InputError
 
 
 def make_dataset(data: DataSettings, split: str, *, task: str, seed: int, cache: Path) -> Dataset:
-    """The dataset of `config.data` for a split and a task.
+    """The dataset of `config.data` for a split ("train", "validation", "test" or "all", as the dataset has them).
 
-    Args:
-        data: of the config.
-        split: "train", "validation", "test" or "all", as the dataset has them.
-        task: of the config; says whether labels, images or both are read.
-        seed: of generated streets.
-        cache: where generated streets are rendered to when `data.root` is empty.
-
-    Raises:
-        InputError: a folder that is missing or holds something else, or frames that cannot be chosen.
+    `task`, of the config, says whether labels, images or both are read. Generated streets have a `seed`, and are
+    rendered to `cache` when `data.root` is empty. Raises InputError: a folder that is missing or holds something else,
+    or frames that cannot be chosen.
     """
     names, datasets = dataset_names(data), []
     for name in names:  # each of several has a folder in data.root; PandaSet's two lidars share theirs
@@ -93,42 +87,22 @@ def check_labels(sample: list[SceneView], class_names: Sequence[str], num_classe
 def scene_settings(
     data: DataSettings, needs: SceneNeeds, *, task: str, train: bool, fixed: bool = False
 ) -> SceneSettings:
-    """How frames become scenes.
+    """How frames become scenes; `needs` are the backbone's, the others as in `SceneSettings`.
 
-    Args:
-        data: of the config.
-        needs: of the student's backbone.
-        task: "distill", "segment", or "features" for scenes whose features are cached.
-        train: whether scenes are augmented and limited.
-        fixed: the same scenes in every epoch, not augmented.
-
-    Raises:
-        InputError: more voxels than 32-bit keys tell apart.
+    Raises InputError when a pack has more places for voxels than 32-bit keys tell apart (`ops.sparse_conv`).
     """
     if needs.voxel_size is not None:
-        _check_keys_fit(data, needs.field_of_view, needs.voxel_size)
+        x, y, z = extent_of(needs.field_of_view, needs.voxel_size)
+        if data.scenes_per_shard * (x + 2) * (y + 2) >= 2**31 or data.points_per_shard * (z + 2) >= 2**31:
+            raise InputError(
+                f"model.minkunet.voxel_size = {needs.voxel_size} makes {x} x {y} x {z} voxels of model.field_of_view, "
+                f"and data.scenes_per_shard = {data.scenes_per_shard} of these are too many for 32-bit keys; use "
+                "larger voxels or a smaller field of view"
+            )
+    augmentation, size = "none" if fixed else data.augmentation, data.image_size
     return SceneSettings(
-        task=task,
-        train=train,
-        needs=needs,
-        voxel_size=data.voxel_size,
-        max_points=data.max_points,
-        image_size=data.image_size,
-        antialias=data.antialias,
-        augmentation="none" if fixed else data.augmentation,
-        fixed=fixed,
+        task, train, needs, data.voxel_size, data.max_points, size, data.antialias, augmentation, fixed
     )
-
-
-def _check_keys_fit(data: DataSettings, field_of_view: tuple, size: float) -> None:
-    """Raises `InputError` when a pack has more places for voxels than 32-bit keys tell apart (`ops.sparse_conv`)."""
-    x, y, z = extent_of(field_of_view, size)
-    if data.scenes_per_shard * (x + 2) * (y + 2) >= 2**31 or data.points_per_shard * (z + 2) >= 2**31:
-        raise InputError(
-            f"model.minkunet.voxel_size = {size} makes {x} x {y} x {z} voxels of model.field_of_view, and "
-            f"data.scenes_per_shard = {data.scenes_per_shard} of these are too many for 32-bit keys; use larger "
-            "voxels or a smaller field of view"
-        )
 
 
 def make_mixing(data: DataSettings, dataset: Dataset, folder: Path) -> Mixing | None:
@@ -138,14 +112,13 @@ def make_mixing(data: DataSettings, dataset: Dataset, folder: Path) -> Mixing | 
     """
     if not data.polarmix and not data.cutmix:
         return None
-    polar, instances, ground = (
-        _class_numbers(key, names, dataset.class_names)
-        for key, names in (
-            ("polarmix", data.polarmix),
-            ("cutmix", data.cutmix),
-            ("cutmix_ground", data.cutmix_ground),
-        )
-    )
+    known, numbers = dataset.class_names, []
+    for key in ("polarmix", "cutmix", "cutmix_ground"):
+        names = getattr(data, key)
+        if unknown := [name for name in names if name not in known]:
+            raise InputError(f"data.{key}: {', '.join(unknown)} are none of the classes {', '.join(known)}")
+        numbers.append(tuple(known.index(name) for name in names))
+    polar, instances, ground = numbers
     bank = None
     if instances:
         if jax.process_index() == 0:
@@ -153,12 +126,6 @@ def make_mixing(data: DataSettings, dataset: Dataset, folder: Path) -> Mixing | 
         distributed.barrier(f"instances {folder}")
         bank = open_bank(folder, dataset, instances)
     return Mixing(polar, bank, ground)
-
-
-def _class_numbers(key: str, names: Sequence[str], known: Sequence[str]) -> tuple[int, ...]:
-    if unknown := [name for name in names if name not in known]:
-        raise InputError(f"data.{key}: {', '.join(unknown)} are none of the classes {', '.join(known)}")
-    return tuple(known.index(name) for name in names)
 
 
 def _open(
@@ -217,13 +184,11 @@ def _records(data: DataSettings, split: str, name: str, folder: Path, *, labels:
     )
     found = dataset.metadata
     if name not in (found["dataset"], found["sensor"]):
-        raise InputError(
-            f"{folder} holds records of {found['dataset']} {found['sensor']}, not of {name}; correct data.root"
-        )
+        held = f"{found['dataset']} {found['sensor']}"
+        raise InputError(f"{folder} holds records of {held}, not of {name}; correct data.root")
     if found["image_size"] and not data.antialias:
-        raise InputError(
-            f"{folder}: images were resized with antialiasing, and data.antialias = False; prepare originals"
-        )
+        problem = "images were resized with antialiasing, and data.antialias = False"
+        raise InputError(f"{folder}: {problem}; prepare originals")
     return dataset
 
 
