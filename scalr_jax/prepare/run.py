@@ -67,13 +67,6 @@ flags.DEFINE_boolean("verify", False, "Compare every byte with what was written.
 flags.DEFINE_boolean("inspect", False, "Only look at the raw dataset.", flag_values=FLAGS)
 
 
-def parse(arguments: list[str]) -> None:
-    """Fills `FLAGS`. Raises InputError."""
-    parse_flags(FLAGS, arguments, __doc__)
-    if not (FLAGS.verify and FLAGS.output):
-        require(FLAGS, "dataset", "root", "output", example="--dataset=nuscenes --root=RAW --output=DIR")
-
-
 def image_choice() -> Images:
     """How images are stored, by the flags."""
     try:
@@ -85,9 +78,8 @@ def image_choice() -> Images:
     if FLAGS.dataset == "streets":  # rendered at this size
         return Images(FLAGS.image_format or "original")
     if size and FLAGS.image_format == "original":
-        raise InputError(
-            "--image_format=original keeps the files as they are; leave out --image_size, or take jpeg or raw"
-        )
+        problem = "--image_format=original keeps the files as they are"
+        raise InputError(f"{problem}; leave out --image_size, or take jpeg or raw")
     return Images(FLAGS.image_format or ("jpeg" if size else "original"), (size[0], size[1]) if size else None)
 
 
@@ -141,29 +133,21 @@ def open_source(split: str, images: Images) -> Source:
     return source
 
 
-def output_folder() -> Path:
-    """Where the records go: PandaSet's two lidars have a folder each."""
-    folder = Path(FLAGS.output)
-    return folder / sensor() if FLAGS.dataset in ("pandaset", "pandar64", "pandargt") else folder
-
-
 def write_records() -> None:
     """Looks, tells what it will take, writes what is missing, finishes."""
-    images, folder = image_choice(), output_folder()
+    images, folder, dataset = image_choice(), Path(FLAGS.output), FLAGS.dataset
+    if dataset in ("pandaset", "pandar64", "pandargt"):  # its two lidars have a folder each
+        folder, dataset = folder / sensor(), "pandaset"
     sources = open_sources(images)
-    readers = {split: source.dataset for split, source in sources.items()}
-    described = {split: reader.describe() for split, reader in readers.items()}
+    described = {split: source.dataset.describe() for split, source in sources.items()}
     print("\n\n".join(described.values()), "\n")
-    dataset = "pandaset" if FLAGS.dataset in ("pandar64", "pandargt") else FLAGS.dataset
     choices = {"dataset": dataset, "sensor": sensor(), "labels": FLAGS.labels, "voxel_size": VOXEL_SIZE}
     choices |= {"image_format": images.format, "image_size": images.size}
     settings = record_run.run_settings(choices, sources, FLAGS.frames_per_shard)
     shards = [s for name, source in sources.items() for s in plan_shards(name, len(source), FLAGS.frames_per_shard)]
     with record_run.claimed(folder, settings) as finished:
-        found = record_run.estimate(sources)
-        frames = {shard.file: shard.last - shard.first for shard in shards}
-        missing = sum(number for file, number in frames.items() if file not in finished)
-        total = sum(frames.values())
+        found, total = record_run.estimate(sources), sum(len(source) for source in sources.values())
+        missing = sum(shard.last - shard.first for shard in shards if shard.file not in finished)
         space = record_run.need_space(folder, missing * found.bytes_per_frame * record_run.SPARE)
         print(f"to write: {missing} of {total} frames, {len(shards) - len(finished)} of {len(shards)} files: {space}")
         if lost := found.fidelity:
@@ -173,10 +157,8 @@ def write_records() -> None:
                 f"{lost['psnr_db']:.1f} dB, in {lost['images']} images"
             )
         with tqdm(total=total, initial=total - missing, unit="frame", mininterval=1.0) as bar:
-            parts = record_run.write_missing(
-                folder, sources, shards, finished, num_processes=FLAGS.num_processes, progress=bar.update
-            )
-        reader = next(iter(readers.values()))
+            parts = record_run.write_missing(folder, sources, shards, finished, FLAGS.num_processes, bar.update)
+        reader = next(iter(sources.values())).dataset
         manifest = {
             **choices,
             "format": record_run.records.FORMAT,
@@ -217,7 +199,9 @@ def verify() -> None:
 
 def run(arguments: list[str]) -> None:
     """The command. Raises InputError and what the operating system raises."""
-    parse(arguments)
+    parse_flags(FLAGS, arguments, __doc__)
+    if not (FLAGS.verify and FLAGS.output):
+        require(FLAGS, "dataset", "root", "output", example="--dataset=nuscenes --root=RAW --output=DIR")
     if FLAGS.verify:
         verify()
     elif FLAGS.inspect:

@@ -160,7 +160,6 @@ def write_missing(
     sources: Mapping[str, Source],
     shards: list[Shard],
     finished: dict[str, Part],
-    *,
     num_processes: int,
     progress: Progress,
 ) -> dict[str, Part]:

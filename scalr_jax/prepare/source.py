@@ -14,6 +14,7 @@ from PIL import Image
 from scalr_jax.data import transforms
 from scalr_jax.data.readers import files
 from scalr_jax.data.readers.raw import RawDataset
+from scalr_jax.data.readers.scan_inputs import student_points
 from scalr_jax.data.scenes import Dataset, Frame, Voxels
 from scalr_jax.prepare.builders import to_bytes
 from scalr_jax.runtime.errors import BadFrameError, NothingVisibleError
@@ -157,12 +158,6 @@ def encode_image(image: np.ndarray, image_format: str) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, **(JPEG if image_format == "jpeg" else {"format": "PNG"}))
     return buffer.getvalue()
-
-
-def student_points(frame: Frame) -> np.ndarray:
-    """[N, 4] float32: x, y, z in the student's frame (metres) as `make_scene` computes them, raw intensity."""
-    xyz = transforms.to_ego(frame.points, frame.to_ego)
-    return np.concatenate([xyz, frame.points[:, 3:4].astype(np.float32)], axis=1)
 
 
 def scan_example(scan: Frame, points: np.ndarray) -> dict[str, bytes]:
