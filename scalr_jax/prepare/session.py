@@ -141,10 +141,10 @@ def estimate(sources: Mapping[str, Source]) -> Estimate:
     return Estimate(float(np.mean(sizes)), dtype, record_source.fidelity(images, settings))
 
 
-def need_space(folder: Path, num_bytes: float, free: int | None = None) -> str:
-    """What to print of the space that is needed; `free` bytes are (None: asks). Raises InputError when too few."""
+def need_space(folder: Path, num_bytes: float) -> str:
+    """What to print of the space that is needed. Raises InputError when less is free."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free if free is None else free
+    free = shutil.disk_usage(place).free
     text = f"{_human(num_bytes)} are needed, {_human(free)} are free at {place}"
     if num_bytes > free:
         raise InputError(f"not enough space: {text}; free some, give another --output, or store less with --image_size")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -55,12 +54,11 @@ class Source:
         self.reader, self.labelled, self.voxel_size, self.images = reader, labelled, voxel_size, images
         names = {} if reader is None else {reader.name(i): i for i in range(len(reader)) if self._cameras_of(i)}
         in_labelled = {} if labelled is None else {labelled.name(i): i for i in range(len(labelled))}
-        order = [*names, *(name for name in in_labelled if name not in names)]
-        self._plain = np.array([names.get(name, -1) for name in order], np.int32)
-        self._labelled = np.array([in_labelled.get(name, -1) for name in order], np.int32)
+        # Each frame's name, and its number in `reader` and in `labelled`; None where it is not there.
+        self._frames = [(name, names.get(name), in_labelled.get(name)) for name in {**names, **in_labelled}]
 
     def __len__(self) -> int:
-        return len(self._plain)
+        return len(self._frames)
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -77,18 +75,18 @@ class Source:
         return dataset
 
     def _place(self, index: int) -> tuple[Dataset, int]:
-        """The reader that names a frame, and the frame's number there."""
-        plain = int(self._plain[index])
-        if self.labelled is None or plain >= 0:
-            return self.dataset, plain
-        return self.labelled, int(self._labelled[index])
+        """The reader that a frame's scan is read by, with its labels where there are some, and its number there."""
+        _, plain, labelled = self._frames[index]
+        if self.labelled is not None and labelled is not None:
+            return self.labelled, labelled
+        assert plain is not None
+        return self.dataset, plain
 
     def _cameras_of(self, plain: int) -> tuple[str, ...]:
         return self.reader.cameras_of(plain) if isinstance(self.reader, RawDataset) else self.cameras
 
     def name(self, index: int) -> str:
-        reader, number = self._place(index)
-        return reader.name(number)
+        return self._frames[index][0]
 
     def scan_file(self, index: int) -> str:
         """The scan's path below the dataset's root; "" where the reader does not know it."""
@@ -97,21 +95,17 @@ class Source:
 
     def prepare(self, index: int) -> Prepared:
         """Everything that is stored of a frame. Raises BadFrameError when its scan or labels cannot be used."""
-        plain, labelled = int(self._plain[index]), int(self._labelled[index])
-        reader, number = self._place(index)
-        if self.labelled is not None and labelled >= 0:
-            reader, number = self.labelled, labelled
-        name, scan = self.name(index), reader.frame(number, camera=None)
+        (name, plain, labelled), (reader, number) = self._frames[index], self._place(index)
+        scan = reader.frame(number, camera=None)
         if len(scan.points) == 0:
             raise BadFrameError(f"{name}: the scan has no points")
         voxels, points = transforms.find_voxels(scan.points, self.voxel_size), student_points(scan)
-        prepared = Prepared(name, [], labelled >= 0, [], [], scan.points.dtype.name)
-        if labelled >= 0:
+        prepared = Prepared(name, [], labelled is not None, [], [], scan.points.dtype.name)
+        if prepared.has_scan:
             prepared.examples.append(scan_example(scan, points))
-        for camera in self._cameras_of(plain) if plain >= 0 else ():
+        for camera in () if plain is None else self._cameras_of(plain):
             try:
-                view, path = self._view(scan, plain, camera)
-                content = self._image(view, path)
+                view, content = self._view(scan, plain, camera)
             except NothingVisibleError:
                 continue
             except BadFrameError as error:
@@ -126,29 +120,22 @@ class Source:
 
     def an_image(self, index: int) -> list[np.ndarray]:
         """One of a frame's images [h, w, 3] uint8 as the raw reader gives it; none where there is none."""
-        plain, image = int(self._plain[index]), None
+        plain, image = self._frames[index][1], None
         with contextlib.suppress(BadFrameError):
-            image = None if plain < 0 else self.dataset.frame(plain, np.random.default_rng(index)).image
+            image = None if plain is None else self.dataset.frame(plain, np.random.default_rng(index)).image
         return [] if image is None else [image]
 
-    def _view(self, scan: Frame, plain: int, camera: str) -> tuple[Frame, Path | None]:
-        """A scan paired with one camera, and the image's file; None where it is no file."""
-        if isinstance(self.reader, RawDataset):
-            return self.reader.view(scan, plain, camera), self.reader.image_path(plain, camera)
-        return self.dataset.frame(plain), None
-
-    def _image(self, view: Frame, path: Path | None) -> tuple[bytes, tuple[int, int]]:
-        """What is stored of a view's image, and its rows and columns."""
+    def _view(self, scan: Frame, plain: int, camera: str) -> tuple[Frame, tuple[bytes, tuple[int, int]]]:
+        """A scan paired with one camera; what is stored of its image, and that image's rows and columns."""
+        raw = self.reader if isinstance(self.reader, RawDataset) else None  # the others' images are no files
+        view = self.dataset.frame(plain) if raw is None else raw.view(scan, plain, camera)
         image = view.image
         assert image is not None
         if self.images.size is not None:
             image = transforms.resize_image(image, self.images.size, antialias=True)
-        elif self.images.format == "original" and path is not None:
-            try:
-                return path.read_bytes(), (image.shape[0], image.shape[1])
-            except OSError as error:
-                raise BadFrameError(f"{path}: cannot be read ({error.strerror}).") from error
-        return encode_image(image, self.images.format), (image.shape[0], image.shape[1])
+        elif self.images.format == "original" and raw is not None:
+            return view, (files.read_bytes(raw.image_path(plain, camera)), (image.shape[0], image.shape[1]))
+        return view, (encode_image(image, self.images.format), (image.shape[0], image.shape[1]))
 
 
 def encode_image(image: np.ndarray, image_format: str) -> bytes:

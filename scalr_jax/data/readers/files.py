@@ -58,12 +58,18 @@ def map_labels(labels: np.ndarray, class_of_id: dict[int, int], num_points: int,
     return np.array([class_of_id[int(value)] for value in values], np.uint8)[inverse]
 
 
+def read_bytes(path: Path) -> bytes:
+    """A file's content. Raises BadFrameError when it is missing or cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadFrameError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
 def read_json(path: Path) -> Any:
     """A JSON file's content. Raises BadFrameError when it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise BadFrameError(f"{path}: cannot be read ({error.strerror}).") from error
+        return json.loads(read_bytes(path))
     except ValueError as error:  # also UnicodeDecodeError
         raise BadFrameError(f"{path}: not valid JSON ({error}); copy the file again.") from error
 
@@ -83,10 +89,7 @@ def read_floats(path: Path, columns: int) -> np.ndarray:
 
 def read_array(path: Path, dtype: np.dtype) -> np.ndarray:
     """A headerless file of numbers -> [n]. Raises BadFrameError when it is missing or cut within a number."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise BadFrameError(f"{path}: cannot be read ({error.strerror}).") from error
+    raw = read_bytes(path)
     if len(raw) % dtype.itemsize:
         raise BadFrameError(f"{path}: {len(raw)} bytes are not whole {dtype} values; copy the file again.")
     return np.frombuffer(raw, dtype)

@@ -21,33 +21,29 @@ from scalr_jax.runtime.unpickler import ForbiddenError, MalformedError, Recordin
 
 MAX_BYTES = 1 << 30  # a PandaSet scan is about 10 MB unpacked; more than this is not a scan but an attack on memory
 
-# Every (module, name) that a table may mention, over the versions of pandas (0.2x to 3) and NumPy (1, 2).
+# Every name that a table may mention and what it stands for, over the versions of pandas (0.2x to 3) and NumPy (1, 2).
+_NAMES = {
+    "frame": "pandas.DataFrame pandas.core.frame.DataFrame",
+    "manager": "pandas.core.internals.BlockManager pandas.core.internals.managers.BlockManager",
+    "block": "pandas._libs.internals._unpickle_block pandas.core.internals.blocks.new_block",
+    "index": "pandas.core.indexes.base._new_Index",
+    "index class": "pandas.Index pandas.core.indexes.base.Index pandas.RangeIndex pandas.core.indexes.range.RangeIndex "
+    "pandas.core.indexes.numeric.Int64Index pandas.core.indexes.numeric.UInt64Index "
+    "pandas.core.indexes.numeric.Float64Index",
+    "dtype": "pandas.StringDtype pandas.core.arrays.string_.StringDtype numpy.dtype",
+    "strings": "pandas.arrays.StringArray pandas.core.arrays.string_.StringArray pandas.arrays.ArrowStringArray "
+    "pandas.core.arrays.string_arrow.ArrowStringArray pandas._libs.arrays.__pyx_unpickle_NDArrayBacked",
+    "arrow": "pyarrow.lib._restore_array",
+    "arrow type": "pyarrow.lib.type_for_alias",
+    "bytes": "pyarrow.lib.py_buffer builtins.bytearray __builtin__.bytearray _codecs.encode",
+    "array": "numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct",
+    "array class": "numpy.ndarray",
+    "buffer": "numpy.core.numeric._frombuffer numpy._core.numeric._frombuffer",
+    "scalar": "numpy.core.multiarray.scalar numpy._core.multiarray.scalar",
+    "slice": "builtins.slice __builtin__.slice",
+}
 _STAND_INS = stand_ins(
-    {
-        **{(m, "DataFrame"): "frame" for m in ("pandas", "pandas.core.frame")},
-        **{(f"pandas.core.internals{m}", "BlockManager"): "manager" for m in ("", ".managers")},
-        ("pandas._libs.internals", "_unpickle_block"): "block",
-        ("pandas.core.internals.blocks", "new_block"): "block",
-        ("pandas.core.indexes.base", "_new_Index"): "index",
-        **{(m, "Index"): "index class" for m in ("pandas", "pandas.core.indexes.base")},
-        **{(m, "RangeIndex"): "index class" for m in ("pandas", "pandas.core.indexes.range")},
-        **{("pandas.core.indexes.numeric", f"{t}Index"): "index class" for t in ("Int64", "UInt64", "Float64")},
-        **{(m, "StringDtype"): "dtype" for m in ("pandas", "pandas.core.arrays.string_")},
-        **{(m, "StringArray"): "strings" for m in ("pandas.arrays", "pandas.core.arrays.string_")},
-        **{(m, "ArrowStringArray"): "strings" for m in ("pandas.arrays", "pandas.core.arrays.string_arrow")},
-        ("pandas._libs.arrays", "__pyx_unpickle_NDArrayBacked"): "strings",
-        ("pyarrow.lib", "_restore_array"): "arrow",
-        ("pyarrow.lib", "type_for_alias"): "arrow type",
-        ("pyarrow.lib", "py_buffer"): "bytes",
-        **{(f"numpy.{core}.multiarray", "_reconstruct"): "array" for core in ("core", "_core")},
-        **{(f"numpy.{core}.numeric", "_frombuffer"): "buffer" for core in ("core", "_core")},
-        **{(f"numpy.{core}.multiarray", "scalar"): "scalar" for core in ("core", "_core")},
-        ("numpy", "ndarray"): "array class",
-        ("numpy", "dtype"): "dtype",
-        **{(m, "slice"): "slice" for m in ("builtins", "__builtin__")},
-        **{(m, "bytearray"): "bytes" for m in ("builtins", "__builtin__")},
-        ("_codecs", "encode"): "bytes",
-    }
+    {(n.rpartition(".")[0], n.rpartition(".")[2]): kind for kind, names in _NAMES.items() for n in names.split()}
 )
 
 

@@ -98,9 +98,7 @@ def _read_npy(path: Path) -> Mapping[str, np.ndarray]:
 
 def _read_pcd(path: Path) -> Mapping[str, np.ndarray]:
     try:
-        return read_pcd(path.read_bytes(), lambda names: _choose(path, names))
-    except OSError as error:
-        raise BadFrameError(f"{path}: cannot be read ({error.strerror}).") from error
+        return read_pcd(files.read_bytes(path), lambda names: _choose(path, names))
     except (ValueError, IndexError) as error:
         raise BadFrameError(f"{path}: damaged .pcd file: {_brief(error)}; {AGAIN}.") from error
 

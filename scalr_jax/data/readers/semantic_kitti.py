@@ -133,7 +133,12 @@ class SemanticKITTI(RawDataset[_Entry]):
         path = self._image_path(entry, camera)
         image = files.read_image(path)
         height, width = image.shape[:2]
-        _check_size(calibration, (width, height), path)
+        off = np.array(calibration.centre) / (width, height) - 0.5
+        if np.abs(off).max() > CENTRE_TOLERANCE:  # KITTI's sizes differ by day and stand nowhere
+            raise BadFrameError(
+                f"{path}: the image is {width} x {height} pixels, but {calibration.path} has its centre at "
+                f"({calibration.centre[0]:.0f}, {calibration.centre[1]:.0f}); use the sequence's original images."
+            )
         ahead = frame.points[:, 0] > MIN_DISTANCE
         homogeneous = np.column_stack([frame.points[:, :3], np.ones(len(ahead))])  # [N, 4] float64
         projected = homogeneous @ calibration.matrix.T  # [N, 3]
@@ -156,13 +161,3 @@ class SemanticKITTI(RawDataset[_Entry]):
         except (OSError, KeyError, ValueError) as error:
             raise BadFrameError(f"{path}: no 12 numbers each of P2 and Tr ({error}); copy it again.") from error
         return _Calibration(camera @ lidar, (camera[0, 2], camera[1, 2]), path)
-
-
-def _check_size(calibration: _Calibration, size: tuple[int, int], path: Path) -> None:
-    """KITTI's sizes differ by day and stand nowhere, but the principal point must lie near the image's middle."""
-    off = [abs(centre / pixels - 0.5) for centre, pixels in zip(calibration.centre, size, strict=True)]
-    if max(off) > CENTRE_TOLERANCE:
-        raise BadFrameError(
-            f"{path}: the image is {size[0]} x {size[1]} pixels, but {calibration.path} has its centre at "
-            f"({calibration.centre[0]:.0f}, {calibration.centre[1]:.0f}); use the sequence's original images."
-        )
