@@ -156,13 +156,9 @@ def rotation(quaternion: Sequence[float] | np.ndarray) -> np.ndarray:
     """Quaternion w, x, y, z (of any length but 0) -> rotation matrix [3, 3] float64."""
     w, x, y, z = quaternion
     s = 2.0 / (w * w + x * x + y * y + z * z)
-    return np.array(
-        [
-            [1.0 - s * (y * y + z * z), s * (x * y - w * z), s * (x * z + w * y)],
-            [s * (x * y + w * z), 1.0 - s * (x * x + z * z), s * (y * z - w * x)],
-            [s * (x * z - w * y), s * (y * z + w * x), 1.0 - s * (x * x + y * y)],
-        ]
-    )
+    return np.array([[1.0 - s * (y * y + z * z), s * (x * y - w * z), s * (x * z + w * y)],
+                     [s * (x * y + w * z), 1.0 - s * (x * x + z * z), s * (y * z - w * x)],
+                     [s * (x * z - w * y), s * (y * z + w * x), 1.0 - s * (x * x + y * y)]])  # fmt: skip
 
 
 def pick_camera(

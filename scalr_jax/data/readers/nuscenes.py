@@ -50,8 +50,7 @@ class NuScenes(RawDataset[_Entry]):
         one of them is there.
       labels: list only keyframes with lidarseg labels, and read them.
 
-    Raises:
-      InputError: nothing to read at `root`, a damaged table, or an argument that does not fit what is there.
+    Raises InputError: nothing to read at `root`, a damaged table, or an argument that does not fit what is there.
     """
 
     known_cameras, statistics = CAMERAS, INTENSITY

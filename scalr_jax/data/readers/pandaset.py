@@ -79,8 +79,7 @@ class PandaSet(RawDataset[_Entry]):
         or none at all with `labels`. A frame is listed when one of them is there.
       labels: list only frames with semantic labels, and read them.
 
-    Raises:
-      InputError: nothing to read at `root`, or an argument that does not fit what is there.
+    Raises InputError: nothing to read at `root`, or an argument that does not fit what is there.
     """
 
     def __init__(

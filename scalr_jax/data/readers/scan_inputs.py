@@ -98,16 +98,11 @@ def student_points(frame: Frame) -> np.ndarray:
 
 
 def pair_image(frame: Frame, image: Path, cameras: Path, camera: str | None = None) -> Frame:
-    """A scan with its photograph, by a calibration as docs/data.md has it ("cameras" of dataset.json).
+    """A scan (in the lidar's frame) with its photograph, by a calibration as docs/data.md has it.
 
-    Args:
-      frame: points in the lidar's frame.
-      image: the photograph.
-      cameras: JSON, {"front": {"intrinsics": ..., "size": ..., "lidar_to_camera": ...}}.
-      camera: which of them; None when there is one.
-
-    Raises:
-      InputError, BadFrameError: the calibration or the image is none, or no point projects into it.
+    cameras: JSON, as "cameras" of dataset.json: {"front": {"intrinsics": ..., "size": ..., "lidar_to_camera": ...}}.
+    camera: which of them; None when there is one. Raises InputError or BadFrameError: the calibration or the image is
+    none, or no point projects into it.
     """
     known = folder_settings.read_cameras(cameras)
     if camera is None and len(known) != 1:
@@ -146,11 +141,8 @@ def open_reader(name: str, root: Path, *, sensor: str = "", **options: Any) -> R
 
     name: nuscenes, semantic_kitti, folder, pandaset or one of its lidars. sensor: of pandaset. options: the reader's.
     """
-    readers: dict[str, Callable[..., RawDataset]] = {
-        "nuscenes": NuScenes,
-        "semantic_kitti": SemanticKITTI,
-        "folder": Folder,
-    }
+    readers: dict[str, Callable[..., RawDataset]]
+    readers = {"nuscenes": NuScenes, "semantic_kitti": SemanticKITTI, "folder": Folder}
     files.check_choice("dataset", name, (*readers, "pandaset", *PANDASET))
     if name == "nuscenes":
         options = {"version": next((v for v in VERSIONS if (root / v).is_dir()), "v1.0-mini"), **options}
@@ -168,8 +160,7 @@ def open_dataset(name: str, root: Path, *, split: str = "all", labels: bool | No
       split: of the dataset.
       labels: True for frames with labels, also when they have no image; False for no labels.
 
-    Raises:
-      InputError: another name, or nothing to read.
+    Raises InputError: another name, or nothing to read.
     """
     reader = functools.partial(open_reader, name, root, split=split)
     try:

@@ -55,8 +55,7 @@ class SemanticKITTI(RawDataset[_Entry]):
       cameras: ("image_2",) or () for no images. None: the image, or none with `labels`.
       labels: list only scans with labels, and read them.
 
-    Raises:
-      InputError: nothing to read at `root`, or an argument that does not fit what is there.
+    Raises InputError: nothing to read at `root`, or an argument that does not fit what is there.
     """
 
     known_cameras, statistics = CAMERAS, INTENSITY

@@ -1,7 +1,7 @@
 """Generated streets as a dataset: rendered once into a cache, read back with NumPy only.
 
 A street is a pure function of one integer (`split_seed`); a cache file also depends on the sensor, the image size and
-`VERSION`, and its name says all of them. Rendering (`street_sensors.render`) needs JAX and happens in the main
+`VERSION`, and its name says all of them. Rendering (`sensors.render`) needs JAX and happens in the main
 process, before data workers start; reading needs none, so that a worker never starts a JAX backend.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from scalr_jax.data.readers import files
 from scalr_jax.data.scenes import RANDOM, Dataset, Frame
 from scalr_jax.data.streets.layout import CLASSES
-from scalr_jax.data.streets.sensors import SENSORS
+from scalr_jax.data.streets.sensors import SENSORS, render
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.storage import write_arrays
 
@@ -102,15 +102,11 @@ class Streets(Dataset):
         `part` (k, n): only every n-th scene from the k-th on, one process's share.
         """
         missing = [index for index in range(part[0], self.num_scenes, part[1]) if not self.path(index).exists()]
-        if not missing:
-            return 0
-        from scalr_jax.data.streets import sensors as street_sensors
-
         self.root.mkdir(parents=True, exist_ok=True)
         start = said = time.monotonic()
         for done, index in enumerate(missing, 1):
             seed = split_seed(self.split, index, self.seed)
-            scene = street_sensors.render(seed, self.sensor(index), self.image_size)
+            scene = render(seed, self.sensor(index), self.image_size)
             write_arrays(self.path(index), {field: getattr(scene, field) for field in FIELDS})
             now = time.monotonic()
             if progress and (now - said > PROGRESS_SECONDS or done == len(missing)):
