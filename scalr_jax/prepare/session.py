@@ -104,7 +104,7 @@ def _finished(folder: Path, settings: dict) -> dict[str, Part]:
         )
     own = [cast("Part", read_json(path, AGAIN)) for path in sorted((folder / PARTS).glob("*.json"))]
     parts |= {part["file"]: part for part in own}
-    whole = {name: part for name, part in parts.items() if _size(folder / name) == part["bytes"]}
+    whole = {name: part for name, part in parts.items() if records.file_size(folder / name) == part["bytes"]}
     if not complete:
         return {name: part for name, part in whole.items() if not part["bad"] and not part["problems"]}
     if len(whole) == len(parts) and not own:
@@ -115,10 +115,6 @@ def _finished(folder: Path, settings: dict) -> dict[str, Part]:
             "file of it to have that one written again"
         )
     return whole
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
 
 
 def estimate(sources: Mapping[str, Source]) -> Estimate:
@@ -210,8 +206,8 @@ def verify(folder: Path, progress: Progress = lambda size: None) -> str:
     wrong, parts = [], [part for split in manifest["splits"].values() for part in split["shards"]]
     for part in parts:
         path = folder / part["file"]
-        if _size(path) != part["bytes"]:
-            wrong.append(f"{part['file']} has {_size(path) or 0} bytes instead of {part['bytes']}")
+        if records.file_size(path) != part["bytes"]:
+            wrong.append(f"{part['file']} has {records.file_size(path) or 0} bytes instead of {part['bytes']}")
         elif checksum(path) != part["sha256"]:
             wrong.append(f"{part['file']} has other bytes than were written")
         progress(part["bytes"])

@@ -131,15 +131,9 @@ def _intensity(seen: Sequence[Seen]) -> list[Report]:
         count, total, squares = moments[:, :3].sum(axis=0)
         mean = total / count
         std = float(np.sqrt(max(squares / count - mean**2, 0.0)))
-        entries.append(
-            {
-                "configured": [round(float(value), 5) for value in statistics],
-                "measured": [round(float(mean), 5), round(std, 5)],
-                "min": float(moments[:, 3].min()),
-                "max": float(moments[:, 4].max()),
-                "frames": len(moments),
-            }
-        )
+        known, measured = ([round(float(value), 5) for value in pair] for pair in (statistics, (mean, std)))
+        low, high = float(moments[:, 3].min()), float(moments[:, 4].max())
+        entries.append({"configured": known, "measured": measured, "min": low, "max": high, "frames": len(moments)})
     return entries
 
 

@@ -67,13 +67,9 @@ class RawDataset(Dataset, Generic[E]):
     def _table(self, title: str, scenes: tuple[str, object], scans: str, left_out: str) -> str:
         """What `describe` prints. scenes: a row; scans: how many were found, of what."""
         images = f"{sum(len(self._drawn(e)) for e in self._entries)} of {len(self) * len(self.cameras)}"
-        rows = [
-            scenes,
-            ("frames", f"{len(self)} of {scans}"),
-            ("left out", left_out),
-            ("images", images if self.cameras else "not read"),
-            ("labelled frames", sum(bool(entry.labels) for entry in self._entries)),
-        ]
+        labelled = sum(bool(entry.labels) for entry in self._entries)
+        rows = [scenes, ("frames", f"{len(self)} of {scans}"), ("left out", left_out)]
+        rows += [("images", images if self.cameras else "not read"), ("labelled frames", labelled)]
         return files.format_table(f"{title}, split {self.split}: {self.root}", rows)
 
     def __len__(self) -> int:

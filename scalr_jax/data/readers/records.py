@@ -43,6 +43,11 @@ def is_begun(root: str | Path) -> bool:
     return is_prepared(root) or (Path(root) / SETTINGS).is_file()
 
 
+def file_size(path: Path) -> int | None:
+    """Bytes; None where there is no such file."""
+    return path.stat().st_size if path.is_file() else None
+
+
 def read_manifest(root: str | Path) -> Manifest:
     """The manifest of a prepared folder. Raises InputError when it is missing, damaged or of another format."""
     path = Path(root) / MANIFEST
@@ -150,11 +155,9 @@ class Records(Dataset):
         what, size = self.metadata, self.metadata["image_size"]
         views = int(np.bitwise_count(self._places["cameras"]).sum())
         images = f"{what['image_format']}, " + (f"{size[0]} x {size[1]}" if size else "of their own size")
-        rows = [
-            ("frames", len(self)),
-            ("reads", "whole scans and labels" if self.labels else f"views: {views} images, {images}"),
-            ("files", f"{len(self._files)}, prepared by scalr_jax {what['scalr_jax']}"),
-        ]
+        reads = "whole scans and labels" if self.labels else f"views: {views} images, {images}"
+        written = f"{len(self._files)}, prepared by scalr_jax {what['scalr_jax']}"
+        rows = [("frames", len(self)), ("reads", reads), ("files", written)]
         of = f"{what['dataset']} {what['sensor']}".strip()
         return files.format_table(f"Prepared records of {of}, split {self.split}: {self.root}", rows)
 
@@ -193,16 +196,9 @@ class Records(Dataset):
             image = _array(parts, "image", "u1").reshape(*stored, 3)
         else:
             image = files.decode_image(bytes(parts["image"]), f"{self.root}: {name}", at_least=self._scale_to)
-        return Frame(
-            name=name,
-            points=points,
-            to_ego=np.eye(4),
-            image=image,
-            pixels=_array(parts, "pixels", "<f8").reshape(-1, 2),
-            visible=_array(parts, "visible", "u1").view(np.bool_),
-            voxels=Voxels(self.metadata["voxel_size"], np.arange(len(points), dtype=np.int32), start),
-            image_shape=(height, width),
-        )
+        pixels, visible = _array(parts, "pixels", "<f8").reshape(-1, 2), _array(parts, "visible", "u1").view(np.bool_)
+        voxels = Voxels(self.metadata["voxel_size"], np.arange(len(points), dtype=np.int32), start)
+        return Frame(name, points, np.eye(4), image, pixels, visible, voxels=voxels, image_shape=(height, width))
 
     def _points(self, parts: dict[str, memoryview]) -> np.ndarray:
         """[n, 4], in the raw reader's dtype, so that what is computed from them rounds alike."""
@@ -235,10 +231,8 @@ class Records(Dataset):
     def _check_files(self, sizes: Sequence[int]) -> None:
         """Raises InputError that names files which are missing or have another size than was written."""
         wrong = []
-        for name, size in zip(self._files, sizes, strict=True):
-            path = self.root / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
+        for path, size in zip(map(self.root.joinpath, self._files), sizes, strict=True):
+            if (found := file_size(path)) != size:
                 wrong.append(f"{path} " + ("is missing" if found is None else f"has {found} bytes instead of {size}"))
         if wrong:
             more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -194,10 +194,8 @@ def _targets(street, hits, base, image_size, world_to_camera, eye) -> dict[str, 
     }
 
 
-def render(
-    seed: int, sensor: str, image_size: tuple[int, int], *, camera: int | None = None, targets: bool = False
-) -> Rendered:
-    """The street of `seed` as `sensor` (a key of `SENSORS`) and one camera (default: drawn from the seed) see it.
+def render(seed: int, sensor: str, image_size: tuple[int, int], *, targets: bool = False) -> Rendered:
+    """The street of `seed` as `sensor` (a key of `SENSORS`) and one of its cameras, drawn from the seed, see it.
 
     A pure function of its arguments. `targets` adds what each pixel sees (`_targets`).
     """
@@ -205,10 +203,7 @@ def render(
     street = make_street(seed)
     rng = np.random.default_rng((seed, 1, list(SENSORS).index(sensor)))
     rotation, position = pose(street, model, rng)
-    drawn = int(rng.integers(model.num_cameras))
-    camera = drawn if camera is None else camera
-    if not 0 <= camera < model.num_cameras:
-        raise ValueError(f"camera = {camera}: {sensor} has cameras 0 to {model.num_cameras - 1}")
+    camera = int(rng.integers(model.num_cameras))
     image, see = photograph(street, camera, image_size, rotation, position, rng)
     points, labels = scan(street, model, rotation, position, rng)
     pixels, visible = project(points[:, :3].astype(np.float64), camera, image_size)
