@@ -23,18 +23,20 @@ EDGE = 0.15  # of its distance that a point's neighbour in the image must be far
 
 def draw_all(output: Path, frames: Mapping[str, Sequence[Frame]], seen: Sequence[Seen], report: Report) -> list[str]:
     """All pictures of an inspection, into `output`. Returns the files' names."""
-    drawn = []
+    figures = {}
     for camera, some in frames.items():
         for number, frame in enumerate(some if camera else ()):
             name = "".join(c if c.isalnum() or c in "-_." else "_" for c in camera)
-            drawn.append(draw_over_image(output / f"over_{name}_{number}.png", frame))
+            figures[f"over_{name}_{number}.png"] = draw_over_image(frame)
     first = next(some[0] for some in frames.values() if some)
-    drawn.append(draw_top_view(output / "top_view.png", first, report["suggestion"]["field_of_view"][1][0]))
-    drawn.append(draw_histograms(output / "histograms.png", seen, report))
-    return [path.name for path in drawn]
+    figures["top_view.png"] = draw_top_view(first, report["suggestion"]["field_of_view"][1][0])
+    figures["histograms.png"] = draw_histograms(seen, report)
+    for name, figure in figures.items():
+        figure.savefig(output / name, dpi=110)
+    return list(figures)
 
 
-def draw_over_image(path: Path, frame: Frame) -> Path:
+def draw_over_image(frame: Frame) -> Figure:
     """Two panels: the visible points over the image, by distance; and those at the edges of near things only.
 
     The frame has an image. Distances are in metres from the student's origin.
@@ -68,7 +70,7 @@ def draw_over_image(path: Path, frame: Frame) -> Path:
     bar.set_ticks([3, 5, 10, 20, 40, 80], labels=["3", "5", "10", "20", "40", "80"])
     bar.ax.minorticks_off()
     figure.suptitle(frame.name, fontsize=11)
-    return _save(figure, path)
+    return figure
 
 
 def find_edges(pixels: np.ndarray, distance: np.ndarray, width: int) -> np.ndarray:
@@ -84,7 +86,7 @@ def find_edges(pixels: np.ndarray, distance: np.ndarray, width: int) -> np.ndarr
     return ((farther > np.maximum(1.0, EDGE * distance)[:, None]) & (apart < 0.02 * width)).sum(axis=1) >= 2
 
 
-def draw_top_view(path: Path, frame: Frame, half: float) -> Path:
+def draw_top_view(frame: Frame, half: float) -> Figure:
     """A scan from above, by height, with circles of distance and the suggested view, +-half metres."""
     xyz = transforms.to_ego(frame.points, frame.to_ego)
     order = np.argsort(xyz[:, 2])
@@ -107,10 +109,10 @@ def draw_top_view(path: Path, frame: Frame, half: float) -> Path:
     axes.set(xlabel="x (m)", ylabel="y (m)", aspect="equal", xlim=limits, ylim=limits)
     axes.set_title(f"{frame.name}: {len(xyz):,} points from above, student's frame", fontsize=10)
     figure.colorbar(shown, ax=axes, label="z (m)", shrink=0.8, extend="both")
-    return _save(figure, path)
+    return figure
 
 
-def draw_histograms(path: Path, seen: Sequence[Seen], report: Report) -> Path:
+def draw_histograms(seen: Sequence[Seen], report: Report) -> Figure:
     """Normalised intensity, distance and height of the points of all frames."""
     xyz = np.concatenate([frame.xyz for frame in seen])
     normalized = [(frame.intensity - frame.statistics[0]) / frame.statistics[1] for frame in seen]
@@ -140,9 +142,4 @@ def draw_histograms(path: Path, seen: Sequence[Seen], report: Report) -> Path:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
     figure.suptitle(f"{len(seen)} frames", fontsize=11)
-    return _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
-    return path
+    return figure

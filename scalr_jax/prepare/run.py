@@ -43,7 +43,7 @@ from scalr_jax.data.streets.streets import Streets
 from scalr_jax.prepare import session as record_run
 from scalr_jax.prepare import source as record_source
 from scalr_jax.prepare.source import Images, Source
-from scalr_jax.prepare.writing import AGAIN, Part, plan_shards
+from scalr_jax.prepare.writing import AGAIN, plan_shards
 from scalr_jax.runtime.command_line import exit_codes, parse_flags, require
 from scalr_jax.runtime.errors import InputError
 
@@ -87,7 +87,7 @@ def open_raw(split: str, *, labels: bool) -> Dataset:
     """The raw reader of a split. Raises InputError."""
     if FLAGS.dataset != "streets":
         return open_reader(FLAGS.dataset, Path(FLAGS.root), sensor=sensor(), split=split, labels=labels)
-    rows, columns = map(int, FLAGS.image_size or (112, 224))
+    rows, columns = map(int, FLAGS.image_size[:2] or (112, 224))
     options = {"num_scenes": FLAGS.num_scenes, "sensors": (sensor(),), "image_size": (rows, columns)}
     streets = Streets(FLAGS.root, split=split, **options)
     streets.render_missing()
@@ -134,7 +134,7 @@ def open_source(split: str, images: Images) -> Source:
 
 
 def write_records() -> None:
-    """Looks, tells what it will take, writes what is missing, finishes."""
+    """Looks, tells what it will take, writes what is missing, finishes, names what was left out."""
     images, folder, dataset = image_choice(), Path(FLAGS.output), FLAGS.dataset
     if dataset in ("pandaset", "pandar64", "pandargt"):  # its two lidars have a folder each
         folder, dataset = folder / sensor(), "pandaset"
@@ -172,18 +172,14 @@ def write_records() -> None:
             "settings": settings,
         }
         record_run.finish(folder, shards, parts, manifest, described)
-    report(folder, [parts[shard.file] for shard in shards])
-
-
-def report(folder: Path, parts: list[Part]) -> None:
-    """Prints what was written and names what was left out."""
-    for part in parts:
+    written = [parts[shard.file] for shard in shards]
+    for part in written:
         for text in part["bad"]:
             print(f"skipped a bad frame: {text}")
         for text in part["problems"]:
             print(f"left out an image: {text}")
-    frames, size = sum(len(part["names"]) for part in parts), sum(part["bytes"] for part in parts)
-    print(f"{folder}: {frames} frames in {len(parts)} files, {size / 1e9:.3f} GB")
+    frames, size = sum(len(part["names"]) for part in written), sum(part["bytes"] for part in written)
+    print(f"{folder}: {frames} frames in {len(written)} files, {size / 1e9:.3f} GB")
     print(f"train with --config.data.root={FLAGS.output}")
 
 

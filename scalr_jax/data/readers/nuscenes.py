@@ -45,7 +45,6 @@ class NuScenes(RawDataset[_Entry]):
       root: the folder that holds the tables' folder (`v1.0-mini/*.json`), `samples/` and perhaps `lidarseg/`.
       version: "v1.0-trainval", "v1.0-mini" or "v1.0-test".
       split: "validation" (the version's official validation scenes), "train" (its other scenes) or "all".
-      scenes: names of scenes of the split to use; None for all.
       cameras: which images `frame` may draw. None: all six, or none at all with `labels`. A keyframe is listed when
         one of them is there.
       labels: list only keyframes with lidarseg labels, and read them.
@@ -61,7 +60,6 @@ class NuScenes(RawDataset[_Entry]):
         *,
         version: str = "v1.0-mini",
         split: str = "train",
-        scenes: Sequence[str] | None = None,
         cameras: Sequence[str] | None = None,
         labels: bool = False,
     ) -> None:
@@ -74,9 +72,12 @@ class NuScenes(RawDataset[_Entry]):
         folder = self.root / version
         files.check_folder(folder, "nuScenes' tables, <root>/<version>/sample_data.json and the others")
         self._class_of_id = nuscenes_tables.read_class_of_id(folder, label_map)
-        chosen = _choose_scenes(folder, split, scenes)
-        self._num_scenes = len(chosen)
-        keyframes = nuscenes_tables.read_keyframes(folder, chosen, (LIDAR, *CAMERAS))
+        scenes = nuscenes_tables.read_scenes(folder)  # token -> name
+        if split != "all":
+            held_out = files.read_json(files.LABEL_MAPS / "nuscenes.json")["validation_scenes"].get(version, ())
+            scenes = {token: n for token, n in scenes.items() if (n in held_out) == (split == "validation")}
+        self._num_scenes = len(scenes)
+        keyframes = nuscenes_tables.read_keyframes(folder, scenes, (LIDAR, *CAMERAS))
         found = _find_files(keyframes, nuscenes_tables.read_lidarseg(folder), self.root)
         self._num_keyframes = len(keyframes)
         self._choose_entries(found)
@@ -130,16 +131,6 @@ class NuScenes(RawDataset[_Entry]):
         visible = in_front & (x > 0) & (x < image.shape[1] - 1) & (y > 0) & (y < image.shape[0] - 1)
         reason = f"check {self.root / self.version / 'calibrated_sensor.json'}"
         return self._paired(frame, camera, image, np.stack([y, x], axis=1), visible, reason)
-
-
-def _choose_scenes(folder: Path, split: str, wanted: Sequence[str] | None) -> dict[str, str]:
-    """The scenes of a split, token -> name."""
-    scenes = nuscenes_tables.read_scenes(folder)
-    validation = files.read_json(files.LABEL_MAPS / "nuscenes.json")["validation_scenes"].get(folder.name, ())
-    if split != "all":
-        scenes = {token: name for token, name in scenes.items() if (name in validation) == (split == "validation")}
-    files.check_all_in(f"{split} scene", wanted, scenes.values(), folder)
-    return {token: name for token, name in scenes.items() if wanted is None or name in wanted}
 
 
 def _find_files(keyframes: list[Keyframe], lidarseg: dict[str, str], root: Path) -> list[_Entry]:

@@ -86,9 +86,9 @@ def parse_header(content: bytes) -> Header:
 def _parse_fields(entries: Mapping[str, list[str]]) -> tuple[Field, ...]:
     names, sizes, types = entries["FIELDS"], entries["SIZE"], entries["TYPE"]
     counts = entries.get("COUNT", ["1"] * len(names))
-    numbers = {"FIELDS": len(names), "SIZE": len(sizes), "TYPE": len(types), "COUNT": len(counts)}
-    if len(set(numbers.values())) > 1:
-        raise ValueError(f"its header has {', '.join(f'{n} {key}' for key, n in numbers.items())} entries")
+    n = [len(column) for column in (names, sizes, types, counts)]
+    if len(set(n)) > 1:
+        raise ValueError(f"its header has {n[0]} FIELDS, {n[1]} SIZE, {n[2]} TYPE and {n[3]} COUNT entries")
     fields, offset, column = [], 0, 0
     for name, size, kind, count in zip(names, sizes, types, counts, strict=True):
         if (kind.upper(), size) not in TYPES:

@@ -152,15 +152,9 @@ def open_reader(name: str, root: Path, *, sensor: str = "", **options: Any) -> R
 
 
 def open_dataset(name: str, root: Path, *, split: str = "all", labels: bool | None = None) -> RawDataset:
-    """A raw dataset's reader for looking at frames: with images, and with labels where the same frames have some.
+    """As `open_reader`, for looking at frames: with images, and with labels where the same frames have some.
 
-    Args:
-      name: nuscenes, semantic_kitti, pandaset (pandar64), pandargt or folder.
-      root: its folder.
-      split: of the dataset.
-      labels: True for frames with labels, also when they have no image; False for no labels.
-
-    Raises InputError: another name, or nothing to read.
+    labels: True for frames with labels, also when they have no image; False for no labels.
     """
     reader = functools.partial(open_reader, name, root, split=split)
     try:
