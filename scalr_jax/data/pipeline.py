@@ -262,7 +262,6 @@ class Pipeline:
 def _tie_to_parent(worker: int, num_workers: int) -> None:
     """In a worker: leave the answer to signals to the parent (a cluster sends SIGTERM to all, and the parent still
     wants scenes until it has saved), and end when it is gone: Grain's workers outlive a parent that was killed."""
-    del worker, num_workers
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()

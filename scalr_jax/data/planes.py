@@ -44,14 +44,10 @@ def plane_tables(point_position: np.ndarray, grid: tuple[int, int]) -> ScenePlan
     halo_taps = row[halo[:, None] + offsets]
     row[occupied] = -1
     row[halo] = np.arange(len(halo), dtype=np.int32)
-    position, halo_position = (_without_border(at, padded[1]) for at in (occupied, halo))
+    position, halo_position = (  # in the grid itself
+        ((at // padded[1] - 1) * grid[1] + at % padded[1] - 1).astype(np.int32) for at in (occupied, halo)
+    )
     return ScenePlane(cell, sort_by(cell), position, halo_position, halo_taps, row[occupied[:, None] + offsets])
-
-
-def _without_border(position: np.ndarray, columns: int) -> np.ndarray:
-    """Positions in a grid with a border of one cell and so many columns -> in the grid itself, int32."""
-    i, j = np.divmod(position, columns)
-    return ((i - 1) * (columns - 2) + j - 1).astype(np.int32)
 
 
 def sort_by(keys: np.ndarray) -> np.ndarray:

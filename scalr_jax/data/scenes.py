@@ -74,7 +74,6 @@ class Dataset(Protocol):
 
     def scan_file(self, index: int) -> str:
         """The path of a frame's scan below the raw dataset's root; "" where it is not known."""
-        del index
         return ""
 
 

@@ -71,7 +71,6 @@ class LidarFrames(tfds.core.ShardBasedBuilder):
         )
 
     def _shard_iterators_per_split(self, dl_manager: object) -> dict:
-        del dl_manager  # nothing is downloaded
         return self._shards
 
 

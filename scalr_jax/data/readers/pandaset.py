@@ -34,15 +34,13 @@ GROUND_SHIFT = 1.6  # metres: puts the road about 1.7 m below the origin, as in 
 # against the Pandar64 (docs/static_extrinsic_calibration.yaml of PandaSet's devkit) put it in 76 frames of scene 002,
 # which agree within 3 mm and 0.02 degrees; then 3 cm and 0.03 degrees from there, where points lie on the beams.
 MOUNT_ROTATION, MOUNT_PLACE = (0.01589, 0.00044, 0.00783, -0.99984), (0.0042, 0.7787, 1.8571)
-ELEVATIONS = np.array(  # of the Pandar64's beams, degrees, by Hesai's manual
-    [
-        *(-24.897, -18.889, -13.930, -12.974, -12.006, -11.032, -9.885, -9.060, -8.059, -7.063, -6.061, -5.898, -5.726),
-        *(-5.565, -5.391, -5.229, -5.057, -4.892, -4.720, -4.558, -4.385, -4.221, -4.050, -3.884, -3.712, -3.548),
-        *(-3.375, -3.210, -3.040, -2.873, -2.700, -2.536, -2.365, -2.198, -2.028, -1.860, -1.688, -1.522, -1.351),
-        *(-1.184, -1.013, -0.845, -0.675, -0.508, -0.337, -0.169, 0.0, 0.169, 0.337, 0.508, 0.675, 0.846, 1.013),
-        *(1.184, 1.351, 1.522, 1.688, 1.860, 2.028, 3.040, 5.057, 8.059, 11.032, 14.882),
-    ]
-)
+ELEVATIONS = np.array([  # of the Pandar64's beams, degrees, by Hesai's manual
+    -24.897, -18.889, -13.930, -12.974, -12.006, -11.032, -9.885, -9.060, -8.059, -7.063, -6.061, -5.898, -5.726,
+    -5.565, -5.391, -5.229, -5.057, -4.892, -4.720, -4.558, -4.385, -4.221, -4.050, -3.884, -3.712, -3.548, -3.375,
+    -3.210, -3.040, -2.873, -2.700, -2.536, -2.365, -2.198, -2.028, -1.860, -1.688, -1.522, -1.351, -1.184, -1.013,
+    -0.845, -0.675, -0.508, -0.337, -0.169, 0.0, 0.169, 0.337, 0.508, 0.675, 0.846, 1.013, 1.184, 1.351, 1.522, 1.688,
+    1.860, 2.028, 3.040, 5.057, 8.059, 11.032, 14.882
+])  # fmt: skip
 LAYOUT = "PandaSet's raw layout, <root>/<scene>/{lidar,camera,meta,annotations}"
 
 
@@ -117,7 +115,6 @@ class PandaSet(RawDataset[_Entry]):
         return f"pandaset/{entry.scene}/{entry.number:02d}"
 
     def sensor(self, index: int) -> str:
-        del index
         return self.lidar
 
     def describe(self) -> str:

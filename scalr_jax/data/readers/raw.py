@@ -76,7 +76,6 @@ class RawDataset(Dataset, Generic[E]):
         return len(self._entries)
 
     def intensity(self, index: int) -> tuple[float, float]:
-        del index
         return self.statistics
 
     def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = RANDOM) -> Frame:

@@ -135,11 +135,9 @@ class Records(Dataset):
         self._lock = threading.Lock()
 
     def intensity(self, index: int) -> tuple[float, float]:
-        del index
         return self._statistics
 
     def sensor(self, index: int) -> str:
-        del index
         return str(self.metadata["sensor"] or self.metadata["dataset"])
 
     def name(self, index: int) -> str:

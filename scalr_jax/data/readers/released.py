@@ -85,9 +85,7 @@ class SemanticKITTIC(SemanticKITTI):
         return f"{self.folder.parent.name}/{self.folder.name}/{self._entries[index].number}"
 
     def sensor(self, index: int) -> str:
-        del index
         return "semantic_kitti"
 
     def _folder(self, sequence: str) -> Path:
-        del sequence
         return self.folder
