@@ -90,7 +90,9 @@ class Folder(RawDataset[_Entry]):
         if not self._entries:
             raise self._nothing(f"{len(self._found)} scans", self._expected())
         self._has_intensity, self.statistics = self._measure_intensity()
-        self.warnings = self._find_warnings()
+        cameras_once = {id(camera): camera for own in self._calibrations.values() for camera in own.values()}
+        texts = [calibration.check_upright(camera, self.settings.to_student) for camera in cameras_once.values()]
+        self.warnings = tuple(dict.fromkeys(text for text in texts if text))
 
     def name(self, index: int) -> str:
         """As "folder/<scene>/<name of the scan>"."""
@@ -224,11 +226,6 @@ class Folder(RawDataset[_Entry]):
         pooled = np.concatenate(values)
         mean, std = (float(pooled.mean()), float(pooled.std())) if len(pooled) else (0.0, 1.0)
         return True, (mean, std if std > 1e-9 else 1.0)
-
-    def _find_warnings(self) -> tuple[str, ...]:
-        cameras = {id(camera): camera for scene in self._calibrations.values() for camera in scene.values()}
-        texts = [calibration.check_upright(camera, self.settings.to_student) for camera in cameras.values()]
-        return tuple(dict.fromkeys(text for text in texts if text))
 
 
 def _find_scenes(root: Path) -> dict[str, Path]:

@@ -103,11 +103,9 @@ class SemanticKITTI(RawDataset[_Entry]):
     def _read(self, entry: _Entry, name: str) -> Frame:
         """The scan, with points [N, 4] float32 in the lidar's frame (metres, intensity 0 to 1)."""
         path = self._folder(entry.sequence) / "velodyne" / f"{entry.number}.bin"
-        scan = Frame(name, files.read_floats(path, 4), np.eye(4))
-        if self.labels:
-            labels, instances = self._read_labels(entry, len(scan.points))
-            scan = scan._replace(labels=labels, instances=instances)
-        return files.without_bad(scan, path)
+        points = files.read_floats(path, 4)
+        labels, instances = self._read_labels(entry, len(points)) if self.labels else (None, None)
+        return files.without_bad(Frame(name, points, np.eye(4), labels=labels, instances=instances), path)
 
     def _find_scans(self, sequence: str) -> list[_Entry]:
         folder = self._folder(sequence)

@@ -2,7 +2,7 @@
 
 Every shape is a unit shape under an affine map (scale, turn about z, move), which keeps the ray parameter t: a ray is
 taken to the unit shape's frame, met there, and t is the distance in metres in the world. One loop over the shapes
-updates the nearest hit of all rays at once. The ground follows from x and y (`street_layout.surface`).
+updates the nearest hit of all rays at once. The ground follows from x and y (`layout.surface`).
 """
 
 from __future__ import annotations
