@@ -146,8 +146,7 @@ def find_neighbors(xyz: np.ndarray, num_neighbors: int) -> np.ndarray:
     _, found = KDTree(xyz).query(xyz, k=num_neighbors + 1, sqr_dists=True)
     own = np.arange(len(xyz), dtype=found.dtype)
     others = found[:, 1:].astype(np.int32)
-    moved = np.flatnonzero(found[:, 0] != own)  # another point at the same place came first
-    if len(moved):
+    if len(moved := np.flatnonzero(found[:, 0] != own)):  # another point at the same place came first
         mine = found[moved] == own[moved, None]
         mine[~mine.any(axis=1), -1] = True  # so many coincide that the point itself was not returned
         others[moved] = found[moved][~mine].reshape(len(moved), num_neighbors)
@@ -214,8 +213,7 @@ def _distillation_scene(
 def check_classes(frame: Frame, num_classes: int) -> None:
     """Raises `BadFrameError` for a label that is neither a class nor 255: it would reach the loss as none."""
     labels = labels_of(frame)
-    outside = labels[(labels >= num_classes) & (labels != IGNORE)]
-    if len(outside):
+    if len(outside := labels[(labels >= num_classes) & (labels != IGNORE)]):
         raise BadFrameError(
             f"{frame.name}: {len(outside)} labels are up to {outside.max()}, and the classes are 0 to "
             f"{num_classes - 1}; write or prepare its labels again"

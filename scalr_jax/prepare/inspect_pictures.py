@@ -96,10 +96,10 @@ def draw_top_view(frame: Frame, half: float) -> Figure:
     axes.set_facecolor("#10141c")
     x, y, z = xyz[order].T
     shown = axes.scatter(x, y, s=1.2, c=z, cmap="viridis", vmin=low, vmax=high, linewidths=0)
-    white = {"color": "white", "alpha": 0.6, "fontsize": 8, "ha": "center", "va": "bottom", "clip_on": True}
     for radius in range(20, int(1.4 * half), 20):
         axes.add_patch(patches.Circle((0, 0), radius, fill=False, color="white", alpha=0.25, linewidth=0.6))
-        axes.text(0, radius, f"{radius} m", **white)
+        text = axes.text(0, radius, f"{radius} m", color="white", alpha=0.6, fontsize=8, ha="center", va="bottom")
+        text.set_clip_on(True)
     square = patches.Rectangle((-half, -half), 2 * half, 2 * half, fill=False, color="#ff9f1c", linewidth=1.4)
     axes.add_patch(square)
     axes.text(-half, half, f" suggested view +-{half:g} m", color="#ff9f1c", fontsize=9, va="top")

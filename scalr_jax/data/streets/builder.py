@@ -94,7 +94,7 @@ class _Builder:
         """Sorts the shapes by kind and pads them."""
         rows = sorted(self.rows, key=lambda row: row[0])[: layout.CAPACITY]  # 150 streets had 379 at most
         kinds = np.array([row[0] for row in rows])
-        ends = tuple(int((kinds <= kind).sum()) for kind in (BOX, CYLINDER, ELLIPSOID))
+        boxes, cylinders, ellipsoids = (int((kinds <= kind).sum()) for kind in (BOX, CYLINDER, ELLIPSOID))
         columns = []
         for i in range(1, 9):
             values = np.array([row[i] for row in rows], np.int32 if i in (4, 5, 6) else np.float32)
@@ -102,7 +102,8 @@ class _Builder:
             columns.append(np.concatenate([values, padding]))
         as_floats = (np.array(values, np.float32) for values in (self.size, self.middle, self.ego))
         ground = layout.Ground._make(np.asarray(value, np.float32) for value in self.ground)
-        return layout.Street(layout.Geometry(ground, layout.Shapes(*columns), ends), *as_floats)
+        geometry = layout.Geometry(ground, layout.Shapes(*columns), (boxes, cylinders, ellipsoids))
+        return layout.Street(geometry, *as_floats)
 
     # ---- what stands there
 
