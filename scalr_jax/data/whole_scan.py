@@ -32,7 +32,7 @@ def check_points(points: ArrayLike) -> np.ndarray:
 
 def find_usable(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which points [N, 4] have finite coordinates, and which of them can go through a network, as [N] bool each."""
-    located = np.isfinite(points[:, :3]).all(axis=1)
+    located = np.asarray(np.isfinite(points[:, :3]).all(axis=1))
     return located, located & np.isfinite(points[:, 3]) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1)
 
 

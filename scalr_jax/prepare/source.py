@@ -103,7 +103,8 @@ class Source:
         prepared = Prepared(name, [], labelled is not None, [], [], scan.points.dtype.name)
         if prepared.has_scan:
             prepared.examples.append(scan_example(scan, points))
-        for camera in () if plain is None else self._cameras_of(plain):
+        for camera in self._cameras_of(plain) if plain is not None else ():
+            assert plain is not None
             try:
                 view, content = self._view(scan, plain, camera)
             except NothingVisibleError:

@@ -109,7 +109,7 @@ def pair_image(frame: Frame, image: Path, cameras: Path, camera: str | None = No
         raise InputError(f"{cameras}: {len(known)} cameras, {', '.join(known)}; name one of them")
     name = camera or next(iter(known))
     files.check_choice("camera", name, known)
-    finite = np.isfinite(frame.points[:, :3]).all(axis=1)  # points that are no numbers are not visible
+    finite = np.asarray(np.isfinite(frame.points[:, :3]).all(axis=1))  # points that are no numbers are not visible
     pixels, visible = calibration.project(np.where(finite[:, None], frame.points[:, :3], 0.0), known[name], MIN_DEPTH)
     visible &= finite
     if not visible.any():

@@ -44,7 +44,7 @@ class _Builder:
         self.size: list[tuple] = []
         self.middle: list[tuple] = []
         self.taken: list[tuple] = []  # footprints: x, y, cos and sin of yaw, half length, half width
-        self._take(*self.ego, 5.0, 2.1)
+        self._take(self.ego[0], self.ego[1], self.ego[2], 5.0, 2.1)
         for width in (2 * self.ground.half_width, *self.ground.walk, 12.0, 12.0, max(*self.ground.verge, 0.1)):
             self.add_object((2 * REACH, width, KERB_HEIGHT), (0.0, 0.0, 0.0))
 
