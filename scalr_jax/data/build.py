@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,35 +13,30 @@ from scalr_jax.config import DataSettings, dataset_names
 from scalr_jax.data.instances import open_bank, write_bank
 from scalr_jax.data.joined import Joined, every_nth, listed
 from scalr_jax.data.mixing import Mixing
+from scalr_jax.data.readers.folder import Folder
+from scalr_jax.data.readers.pandaset import SENSORS as PANDASET
 from scalr_jax.data.readers.records import Records, is_begun
+from scalr_jax.data.readers.scan_inputs import open_reader
 from scalr_jax.data.scenes import IGNORE, Dataset, SceneNeeds, SceneView
+from scalr_jax.data.streets.streets import Streets
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.ops.voxels import extent_of
 from scalr_jax.runtime import distributed
 from scalr_jax.runtime.errors import BadFrameError, InputError
 
-PANDASET = ("pandar64", "pandargt")  # lidars, each a dataset of its own in one folder
-
 
 def make_dataset(data: DataSettings, split: str, *, task: str, seed: int, cache: Path) -> Dataset:
-    """The dataset of `config.data` for a split and a task.
+    """The dataset of `config.data` for a split ("train", "validation", "test" or "all", as the dataset has them).
 
-    Args:
-        data: of the config.
-        split: "train", "validation", "test" or "all", as the dataset has them.
-        task: of the config; says whether labels, images or both are read.
-        seed: of generated streets.
-        cache: where generated streets are rendered to when `data.root` is empty.
-
-    Raises:
-        InputError: a folder that is missing or holds something else, or frames that cannot be chosen.
+    `task`, of the config, says whether labels, images or both are read. Generated streets have a `seed`, and are
+    rendered to `cache` when `data.root` is empty. Raises InputError: a folder that is missing or holds something else,
+    or frames that cannot be chosen.
     """
-    names = dataset_names(data)
-    roots = [_root(data.root, name) if len(names) > 1 else data.root for name in names]
-    datasets = [
-        _open(data, split, name, root, task=task, seed=seed, cache=cache)
-        for name, root in zip(names, roots, strict=True)
-    ]
+    names, datasets = dataset_names(data), []
+    for name in names:  # each of several has a folder in data.root; PandaSet's two lidars share theirs
+        folder = "" if len(names) == 1 else "pandaset" if name in PANDASET else name
+        root = Path(data.root, folder) if data.root else None
+        datasets.append(_open(data, split, name, root, task=task, seed=seed, cache=cache))
     dataset = datasets[0]
     if len(datasets) > 1 or data.weights or data.intensity:
         intensity = (data.intensity[0], data.intensity[1]) if data.intensity else None
@@ -62,12 +58,10 @@ def check_labelled(dataset: Dataset) -> None:
     it would be found out after training. Reads until one has."""
     number, last = min(32, len(dataset)), len(dataset) - 1
     for k in range(number):
-        try:
+        with contextlib.suppress(BadFrameError):
             labels = dataset.frame(last * k // max(number - 1, 1), np.random.default_rng(0)).labels
-        except BadFrameError:
-            continue
-        if labels is not None and (labels != IGNORE).any():
-            return
+            if labels is not None and (labels != IGNORE).any():
+                return
     raise InputError(
         f"none of {number} validation scans looked at ({len(dataset)} in all) has a labelled point; check the label "
         "files, data.root and data.validation_frames"
@@ -93,42 +87,22 @@ def check_labels(sample: list[SceneView], class_names: Sequence[str], num_classe
 def scene_settings(
     data: DataSettings, needs: SceneNeeds, *, task: str, train: bool, fixed: bool = False
 ) -> SceneSettings:
-    """How frames become scenes.
+    """How frames become scenes; `needs` are the backbone's, the others as in `SceneSettings`.
 
-    Args:
-        data: of the config.
-        needs: of the student's backbone.
-        task: "distill", "segment", or "features" for scenes whose features are cached.
-        train: whether scenes are augmented and limited.
-        fixed: the same scenes in every epoch, not augmented.
-
-    Raises:
-        InputError: more voxels than 32-bit keys tell apart.
+    Raises InputError when a pack has more places for voxels than 32-bit keys tell apart (`ops.sparse_conv`).
     """
     if needs.voxel_size is not None:
-        _check_keys_fit(data, needs.field_of_view, needs.voxel_size)
+        x, y, z = extent_of(needs.field_of_view, needs.voxel_size)
+        if data.scenes_per_shard * (x + 2) * (y + 2) >= 2**31 or data.points_per_shard * (z + 2) >= 2**31:
+            raise InputError(
+                f"model.minkunet.voxel_size = {needs.voxel_size} makes {x} x {y} x {z} voxels of model.field_of_view, "
+                f"and data.scenes_per_shard = {data.scenes_per_shard} of these are too many for 32-bit keys; use "
+                "larger voxels or a smaller field of view"
+            )
+    augmentation, size = "none" if fixed else data.augmentation, data.image_size
     return SceneSettings(
-        task=task,
-        train=train,
-        needs=needs,
-        voxel_size=data.voxel_size,
-        max_points=data.max_points,
-        image_size=data.image_size,
-        antialias=data.antialias,
-        augmentation="none" if fixed else data.augmentation,
-        fixed=fixed,
+        task, train, needs, data.voxel_size, data.max_points, size, data.antialias, augmentation, fixed
     )
-
-
-def _check_keys_fit(data: DataSettings, field_of_view: tuple, size: float) -> None:
-    """Raises `InputError` when a pack has more places for voxels than 32-bit keys tell apart (`ops.sparse_conv`)."""
-    x, y, z = extent_of(field_of_view, size)
-    if data.scenes_per_shard * (x + 2) * (y + 2) >= 2**31 or data.points_per_shard * (z + 2) >= 2**31:
-        raise InputError(
-            f"model.minkunet.voxel_size = {size} makes {x} x {y} x {z} voxels of model.field_of_view, and "
-            f"data.scenes_per_shard = {data.scenes_per_shard} of these are too many for 32-bit keys; use larger "
-            "voxels or a smaller field of view"
-        )
 
 
 def make_mixing(data: DataSettings, dataset: Dataset, folder: Path) -> Mixing | None:
@@ -138,14 +112,13 @@ def make_mixing(data: DataSettings, dataset: Dataset, folder: Path) -> Mixing | 
     """
     if not data.polarmix and not data.cutmix:
         return None
-    polar, instances, ground = (
-        _class_numbers(key, names, dataset.class_names)
-        for key, names in (
-            ("polarmix", data.polarmix),
-            ("cutmix", data.cutmix),
-            ("cutmix_ground", data.cutmix_ground),
-        )
-    )
+    known, numbers = dataset.class_names, []
+    for key in ("polarmix", "cutmix", "cutmix_ground"):
+        names = getattr(data, key)
+        if unknown := [name for name in names if name not in known]:
+            raise InputError(f"data.{key}: {', '.join(unknown)} are none of the classes {', '.join(known)}")
+        numbers.append(tuple(known.index(name) for name in names))
+    polar, instances, ground = numbers
     bank = None
     if instances:
         if jax.process_index() == 0:
@@ -155,34 +128,23 @@ def make_mixing(data: DataSettings, dataset: Dataset, folder: Path) -> Mixing | 
     return Mixing(polar, bank, ground)
 
 
-def _class_numbers(key: str, names: Sequence[str], known: Sequence[str]) -> tuple[int, ...]:
-    if unknown := [name for name in names if name not in known]:
-        raise InputError(f"data.{key}: {', '.join(unknown)} are none of the classes {', '.join(known)}")
-    return tuple(known.index(name) for name in names)
-
-
-def _root(root: str, name: str) -> str | Path:
-    """The folder of one of several datasets; PandaSet's two lidars share theirs."""
-    return Path(root) / ("pandaset" if name in PANDASET else name) if root else ""
-
-
-def _open(data: DataSettings, split: str, name: str, root: str | Path, *, task: str, seed: int, cache: Path) -> Dataset:
+def _open(
+    data: DataSettings, split: str, name: str, root: Path | None, *, task: str, seed: int, cache: Path
+) -> Dataset:
     """One dataset: prepared records, generated streets, or the files as they were downloaded."""
     if root and is_begun(root):
-        return _records(data, split, name, Path(root), labels=task != "distill")
+        return _records(data, split, name, root, labels=task != "distill")
     if name == "streets":
-        return _streets(data, split, Path(root) if root else cache, seed)
-    if not root:
+        return _streets(data, split, root or cache, seed)
+    if root is None:
         raise InputError(f"data.root is empty; give the folder that holds {data.dataset}: --config.data.root=DIR")
-    if not Path(root).is_dir():
+    if not root.is_dir():
         raise InputError(f"{root} is not a folder; data.root = {data.root} must lead to {name}")
-    return _raw(data, split, name, Path(root), task)
+    return _raw(data, split, name, root, task)
 
 
 def _streets(data: DataSettings, split: str, root: Path, seed: int) -> Dataset:
     """Generated streets; scenes that are not in `root` yet are rendered, by all processes together."""
-    from scalr_jax.data.streets.streets import Streets
-
     number = data.num_scenes if split == "train" else data.num_validation_scenes
     streets = Streets(root, split=split, num_scenes=number, sensors=data.sensors, image_size=data.image_size, seed=seed)
     if jax.process_count() > 1:
@@ -193,60 +155,40 @@ def _streets(data: DataSettings, split: str, root: Path, seed: int) -> Dataset:
 
 
 def _raw(data: DataSettings, split: str, name: str, root: Path, task: str) -> Dataset:
-    """A dataset as it was downloaded. Readers are imported here: a run needs one of them."""
+    """A dataset as it was downloaded."""
     labels = task != "distill" and split != "test"
-    cameras = None if task == "distill" or labels else ()
     if name in ("pandaset", *PANDASET):
-        from scalr_jax.data.readers.pandaset import PandaSet
-
         sensors = data.sensors if name == "pandaset" else (name,)
         if any(is_begun(root / sensor) for sensor in PANDASET):
             return Joined([_records(data, split, s, root / s, labels=task != "distill") for s in sensors])
         split, frames = _split_and_frames(data, split)
-        scenes = data.scenes or None
-        return Joined(
-            [PandaSet(root, sensor=s, split=split, labels=labels, scenes=scenes, frames=frames) for s in sensors]
-        )
-    if name == "semantic_kitti":
-        from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
-
-        return SemanticKITTI(root, split=split, labels=labels, cameras=cameras)
+        options = {"split": split, "labels": labels, "scenes": data.scenes or None, "frames": frames}
+        return Joined([open_reader(sensor, root, **options) for sensor in sensors])
     if name == "folder":
-        from scalr_jax.data.readers.folder import Folder
-
         folder = Folder(root, split=split, scenes=data.scenes or None, labels=labels)
         if not labels:
             folder.check_distillable()
         return folder
-    from scalr_jax.data.readers.nuscenes import NuScenes
-
-    if split == "test":
-        return NuScenes(root, version="v1.0-test", split="all", labels=labels, cameras=cameras)
-    version = "v1.0-trainval" if (root / "v1.0-trainval").is_dir() else "v1.0-mini"
-    return NuScenes(root, version=version, split=split, labels=labels, cameras=cameras)
+    options = {"split": split, "labels": labels, "cameras": None if task == "distill" or labels else ()}
+    if name == "nuscenes" and split == "test":
+        options |= {"split": "all", "version": "v1.0-test"}
+    return open_reader(name, root, **options)
 
 
 def _records(data: DataSettings, split: str, name: str, folder: Path, *, labels: bool) -> Records:
     """Prepared records of dataset (or PandaSet's lidar) `name`. Raises `InputError` when they hold something else."""
     split, frames = _split_and_frames(data, split)
+    size, scaled, scenes = data.image_size, data.scaled_decode, data.scenes or None
     dataset = Records(
-        folder,
-        split=split,
-        labels=labels,
-        image_size=data.image_size,
-        scaled_decode=data.scaled_decode,
-        scenes=data.scenes or None,
-        frames=frames,
+        folder, split=split, labels=labels, image_size=size, scaled_decode=scaled, scenes=scenes, frames=frames
     )
     found = dataset.metadata
     if name not in (found["dataset"], found["sensor"]):
-        raise InputError(
-            f"{folder} holds records of {found['dataset']} {found['sensor']}, not of {name}; correct data.root"
-        )
+        held = f"{found['dataset']} {found['sensor']}"
+        raise InputError(f"{folder} holds records of {held}, not of {name}; correct data.root")
     if found["image_size"] and not data.antialias:
-        raise InputError(
-            f"{folder}: images were resized with antialiasing, and data.antialias = False; prepare originals"
-        )
+        problem = "images were resized with antialiasing, and data.antialias = False"
+        raise InputError(f"{folder}: {problem}; prepare originals")
     return dataset
 
 

@@ -13,6 +13,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -52,8 +53,7 @@ class InstanceBank:
         return points
 
 
-@dataclasses.dataclass(frozen=True)
-class _Files:
+class _Files(NamedTuple):
     points: np.ndarray
     start: np.ndarray
     of_class: dict[int, np.ndarray]  # class -> its instances
@@ -86,16 +86,13 @@ def bank_key(dataset: Dataset, classes: Sequence[int]) -> dict:
 
 
 def write_bank(folder: Path, dataset: Dataset, classes: Sequence[int]) -> None:
-    """Cuts the instances out of all scans; nothing is done when the bank is there.
-
-    Raises:
-        InputError: more than 1 % of the scans (and more than one) cannot be read.
-    """
+    """Cuts the instances out of all scans; nothing is done when the bank is there. Raises InputError when more than 1 %
+    of the scans (and more than one) cannot be read."""
     if (folder / "bank.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     points, labels, bad, said = [], [], 0, time.monotonic()
-    scans = grain.MapDataset.range(len(dataset)).map(_Cut(dataset, tuple(classes)))
+    scans = grain.MapDataset.range(len(dataset)).map(functools.partial(_cut_scan, dataset, classes))
     stream = iter(scans.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * THREADS)))
     for number, found in enumerate(stream, 1):
         if isinstance(found, str):
@@ -118,19 +115,13 @@ def write_bank(folder: Path, dataset: Dataset, classes: Sequence[int]) -> None:
     write_json(folder / "bank.json", bank_key(dataset, classes))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Cut:
-    """Number of a scan -> its instances, or what is wrong with it."""
-
-    dataset: Dataset
-    classes: tuple[int, ...]
-
-    def __call__(self, index: int) -> list[tuple[int, np.ndarray]] | str:
-        try:
-            frame = self.dataset.frame(index, np.random.default_rng(index))
-        except BadFrameError as error:
-            return str(error)
-        return list(cut(frame, self.classes, self.dataset.intensity(index)))
+def _cut_scan(dataset: Dataset, classes: Sequence[int], index: int) -> list[tuple[int, np.ndarray]] | str:
+    """A scan's instances, or what is wrong with it."""
+    try:
+        frame = dataset.frame(index, np.random.default_rng(index))
+    except BadFrameError as error:
+        return str(error)
+    return list(cut(frame, classes, dataset.intensity(index)))
 
 
 def cut(frame: Frame, classes: Sequence[int], statistics: tuple[float, float]) -> Iterator[tuple[int, np.ndarray]]:

@@ -64,12 +64,11 @@ class Joined(Derived):
         super().__init__(datasets)
         self._intensity = intensity
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
-        self.weights = None if weights is None else tuple(float(weight) for weight in weights)
-        if self.weights is not None:
-            if len(self.weights) != len(self.datasets):
-                raise InputError(f"{len(self.weights)} weights for {len(self.datasets)} datasets; give one for each")
-            if not all(0 < weight < np.inf for weight in self.weights):
-                raise InputError(f"the weights {self.weights} must be positive; leave a dataset out instead")
+        self.weights = None if weights is None else tuple(map(float, weights))
+        if self.weights is not None and len(self.weights) != len(self.datasets):
+            raise InputError(f"{len(self.weights)} weights for {len(self.datasets)} datasets; give one for each")
+        if not all(0 < weight < np.inf for weight in self.weights or ()):
+            raise InputError(f"the weights {self.weights} must be positive; leave a dataset out instead")
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -126,16 +125,15 @@ def listed(dataset: Dataset, path: Path) -> Subset:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: this list of frames cannot be read ({error}); give a text file") from error
     wanted = {line for line in lines if line}
-    found, known = [], set()
+    found, missing = [], set(wanted)
     for index in range(len(dataset)):
-        names = {dataset.name(index), dataset.name(index).split("/", 1)[-1]}
-        names |= {dataset.scan_file(index), dataset.scan_file(index).rsplit("/", 1)[-1]}
-        if hit := names & wanted:
+        name, scan = dataset.name(index), dataset.scan_file(index)
+        if hit := {name, name.split("/", 1)[-1], scan, scan.rsplit("/", 1)[-1]} & wanted:
             found.append(index)
-            known |= hit
-    if missing := sorted(wanted - known):
+            missing -= hit
+    if missing:
         raise InputError(
-            f"{path}: {len(missing)} of {len(wanted)} names are no frame of the dataset, as {missing[0]!r}; "
+            f"{path}: {len(missing)} of {len(wanted)} names are no frame of the dataset, as {min(missing)!r}; "
             f"its frames are named like {dataset.name(0)!r}"
         )
     if not found:

@@ -23,6 +23,7 @@ from scalr_jax.data.scenes import Dataset, Frame
 from scalr_jax.data.transforms import labels_of, rotation, to_ego, voxelize
 
 PLACES = 1.0  # metre, the voxels from which places are drawn
+Scan = tuple[np.ndarray, np.ndarray]  # points [N, 4] float32 (student's frame, metres, raw intensity), labels [N] uint8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +37,20 @@ class Mixing:
 
     def __call__(self, frame: Frame, record: int, dataset: Dataset, rng: np.random.Generator) -> Frame:
         """`frame` is record `record` of `dataset`. Raises `BadFrameError` of the other scan."""
-        points, labels = in_ego(frame)
+        scan = in_ego(frame)
         if self.polar_classes:
-            other_record = int(rng.integers(len(dataset)))
-            other, other_labels = in_ego(dataset.frame(other_record, rng))
-            other = rescale_intensity(other, dataset, other_record, record)
-            points, labels = polar_mix(points, labels, other, other_labels, self.polar_classes, rng)
+            there = int(rng.integers(len(dataset)))
+            other, other_labels = in_ego(dataset.frame(there, rng))
+            other = rescale_intensity(other, dataset, there, record)
+            scan = polar_mix(scan, (other, other_labels), self.polar_classes, rng)
         if self.bank is not None:
-            points, labels = self.cut_mix(points, labels, dataset.intensity(record), rng)
-        return Frame(name=frame.name, points=points, to_ego=np.eye(4), labels=labels)
+            scan = self.cut_mix(*scan, dataset.intensity(record), rng)
+        return Frame(frame.name, scan[0], np.eye(4), labels=scan[1])
 
     def cut_mix(
         self, points: np.ndarray, labels: np.ndarray, statistics: tuple[float, float], rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """points [N, 4], labels [N] -> the same with instances of the bank behind them."""
+    ) -> Scan:
+        """The scan with instances of the bank behind it."""
         assert self.bank is not None, "without a bank there is nothing to add"
         ground = voxelize(points, PLACES, rng)
         ground = rng.permutation(ground[np.isin(labels[ground], self.ground_classes)])
@@ -64,8 +65,7 @@ class Mixing:
         return np.concatenate(parts), np.concatenate(part_labels)
 
 
-def in_ego(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
-    """Points [N, 4] float32 (student's frame, metres, raw intensity) and labels [N] uint8."""
+def in_ego(frame: Frame) -> Scan:
     points = np.concatenate([to_ego(frame.points, frame.to_ego), frame.points[:, 3:4]], axis=1).astype(np.float32)
     return points, labels_of(frame)
 
@@ -78,15 +78,9 @@ def rescale_intensity(points: np.ndarray, dataset: Dataset, there: int, here: in
     return points
 
 
-def polar_mix(
-    points: np.ndarray,
-    labels: np.ndarray,
-    other: np.ndarray,
-    other_labels: np.ndarray,
-    classes: Sequence[int],
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """points, other [N, 4], [M, 4] in the sensor's frame; labels [N], [M] -> the mixed scan and its labels."""
+def polar_mix(scan: Scan, other_scan: Scan, classes: Sequence[int], rng: np.random.Generator) -> Scan:
+    """Two scans in the sensor's frame -> the mixed scan."""
+    (points, labels), (other, other_labels) = scan, other_scan
     if rng.random() < 0.5:
         start = rng.uniform(-np.pi, np.pi)
         mine, theirs = ~in_half_turn(points, start), in_half_turn(other, start)

@@ -6,7 +6,9 @@ is dropped and the order is that of the stream. All in NumPy, in the main proces
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,16 +48,19 @@ def sizes(scene: SceneView) -> Capacities:
     return Capacities(len(scene.feats), 1, cells, halo, tuple(voxels), tuple(pairs))
 
 
+def _each(combine: Callable[[int, int], int], a: Capacities, b: Capacities) -> Capacities:
+    tables = (tuple(map(combine, u, v)) for u, v in zip(a[2:], b[2:], strict=True))
+    return Capacities(combine(a.points, b.points), combine(a.scenes, b.scenes), *tables)
+
+
 def add(a: Capacities, b: Capacities) -> Capacities:
     """The sum of each size: what two scenes need together."""
-    tables = (tuple(x + y for x, y in zip(u, v, strict=True)) for u, v in zip(a[2:], b[2:], strict=True))
-    return Capacities(a.points + b.points, a.scenes + b.scenes, *tables)
+    return _each(operator.add, a, b)
 
 
 def largest(a: Capacities, b: Capacities) -> Capacities:
     """The larger of each size: the least capacities that hold either."""
-    tables = (tuple(max(x, y) for x, y in zip(u, v, strict=True)) for u, v in zip(a[2:], b[2:], strict=True))
-    return Capacities(max(a.points, b.points), max(a.scenes, b.scenes), *tables)
+    return _each(max, a, b)
 
 
 def flat(sizes: Capacities) -> np.ndarray:
@@ -83,13 +88,8 @@ def derive_capacities(
     """
     num_points = [len(scene.feats) for scene in sample]
     needs = [sizes(scene)[2:] for scene in sample]
-    cells, halo, voxels, pairs = (
-        tuple(
-            table_size(counts, num_points, points=points, scenes=scenes, exactly=exactly)
-            for counts in zip(*tables, strict=True)
-        )
-        for tables in zip(*needs, strict=True)
-    )
+    size = functools.partial(table_size, num_points=num_points, points=points, scenes=scenes, exactly=exactly)
+    cells, halo, voxels, pairs = (tuple(map(size, zip(*tables, strict=True))) for tables in zip(*needs, strict=True))
     most = -(-points // 128) * 128  # a point is in one cell of a plane and in one voxel
     cells, voxels = (tuple(min(size, most) for size in table) for table in (cells, voxels))
     return Capacities(points, scenes, cells, halo, voxels, pairs)
@@ -111,14 +111,13 @@ def table_size(
 def given_tables(derived: Capacities, data: DataSettings) -> Capacities:
     """`derived` with the tables that `data.cells_per_shard` and the like give. Raises `InputError` for a wrong number
     of them."""
-    tables = {}
     for name in ("cells", "halo", "voxels", "pairs"):
         given, needed = tuple(getattr(data, f"{name}_per_shard")), getattr(derived, name)
+        if given and needed and len(given) != len(needed):
+            raise InputError(f"data.{name}_per_shard = {given} has {len(given)} numbers; it needs {len(needed)}")
         if given and needed:
-            if len(given) != len(needed):
-                raise InputError(f"data.{name}_per_shard = {given} has {len(given)} numbers; it needs {len(needed)}")
-            tables[name] = given
-    return derived._replace(**tables)
+            derived = derived._replace(**{name: given})
+    return derived
 
 
 def choose_capacities(data: DataSettings, sample: Sequence[SceneView], *, exactly: int | None = None) -> Capacities:
@@ -168,9 +167,8 @@ def pack_stream(scenes: Iterator[SceneView], capacities: Capacities, *, exactly:
     for scene in scenes:
         size = sizes(scene)
         if exceeded := overflow(size, capacities):
-            raise InputError(
-                f"the scene {scene.name} needs {', '.join(exceeded)}; raise it (a training resumes with it)"
-            )
+            needs = ", ".join(exceeded)
+            raise InputError(f"the scene {scene.name} needs {needs}; raise it (a training resumes with it)")
         if exceeded := overflow(add(need, size), capacities):
             if exactly:
                 group = f"a group of {exactly} scenes up to {scene.name}"
@@ -194,15 +192,13 @@ def pack_shard(
     counts = np.array([len(scene.feats) for scene in scenes], np.int32)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     total = int(starts[-1])
+    parts = ([scene.planes[k] for scene in scenes] for k in range(len(grids)))
     batch = Batch(
         feats=_filled([scene.feats for scene in scenes], capacity, 0.0, template.feats),
         scene=np.full(capacity, capacities.scenes, np.int32),
         scene_points=np.zeros(capacities.scenes, np.int32),
         neighbors=np.empty((capacity, template.neighbors.shape[1]), np.int32),
-        planes=tuple(
-            _pack_plane([scene.planes[k] for scene in scenes], counts, capacities, k, grids[k])
-            for k in range(len(grids))
-        ),
+        planes=tuple(_pack_plane(part, counts, capacities, k, grids[k]) for k, part in enumerate(parts)),
     )
     batch.scene[:total] = np.repeat(np.arange(len(scenes), dtype=np.int32), counts)
     batch.scene_points[: len(scenes)] = counts
@@ -235,11 +231,8 @@ def _with_optional(batch: Batch, scenes: Sequence[SceneView], capacities: Capaci
 def stack_shards(shards: Sequence[Batch]) -> Batch:
     """[...] a shard -> [D_local, ...]."""
     first = shards[0]
-    arrays = {
-        name: np.stack([getattr(shard, name) for shard in shards])
-        for name, value in first._asdict().items()
-        if isinstance(value, np.ndarray)
-    }
+    names = [name for name, value in first._asdict().items() if isinstance(value, np.ndarray)]
+    arrays = {name: np.stack([getattr(shard, name) for shard in shards]) for name in names}
     planes = zip(*(shard.planes for shard in shards), strict=True)
     batch = first._replace(**arrays, planes=tuple(Plane(*map(np.stack, zip(*plane, strict=True))) for plane in planes))
     if first.voxels is None:
@@ -250,13 +243,8 @@ def stack_shards(shards: Sequence[Batch]) -> Batch:
 
 def _filled(parts: Sequence, capacity: int, fill: float, like: np.ndarray) -> np.ndarray:
     """Concatenation of `parts`, filled up to `capacity` rows."""
-    out = np.empty((capacity, *like.shape[1:]), like.dtype)
-    start = 0
-    for part in parts:
-        out[start : start + len(part)] = part
-        start += len(part)
-    out[start:] = fill
-    return out
+    rest = np.full((capacity - sum(map(len, parts)), *like.shape[1:]), fill, like.dtype)
+    return np.concatenate([*parts, rest], dtype=like.dtype, casting="unsafe")
 
 
 def _pack_plane(

@@ -9,7 +9,6 @@ and counted here. What a checkpoint needs is one number a stream: the first scen
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import signal
 import threading
@@ -160,8 +159,7 @@ class Pipeline:
         slots = grain.MapDataset.range(sum(draw.counts))
         if self.epochs is None:
             slots = _endless(slots, self.seed)
-        records = slots.map_with_index(draw)
-        return records.map_with_index(BuildScene(self.dataset, self.settings, self.seed))
+        return slots.map_with_index(draw).map_with_index(BuildScene(self.dataset, self.settings, self.seed))
 
     def _draw(self) -> Draw:
         if not isinstance(self.dataset, Joined) or self.dataset.weights is None or self.epochs is not None:
@@ -204,12 +202,10 @@ class Pipeline:
         """Good scenes, the same on every process: the first of the shuffled order, of few frames several augmentations;
         in an evaluation, which is not shuffled, from all over the dataset."""
         order, scenes, error, length = self.order(), [], "it is empty", len(self.dataset)
-        if self.epochs is None:
-            augmented = self.settings.augmentation != "none"
-            places = list(range(2 * number if augmented else min(2 * number, length)))
-        else:
-            spread = np.linspace(0, length - 1, min(number, length)).astype(int).tolist()
-            places = list(dict.fromkeys([*spread, *range(min(2 * number, length))]))
+        repeats = self.epochs is None and self.settings.augmentation != "none"
+        places = range(2 * number if repeats else min(2 * number, length))
+        if self.epochs is not None:
+            places = dict.fromkeys([*np.linspace(0, length - 1, min(number, length)).astype(int).tolist(), *places])
         for place in places:
             scene = order[place]
             if scene.error is None:
@@ -242,14 +238,13 @@ class Pipeline:
         ]
         while True:
             packs = [next(stream, packing.Pack((), position)) for stream, position in zip(streams, positions)]  # noqa: B905
-            positions = [self._next(shard, pack) for shard, pack in zip(self.shards, packs, strict=True)]
+            positions = [  # the first of each shard that is not before its pack's end
+                pack.next_index + (shard - pack.next_index) % self.num_shards
+                for shard, pack in zip(self.shards, packs, strict=True)
+            ]
             arrays = [packing.pack_shard(p.scenes, capacities, template, self.settings.needs.grids) for p in packs]
             scenes = tuple(pack.scenes for pack in packs)
             yield Step(packing.stack_shards(arrays), np.array(positions), sum(map(len, scenes)), len(bad), scenes)
-
-    def _next(self, shard: int, pack: packing.Pack) -> int:
-        """The first position of the shard that is not before the pack's end."""
-        return pack.next_index + (shard - pack.next_index) % self.num_shards
 
     def _good(self, scenes: Iterator[SceneView], bad: dict[str, str]) -> Iterator[SceneView]:
         """Drops, names and counts bad frames; stops when more than 1 % (and more than one) are bad."""
@@ -260,15 +255,13 @@ class Pipeline:
                 bad[scene.name] = scene.error
                 logging.warning("skipped a bad frame: %s", scene.error)
                 if too_many_bad(len(bad), len(self.dataset)):
-                    raise InputError(
-                        f"{len(bad)} of {len(self.dataset)} frames are bad, more than 1 %; the last one: {scene.error}"
-                    )
+                    found = f"{len(bad)} of {len(self.dataset)} frames are bad, more than 1 %"
+                    raise InputError(f"{found}; the last one: {scene.error}")
 
 
 def _tie_to_parent(worker: int, num_workers: int) -> None:
     """In a worker: leave the answer to signals to the parent (a cluster sends SIGTERM to all, and the parent still
     wants scenes until it has saved), and end when it is gone: Grain's workers outlive a parent that was killed."""
-    del worker, num_workers
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
@@ -291,19 +284,13 @@ def prefetch(items: Iterator[T], size: int = 2) -> Generator[T, None, None]:
     if size == 0:
         yield from items
         return
-
-    def take() -> list[T]:
-        return list(itertools.islice(items, 1))
-
+    end: Any = object()  # a StopIteration must not leave a generator
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
-        pending = deque(pool.submit(take) for _ in range(size))
-        while True:
-            taken = pending.popleft().result()
-            if not taken:
-                return
-            pending.append(pool.submit(take))
-            yield taken[0]
+        pending = deque(pool.submit(next, items, end) for _ in range(size))
+        while (taken := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, items, end))
+            yield taken
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         if isinstance(items, Generator):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from scalr_jax.data.whole_scan import FARTHEST
+from scalr_jax.data.whole_scan import find_usable
 
 # Over the frames of nuScenes, KITTI, PandaSet and generated streets (2026-11-23) the mean lies within 0.4 trained
 # deviations and the deviation between 0.73 and 1.56 times the trained one; at least 91 % of the points are in view, and
@@ -21,12 +21,10 @@ GROUND = (-3.2, -0.6)  # metres
 def check_scan(points: np.ndarray, settings: Mapping[str, Any]) -> dict[str, str]:
     """What does not fit: one sentence by kind ("finite", "usable", "intensity", "view", "ground"), or nothing.
 
-    Args:
-      points: [N, 4] float32, in the frame of the training data: x, y, z in metres and raw intensity.
-      settings: `intensity` and `field_of_view`, as in `Model.config`.
+    points: [N, 4] float32, in the frame of the training data: x, y, z in metres and raw intensity. settings:
+    `intensity` and `field_of_view`, as in `Model.config`.
     """
-    located = np.isfinite(points[:, :3]).all(axis=1)
-    usable = located & np.isfinite(points[:, 3]) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1)
+    located, usable = find_usable(points)
     found = {}
     if not located.all():
         found["finite"] = (
@@ -45,9 +43,10 @@ def check_scan(points: np.ndarray, settings: Mapping[str, Any]) -> dict[str, str
     low, high = (np.asarray(corner) for corner in settings["field_of_view"])
     share = float(((points[usable, :3] > low) & (points[usable, :3] < high)).all(axis=1).mean())
     if share < MIN_IN_VIEW:
+        box = ", ".join(f"{axis} {a:g} to {b:g}" for axis, a, b in zip("xyz", low, high, strict=True))
         found["view"] = (
-            f"{share:.0%} of the points lie in the model's field of view, {_box(low, high)}, and the others only get "
-            "the result of the nearest of these: are they metres in the lidar's frame, and the columns right?"
+            f"{share:.0%} of the points lie in the model's field of view, {box} m, and the others only get the result "
+            "of the nearest of these: are they metres in the lidar's frame, and the columns right?"
         )
     ground = ground_height(points[usable, :3])
     if ground is not None and not GROUND[0] < ground < GROUND[1]:
@@ -73,10 +72,6 @@ def _check_intensity(intensity: np.ndarray, trained_mean: float, trained_std: fl
         f"the intensity has mean {mean:.3g}, standard deviation {std:.3g} and maximum {largest:.3g}, and the model was "
         f"trained with mean {trained_mean:.3g} and standard deviation {trained_std:.3g}: {remedy}"
     )
-
-
-def _box(low: np.ndarray, high: np.ndarray) -> str:
-    return ", ".join(f"{axis} {a:g} to {b:g}" for axis, a, b in zip("xyz", low, high, strict=True)) + " m"
 
 
 def ground_height(xyz: np.ndarray) -> float | None:

@@ -54,16 +54,10 @@ class Dataset(Protocol):
 
     @abstractmethod
     def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = RANDOM) -> Frame:
-        """Reads one frame.
+        """Reads one frame. Raises BadFrameError: one of its files is missing or damaged; InputError: no such camera.
 
-        Args:
-          index: 0 to len - 1.
-          rng: draws the camera, uniformly among the frame's; not needed when there is one at most, or it is named.
-          camera: one of `cameras`; None for no image; "random" draws one, where there is one.
-
-        Raises:
-          BadFrameError: a file of this frame is missing or damaged.
-          InputError: a camera that the dataset does not have.
+        camera: one of `cameras`; None for no image; "random" draws one with `rng`, uniformly among the frame's, where
+        there is one. Without that, or where there is one at most, no `rng` is needed.
         """
 
     @abstractmethod
@@ -80,7 +74,6 @@ class Dataset(Protocol):
 
     def scan_file(self, index: int) -> str:
         """The path of a frame's scan below the raw dataset's root; "" where it is not known."""
-        del index
         return ""
 
 

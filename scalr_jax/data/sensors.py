@@ -104,13 +104,11 @@ def label_map_of(data: DataSettings, dataset: Dataset) -> dict[str, str | None] 
     while isinstance(dataset, Derived):
         dataset = dataset.datasets[0]
     name = "pandaset" if data.dataset in PANDASET else data.dataset
-    if name in LABEL_MAPS:
-        classes = read_label_map(name).class_of_id
-    elif isinstance(dataset, Folder):
-        classes = dict(dataset.settings.class_of_id)
-    else:
+    if name not in LABEL_MAPS and not isinstance(dataset, Folder):
         return None
-    return {str(number): names[label] if label < len(names) else None for number, label in sorted(classes.items())}
+    known = dataset.settings if isinstance(dataset, Folder) else read_label_map(name)
+    numbers = sorted(known.class_of_id.items())
+    return {str(number): names[label] if label < len(names) else None for number, label in numbers}
 
 
 def raw_labels(labels: np.ndarray, class_names: Sequence[str]) -> tuple[np.ndarray, str | None]:

@@ -17,17 +17,7 @@ from PIL import Image
 from pykdtree.kdtree import KDTree
 
 from scalr_jax.data.planes import cell_position, make_plane, sort_by
-from scalr_jax.data.scenes import (
-    IGNORE,
-    PLANE_AXES,
-    FieldOfView,
-    Frame,
-    Mix,
-    SceneNeeds,
-    SceneView,
-    SceneVoxels,
-    Voxels,
-)
+from scalr_jax.data.scenes import IGNORE, PLANE_AXES, Frame, Mix, SceneNeeds, SceneView, SceneVoxels, Voxels
 from scalr_jax.ops.voxels import coordinates_in, count_levels, extent_of
 from scalr_jax.runtime.errors import BadFrameError
 
@@ -115,20 +105,13 @@ def limit(points: np.ndarray, max_points: int, rng: np.random.Generator | None =
     return np.argsort(np.square(points[:, :3] - center).sum(axis=1))[:max_points]
 
 
-def inside(points: np.ndarray, field_of_view: FieldOfView) -> np.ndarray:
-    """Mask [N]: strictly inside the field of view, by more than 0.1 mm."""
-    low, high = np.asarray(field_of_view, np.float64)
-    good = np.ones(len(points), bool)
-    for axis in range(3):
-        column = points[:, axis]
-        good &= (column > low[axis] + FIELD_OF_VIEW_EPS) & (column < high[axis] - FIELD_OF_VIEW_EPS)
-    return good
-
-
 def in_view(xyz: np.ndarray, needs: SceneNeeds) -> np.ndarray:
-    """Indices [n] of the points inside the field of view, ordered by their cell in the first plane (or their column of
-    voxels): neighbours in the grid are then near each other in memory."""
-    kept = np.flatnonzero(inside(xyz, needs.field_of_view))
+    """Indices [n] of the points inside the field of view (by 0.1 mm or more), ordered by their cell in the first plane
+    (or their column of voxels): neighbours in the grid are then near each other in memory."""
+    good = np.ones(len(xyz), bool)
+    for column, low, high in zip(xyz.T, *np.asarray(needs.field_of_view, np.float64), strict=True):
+        good &= (column > low + FIELD_OF_VIEW_EPS) & (column < high - FIELD_OF_VIEW_EPS)
+    kept = np.flatnonzero(good)
     size = needs.voxel_size
     grid = needs.grids[0] if size is None else extent_of(needs.field_of_view, size)[:2]
     return kept[sort_by(cell_position(xyz[kept], PLANE_AXES[0], grid, needs.field_of_view))]
@@ -163,8 +146,7 @@ def find_neighbors(xyz: np.ndarray, num_neighbors: int) -> np.ndarray:
     _, found = KDTree(xyz).query(xyz, k=num_neighbors + 1, sqr_dists=True)
     own = np.arange(len(xyz), dtype=found.dtype)
     others = found[:, 1:].astype(np.int32)
-    moved = np.flatnonzero(found[:, 0] != own)  # another point at the same place came first
-    if len(moved):
+    if len(moved := np.flatnonzero(found[:, 0] != own)):  # another point at the same place came first
         mine = found[moved] == own[moved, None]
         mine[~mine.any(axis=1), -1] = True  # so many coincide that the point itself was not returned
         others[moved] = found[moved][~mine].reshape(len(moved), num_neighbors)
@@ -202,9 +184,8 @@ def make_scene(
     """Everything between the reader and the packer, for one frame. Raises `BadFrameError`."""
     if len(frame.points) == 0:
         raise BadFrameError(f"{frame.name}: the scan has no points")
-    if settings.task == "distill":
-        return _distillation_scene(frame, index, intensity, settings, rng)
-    return _segmentation_scene(frame, index, intensity, settings, rng)
+    make = _distillation_scene if settings.task == "distill" else _vote_scene if settings.votes else _segmentation_scene
+    return make(frame, index, intensity, settings, rng)
 
 
 def _distillation_scene(
@@ -226,15 +207,13 @@ def _distillation_scene(
     ratio = np.array(settings.image_size) / np.array(frame.image_shape or frame.image.shape[:2])
     pixels = np.floor(np.floor(frame.pixels[kept]) * ratio).astype(np.int32)  # the published readers floor first
     image = resize_image(frame.image, settings.image_size, antialias=settings.antialias)
-    return _finish(frame.name, index, xyz, feats, settings.needs, image=image, pixels=pixels)
+    return _finish(frame.name, index, xyz, feats, settings.needs)._replace(image=image, pixels=pixels)
 
 
 def check_classes(frame: Frame, num_classes: int) -> None:
     """Raises `BadFrameError` for a label that is neither a class nor 255: it would reach the loss as none."""
-    if frame.labels is None:
-        return
-    outside = frame.labels[(frame.labels >= num_classes) & (frame.labels != IGNORE)]
-    if len(outside):
+    labels = labels_of(frame)
+    if len(outside := labels[(labels >= num_classes) & (labels != IGNORE)]):
         raise BadFrameError(
             f"{frame.name}: {len(outside)} labels are up to {outside.max()}, and the classes are 0 to "
             f"{num_classes - 1}; write or prepare its labels again"
@@ -249,8 +228,6 @@ def labels_of(frame: Frame) -> np.ndarray:
 def _segmentation_scene(
     frame: Frame, index: int, intensity: tuple[float, float], settings: SceneSettings, rng: np.random.Generator
 ) -> SceneView:
-    if settings.votes:
-        return _vote_scene(frame, index, intensity, settings, rng)
     labels, raw = labels_of(frame), to_ego(frame.points, frame.to_ego)
     kept = voxelize(raw, settings.voxel_size, rng if settings.train else None)
     if settings.train:
@@ -264,10 +241,8 @@ def _segmentation_scene(
         feats = make_features(xyz, frame.points[kept, 3], intensity)
     cut = in_view(xyz, settings.needs)
     xyz, kept, feats = xyz[cut], kept[cut], feats[cut]
-    scene = _finish(frame.name, index, xyz, feats, settings.needs, labels=labels[kept])
-    if settings.train:
-        return scene
-    return _with_raw(scene, xyz, raw, labels, np.linalg.norm(raw, axis=1))
+    scene = _finish(frame.name, index, xyz, feats, settings.needs)._replace(labels=labels[kept])
+    return scene if settings.train else _with_raw(scene, xyz, raw, labels, np.linalg.norm(raw, axis=1))
 
 
 def _vote_scene(
@@ -278,19 +253,17 @@ def _vote_scene(
     `published` turns coordinates and features by different angles, and flips and scales the coordinates alone;
     `consistent` computes the features of the augmented coordinates. The distances are those of the scan as it is.
     """
-    labels = labels_of(frame)
-    raw = to_ego(frame.points, frame.to_ego)
+    labels, raw = labels_of(frame), to_ego(frame.points, frame.to_ego)
     ranges = np.linalg.norm(raw, axis=1)
+    feats = make_features(raw, frame.points[:, 3], intensity)
+    raw = augment(raw, rng)
     if settings.augmentation == "published":
-        feats = make_features(raw, frame.points[:, 3], intensity)
-        raw = augment(raw, rng)
         feats[:, 1:3] = feats[:, 1:3] @ rotation(rng.uniform(-np.pi, np.pi))
     else:
-        raw = augment(raw, rng)
         feats = make_features(raw, frame.points[:, 3], intensity)
     kept = voxelize(raw, settings.voxel_size)
     kept = kept[in_view(raw[kept], settings.needs)]
-    scene = _finish(frame.name, index, raw[kept], feats[kept], settings.needs, labels=labels[kept])
+    scene = _finish(frame.name, index, raw[kept], feats[kept], settings.needs)._replace(labels=labels[kept])
     return _with_raw(scene, raw[kept], raw, labels, ranges)
 
 
@@ -312,29 +285,16 @@ def _augment_published(xyz: np.ndarray, feats: np.ndarray, rng: np.random.Genera
     return xyz, feats
 
 
-def _finish(
-    name: str,
-    index: int,
-    xyz: np.ndarray,
-    feats: np.ndarray,
-    needs: SceneNeeds,
-    *,
-    image: np.ndarray | None = None,
-    pixels: np.ndarray | None = None,
-    labels: np.ndarray | None = None,
-) -> SceneView:
+def _finish(name: str, index: int, xyz: np.ndarray, feats: np.ndarray, needs: SceneNeeds) -> SceneView:
     """What the backbone needs of a scene's points xyz [N, 3] and feats [N, F]. Raises `BadFrameError`."""
     if len(xyz) <= needs.num_neighbors:
         raise BadFrameError(
             f"{name}: {len(xyz)} points are left in the field of view, and {needs.num_neighbors + 1} are needed"
         )
     xyz = xyz.astype(np.float32)
-    planes = tuple(
-        make_plane(xyz, axes, grid, needs.field_of_view)
-        for axes, grid in zip(PLANE_AXES, needs.grids, strict=False)  # () without planes
-    )
-    neighbors = find_neighbors(xyz, needs.num_neighbors)
-    scene = SceneView(name, index, feats, neighbors, planes, image, pixels, labels)
+    axes_and_grids = zip(PLANE_AXES, needs.grids, strict=False)  # empty without planes
+    planes = tuple(make_plane(xyz, axes, grid, needs.field_of_view) for axes, grid in axes_and_grids)
+    scene = SceneView(name, index, feats, find_neighbors(xyz, needs.num_neighbors), planes, None, None, None)
     if needs.voxel_size is None:
         return scene
     coordinates = coordinates_in(xyz, needs.field_of_view, needs.voxel_size)

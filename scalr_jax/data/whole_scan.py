@@ -30,25 +30,24 @@ def check_points(points: ArrayLike) -> np.ndarray:
         return points.astype(np.float32)
 
 
+def find_usable(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which points [N, 4] have finite coordinates, and which of them can go through a network, as [N] bool each."""
+    located = np.asarray(np.isfinite(points[:, :3]).all(axis=1))
+    return located, located & np.isfinite(points[:, 3]) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1)
+
+
 def whole_scan(
     points: np.ndarray, needs: SceneNeeds, intensity: tuple[float, float], voxel_size: float
 ) -> tuple[SceneView, np.ndarray]:
     """The points that go through the network, and for each input point [N] the nearest of them (-1: none).
 
-    As in the published evaluation that is the first point of each voxel inside the field of view. A point whose
-    intensity is not finite is treated like one outside; one without finite coordinates has no nearest one.
+    As in the published evaluation that is the first point of each voxel (of `voxel_size` metres) inside the field of
+    view. A point whose intensity is not finite is treated like one outside; one without finite coordinates has no
+    nearest one. Raises InputError: too few points are left.
 
-    Args:
-      points: [N, 4] float32, of `check_points`.
-      needs: the backbone's.
-      intensity: mean and deviation of the raw intensity.
-      voxel_size: metres; one point a voxel is kept.
-
-    Raises:
-      InputError: too few points are left.
+    points: [N, 4] float32, of `check_points`. needs: the backbone's. intensity: mean and deviation of the raw one.
     """
-    located = np.isfinite(points[:, :3]).all(axis=1)
-    usable = located & np.isfinite(points[:, 3]) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1)
+    located, usable = find_usable(points)
     settings = SceneSettings(task="segment", train=False, needs=needs, voxel_size=voxel_size, augmentation="none")
     if not usable.any():
         raise InputError(f"0 of {len(points)} points are finite; write or copy the scan again, or leave it out")

@@ -42,15 +42,11 @@ FEATURES = {
 
 
 class LidarFrames(tfds.core.ShardBasedBuilder):
-    """TFDS's view of a prepared dataset.
+    """TFDS's view of a prepared dataset, with `metadata` (JSON-serialisable) that the records' reader needs to know.
 
     `scalr_jax.prepare` takes features and metadata from here and writes the shards itself, because TFDS's own
-    `download_and_prepare` begins from nothing after an interruption.
-
-    Args:
-      metadata: what the records' reader needs to know, JSON-serialisable.
-      shards: split -> one function a shard that yields (key, example); only for TFDS's own writing.
-      **options: as every TFDS builder's; `data_dir` at least.
+    `download_and_prepare` begins from nothing after an interruption. `options` are every TFDS builder's, `data_dir` at
+    least; only TFDS's own writing needs `shards` (split -> one function a shard that yields (key, example)).
     """
 
     VERSION = tfds.core.Version(VERSION)
@@ -75,7 +71,6 @@ class LidarFrames(tfds.core.ShardBasedBuilder):
         )
 
     def _shard_iterators_per_split(self, dl_manager: object) -> dict:
-        del dl_manager  # nothing is downloaded
         return self._shards
 
 
@@ -106,13 +101,8 @@ def shard_name(split: str, shard: int, num_shards: int) -> str:
 
 
 def write_tfds_files(folder: Path, splits: Mapping[str, tuple[list[int], int]], metadata: dict) -> None:
-    """Writes dataset_info.json, features.json and metadata.json.
-
-    Args:
-      folder: that of the shards.
-      splits: split -> records of each shard, bytes of all.
-      metadata: JSON-serialisable.
-    """
+    """Writes dataset_info.json, features.json and metadata.json beside the shards; `splits`: split -> records of each
+    shard, bytes of all."""
     template = tfds.core.ShardedFileTemplate(data_dir=epath.Path(folder), dataset_name=NAME, filetype_suffix=FORMAT)
     infos = [
         tfds.core.SplitInfo(name=name, shard_lengths=lengths, num_bytes=size, filename_template=template)

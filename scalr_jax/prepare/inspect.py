@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ PICTURES = 2  # frames drawn for each camera
 
 
 def inspect_dataset(dataset: Dataset, output: Path, *, num_frames: int = 50, seed: int = 0) -> Report:
-    """Reads some frames of any reader, prints a table, writes `inspect.json` and pictures.
+    """Reads frames of any reader, prints a table, writes `inspect.json` (returned; lengths in metres) and pictures.
 
     Args:
       dataset: a reader, several joined, or a part of one.
@@ -29,11 +30,7 @@ def inspect_dataset(dataset: Dataset, output: Path, *, num_frames: int = 50, see
       num_frames: how many frames to read, drawn without repetition; a short dataset is read once for each camera.
       seed: of the draw.
 
-    Returns:
-      What inspect.json holds (lengths in metres).
-
-    Raises:
-      InputError: no frame of those drawn can be read.
+    Raises InputError: no frame of those drawn can be read.
     """
     output.mkdir(parents=True, exist_ok=True)
     seen, kept, bad = _read(dataset, num_frames, np.random.default_rng(seed))
@@ -62,17 +59,20 @@ def _read(
         try:
             frame = dataset.frame(index, rng)
             seen.append(look(dataset, index, frame, rng))
+            _keep(kept, frame)
         except BadFrameError as error:
             bad.setdefault(dataset.name(index), str(error))
-        else:
-            _keep(kept, frame)
         now = time.monotonic()
         if now - said > 2.0 or done + 1 == number:
             said = now
             print(f"inspect: {done + 1} of {number} frames, {now - started:.0f} s", file=sys.stderr)
     if not seen:
         raise InputError(f"none of {number} frames can be read; the last one: {list(bad.values())[-1]}")
-    _keep_every_camera(dataset, order, kept)
+    for camera in dataset.cameras:  # one that the draws left out gets a picture, too
+        for index in order[: 0 if camera in kept else 5]:
+            with contextlib.suppress(BadFrameError, InputError):  # the latter: another of several datasets has it
+                _keep(kept, dataset.frame(int(index), camera=camera))
+                break
     return seen, kept, bad
 
 
@@ -82,17 +82,6 @@ def _keep(kept: dict[str, list[Frame]], frame: Frame) -> None:
     frames = kept.setdefault(camera, [])
     if len(frames) < (PICTURES if camera else 1):
         frames.append(frame)
-
-
-def _keep_every_camera(dataset: Dataset, order: np.ndarray, kept: dict[str, list[Frame]]) -> None:
-    """A camera that the draws left out gets a picture, too."""
-    for camera in dataset.cameras:
-        for index in order[: 0 if camera in kept else 5]:
-            try:
-                _keep(kept, dataset.frame(int(index), camera=camera))
-                break
-            except (BadFrameError, InputError):  # InputError: another of several datasets has this camera
-                continue
 
 
 def look(dataset: Dataset, index: int, frame: Frame, rng: np.random.Generator) -> Seen:

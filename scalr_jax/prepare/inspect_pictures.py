@@ -23,18 +23,20 @@ EDGE = 0.15  # of its distance that a point's neighbour in the image must be far
 
 def draw_all(output: Path, frames: Mapping[str, Sequence[Frame]], seen: Sequence[Seen], report: Report) -> list[str]:
     """All pictures of an inspection, into `output`. Returns the files' names."""
-    drawn = []
+    figures = {}
     for camera, some in frames.items():
         for number, frame in enumerate(some if camera else ()):
             name = "".join(c if c.isalnum() or c in "-_." else "_" for c in camera)
-            drawn.append(draw_over_image(output / f"over_{name}_{number}.png", frame))
+            figures[f"over_{name}_{number}.png"] = draw_over_image(frame)
     first = next(some[0] for some in frames.values() if some)
-    drawn.append(draw_top_view(output / "top_view.png", first, report["suggestion"]["field_of_view"][1][0]))
-    drawn.append(draw_histograms(output / "histograms.png", seen, report))
-    return [path.name for path in drawn]
+    figures["top_view.png"] = draw_top_view(first, report["suggestion"]["field_of_view"][1][0])
+    figures["histograms.png"] = draw_histograms(seen, report)
+    for name, figure in figures.items():
+        figure.savefig(output / name, dpi=110)
+    return list(figures)
 
 
-def draw_over_image(path: Path, frame: Frame) -> Path:
+def draw_over_image(frame: Frame) -> Figure:
     """Two panels: the visible points over the image, by distance; and those at the edges of near things only.
 
     The frame has an image. Distances are in metres from the student's origin.
@@ -52,26 +54,15 @@ def draw_over_image(path: Path, frame: Frame) -> Path:
     edge = find_edges(pixels, distance, width)
     dot = float(np.clip(40_000 / max(len(kept), 1), 3, 11))  # points squared: sparse scans need larger dots
     colors = ScalarMappable(LogNorm(NEAREST, FARTHEST), "turbo_r")
-    for axes, mask, size, title in (
-        (panels[0], np.ones(len(kept), bool), dot, f"{len(kept):,} points, one a 0.1 m voxel"),
-        (
-            panels[1],
-            edge,
-            2 * dot,
-            "where something farther begins beside a point: these must lie on the outlines of things",
-        ),
+    outlines = "where something farther begins beside a point: these must lie on the outlines of things"
+    for axes, chosen, size, title in (
+        (panels[0], np.arange(len(kept)), dot, f"{len(kept):,} points, one a 0.1 m voxel"),
+        (panels[1], np.flatnonzero(edge), 2 * dot, outlines),
     ):
-        order = np.argsort(-distance[mask])  # the nearest on top
+        chosen = chosen[np.argsort(-distance[chosen])]  # the nearest on top
         axes.imshow(dimmed, cmap="gray", vmin=0, vmax=255)
-        axes.scatter(
-            pixels[mask][order, 1],
-            pixels[mask][order, 0],
-            s=size,
-            c=distance[mask][order],
-            cmap=colors.cmap,
-            norm=colors.norm,
-            linewidths=0,
-        )
+        rows, columns = pixels[chosen].T
+        axes.scatter(columns, rows, s=size, c=distance[chosen], cmap=colors.cmap, norm=colors.norm, linewidths=0)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         axes.set_axis_off()
@@ -79,7 +70,7 @@ def draw_over_image(path: Path, frame: Frame) -> Path:
     bar.set_ticks([3, 5, 10, 20, 40, 80], labels=["3", "5", "10", "20", "40", "80"])
     bar.ax.minorticks_off()
     figure.suptitle(frame.name, fontsize=11)
-    return _save(figure, path)
+    return figure
 
 
 def find_edges(pixels: np.ndarray, distance: np.ndarray, width: int) -> np.ndarray:
@@ -95,7 +86,7 @@ def find_edges(pixels: np.ndarray, distance: np.ndarray, width: int) -> np.ndarr
     return ((farther > np.maximum(1.0, EDGE * distance)[:, None]) & (apart < 0.02 * width)).sum(axis=1) >= 2
 
 
-def draw_top_view(path: Path, frame: Frame, half: float) -> Path:
+def draw_top_view(frame: Frame, half: float) -> Figure:
     """A scan from above, by height, with circles of distance and the suggested view, +-half metres."""
     xyz = transforms.to_ego(frame.points, frame.to_ego)
     order = np.argsort(xyz[:, 2])
@@ -103,28 +94,25 @@ def draw_top_view(path: Path, frame: Frame, half: float) -> Path:
     figure = Figure(figsize=(10.5, 9.5), layout="constrained")
     axes = figure.subplots()
     axes.set_facecolor("#10141c")
-    shown = axes.scatter(
-        xyz[order, 0], xyz[order, 1], s=1.2, c=xyz[order, 2], cmap="viridis", vmin=low, vmax=high, linewidths=0
-    )
+    x, y, z = xyz[order].T
+    shown = axes.scatter(x, y, s=1.2, c=z, cmap="viridis", vmin=low, vmax=high, linewidths=0)
     for radius in range(20, int(1.4 * half), 20):
         axes.add_patch(patches.Circle((0, 0), radius, fill=False, color="white", alpha=0.25, linewidth=0.6))
-        axes.text(
-            0, radius, f"{radius} m", color="white", alpha=0.6, fontsize=8, ha="center", va="bottom", clip_on=True
-        )
+        text = axes.text(0, radius, f"{radius} m", color="white", alpha=0.6, fontsize=8, ha="center", va="bottom")
+        text.set_clip_on(True)
     square = patches.Rectangle((-half, -half), 2 * half, 2 * half, fill=False, color="#ff9f1c", linewidth=1.4)
     axes.add_patch(square)
     axes.text(-half, half, f" suggested view +-{half:g} m", color="#ff9f1c", fontsize=9, va="top")
     axes.annotate("", (8, 0), (0, 0), arrowprops={"arrowstyle": "-|>", "color": "#ff4d6d", "linewidth": 2})
     axes.text(9, 0, "x", color="#ff4d6d", fontsize=9, va="center")
-    axes.set(
-        xlabel="x (m)", ylabel="y (m)", aspect="equal", xlim=(-1.1 * half, 1.1 * half), ylim=(-1.1 * half, 1.1 * half)
-    )
+    limits = (-1.1 * half, 1.1 * half)
+    axes.set(xlabel="x (m)", ylabel="y (m)", aspect="equal", xlim=limits, ylim=limits)
     axes.set_title(f"{frame.name}: {len(xyz):,} points from above, student's frame", fontsize=10)
     figure.colorbar(shown, ax=axes, label="z (m)", shrink=0.8, extend="both")
-    return _save(figure, path)
+    return figure
 
 
-def draw_histograms(path: Path, seen: Sequence[Seen], report: Report) -> Path:
+def draw_histograms(seen: Sequence[Seen], report: Report) -> Figure:
     """Normalised intensity, distance and height of the points of all frames."""
     xyz = np.concatenate([frame.xyz for frame in seen])
     normalized = [(frame.intensity - frame.statistics[0]) / frame.statistics[1] for frame in seen]
@@ -133,32 +121,25 @@ def draw_histograms(path: Path, seen: Sequence[Seen], report: Report) -> Path:
     figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
     panels = figure.subplots(1, 3)
     low, high = np.percentile(intensity, (0.1, 99.5)) + np.array([-0.5, 0.5])
-    panels[0].hist(np.clip(intensity, low, high), bins=80, color="#2a6f97", density=True)
+    below, above = np.percentile(xyz[:, 2], (0.05, 99.95))
+    for axes, values, bins, title, label in (
+        (panels[0], np.clip(intensity, low, high), 80, "intensity as the student sees it", "(intensity - mean) / std"),
+        (panels[1], np.minimum(radius, 150), 75, "distance", "m from the origin"),
+        (panels[2], np.clip(xyz[:, 2], below, above), 80, "height", "z (m)"),
+    ):
+        axes.hist(values, bins=bins, color="#2a6f97", density=True)
+        axes.set_title(title, fontsize=10)
+        axes.set(xlabel=label, yticks=[])
+        axes.spines[["top", "right", "left"]].set_visible(False)
     panels[0].axvline(0, color="0.3", linewidth=1)
-    panels[0].set_title("intensity as the student sees it", fontsize=10)
-    panels[0].set_xlabel("(intensity - mean) / std")
-    panels[1].hist(np.minimum(radius, 150), bins=75, color="#2a6f97", density=True)
     panels[1].axvline(best[1][0], color="#ff9f1c", linewidth=1.6, label="suggested view")
-    panels[1].set_title("distance", fontsize=10)
-    panels[1].set_xlabel("m from the origin")
-    low, high = np.percentile(xyz[:, 2], (0.05, 99.95))
-    panels[2].hist(np.clip(xyz[:, 2], low, high), bins=80, color="#2a6f97", density=True)
     if report["ground_height"] is not None:
         panels[2].axvline(report["ground_height"], color="#588157", linewidth=1.6, label="ground")
     for k, limit in enumerate((best[0][2], best[1][2])):
-        if low < limit < high:
+        if below < limit < above:
             panels[2].axvline(limit, color="#ff9f1c", linewidth=1.6, label="suggested view" if k else None)
-    panels[2].set_title("height", fontsize=10)
-    panels[2].set_xlabel("z (m)")
     for axes in panels:
-        axes.set_yticks([])
-        axes.spines[["top", "right", "left"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
     figure.suptitle(f"{len(seen)} frames", fontsize=11)
-    return _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
-    return path
+    return figure

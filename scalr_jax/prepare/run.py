@@ -37,11 +37,13 @@ from tqdm import tqdm
 
 from scalr_jax.data.readers.folder import Folder
 from scalr_jax.data.readers.records import is_prepared
+from scalr_jax.data.readers.scan_inputs import open_reader
 from scalr_jax.data.scenes import Dataset
+from scalr_jax.data.streets.streets import Streets
 from scalr_jax.prepare import session as record_run
 from scalr_jax.prepare import source as record_source
 from scalr_jax.prepare.source import Images, Source
-from scalr_jax.prepare.writing import AGAIN, Part, plan_shards
+from scalr_jax.prepare.writing import AGAIN, plan_shards
 from scalr_jax.runtime.command_line import exit_codes, parse_flags, require
 from scalr_jax.runtime.errors import InputError
 
@@ -65,13 +67,6 @@ flags.DEFINE_boolean("verify", False, "Compare every byte with what was written.
 flags.DEFINE_boolean("inspect", False, "Only look at the raw dataset.", flag_values=FLAGS)
 
 
-def parse(arguments: list[str]) -> None:
-    """Fills `FLAGS`. Raises InputError."""
-    parse_flags(FLAGS, arguments, __doc__)
-    if not (FLAGS.verify and FLAGS.output):
-        require(FLAGS, "dataset", "root", "output", example="--dataset=nuscenes --root=RAW --output=DIR")
-
-
 def image_choice() -> Images:
     """How images are stored, by the flags."""
     try:
@@ -83,38 +78,20 @@ def image_choice() -> Images:
     if FLAGS.dataset == "streets":  # rendered at this size
         return Images(FLAGS.image_format or "original")
     if size and FLAGS.image_format == "original":
-        raise InputError(
-            "--image_format=original keeps the files as they are; leave out --image_size, or take jpeg or raw"
-        )
+        problem = "--image_format=original keeps the files as they are"
+        raise InputError(f"{problem}; leave out --image_size, or take jpeg or raw")
     return Images(FLAGS.image_format or ("jpeg" if size else "original"), (size[0], size[1]) if size else None)
 
 
 def open_raw(split: str, *, labels: bool) -> Dataset:
     """The raw reader of a split. Raises InputError."""
-    dataset, root = FLAGS.dataset, Path(FLAGS.root)
-    if dataset == "nuscenes":
-        from scalr_jax.data.readers.nuscenes import NuScenes
-
-        version = "v1.0-trainval" if (root / "v1.0-trainval").is_dir() else "v1.0-mini"
-        return NuScenes(root, version=version, split=split, labels=labels)
-    if dataset == "semantic_kitti":
-        from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
-
-        return SemanticKITTI(root, split=split, labels=labels)
-    if dataset == "folder":
-        return Folder(root, split=split, labels=labels)
-    if dataset == "streets":
-        from scalr_jax.data.streets.streets import Streets
-
-        size = tuple(int(number) for number in FLAGS.image_size) or (112, 224)
-        streets = Streets(
-            root, split=split, num_scenes=FLAGS.num_scenes, sensors=(sensor(),), image_size=(size[0], size[1])
-        )
-        streets.render_missing()
-        return streets
-    from scalr_jax.data.readers.pandaset import PandaSet
-
-    return PandaSet(root, sensor=sensor(), split=split, labels=labels)
+    if FLAGS.dataset != "streets":
+        return open_reader(FLAGS.dataset, Path(FLAGS.root), sensor=sensor(), split=split, labels=labels)
+    rows, columns = map(int, FLAGS.image_size[:2] or (112, 224))
+    options = {"num_scenes": FLAGS.num_scenes, "sensors": (sensor(),), "image_size": (rows, columns)}
+    streets = Streets(FLAGS.root, split=split, **options)
+    streets.render_missing()
+    return streets
 
 
 def sensor() -> str:
@@ -124,17 +101,17 @@ def sensor() -> str:
 
 def open_sources(images: Images) -> dict[str, Source]:
     """The frames of every wanted split that has some. Raises InputError."""
-    sources, reasons = {}, []
+    sources, reasons = {}, {}
     for split in FLAGS.split or ("train", "validation"):
         try:
             sources[split] = open_source(split, images)
         except InputError as error:
+            reasons[split] = error
             if FLAGS.split:
                 raise
-            reasons.append((split, error))
     if not sources:
-        raise reasons[0][1]
-    for split, error in reasons:
+        raise next(iter(reasons.values()))
+    for split, error in reasons.items():
         print(f"split {split} is left out: {error}\n")
     return sources
 
@@ -156,38 +133,32 @@ def open_source(split: str, images: Images) -> Source:
     return source
 
 
-def output_folder() -> Path:
-    """Where the records go: PandaSet's two lidars have a folder each."""
-    folder = Path(FLAGS.output)
-    return folder / sensor() if FLAGS.dataset in ("pandaset", "pandar64", "pandargt") else folder
-
-
 def write_records() -> None:
-    """Looks, tells what it will take, writes what is missing, finishes."""
-    images, folder = image_choice(), output_folder()
+    """Looks, tells what it will take, writes what is missing, finishes, names what was left out."""
+    images, folder, dataset = image_choice(), Path(FLAGS.output), FLAGS.dataset
+    if dataset in ("pandaset", "pandar64", "pandargt"):  # its two lidars have a folder each
+        folder, dataset = folder / sensor(), "pandaset"
     sources = open_sources(images)
-    readers = {split: source.dataset for split, source in sources.items()}
-    described = {split: reader.describe() for split, reader in readers.items()}
+    described = {split: source.dataset.describe() for split, source in sources.items()}
     print("\n\n".join(described.values()), "\n")
-    dataset = "pandaset" if FLAGS.dataset in ("pandar64", "pandargt") else FLAGS.dataset
     choices = {"dataset": dataset, "sensor": sensor(), "labels": FLAGS.labels, "voxel_size": VOXEL_SIZE}
     choices |= {"image_format": images.format, "image_size": images.size}
     settings = record_run.run_settings(choices, sources, FLAGS.frames_per_shard)
     shards = [s for name, source in sources.items() for s in plan_shards(name, len(source), FLAGS.frames_per_shard)]
     with record_run.claimed(folder, settings) as finished:
-        found = record_run.estimate(sources)
-        frames = {shard.file: shard.last - shard.first for shard in shards}
-        missing = sum(number for file, number in frames.items() if file not in finished)
-        total = sum(frames.values())
+        found, total = record_run.estimate(sources), sum(len(source) for source in sources.values())
+        missing = sum(shard.last - shard.first for shard in shards if shard.file not in finished)
         space = record_run.need_space(folder, missing * found.bytes_per_frame * record_run.SPARE)
         print(f"to write: {missing} of {total} frames, {len(shards) - len(finished)} of {len(shards)} files: {space}")
-        if found.fidelity is not None:
-            print(f"stored as JPEG, quality 95, 4:4:4: {describe_fidelity(found.fidelity)}")
-        with tqdm(total=total, initial=total - missing, unit="frame", mininterval=1.0) as bar:
-            parts = record_run.write_missing(
-                folder, sources, shards, finished, num_processes=FLAGS.num_processes, progress=bar.update
+        if lost := found.fidelity:
+            print(
+                "stored as JPEG, quality 95, 4:4:4: pixels differ from those of the original files by "
+                f"{lost['mean_abs']:.2f} of 255 on average and {lost['max_abs']:.0f} at most, PSNR "
+                f"{lost['psnr_db']:.1f} dB, in {lost['images']} images"
             )
-        reader = next(iter(readers.values()))
+        with tqdm(total=total, initial=total - missing, unit="frame", mininterval=1.0) as bar:
+            parts = record_run.write_missing(folder, sources, shards, finished, FLAGS.num_processes, bar.update)
+        reader = next(iter(sources.values())).dataset
         manifest = {
             **choices,
             "format": record_run.records.FORMAT,
@@ -201,26 +172,14 @@ def write_records() -> None:
             "settings": settings,
         }
         record_run.finish(folder, shards, parts, manifest, described)
-    report(folder, [parts[shard.file] for shard in shards])
-
-
-def describe_fidelity(lost: dict[str, float]) -> str:
-    """One line."""
-    return (
-        f"pixels differ from those of the original files by {lost['mean_abs']:.2f} of 255 on average and "
-        f"{lost['max_abs']:.0f} at most, PSNR {lost['psnr_db']:.1f} dB, in {lost['images']} images"
-    )
-
-
-def report(folder: Path, parts: list[Part]) -> None:
-    """Prints what was written and names what was left out."""
-    for part in parts:
+    written = [parts[shard.file] for shard in shards]
+    for part in written:
         for text in part["bad"]:
             print(f"skipped a bad frame: {text}")
         for text in part["problems"]:
             print(f"left out an image: {text}")
-    frames, size = sum(len(part["names"]) for part in parts), sum(part["bytes"] for part in parts)
-    print(f"{folder}: {frames} frames in {len(parts)} files, {size / 1e9:.3f} GB")
+    frames, size = sum(len(part["names"]) for part in written), sum(part["bytes"] for part in written)
+    print(f"{folder}: {frames} frames in {len(written)} files, {size / 1e9:.3f} GB")
     print(f"train with --config.data.root={FLAGS.output}")
 
 
@@ -236,7 +195,9 @@ def verify() -> None:
 
 def run(arguments: list[str]) -> None:
     """The command. Raises InputError and what the operating system raises."""
-    parse(arguments)
+    parse_flags(FLAGS, arguments, __doc__)
+    if not (FLAGS.verify and FLAGS.output):
+        require(FLAGS, "dataset", "root", "output", example="--dataset=nuscenes --root=RAW --output=DIR")
     if FLAGS.verify:
         verify()
     elif FLAGS.inspect:

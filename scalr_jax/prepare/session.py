@@ -45,32 +45,19 @@ class Estimate(NamedTuple):
 
 def run_settings(choices: dict, sources: Mapping[str, Source], frames_per_shard: int) -> dict:
     """What two runs must share to write one dataset: `choices`, and per split the frames and their order."""
-    splits = {
-        name: {
-            "frames": len(source),
-            "names": hashlib.sha256("\n".join(source.name(i) for i in range(len(source))).encode()).hexdigest()[:16],
-        }
-        for name, source in sources.items()
-    }
+    splits = {}
+    for split, source in sources.items():
+        names = "\n".join(source.name(i) for i in range(len(source)))
+        splits[split] = {"frames": len(source), "names": hashlib.sha256(names.encode()).hexdigest()[:16]}
     settings = {**choices, "format": records.FORMAT, "frames_per_shard": frames_per_shard, "splits": splits}
     return json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
-
-
-def check_same(folder: Path, found: dict, expected: dict) -> None:
-    """Raises InputError that lists how the settings found in `folder` differ from this command's."""
-    if different := differences(found, expected):
-        raise InputError(
-            f"{folder} was begun with other settings or other raw files ({different}); "
-            "repeat the command that began it, give another --output, or delete the folder"
-        )
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, settings: dict) -> Iterator[dict[str, Part]]:
     """Holds the folder for one run; gives the parts of finished shards, by file.
 
-    Raises:
-      InputError: another run holds it, it is complete, was begun with other settings, or holds something else.
+    Raises InputError: another run holds it, it is complete, was begun with other settings, or holds something else.
     """
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if there and not {SETTINGS, records.MANIFEST, LOCK} & set(there):
@@ -103,16 +90,21 @@ def _leave(folder: Path) -> None:
 def _finished(folder: Path, settings: dict) -> dict[str, Part]:
     """The parts of shards whose file is there and has the size that was written."""
     parts: dict[str, Part] = {}
-    complete = records.is_prepared(folder)
+    complete, found = records.is_prepared(folder), settings
     if complete:
         manifest = records.read_manifest(folder)
-        check_same(folder, manifest["settings"], settings)
+        found = manifest["settings"]
         parts = {part["file"]: part for split in manifest["splits"].values() for part in split["shards"]}
     elif (folder / SETTINGS).exists():
-        check_same(folder, read_json(folder / SETTINGS, AGAIN), settings)
+        found = read_json(folder / SETTINGS, AGAIN)
+    if different := differences(found, settings):
+        raise InputError(
+            f"{folder} was begun with other settings or other raw files ({different}); "
+            "repeat the command that began it, give another --output, or delete the folder"
+        )
     own = [cast("Part", read_json(path, AGAIN)) for path in sorted((folder / PARTS).glob("*.json"))]
     parts |= {part["file"]: part for part in own}
-    whole = {name: part for name, part in parts.items() if _size(folder / name) == part["bytes"]}
+    whole = {name: part for name, part in parts.items() if records.file_size(folder / name) == part["bytes"]}
     if not complete:
         return {name: part for name, part in whole.items() if not part["bad"] and not part["problems"]}
     if len(whole) == len(parts) and not own:
@@ -123,10 +115,6 @@ def _finished(folder: Path, settings: dict) -> dict[str, Part]:
             "file of it to have that one written again"
         )
     return whole
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
 
 
 def estimate(sources: Mapping[str, Source]) -> Estimate:
@@ -149,10 +137,10 @@ def estimate(sources: Mapping[str, Source]) -> Estimate:
     return Estimate(float(np.mean(sizes)), dtype, record_source.fidelity(images, settings))
 
 
-def need_space(folder: Path, num_bytes: float, free: int | None = None) -> str:
-    """What to print of the space that is needed; `free` bytes are (None: asks). Raises InputError when too few."""
+def need_space(folder: Path, num_bytes: float) -> str:
+    """What to print of the space that is needed. Raises InputError when less is free."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free if free is None else free
+    free = shutil.disk_usage(place).free
     text = f"{_human(num_bytes)} are needed, {_human(free)} are free at {place}"
     if num_bytes > free:
         raise InputError(f"not enough space: {text}; free some, give another --output, or store less with --image_size")
@@ -168,7 +156,6 @@ def write_missing(
     sources: Mapping[str, Source],
     shards: list[Shard],
     finished: dict[str, Part],
-    *,
     num_processes: int,
     progress: Progress,
 ) -> dict[str, Part]:
@@ -193,45 +180,34 @@ def write_missing(
 
 
 def finish(
-    folder: Path,
-    shards: list[Shard],
-    parts: Mapping[str, Part],
-    manifest: dict,
-    described: Mapping[str, str],
+    folder: Path, shards: list[Shard], parts: Mapping[str, Part], manifest: dict, described: Mapping[str, str]
 ) -> None:
     """Makes the folder readable: TFDS's files, then records.json. `described`: split -> table of the raw split.
 
-    Raises:
-      InputError: no frame was usable.
+    Raises InputError: no frame was usable.
     """
-    splits = {name: [parts[shard.file] for shard in shards if shard.split == name] for name in described}
     if not any(part["names"] for part in parts.values()):
         raise InputError(f"{folder}: none of the frames was usable")
-    layout = {
-        name: ([part["records"] for part in own], sum(part["bytes"] for part in own)) for name, own in splits.items()
-    }
+    splits, layout = {}, {}
+    for name, table in described.items():
+        own = [parts[shard.file] for shard in shards if shard.split == name]
+        splits[name] = {"described": table, "shards": own}
+        layout[name] = ([part["records"] for part in own], sum(part["bytes"] for part in own))
     builders.write_tfds_files(folder, layout, manifest)
-    content = {name: {"described": described[name], "shards": own} for name, own in splits.items()}
-    write_json(folder / records.MANIFEST, {**manifest, "splits": content}, indent=None)
+    write_json(folder / records.MANIFEST, {**manifest, "splits": splits}, indent=None)
     shutil.rmtree(folder / PARTS)
     (folder / SETTINGS).unlink(missing_ok=True)
 
 
 def verify(folder: Path, progress: Progress = lambda size: None) -> str:
-    """Compares every file's bytes with what was written; `progress` gets their numbers.
-
-    Returns:
-      A sentence about what was found.
-
-    Raises:
-      InputError: files that are missing or differ, named, and what to do.
-    """
+    """Compares every file's bytes with what was written; `progress` gets their numbers. Returns a sentence about what
+    was found; raises InputError that names files which are missing or differ, and says what to do."""
     manifest = records.read_manifest(folder)
     wrong, parts = [], [part for split in manifest["splits"].values() for part in split["shards"]]
     for part in parts:
         path = folder / part["file"]
-        if _size(path) != part["bytes"]:
-            wrong.append(f"{part['file']} has {_size(path) or 0} bytes instead of {part['bytes']}")
+        if records.file_size(path) != part["bytes"]:
+            wrong.append(f"{part['file']} has {records.file_size(path) or 0} bytes instead of {part['bytes']}")
         elif checksum(path) != part["sha256"]:
             wrong.append(f"{part['file']} has other bytes than were written")
         progress(part["bytes"])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import Image
 from scalr_jax.data import transforms
 from scalr_jax.data.readers import files
 from scalr_jax.data.readers.raw import RawDataset
+from scalr_jax.data.readers.scan_inputs import student_points
 from scalr_jax.data.scenes import Dataset, Frame, Voxels
 from scalr_jax.prepare.builders import to_bytes
 from scalr_jax.runtime.errors import BadFrameError, NothingVisibleError
@@ -53,12 +54,11 @@ class Source:
         self.reader, self.labelled, self.voxel_size, self.images = reader, labelled, voxel_size, images
         names = {} if reader is None else {reader.name(i): i for i in range(len(reader)) if self._cameras_of(i)}
         in_labelled = {} if labelled is None else {labelled.name(i): i for i in range(len(labelled))}
-        order = [*names, *(name for name in in_labelled if name not in names)]
-        self._plain = np.array([names.get(name, -1) for name in order], np.int32)
-        self._labelled = np.array([in_labelled.get(name, -1) for name in order], np.int32)
+        # Each frame's name, and its number in `reader` and in `labelled`; None where it is not there.
+        self._frames = [(name, names.get(name), in_labelled.get(name)) for name in {**names, **in_labelled}]
 
     def __len__(self) -> int:
-        return len(self._plain)
+        return len(self._frames)
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -75,18 +75,18 @@ class Source:
         return dataset
 
     def _place(self, index: int) -> tuple[Dataset, int]:
-        """The reader that names a frame, and the frame's number there."""
-        plain = int(self._plain[index])
-        if self.labelled is None or plain >= 0:
-            return self.dataset, plain
-        return self.labelled, int(self._labelled[index])
+        """The reader that a frame's scan is read by, with its labels where there are some, and its number there."""
+        _, plain, labelled = self._frames[index]
+        if self.labelled is not None and labelled is not None:
+            return self.labelled, labelled
+        assert plain is not None
+        return self.dataset, plain
 
     def _cameras_of(self, plain: int) -> tuple[str, ...]:
         return self.reader.cameras_of(plain) if isinstance(self.reader, RawDataset) else self.cameras
 
     def name(self, index: int) -> str:
-        reader, number = self._place(index)
-        return reader.name(number)
+        return self._frames[index][0]
 
     def scan_file(self, index: int) -> str:
         """The scan's path below the dataset's root; "" where the reader does not know it."""
@@ -95,21 +95,18 @@ class Source:
 
     def prepare(self, index: int) -> Prepared:
         """Everything that is stored of a frame. Raises BadFrameError when its scan or labels cannot be used."""
-        plain, labelled = int(self._plain[index]), int(self._labelled[index])
-        reader, number = self._place(index)
-        if self.labelled is not None and labelled >= 0:
-            reader, number = self.labelled, labelled
-        name, scan = self.name(index), reader.frame(number, camera=None)
+        (name, plain, labelled), (reader, number) = self._frames[index], self._place(index)
+        scan = reader.frame(number, camera=None)
         if len(scan.points) == 0:
             raise BadFrameError(f"{name}: the scan has no points")
         voxels, points = transforms.find_voxels(scan.points, self.voxel_size), student_points(scan)
-        prepared = Prepared(name, [], labelled >= 0, [], [], scan.points.dtype.name)
-        if labelled >= 0:
+        prepared = Prepared(name, [], labelled is not None, [], [], scan.points.dtype.name)
+        if prepared.has_scan:
             prepared.examples.append(scan_example(scan, points))
-        for camera in self._cameras_of(plain) if plain >= 0 else ():
+        for camera in self._cameras_of(plain) if plain is not None else ():
+            assert plain is not None
             try:
-                view, path = self._view(scan, plain, camera)
-                content = self._image(view, path)
+                view, content = self._view(scan, plain, camera)
             except NothingVisibleError:
                 continue
             except BadFrameError as error:
@@ -118,38 +115,28 @@ class Source:
             prepared.examples.append(view_example(view, points, voxels, camera, content))
             prepared.cameras.append(camera)
         if not prepared.examples:
-            raise BadFrameError(
-                f"{name}: no camera sees anything, or no image can be read {' '.join(prepared.problems)}"
-            )
+            problems = " ".join(prepared.problems)
+            raise BadFrameError(f"{name}: no camera sees anything, or no image can be read {problems}")
         return prepared
 
     def an_image(self, index: int) -> list[np.ndarray]:
         """One of a frame's images [h, w, 3] uint8 as the raw reader gives it; none where there is none."""
-        plain = int(self._plain[index])
-        try:
-            image = None if plain < 0 else self.dataset.frame(plain, np.random.default_rng(index)).image
-        except BadFrameError:
-            image = None
+        plain, image = self._frames[index][1], None
+        with contextlib.suppress(BadFrameError):
+            image = None if plain is None else self.dataset.frame(plain, np.random.default_rng(index)).image
         return [] if image is None else [image]
 
-    def _view(self, scan: Frame, plain: int, camera: str) -> tuple[Frame, Path | None]:
-        """A scan paired with one camera, and the image's file; None where it is no file."""
-        if isinstance(self.reader, RawDataset):
-            return self.reader.view(scan, plain, camera), self.reader.image_path(plain, camera)
-        return self.dataset.frame(plain), None
-
-    def _image(self, view: Frame, path: Path | None) -> tuple[bytes, tuple[int, int]]:
-        """What is stored of a view's image, and its rows and columns."""
+    def _view(self, scan: Frame, plain: int, camera: str) -> tuple[Frame, tuple[bytes, tuple[int, int]]]:
+        """A scan paired with one camera; what is stored of its image, and that image's rows and columns."""
+        raw = self.reader if isinstance(self.reader, RawDataset) else None  # the others' images are no files
+        view = self.dataset.frame(plain) if raw is None else raw.view(scan, plain, camera)
         image = view.image
         assert image is not None
         if self.images.size is not None:
             image = transforms.resize_image(image, self.images.size, antialias=True)
-        elif self.images.format == "original" and path is not None:
-            try:
-                return path.read_bytes(), (image.shape[0], image.shape[1])
-            except OSError as error:
-                raise BadFrameError(f"{path}: cannot be read ({error.strerror}).") from error
-        return encode_image(image, self.images.format), (image.shape[0], image.shape[1])
+        elif self.images.format == "original" and raw is not None:
+            return view, (files.read_bytes(raw.image_path(plain, camera)), (image.shape[0], image.shape[1]))
+        return view, (encode_image(image, self.images.format), (image.shape[0], image.shape[1]))
 
 
 def encode_image(image: np.ndarray, image_format: str) -> bytes:
@@ -161,25 +148,19 @@ def encode_image(image: np.ndarray, image_format: str) -> bytes:
     return buffer.getvalue()
 
 
-def student_points(frame: Frame) -> np.ndarray:
-    """[N, 4] float32: x, y, z in the student's frame (metres) as `make_scene` computes them, raw intensity."""
-    xyz = transforms.to_ego(frame.points, frame.to_ego)
-    return np.concatenate([xyz, frame.points[:, 3:4].astype(np.float32)], axis=1)
-
-
 def scan_example(scan: Frame, points: np.ndarray) -> dict[str, bytes]:
     """A whole scan: every point, in its order. points [N, 4]: `student_points(scan)`.
 
     Without voxels: finding those of the student's frame takes 5 ms of the scan's 35 to 180 (Pandar64, 2026-11-27).
     """
-    to_sensor = None if scan.to_sensor is None else scan.to_sensor @ np.linalg.inv(scan.to_ego)
-    return {
-        "name": scan.name.encode(),
-        "points": to_bytes(points, "f4"),
-        "labels": b"" if scan.labels is None else to_bytes(scan.labels, "u1"),
-        "beams": b"" if scan.beams is None else to_bytes(scan.beams, "u1"),
-        "to_sensor": b"" if to_sensor is None else to_bytes(to_sensor, "f8"),
-    }
+    example = {"name": scan.name.encode(), "points": to_bytes(points, "f4")}
+    if scan.labels is not None:
+        example["labels"] = to_bytes(scan.labels, "u1")
+    if scan.beams is not None:
+        example["beams"] = to_bytes(scan.beams, "u1")
+    if scan.to_sensor is not None:
+        example["to_sensor"] = to_bytes(scan.to_sensor @ np.linalg.inv(scan.to_ego), "f8")
+    return example
 
 
 def view_example(
@@ -189,9 +170,7 @@ def view_example(
 
     points [N, 4]: `student_points` of the scan. image: what is stored, and its rows and columns.
     """
-    assert view.visible is not None
-    assert view.pixels is not None
-    assert view.image is not None
+    assert view.visible is not None and view.pixels is not None and view.image is not None  # noqa: PT018
     lengths = np.diff(voxels.start)  # [v]
     seen = np.add.reduceat(view.visible[voxels.order], voxels.start[:-1]) > 0  # [v]
     kept = voxels.order[np.repeat(seen, lengths)]  # [n]
@@ -222,10 +201,6 @@ def fidelity(views: Sequence[np.ndarray], images: Images) -> dict[str, float] | 
         back = files.decode_image(encode_image(image, images.format), "sample")
         differences.append(np.abs(back.astype(np.float64) - image).ravel())
     difference = np.concatenate(differences)
-    square = float(np.square(difference).mean())
-    return {
-        "mean_abs": float(difference.mean()),
-        "max_abs": float(difference.max()),
-        "psnr_db": float(10 * np.log10(255.0**2 / max(square, 1e-9))),
-        "images": len(views),
-    }
+    psnr = float(10 * np.log10(255.0**2 / max(float(np.square(difference).mean()), 1e-9)))
+    largest = float(difference.max())
+    return {"mean_abs": float(difference.mean()), "max_abs": largest, "psnr_db": psnr, "images": len(views)}

@@ -44,26 +44,25 @@ class Seen(NamedTuple):
 
 def summarize(dataset: Dataset, seen: Sequence[Seen], bad: Mapping[str, str]) -> Report:
     """The figures of inspect.json; lengths in metres."""
-    voxels = np.concatenate([frame.voxels for frame in seen])
+    voxels, num_voxels = np.concatenate([frame.voxels for frame in seen]), [frame.num_voxels for frame in seen]
     grounds = [frame.ground for frame in seen if frame.ground is not None]
     in_view = [frame.num_in_view for frame in seen if frame.num_in_view is not None]
+    best = suggest(voxels, in_view or num_voxels)
     report: Report = {
         "frames": {"in_dataset": len(dataset), "read": len(seen), "bad": dict(bad)},
         "points": spread([frame.num_points for frame in seen]),
         "rows_dropped": spread([frame.num_dropped for frame in seen]),
-        "voxels": spread([frame.num_voxels for frame in seen]),
+        "voxels": spread(num_voxels),
         "voxels_in_one_image": spread(in_view) if in_view else None,
         "minkunet_levels": _levels(seen),
         "ranges": _ranges(seen),
         "intensity": _intensity(seen),
         "ground_height": round(float(np.median(grounds)), 2) if grounds else None,
-        "suggestion": suggest(voxels, in_view or [frame.num_voxels for frame in seen]),
+        "suggestion": best | suggest_levels(seen, best),
         "published_view_covers": round(covered(voxels, *PUBLISHED_VIEW), 4),
         "labels": _labels(dataset, seen),
     }
-    report["suggestion"] |= suggest_levels(seen, report["suggestion"])
-    report["warnings"] = _warnings(report, dataset.warnings)
-    return report
+    return report | {"warnings": _warnings(report, dataset.warnings)}
 
 
 def spread(values: Sequence[int]) -> dict[str, int]:
@@ -109,20 +108,19 @@ def _ranges(seen: Sequence[Seen]) -> dict[str, dict[str, float]]:
     table = np.percentile(columns, list(PERCENTILES.values()), axis=0)  # [5, 4]
     table[0] = np.min([frame.extent[0] for frame in seen], axis=0)
     table[-1] = np.max([frame.extent[1] for frame in seen], axis=0)
+    rows = zip(("x", "y", "z", "radius"), table.T.astype(float), strict=True)
     return {
-        name: {key: round(float(table[row, k]), 3) for row, key in enumerate(PERCENTILES)}
-        for k, name in enumerate(("x", "y", "z", "radius"))
+        name: {key: round(float(value), 3) for key, value in zip(PERCENTILES, row, strict=True)} for name, row in rows
     }
 
 
 def _levels(seen: Sequence[Seen]) -> list[Report]:
     """Voxels a scene and occupied neighbours of each voxel, by level of a MinkUNet."""
-    counts = np.stack([frame.levels for frame in seen])  # [frames, levels, 2]
-    near = counts.sum(axis=0)[:, 1] / counts.sum(axis=0)[:, 0]
-    return [
-        {"voxels": spread(counts[:, k, 0].tolist()), "pairs": spread(counts[:, k, 1].tolist()), "neighbours": float(n)}
-        for k, n in enumerate(near.round(2))
-    ]
+    levels = []
+    for voxels, pairs in np.stack([frame.levels for frame in seen], axis=-1):  # [frames] each, level by level
+        near = float((pairs.sum() / voxels.sum()).round(2))
+        levels.append({"voxels": spread(voxels.tolist()), "pairs": spread(pairs.tolist()), "neighbours": near})
+    return levels
 
 
 def _intensity(seen: Sequence[Seen]) -> list[Report]:
@@ -133,15 +131,9 @@ def _intensity(seen: Sequence[Seen]) -> list[Report]:
         count, total, squares = moments[:, :3].sum(axis=0)
         mean = total / count
         std = float(np.sqrt(max(squares / count - mean**2, 0.0)))
-        entries.append(
-            {
-                "configured": [round(float(value), 5) for value in statistics],
-                "measured": [round(float(mean), 5), round(std, 5)],
-                "min": float(moments[:, 3].min()),
-                "max": float(moments[:, 4].max()),
-                "frames": len(moments),
-            }
-        )
+        known, measured = ([round(float(value), 5) for value in pair] for pair in (statistics, (mean, std)))
+        low, high = float(moments[:, 3].min()), float(moments[:, 4].max())
+        entries.append({"configured": known, "measured": measured, "min": low, "max": high, "frames": len(moments)})
     return entries
 
 
@@ -187,13 +179,8 @@ def format_report(report: Report) -> str:
     for name, row in report["ranges"].items():
         lines.append(f"  {name:<21}" + "".join(f"{row[key]:>10.2f}" for key in PERCENTILES))
     lines += ["", f"{'points a scan':<23}" + "".join(f"{key:>10}" for key in ("min", "mean", "max"))]
-    titles = {
-        "points": "read",
-        "rows_dropped": "dropped (NaN, no echo)",
-        "voxels": "one a 0.1 m voxel",
-        "voxels_in_one_image": "of these in one image",
-    }
-    for key, title in titles.items():
+    titles = ("read", "dropped (NaN, no echo)", "one a 0.1 m voxel", "of these in one image")
+    for key, title in zip(("points", "rows_dropped", "voxels", "voxels_in_one_image"), titles, strict=True):
         if row := report[key]:
             lines.append(f"  {title:<21}" + "".join(f"{row[kind]:>10,}" for kind in ("min", "mean", "max")))
     lines += ["", f"{'MinkUNet, a scene':<23}" + "".join(f"{key:>12}" for key in ("min", "mean", "max", "neighbours"))]

@@ -28,8 +28,6 @@ from scalr_jax.runtime.storage import checksum, remove_partial, write_json, writ
 WRITER_OPTIONS = "group_size:1,uncompressed"  # images do not compress, and Zstd triples the time of reading
 PARTS = "parts"
 AGAIN = "free space on the disk and run the same command again: finished files are kept"
-
-
 Progress = Callable[[int], object]  # gets the number of frames (or bytes) done since it was last called
 
 
@@ -69,11 +67,10 @@ def plan_shards(split: str, num_frames: int, frames_per_shard: int) -> list[Shar
     return [Shard(split, k, num_shards, ends[k], ends[k + 1]) for k in range(num_shards)]
 
 
-def write_shard(folder: Path, source: Source, shard: Shard, said: Progress = lambda frames: None) -> Part:
+def write_shard(folder: Path, source: Source, shard: Shard, said: Progress) -> Part:
     """Writes one shard and its part, and returns that.
 
-    Raises:
-      InputError: the disk is full, or will not take the file for another reason.
+    Raises InputError: the disk is full, or will not take the file for another reason.
     """
     final = folder / shard.file
     try:
@@ -88,18 +85,8 @@ def write_shard(folder: Path, source: Source, shard: Shard, said: Progress = lam
 
 def _write_records(path: Path, source: Source, shard: Shard, said: Progress) -> Part:
     serialize = builders.make_serializer()
-    part = Part(
-        file=shard.file,
-        bytes=0,
-        sha256="",
-        records=0,
-        names=[],
-        scan_files=[],
-        scans=[],
-        cameras=[],
-        bad=[],
-        problems=[],
-    )
+    part: Part = {"file": shard.file, "bytes": 0, "sha256": "", "records": 0, "names": [], "scan_files": [],
+                  "scans": [], "cameras": [], "bad": [], "problems": []}  # fmt: skip
     known = {camera: k for k, camera in enumerate(source.cameras)}
     try:
         writer = array_record_module.ArrayRecordWriter(str(path), WRITER_OPTIONS)
@@ -109,16 +96,15 @@ def _write_records(path: Path, source: Source, shard: Shard, said: Progress) -> 
                     frame = source.prepare(index)
                 except BadFrameError as error:
                     part["bad"].append(str(error))
-                    said(1)
-                    continue
-                for example in frame.examples:
-                    writer.write(serialize(example))
-                part["records"] += len(frame.examples)
-                part["names"].append(frame.name)
-                part["scan_files"].append(source.scan_file(index))
-                part["scans"].append(frame.has_scan)
-                part["cameras"].append([known[camera] for camera in frame.cameras])
-                part["problems"] += frame.problems
+                else:
+                    for example in frame.examples:
+                        writer.write(serialize(example))
+                    part["records"] += len(frame.examples)
+                    part["names"].append(frame.name)
+                    part["scan_files"].append(source.scan_file(index))
+                    part["scans"].append(frame.has_scan)
+                    part["cameras"].append([known[camera] for camera in frame.cameras])
+                    part["problems"] += frame.problems
                 said(1)
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -136,8 +122,7 @@ def write_shards(
 ) -> Generator[Part]:
     """Writes `shards` in this process, or in several; yields parts as they are finished.
 
-    Raises:
-      InputError: as `write_shard`, or a process was killed.
+    Raises InputError: as `write_shard`, or a process was killed.
     """
     if num_processes == 1 or len(shards) < 2:
         for shard in shards:
@@ -239,8 +224,7 @@ def _work(connection: Connection, folder: Path, sources: Mapping[str, Source]) -
         while True:
             shard = connection.recv()
             try:
-                part = write_shard(folder, sources[shard.split], shard, said)
+                done = write_shard(folder, sources[shard.split], shard, said)
             except InputError as error:
-                connection.send(error)
-            else:
-                connection.send(part)
+                done = error
+            connection.send(done)

@@ -60,7 +60,7 @@ def test_polar_mix_takes_half_a_turn_and_adds_objects_three_times():
     scans, swapped = Scans(), 0
     first, second = (mixing.in_ego(scans.frame(k, None)) for k in (0, 1))
     for seed in range(20):
-        points, labels = mixing.polar_mix(*first, *second, [1, 3], np.random.default_rng(seed))
+        points, labels = mixing.polar_mix(first, second, [1, 3], np.random.default_rng(seed))
         np.testing.assert_array_equal(label_of(points), labels)  # labels follow their points
         cars = second[0][second[1] == 1]
         pasted = points[-90:].reshape(3, 30, 4)

@@ -82,11 +82,11 @@ def _turning_radius(distortion: tuple[float, ...]) -> float:
 
 def other_readings(matrix: np.ndarray) -> dict[str, np.ndarray]:
     """The usual mistakes: what the given matrix [4, 4] may be -> what was then meant."""
+    turned, inverse = BODY_TO_CAMERA @ matrix, np.linalg.inv(matrix)
     return {
-        "it looks like the inverse, camera to lidar": np.linalg.inv(matrix),
-        "its camera axes look like x forward, y left, z up, and must be x right, y down, z forward": BODY_TO_CAMERA
-        @ matrix,
-        "it looks like the inverse, from camera axes x forward, y left, z up": BODY_TO_CAMERA @ np.linalg.inv(matrix),
+        "it looks like the inverse, camera to lidar": inverse,
+        "its camera axes look like x forward, y left, z up, and must be x right, y down, z forward": turned,
+        "it looks like the inverse, from camera axes x forward, y left, z up": BODY_TO_CAMERA @ inverse,
     }
 
 
@@ -110,9 +110,8 @@ def check_upright(camera: Camera, to_student: np.ndarray) -> str | None:
     if -shown[1] > UPRIGHT:
         return None
     axis = int(np.argmax(np.abs(shown)))
-    direction = (("left", "right"), ("up", "down"), ("towards the viewer", "into the image"))[axis][
-        int(shown[axis] > 0)
-    ]
+    ways = (("left", "right"), ("up", "down"), ("towards the viewer", "into the image"))
+    direction = ways[axis][int(shown[axis] > 0)]
     text = f"camera {camera.name}: by lidar_to_camera the lidar's up points {direction} in its image"
     for reading, matrix in other_readings(camera.lidar_to_camera).items():
         if -(matrix[:3, :3] @ up)[1] > UPRIGHT:
@@ -138,8 +137,7 @@ def read_camera(name: str, entry: object, problems: list[str]) -> Camera | None:
         problems.append(f"{where}: distortion has {len(distortion)} numbers; k1 k2 p1 p2 [k3 [k4 k5 k6]] are 4, 5, 8")
     if size is not None and lens is not None:
         _check_lens(where, lens, size, problems)
-    if matrix is not None and np.linalg.norm(matrix[:3, 3]) > MAX_DISTANCE:
-        distance = np.linalg.norm(matrix[:3, 3])
+    if matrix is not None and (distance := np.linalg.norm(matrix[:3, 3])) > MAX_DISTANCE:
         problems.append(f"{where}: lidar_to_camera puts the camera {distance:.0f} m from the lidar; give metres")
     if len(problems) > before or size is None or lens is None or matrix is None or distortion is None:
         return None

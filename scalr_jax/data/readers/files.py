@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from scalr_jax.data.scenes import IGNORE, RANDOM, Frame
-from scalr_jax.runtime.errors import BadFrameError, InputError, NothingVisibleError
+from scalr_jax.runtime.errors import BadFrameError, InputError
 
 MAX_BAD_FRACTION = 0.03  # of a scan's points that may be NaN or infinite; they are dropped, more is a bad frame
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad files
@@ -46,8 +46,7 @@ def read_label_map(dataset: str) -> LabelMap:
 def map_labels(labels: np.ndarray, class_of_id: dict[int, int], num_points: int, path: Path) -> np.ndarray:
     """A dataset's label numbers [N] -> classes [N] uint8, 255 where ignored.
 
-    Raises:
-      BadFrameError: another number of labels than points, or a label that the map does not know.
+    Raises BadFrameError: another number of labels than points, or a label that the map does not know.
     """
     if len(labels) != num_points:
         raise BadFrameError(
@@ -59,12 +58,18 @@ def map_labels(labels: np.ndarray, class_of_id: dict[int, int], num_points: int,
     return np.array([class_of_id[int(value)] for value in values], np.uint8)[inverse]
 
 
+def read_bytes(path: Path) -> bytes:
+    """A file's content. Raises BadFrameError when it is missing or cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadFrameError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
 def read_json(path: Path) -> Any:
     """A JSON file's content. Raises BadFrameError when it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise BadFrameError(f"{path}: cannot be read ({error.strerror}).") from error
+        return json.loads(read_bytes(path))
     except ValueError as error:  # also UnicodeDecodeError
         raise BadFrameError(f"{path}: not valid JSON ({error}); copy the file again.") from error
 
@@ -72,8 +77,7 @@ def read_json(path: Path) -> Any:
 def read_floats(path: Path, columns: int) -> np.ndarray:
     """A headerless file of little-endian float32 rows -> [N, columns].
 
-    Raises:
-      BadFrameError: missing, empty, or not a whole number of rows.
+    Raises BadFrameError: missing, empty, or not a whole number of rows.
     """
     raw = read_array(path, np.dtype("<f4"))
     if len(raw) == 0 or len(raw) % columns:
@@ -85,24 +89,16 @@ def read_floats(path: Path, columns: int) -> np.ndarray:
 
 def read_array(path: Path, dtype: np.dtype) -> np.ndarray:
     """A headerless file of numbers -> [n]. Raises BadFrameError when it is missing or cut within a number."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise BadFrameError(f"{path}: cannot be read ({error.strerror}).") from error
+    raw = read_bytes(path)
     if len(raw) % dtype.itemsize:
         raise BadFrameError(f"{path}: {len(raw)} bytes are not whole {dtype} values; copy the file again.")
     return np.frombuffer(raw, dtype)
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """An image file -> [h, w, 3] uint8.
+    """An image file -> [h, w, 3] uint8. Raises BadFrameError: missing, unreadable, cut short, or of another size.
 
-    Args:
-      path: any format that Pillow reads.
-      size: (width, height) in pixels that the calibration was made for, when it is known.
-
-    Raises:
-      BadFrameError: missing, unreadable, cut short, or of another size.
+    size: (width, height) in pixels that the calibration was made for, when it is known.
     """
     try:
         with Image.open(path) as file:
@@ -119,16 +115,10 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def decode_image(content: bytes, name: str, *, at_least: tuple[int, int] | None = None) -> np.ndarray:
-    """An image file's bytes -> [h, w, 3] uint8.
+    """An image file's bytes -> [h, w, 3] uint8. Raises BadFrameError, which calls it `name`.
 
-    Args:
-      content: in any format that Pillow reads.
-      name: what an error calls it.
-      at_least: (rows, columns). A JPEG file may then be decoded at 1/2, 1/4 or 1/8 of its size (averaged over blocks,
-        several times faster) as long as no side gets shorter than that. None: whole.
-
-    Raises:
-      BadFrameError: unreadable or cut short.
+    A JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size (averaged over blocks, several times faster) as long as no
+    side gets shorter than `at_least` (rows, columns). None: whole.
     """
     try:
         with Image.open(io.BytesIO(content)) as file:
@@ -142,8 +132,7 @@ def decode_image(content: bytes, name: str, *, at_least: tuple[int, int] | None 
 def finite_points(points: np.ndarray, path: Path) -> np.ndarray:
     """Which points [N, 4] have finite coordinates and intensity, as [N] bool.
 
-    Raises:
-      BadFrameError: more than 3 % have not.
+    Raises BadFrameError: more than 3 % have not.
     """
     good = np.asarray(np.isfinite(points).all(axis=1))
     num_bad = len(points) - int(good.sum())
@@ -158,33 +147,18 @@ def finite_points(points: np.ndarray, path: Path) -> np.ndarray:
 def without_bad(frame: Frame, path: Path) -> Frame:
     """The frame without points that have no finite coordinates or intensity. Raises BadFrameError as above."""
     good = finite_points(frame.points, path)
-    labels, instances, beams = (
-        None if array is None else array[good] for array in (frame.labels, frame.instances, frame.beams)
-    )
-    dropped = frame.num_dropped + len(good) - int(good.sum())
-    points = frame.points[good]
-    return frame._replace(points=points, labels=labels, instances=instances, beams=beams, num_dropped=dropped)
-
-
-def need_visible(visible: np.ndarray, name: str, calibration: Path) -> None:
-    """Raises NothingVisibleError when no point of a frame is visible ([N] bool)."""
-    if not visible.any():
-        raise NothingVisibleError(
-            f"{name}: none of {len(visible)} points projects into the image; check {calibration}."
-        )
+    arrays = {key: getattr(frame, key) for key in ("points", "labels", "instances", "beams")}
+    kept = {key: array[good] for key, array in arrays.items() if array is not None}
+    return frame._replace(**kept, num_dropped=frame.num_dropped + len(good) - int(good.sum()))
 
 
 def rotation(quaternion: Sequence[float] | np.ndarray) -> np.ndarray:
     """Quaternion w, x, y, z (of any length but 0) -> rotation matrix [3, 3] float64."""
     w, x, y, z = quaternion
     s = 2.0 / (w * w + x * x + y * y + z * z)
-    return np.array(
-        [
-            [1.0 - s * (y * y + z * z), s * (x * y - w * z), s * (x * z + w * y)],
-            [s * (x * y + w * z), 1.0 - s * (x * x + z * z), s * (y * z - w * x)],
-            [s * (x * z - w * y), s * (y * z + w * x), 1.0 - s * (x * x + y * y)],
-        ]
-    )
+    return np.array([[1.0 - s * (y * y + z * z), s * (x * y - w * z), s * (x * z + w * y)],
+                     [s * (x * y + w * z), 1.0 - s * (x * x + z * z), s * (y * z - w * x)],
+                     [s * (x * z - w * y), s * (y * z + w * x), 1.0 - s * (x * x + y * y)]])  # fmt: skip
 
 
 def pick_camera(
@@ -192,8 +166,7 @@ def pick_camera(
 ) -> str | None:
     """The camera of a frame: the one that was asked for, none, or one of `available` drawn with `rng`.
 
-    Raises:
-      InputError: a camera that the dataset does not have, or a draw without `rng`.
+    Raises InputError: a camera that the dataset does not have, or a draw without `rng`.
     """
     if camera != RANDOM:
         if camera is not None and camera not in known:

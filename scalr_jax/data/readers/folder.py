@@ -23,7 +23,7 @@ from scalr_jax.data.readers.calibration import Camera
 from scalr_jax.data.readers.raw import RawDataset
 from scalr_jax.data.readers.scan_files import SUFFIXES, load_array, read_scan
 from scalr_jax.data.scenes import Frame
-from scalr_jax.runtime.errors import BadFrameError, InputError, NothingVisibleError
+from scalr_jax.runtime.errors import BadFrameError, InputError
 
 IMAGES = (".jpg", ".jpeg", ".png")
 LABELS = (".label", ".npy", ".bin")
@@ -88,9 +88,11 @@ class Folder(RawDataset[_Entry]):
         self._found = [entry for entry in self._all if entry.scene in chosen]
         self._choose_entries(self._found)
         if not self._entries:
-            raise InputError(self._nothing())
+            raise self._nothing(f"{len(self._found)} scans", self._expected())
         self._has_intensity, self.statistics = self._measure_intensity()
-        self.warnings = self._find_warnings()
+        cameras_once = {id(camera): camera for own in self._calibrations.values() for camera in own.values()}
+        texts = [calibration.check_upright(camera, self.settings.to_student) for camera in cameras_once.values()]
+        self.warnings = tuple(dict.fromkeys(text for text in texts if text))
 
     def name(self, index: int) -> str:
         """As "folder/<scene>/<name of the scan>"."""
@@ -109,13 +111,10 @@ class Folder(RawDataset[_Entry]):
             rows.append((f"images of {camera}", f"{sum(camera in e.images for e in found)} of {len(found)}"))
         rows.append(("labelled scans", f"{sum(e.labels is not None for e in found)} of {len(found)}"))
         rows.append(("classes", ", ".join(self.class_names) or "none in dataset.json"))
-        source = (
-            "dataset.json" if self.settings.intensity else f"measured; write it as {[round(mean, 4), round(std, 4)]}"
-        )
+        source = f"measured; write it as {[round(mean, 4), round(std, 4)]}"
+        text = f"mean {mean:.4g}, std {std:.4g} ({'dataset.json' if self.settings.intensity else source})"
         no_intensity = "none in the files: the student gets 0 everywhere"
-        rows.append(
-            ("intensity", f"mean {mean:.4g}, std {std:.4g} ({source})" if self._has_intensity else no_intensity)
-        )
+        rows.append(("intensity", text if self._has_intensity else no_intensity))
         if missing := self._missing_to_distill():
             rows.append(("to distil, missing", missing))
         rows += [("warning", text) for text in self.warnings]
@@ -129,9 +128,8 @@ class Folder(RawDataset[_Entry]):
     def _read(self, entry: _Entry, name: str) -> Frame:
         """The scan, with points [N, 4] float32 in the lidar's frame (metres, raw intensity)."""
         points = read_scan(entry.scan, columns=self.settings.columns).points
-        labels = self._read_labels(entry, len(points)) if self.labels else None
         echo = ~(np.isnan(points[:, :3]).all(axis=1) | (points[:, :3] == 0).all(axis=1))
-        labels = None if labels is None else labels[echo]
+        labels = self._read_labels(entry, len(points))[echo] if self.labels else None
         dropped = len(points) - int(echo.sum())
         scan = Frame(name, points[echo], self.settings.to_student, labels=labels, num_dropped=dropped)
         scan = files.without_bad(scan, entry.scan)
@@ -146,12 +144,10 @@ class Folder(RawDataset[_Entry]):
             raise BadFrameError(f"{frame.name}: no image of {camera}; add it, or leave this camera out.")
         lens = self._calibrations[entry.scene][camera]
         image = files.read_image(entry.images[camera], lens.size)
-        pixels, visible = calibration.project(frame.points, lens, self.settings.min_depth)
-        name = f"{frame.name}/{camera}"
-        if not visible.any():
-            reason = calibration.explain_nothing_visible(frame.points, lens, self.settings.min_depth)
-            raise NothingVisibleError(f"{name}: none of {len(visible)} points projects into the image; {reason}.")
-        return frame._replace(name=name, image=image, pixels=pixels, visible=visible)
+        scan = (frame.points, lens, self.settings.min_depth)
+        pixels, visible = calibration.project(*scan)
+        reason = "" if visible.any() else calibration.explain_nothing_visible(*scan)
+        return self._paired(frame, camera, image, pixels, visible, reason)
 
     def _read_labels(self, entry: _Entry, num_points: int) -> np.ndarray:
         path = entry.labels
@@ -176,38 +172,31 @@ class Folder(RawDataset[_Entry]):
         scans = _by_stem(folder / "scans", SUFFIXES)
         images = {camera: _by_stem(folder / camera, IMAGES) for camera in self._calibrations[scene]}
         labels = _by_stem(folder / "labels", LABELS)
-        return [
-            _Entry(
-                scene,
-                path,
-                {camera: found[stem] for camera, found in images.items() if stem in found},
-                labels.get(stem),
-            )
-            for stem, path in sorted(scans.items())
-        ]
+        entries = []
+        for stem, path in sorted(scans.items()):
+            own = {camera: found[stem] for camera, found in images.items() if stem in found}
+            entries.append(_Entry(scene, path, own, labels.get(stem)))
+        return entries
 
     def _choose_scenes(self, wanted: Sequence[str] | None) -> set[str]:
         held_out, path = self.settings.validation, self.root / folder_settings.FILE
         files.check_all_in("validation scene", held_out, self._folders, path)
         if self.split == "validation" and not held_out:
-            raise InputError(
-                f'{path}: no scenes to validate on; list some under "validation", among {", ".join(self._folders)}.'
-            )
-        names = {
-            name for name in self._folders if self.split == "all" or (name in held_out) == (self.split == "validation")
-        }
+            found = ", ".join(self._folders)
+            raise InputError(f'{path}: no scenes to validate on; list some under "validation", among {found}.')
+        validation = self.split == "validation"
+        names = {name for name in self._folders if self.split == "all" or (name in held_out) == validation}
         files.check_all_in(f"{self.split} scene", wanted, names, self.root)
         return names if wanted is None else set(wanted)
 
-    def _nothing(self) -> str:
-        """Why there is no frame: one sentence."""
-        text = f"{self.root}: no scan to use among {len(self._found)} (split={self.split!r}, cameras={self.cameras}, "
-        text += f"labels={self.labels}); expected {LAYOUT}, and beside scans/ the folders of cameras and labels/"
+    def _expected(self) -> str:
+        """How files must be named, and how they are."""
+        text = f"expected {LAYOUT}, and beside scans/ the folders of cameras and labels/"
         for entry in self._found[:1]:
             there = sorted(p for p in entry.scan.parent.parent.glob("*/*") if p.suffix.lower() in (*IMAGES, ".label"))
             text += f"; scans are named like {entry.scan.name}"
             text += f", other files like {there[0].parent.name}/{there[0].name}: one stem pairs them" if there else ""
-        return f"{text}."
+        return text
 
     def _missing_to_distill(self) -> str:
         if not any(self._calibrations.values()):
@@ -237,11 +226,6 @@ class Folder(RawDataset[_Entry]):
         pooled = np.concatenate(values)
         mean, std = (float(pooled.mean()), float(pooled.std())) if len(pooled) else (0.0, 1.0)
         return True, (mean, std if std > 1e-9 else 1.0)
-
-    def _find_warnings(self) -> tuple[str, ...]:
-        cameras = {id(camera): camera for scene in self._calibrations.values() for camera in scene.values()}
-        texts = [calibration.check_upright(camera, self.settings.to_student) for camera in cameras.values()]
-        return tuple(dict.fromkeys(text for text in texts if text))
 
 
 def _find_scenes(root: Path) -> dict[str, Path]:

@@ -17,15 +17,8 @@ from scalr_jax.runtime.storage import read_json
 
 FILE = "dataset.json"
 KEYS = (
-    "columns",
-    "intensity",
-    "to_student",
-    "sensor_height",
-    "min_depth",
-    "cameras",
-    "classes",
-    "labels",
-    "validation",
+    *("columns", "intensity", "to_student", "sensor_height", "min_depth"),
+    *("cameras", "classes", "labels", "validation"),
 )
 STUDENT_HEIGHT = 1.7  # metres of the student's origin above the ground, as KITTI's and nuScenes' lidars have it
 HELP = 'docs/data.md, "Your own lidar", explains every key.'
@@ -55,9 +48,8 @@ def read_settings(path: Path) -> Settings:
     if columns is not None and (type(columns) is not int or columns not in scan_files.COLUMNS):
         problems.append(f"columns must be one of {', '.join(map(str, scan_files.COLUMNS))}")
         columns = None
-    intensity = calibration.read_numbers(
-        "intensity [mean, standard deviation]", entry.get("intensity", [0, 1]), 2, problems
-    )
+    given = entry.get("intensity", [0, 1])
+    intensity = calibration.read_numbers("intensity [mean, standard deviation]", given, 2, problems)
     if intensity is not None and intensity[1] <= 0:
         problems.append("intensity: the standard deviation must be positive")
     if not is_number(min_depth) or not 0 < min_depth < 100:

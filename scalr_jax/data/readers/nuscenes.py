@@ -9,6 +9,7 @@ this one (global coordinates of kilometres make that about 0.1 mm a step). The l
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from scalr_jax.data.readers import files, nuscenes_tables
 from scalr_jax.data.readers.nuscenes_tables import Keyframe, Shot
 from scalr_jax.data.readers.raw import RawDataset
 from scalr_jax.data.scenes import Frame
-from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.errors import BadFrameError
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 LIDAR = "LIDAR_TOP"
@@ -44,13 +45,11 @@ class NuScenes(RawDataset[_Entry]):
       root: the folder that holds the tables' folder (`v1.0-mini/*.json`), `samples/` and perhaps `lidarseg/`.
       version: "v1.0-trainval", "v1.0-mini" or "v1.0-test".
       split: "validation" (the version's official validation scenes), "train" (its other scenes) or "all".
-      scenes: names of scenes of the split to use; None for all.
       cameras: which images `frame` may draw. None: all six, or none at all with `labels`. A keyframe is listed when
         one of them is there.
       labels: list only keyframes with lidarseg labels, and read them.
 
-    Raises:
-      InputError: nothing to read at `root`, a damaged table, or an argument that does not fit what is there.
+    Raises InputError: nothing to read at `root`, a damaged table, or an argument that does not fit what is there.
     """
 
     known_cameras, statistics = CAMERAS, INTENSITY
@@ -61,7 +60,6 @@ class NuScenes(RawDataset[_Entry]):
         *,
         version: str = "v1.0-mini",
         split: str = "train",
-        scenes: Sequence[str] | None = None,
         cameras: Sequence[str] | None = None,
         labels: bool = False,
     ) -> None:
@@ -74,18 +72,18 @@ class NuScenes(RawDataset[_Entry]):
         folder = self.root / version
         files.check_folder(folder, "nuScenes' tables, <root>/<version>/sample_data.json and the others")
         self._class_of_id = nuscenes_tables.read_class_of_id(folder, label_map)
-        chosen = _choose_scenes(folder, split, scenes)
-        self._num_scenes = len(chosen)
-        keyframes = nuscenes_tables.read_keyframes(folder, chosen, (LIDAR, *CAMERAS))
+        scenes = nuscenes_tables.read_scenes(folder)  # token -> name
+        if split != "all":
+            held_out = files.read_json(files.LABEL_MAPS / "nuscenes.json")["validation_scenes"].get(version, ())
+            scenes = {token: n for token, n in scenes.items() if (n in held_out) == (split == "validation")}
+        self._num_scenes = len(scenes)
+        keyframes = nuscenes_tables.read_keyframes(folder, scenes, (LIDAR, *CAMERAS))
         found = _find_files(keyframes, nuscenes_tables.read_lidarseg(folder), self.root)
-        self._num_keyframes, self._num_found = len(keyframes), len(found)
+        self._num_keyframes = len(keyframes)
         self._choose_entries(found)
         if not self._entries:
-            raise InputError(
-                f"{self.root}: no keyframe to use among {len(keyframes)} in the tables of {version} and {len(found)} "
-                f"with a scan (split={split!r}, cameras={self.cameras}, labels={labels}); unpack samples/ (and "
-                "lidarseg/ for labels) beside the tables."
-            )
+            among = f"{len(keyframes)} in the tables of {version} and {len(found)} with a scan"
+            raise self._nothing(among, "unpack samples/ (and lidarseg/ for labels) beside the tables")
 
     def name(self, index: int) -> str:
         """As "nuscenes/<scene>/<the scan's time in microseconds>"."""
@@ -131,32 +129,16 @@ class NuScenes(RawDataset[_Entry]):
         pixels = shot.sensor.intrinsics @ local.astype(np.float64)  # [3, N]
         x, y = pixels[:2] / np.where(in_front, pixels[2], 1.0)  # [N] each
         visible = in_front & (x > 0) & (x < image.shape[1] - 1) & (y > 0) & (y < image.shape[0] - 1)
-        name = f"{frame.name}/{camera}"
-        files.need_visible(visible, name, self.root / self.version / "calibrated_sensor.json")
-        return frame._replace(name=name, image=image, pixels=np.stack([y, x], axis=1), visible=visible)
-
-
-def _choose_scenes(folder: Path, split: str, wanted: Sequence[str] | None) -> dict[str, str]:
-    """The scenes of a split, token -> name."""
-    scenes = nuscenes_tables.read_scenes(folder)
-    validation = files.read_json(files.LABEL_MAPS / "nuscenes.json")["validation_scenes"].get(folder.name, ())
-    if split != "all":
-        scenes = {token: name for token, name in scenes.items() if (name in validation) == (split == "validation")}
-    files.check_all_in(f"{split} scene", wanted, scenes.values(), folder)
-    return {token: name for token, name in scenes.items() if wanted is None or name in wanted}
+        reason = f"check {self.root / self.version / 'calibrated_sensor.json'}"
+        return self._paired(frame, camera, image, np.stack([y, x], axis=1), visible, reason)
 
 
 def _find_files(keyframes: list[Keyframe], lidarseg: dict[str, str], root: Path) -> list[_Entry]:
     """The keyframes whose scan is on disk, with those of their images and labels that are."""
-    folders: dict[Path, frozenset[str]] = {}
+    listing = functools.cache(files.listing)  # one a folder: 34,000 files each in v1.0-trainval
 
     def there(file: str | None) -> bool:
-        if file is None:
-            return False
-        path = root / file
-        if path.parent not in folders:  # one listing a folder: 34,000 files each in v1.0-trainval
-            folders[path.parent] = files.listing(path.parent)
-        return path.name in folders[path.parent]
+        return file is not None and Path(file).name in listing((root / file).parent)
 
     entries = []
     for keyframe in keyframes:

@@ -69,8 +69,7 @@ def read_scenes(folder: Path) -> dict[str, str]:
 def read_keyframes(folder: Path, scenes: dict[str, str], channels: Collection[str]) -> list[Keyframe]:
     """The keyframes of some scenes (token -> name), by scene name and time, with the shots of some channels.
 
-    Raises:
-      InputError: a table is missing or damaged, or a row's link leads nowhere.
+    Raises InputError: a table is missing or damaged, or a row's link leads nowhere.
     """
     samples = _read(folder, "sample", lambda rows: {r["token"]: (r["scene_token"], r["timestamp"]) for r in rows})
     samples = {token: sample for token, sample in samples.items() if sample[0] in scenes}
@@ -78,24 +77,18 @@ def read_keyframes(folder: Path, scenes: dict[str, str], channels: Collection[st
     sensors = _read(folder, "calibrated_sensor", lambda rows: {r["token"]: _sensor(r, channel_of) for r in rows})
 
     def wanted(row: Row) -> bool:
-        return (
-            row["is_key_frame"]
-            and row["sample_token"] in samples
-            and sensors[row["calibrated_sensor_token"]].channel in channels
-        )
+        there = row["is_key_frame"] and row["sample_token"] in samples
+        return there and sensors[row["calibrated_sensor_token"]].channel in channels
 
     shots = _read(folder, "sample_data", lambda rows: [row for row in rows if wanted(row)])
     needed = {row["ego_pose_token"] for row in shots}
     egos = _read(folder, "ego_pose", lambda rows: {r["token"]: _numbers(r) for r in rows if r["token"] in needed})
     if lost := needed - egos.keys():
         raise InputError(f"{folder / 'ego_pose.json'}: {len(lost)} poses are missing; unpack the tables again.")
-    keyframes = {
-        token: Keyframe(scenes[scene_token], {}, timestamp) for token, (scene_token, timestamp) in samples.items()
-    }
+    keyframes = {token: Keyframe(scenes[scene], {}, timestamp) for token, (scene, timestamp) in samples.items()}
     for row in shots:
-        sensor = sensors[row["calibrated_sensor_token"]]
-        size = (row["width"], row["height"])
-        shot = Shot(row["token"], row["filename"], sensor, egos[row["ego_pose_token"]], size)
+        sensor, ego = sensors[row["calibrated_sensor_token"]], egos[row["ego_pose_token"]]
+        shot = Shot(row["token"], row["filename"], sensor, ego, (row["width"], row["height"]))
         keyframes[row["sample_token"]].shots[sensor.channel] = shot
     return sorted(keyframes.values(), key=lambda keyframe: (keyframe.scene, keyframe.timestamp))
 

@@ -34,15 +34,13 @@ GROUND_SHIFT = 1.6  # metres: puts the road about 1.7 m below the origin, as in 
 # against the Pandar64 (docs/static_extrinsic_calibration.yaml of PandaSet's devkit) put it in 76 frames of scene 002,
 # which agree within 3 mm and 0.02 degrees; then 3 cm and 0.03 degrees from there, where points lie on the beams.
 MOUNT_ROTATION, MOUNT_PLACE = (0.01589, 0.00044, 0.00783, -0.99984), (0.0042, 0.7787, 1.8571)
-ELEVATIONS = np.array(  # of the Pandar64's beams, degrees, by Hesai's manual
-    [
-        *(-24.897, -18.889, -13.930, -12.974, -12.006, -11.032, -9.885, -9.060, -8.059, -7.063, -6.061, -5.898, -5.726),
-        *(-5.565, -5.391, -5.229, -5.057, -4.892, -4.720, -4.558, -4.385, -4.221, -4.050, -3.884, -3.712, -3.548),
-        *(-3.375, -3.210, -3.040, -2.873, -2.700, -2.536, -2.365, -2.198, -2.028, -1.860, -1.688, -1.522, -1.351),
-        *(-1.184, -1.013, -0.845, -0.675, -0.508, -0.337, -0.169, 0.0, 0.169, 0.337, 0.508, 0.675, 0.846, 1.013),
-        *(1.184, 1.351, 1.522, 1.688, 1.860, 2.028, 3.040, 5.057, 8.059, 11.032, 14.882),
-    ]
-)
+ELEVATIONS = np.array([  # of the Pandar64's beams, degrees, by Hesai's manual
+    -24.897, -18.889, -13.930, -12.974, -12.006, -11.032, -9.885, -9.060, -8.059, -7.063, -6.061, -5.898, -5.726,
+    -5.565, -5.391, -5.229, -5.057, -4.892, -4.720, -4.558, -4.385, -4.221, -4.050, -3.884, -3.712, -3.548, -3.375,
+    -3.210, -3.040, -2.873, -2.700, -2.536, -2.365, -2.198, -2.028, -1.860, -1.688, -1.522, -1.351, -1.184, -1.013,
+    -0.845, -0.675, -0.508, -0.337, -0.169, 0.0, 0.169, 0.337, 0.508, 0.675, 0.846, 1.013, 1.184, 1.351, 1.522, 1.688,
+    1.860, 2.028, 3.040, 5.057, 8.059, 11.032, 14.882
+])  # fmt: skip
 LAYOUT = "PandaSet's raw layout, <root>/<scene>/{lidar,camera,meta,annotations}"
 
 
@@ -79,8 +77,7 @@ class PandaSet(RawDataset[_Entry]):
         or none at all with `labels`. A frame is listed when one of them is there.
       labels: list only frames with semantic labels, and read them.
 
-    Raises:
-      InputError: nothing to read at `root`, or an argument that does not fit what is there.
+    Raises InputError: nothing to read at `root`, or an argument that does not fit what is there.
     """
 
     def __init__(
@@ -107,13 +104,10 @@ class PandaSet(RawDataset[_Entry]):
         wanted = None if frames is None else frozenset(frames)
         found = [entry for scene in self._scenes for entry in self._find_frames(scene)]
         found = [entry for entry in found if wanted is None or entry.number in wanted]
-        self._num_found = len(found)
         self._choose_entries(found)
         if not self._entries:
-            raise InputError(
-                f"{self.root}: no frame to use among {len(found)} scans of {len(self._scenes)} scenes "
-                f"(split={split!r}, frames={frames}, cameras={self.cameras}, labels={labels}); expected {LAYOUT}."
-            )
+            among = f"{len(found)} scans of {len(self._scenes)} scenes, frames={frames}"
+            raise self._nothing(among, f"expected {LAYOUT}")
 
     def name(self, index: int) -> str:
         """As "pandaset/002/45"."""
@@ -121,7 +115,6 @@ class PandaSet(RawDataset[_Entry]):
         return f"pandaset/{entry.scene}/{entry.number:02d}"
 
     def sensor(self, index: int) -> str:
-        del index
         return self.lidar
 
     def describe(self) -> str:
@@ -163,13 +156,9 @@ class PandaSet(RawDataset[_Entry]):
         images = {camera: files.listing(folder / "camera" / camera) for camera in self.cameras}
         return [
             _Entry(
-                scene=scene,
-                number=int(stem),
-                scan=scans[stem],
-                labels=labels.get(stem),
-                images=tuple(camera for camera in self.cameras if f"{stem}.jpg" in images[camera]),
+                scene, int(stem), scan, labels.get(stem), tuple(c for c in self.cameras if f"{stem}.jpg" in images[c])
             )
-            for stem in sorted(scans)
+            for stem, scan in sorted(scans.items())
             if stem.isdecimal()
         ]
 
@@ -187,15 +176,10 @@ class PandaSet(RawDataset[_Entry]):
         times = np.asarray(table["t"], np.float64)[mine][good] if "t" in table else None  # seconds
         labels = self._read_labels(entry, mine)[good] if self.labels else None
         to_sensor, beams = self._find_sensor(entry, points[good], times)
-        return Frame(
-            name=name,
-            points=points[good],
-            to_ego=self._to_ego(entry),
-            labels=labels,
-            to_sensor=to_sensor,
-            beams=beams,
-            num_dropped=len(points) - int(good.sum()),
-        )
+        to_ego = np.linalg.inv(self._pose(self.root / entry.scene / "lidar" / "poses.json", entry.number))
+        to_ego[2, 3] -= GROUND_SHIFT
+        scan = Frame(name, points[good], to_ego, labels=labels, to_sensor=to_sensor, beams=beams)
+        return scan._replace(num_dropped=len(good) - int(good.sum()))
 
     def _read_labels(self, entry: _Entry, mine: np.ndarray) -> np.ndarray:
         """Classes [N] of the points that are `mine` ([all points] bool)."""
@@ -204,12 +188,6 @@ class PandaSet(RawDataset[_Entry]):
         if "class" not in table:
             raise BadFrameError(f"{path}: no column class; copy the file again.")
         return files.map_labels(table["class"], self._label_map.class_of_id, len(mine), path)[mine]
-
-    def _to_ego(self, entry: _Entry) -> np.ndarray:
-        """World -> ego [4, 4]: the inverse of the lidar's pose, then down by 1.6 m."""
-        to_ego = np.linalg.inv(self._pose(self.root / entry.scene / "lidar" / "poses.json", entry.number))
-        to_ego[2, 3] -= GROUND_SHIFT
-        return to_ego
 
     def _find_sensor(
         self, entry: _Entry, points: np.ndarray, times: np.ndarray | None
@@ -270,9 +248,7 @@ class PandaSet(RawDataset[_Entry]):
         # As a matrix product would round it: fx * x + cx * z, then divided by z.
         x, y = (focal[:, None] * local[:2] + centre[:, None] * local[2]) / depth  # [N] each, pixels
         visible = in_front & (x > 0) & (x < image.shape[1]) & (y > 0) & (y < image.shape[0])
-        name = f"{frame.name}/{camera}"
-        files.need_visible(visible, name, folder)
-        return frame._replace(name=name, image=image, pixels=np.stack([y, x], axis=1), visible=visible)
+        return self._paired(frame, camera, image, np.stack([y, x], axis=1), visible, f"check {folder}")
 
     def _pose(self, path: Path, number: int) -> np.ndarray:
         """Pose of a frame number, sensor -> world [4, 4]."""

@@ -43,17 +43,10 @@ class Header(NamedTuple):
 
 
 def read_pcd(content: bytes, choose: Callable[[list[str]], list[str]]) -> Mapping[str, np.ndarray]:
-    """Some columns of a .pcd file.
+    """Some columns of a whole .pcd file, by name, each [N].
 
-    Args:
-      content: the whole file.
-      choose: from the names of the fields that have one value a row to those that are wanted.
-
-    Returns:
-      By name the values of each wanted field, [N].
-
-    Raises:
-      ValueError: a damaged or truncated file; the message is half a sentence that says what is wrong.
+    choose: from the names of the fields that have one value a row to those that are wanted. Raises ValueError for a
+    damaged or truncated file; the message is half a sentence that says what is wrong.
     """
     header = parse_header(content)
     by_name = {field.name: field for field in header.fields if field.num_values == 1}
@@ -63,12 +56,10 @@ def read_pcd(content: bytes, choose: Callable[[list[str]], list[str]]) -> Mappin
         return _read_text(bytes(body), header, wanted)
     if header.encoding == "binary_compressed":
         return _read_compressed(body, header, wanted)
-    needed = header.points * header.row_bytes
-    if len(body) < needed:
-        raise ValueError(f"{header.points} points need {needed} bytes after the header and {len(body)} are there")
-    return {
-        field.name: np.ndarray(header.points, field.dtype, body, field.offset, (header.row_bytes,)) for field in wanted
-    }
+    n, row = header.points, header.row_bytes
+    if len(body) < n * row:
+        raise ValueError(f"{n} points need {n * row} bytes after the header and {len(body)} are there")
+    return {field.name: np.ndarray(n, field.dtype, body, field.offset, (row,)) for field in wanted}
 
 
 def parse_header(content: bytes) -> Header:
@@ -95,10 +86,9 @@ def parse_header(content: bytes) -> Header:
 def _parse_fields(entries: Mapping[str, list[str]]) -> tuple[Field, ...]:
     names, sizes, types = entries["FIELDS"], entries["SIZE"], entries["TYPE"]
     counts = entries.get("COUNT", ["1"] * len(names))
-    if not len(names) == len(sizes) == len(types) == len(counts):
-        raise ValueError(
-            f"its header has {len(names)} FIELDS, {len(sizes)} SIZE, {len(types)} TYPE and {len(counts)} COUNT entries"
-        )
+    n = [len(column) for column in (names, sizes, types, counts)]
+    if len(set(n)) > 1:
+        raise ValueError(f"its header has {n[0]} FIELDS, {n[1]} SIZE, {n[2]} TYPE and {n[3]} COUNT entries")
     fields, offset, column = [], 0, 0
     for name, size, kind, count in zip(names, sizes, types, counts, strict=True):
         if (kind.upper(), size) not in TYPES:
@@ -139,15 +129,14 @@ def _read_text(body: bytes, header: Header, wanted: list[Field]) -> Mapping[str,
 def _read_compressed(body: memoryview, header: Header, wanted: list[Field]) -> Mapping[str, np.ndarray]:
     if len(body) < 8:
         raise ValueError("it ends before its compressed data")
-    packed, size = struct.unpack("<II", body[:8])
-    if size != header.points * header.row_bytes:
-        raise ValueError(f"it holds {size} bytes of points and its header describes {header.points * header.row_bytes}")
+    (packed, size), n = struct.unpack("<II", body[:8]), header.points
+    if size != n * header.row_bytes:
+        raise ValueError(f"it holds {size} bytes of points and its header describes {n * header.row_bytes}")
     if len(body) - 8 < packed:
         raise ValueError(f"{packed} compressed bytes are announced and {len(body) - 8} are there")
     content = lzf_decompress(bytes(body[8 : 8 + packed]), size)
-    return {  # one field after another: a field's values begin where those of the fields before it end
-        field.name: np.frombuffer(content, field.dtype, header.points, field.offset * header.points) for field in wanted
-    }
+    # One field after another: a field's values begin where those of the fields before it end.
+    return {field.name: np.frombuffer(content, field.dtype, n, field.offset * n) for field in wanted}
 
 
 def lzf_decompress(data: bytes, size: int) -> bytes:

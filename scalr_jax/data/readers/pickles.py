@@ -12,7 +12,7 @@ import itertools
 import re
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,54 +21,38 @@ from scalr_jax.runtime.unpickler import ForbiddenError, MalformedError, Recordin
 
 MAX_BYTES = 1 << 30  # a PandaSet scan is about 10 MB unpacked; more than this is not a scan but an attack on memory
 
-# Every (module, name) that a table may mention, over the versions of pandas (0.2x to 3) and NumPy (1, 2).
+# Every name that a table may mention and what it stands for, over the versions of pandas (0.2x to 3) and NumPy (1, 2).
+_NAMES = {
+    "frame": "pandas.DataFrame pandas.core.frame.DataFrame",
+    "manager": "pandas.core.internals.BlockManager pandas.core.internals.managers.BlockManager",
+    "block": "pandas._libs.internals._unpickle_block pandas.core.internals.blocks.new_block",
+    "index": "pandas.core.indexes.base._new_Index",
+    "index class": "pandas.Index pandas.core.indexes.base.Index pandas.RangeIndex pandas.core.indexes.range.RangeIndex "
+    "pandas.core.indexes.numeric.Int64Index pandas.core.indexes.numeric.UInt64Index "
+    "pandas.core.indexes.numeric.Float64Index",
+    "dtype": "pandas.StringDtype pandas.core.arrays.string_.StringDtype numpy.dtype",
+    "strings": "pandas.arrays.StringArray pandas.core.arrays.string_.StringArray pandas.arrays.ArrowStringArray "
+    "pandas.core.arrays.string_arrow.ArrowStringArray pandas._libs.arrays.__pyx_unpickle_NDArrayBacked",
+    "arrow": "pyarrow.lib._restore_array",
+    "arrow type": "pyarrow.lib.type_for_alias",
+    "bytes": "pyarrow.lib.py_buffer builtins.bytearray __builtin__.bytearray _codecs.encode",
+    "array": "numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct",
+    "array class": "numpy.ndarray",
+    "buffer": "numpy.core.numeric._frombuffer numpy._core.numeric._frombuffer",
+    "scalar": "numpy.core.multiarray.scalar numpy._core.multiarray.scalar",
+    "slice": "builtins.slice __builtin__.slice",
+}
 _STAND_INS = stand_ins(
-    {
-        **{(m, "DataFrame"): "frame" for m in ("pandas", "pandas.core.frame")},
-        **{(f"pandas.core.internals{m}", "BlockManager"): "manager" for m in ("", ".managers")},
-        ("pandas._libs.internals", "_unpickle_block"): "block",
-        ("pandas.core.internals.blocks", "new_block"): "block",
-        ("pandas.core.indexes.base", "_new_Index"): "index",
-        **{(m, "Index"): "index class" for m in ("pandas", "pandas.core.indexes.base")},
-        **{(m, "RangeIndex"): "index class" for m in ("pandas", "pandas.core.indexes.range")},
-        **{("pandas.core.indexes.numeric", f"{t}Index"): "index class" for t in ("Int64", "UInt64", "Float64")},
-        **{(m, "StringDtype"): "dtype" for m in ("pandas", "pandas.core.arrays.string_")},
-        **{(m, "StringArray"): "strings" for m in ("pandas.arrays", "pandas.core.arrays.string_")},
-        **{(m, "ArrowStringArray"): "strings" for m in ("pandas.arrays", "pandas.core.arrays.string_arrow")},
-        ("pandas._libs.arrays", "__pyx_unpickle_NDArrayBacked"): "strings",
-        ("pyarrow.lib", "_restore_array"): "arrow",
-        ("pyarrow.lib", "type_for_alias"): "arrow type",
-        ("pyarrow.lib", "py_buffer"): "bytes",
-        **{(f"numpy.{core}.multiarray", "_reconstruct"): "array" for core in ("core", "_core")},
-        **{(f"numpy.{core}.numeric", "_frombuffer"): "buffer" for core in ("core", "_core")},
-        **{(f"numpy.{core}.multiarray", "scalar"): "scalar" for core in ("core", "_core")},
-        ("numpy", "ndarray"): "array class",
-        ("numpy", "dtype"): "dtype",
-        **{(m, "slice"): "slice" for m in ("builtins", "__builtin__")},
-        **{(m, "bytearray"): "bytes" for m in ("builtins", "__builtin__")},
-        ("_codecs", "encode"): "bytes",
-    }
+    {(n.rpartition(".")[0], n.rpartition(".")[2]): kind for kind, names in _NAMES.items() for n in names.split()}
 )
 
 
-class _Block(NamedTuple):
-    columns: np.ndarray  # [k] int64: which columns of the table the block fills
-    values: np.ndarray  # [k, rows]
-
-
 def read_dataframe(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a pickled `pandas.DataFrame` of numbers (`.pkl`, or `.pkl.gz`: told apart by content, not by name).
+    """A pickled `pandas.DataFrame` of numbers (`.pkl`, or `.pkl.gz`: told apart by content, not by name), of pickle
+    protocols 2 to 5 and pandas 0.2x to 3: column name -> values [rows], in the table's order and the file's dtypes.
 
-    Args:
-      path: the file; pickle protocols 2 to 5, any pandas from 0.2x to 3, neither of them needed here.
-
-    Returns:
-      Column name -> values [rows], in the table's order and the file's dtypes (bool, integers, floats). Read-only
-      views of the file's bytes. The row index is not read.
-
-    Raises:
-      BadFrameError: the file is missing, cut short, no table of numbers, or names anything but parts of one (nothing
-        in it is executed).
+    Values are read-only views of the file's bytes; the row index is not read. Raises BadFrameError: the file is gone,
+    cut short, no table of numbers, or names anything but parts of one (nothing in it is executed).
     """
     data = _read_bytes(Path(path))
     try:
@@ -109,33 +93,26 @@ def _columns(frame: Any) -> dict[str, np.ndarray]:
     need(is_record(frame, "frame") and isinstance(frame.state, dict), "no DataFrame")
     manager: Any = frame.state.get("_mgr", frame.state.get("_data"))  # `_data` before pandas 1.1
     need(is_record(manager, "manager"), "no block manager")
-    axis, blocks = _old_layout(manager.state) if manager.state is not None else _new_layout(manager.args)
-    names = _names(axis)
+    if manager.state is not None:  # until pandas 1.2: (..., {"0.14.1": {"axes", "blocks": [{"values", "mgr_locs"}]}})
+        layout = manager.state[3]["0.14.1"]
+        axes, blocks = layout["axes"], [(block["values"], block["mgr_locs"]) for block in layout["blocks"]]
+    else:  # since pandas 1.3: BlockManager(blocks, axes), where a block is (values, placement, dimensions)
+        records, axes = manager.args[:2]
+        need(all(is_record(block, "block") for block in records), "a block of unknown kind")
+        blocks = [block.args[:2] for block in records]
+    names = _names(axes[0])
     table: dict[str, np.ndarray | None] = dict.fromkeys(names)
     need(len(table) == len(names), "a column name occurs twice")
-    for block in blocks:
-        need(block.values.ndim == 2 and len(block.columns) == len(block.values), "a block of another shape")
-        for column, values in zip(block.columns, block.values, strict=True):
+    for block, placement in blocks:
+        rows, columns = _array(block), _placement(placement)  # [k, rows] fill the k columns
+        need(rows.ndim == 2 and len(columns) == len(rows), "a block of another shape")
+        for column, values in zip(columns, rows, strict=True):
             need(0 <= column < len(names), f"column {column} of {len(names)}")
             table[names[column]] = values
     columns = {name: values for name, values in table.items() if values is not None}
     need(len(columns) == len(names), "a column without values")
     need(len({len(values) for values in columns.values()}) <= 1, "columns of unequal length")
     return columns
-
-
-def _old_layout(state: Any) -> tuple[Any, list[_Block]]:
-    """Until pandas 1.2: the state's last item is {"0.14.1": {"axes": [...], "blocks": [{"values", "mgr_locs"}]}}."""
-    layout = state[3]["0.14.1"]
-    blocks = [_Block(_placement(block["mgr_locs"]), _array(block["values"])) for block in layout["blocks"]]
-    return layout["axes"][0], blocks
-
-
-def _new_layout(args: tuple[Any, ...]) -> tuple[Any, list[_Block]]:
-    """Since pandas 1.3: BlockManager(blocks, axes), where a block is (values, placement, dimensions)."""
-    blocks, axes = args[:2]
-    need(all(is_record(block, "block") for block in blocks), "a block of unknown kind")
-    return axes[0], [_Block(_placement(block.args[1]), _array(block.args[0])) for block in blocks]
 
 
 def _placement(record: Any) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from scalr_jax.data.readers import files
 from scalr_jax.data.scenes import RANDOM, Dataset, Frame
+from scalr_jax.runtime.errors import InputError, NothingVisibleError
 
 
 class Entry(Protocol):
@@ -53,6 +54,12 @@ class RawDataset(Dataset, Generic[E]):
         labelled = [e for e in found if e.labels or not self.labels]
         self._entries = [e for e in with_image if e.labels or not self.labels]
         self._left_out = f"{len(found) - len(with_image)} without image, {len(found) - len(labelled)} without labels"
+        self._num_found = len(found)
+
+    def _nothing(self, among: str, remedy: str) -> InputError:
+        """What to raise when no entry is chosen."""
+        choice = f"split={self.split!r}, cameras={self.cameras}, labels={self.labels}"
+        return InputError(f"{self.root}: no frame to use among {among} ({choice}); {remedy}.")
 
     def _drawn(self, entry: E) -> tuple[str, ...]:
         return tuple(camera for camera in self.cameras if camera in entry.images)
@@ -60,20 +67,15 @@ class RawDataset(Dataset, Generic[E]):
     def _table(self, title: str, scenes: tuple[str, object], scans: str, left_out: str) -> str:
         """What `describe` prints. scenes: a row; scans: how many were found, of what."""
         images = f"{sum(len(self._drawn(e)) for e in self._entries)} of {len(self) * len(self.cameras)}"
-        rows = [
-            scenes,
-            ("frames", f"{len(self)} of {scans}"),
-            ("left out", left_out),
-            ("images", images if self.cameras else "not read"),
-            ("labelled frames", sum(bool(entry.labels) for entry in self._entries)),
-        ]
+        labelled = sum(bool(entry.labels) for entry in self._entries)
+        rows = [scenes, ("frames", f"{len(self)} of {scans}"), ("left out", left_out)]
+        rows += [("images", images if self.cameras else "not read"), ("labelled frames", labelled)]
         return files.format_table(f"{title}, split {self.split}: {self.root}", rows)
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def intensity(self, index: int) -> tuple[float, float]:
-        del index
         return self.statistics
 
     def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = RANDOM) -> Frame:
@@ -92,6 +94,15 @@ class RawDataset(Dataset, Generic[E]):
     def image_path(self, index: int, camera: str) -> Path:
         """The image file of one of a frame's cameras."""
         return self._image_path(self._entries[index], camera)
+
+    def _paired(
+        self, scan: Frame, camera: str, image: np.ndarray, pixels: np.ndarray, visible: np.ndarray, reason: str
+    ) -> Frame:
+        """The scan with what its camera sees. Raises NothingVisibleError, with `reason`, when that is no point."""
+        name = f"{scan.name}/{camera}"
+        if not visible.any():
+            raise NothingVisibleError(f"{name}: none of {len(visible)} points projects into the image; {reason}.")
+        return scan._replace(name=name, image=image, pixels=pixels, visible=visible)
 
     @abstractmethod
     def _read(self, entry: E, name: str) -> Frame:

@@ -43,6 +43,11 @@ def is_begun(root: str | Path) -> bool:
     return is_prepared(root) or (Path(root) / SETTINGS).is_file()
 
 
+def file_size(path: Path) -> int | None:
+    """Bytes; None where there is no such file."""
+    return path.stat().st_size if path.is_file() else None
+
+
 def read_manifest(root: str | Path) -> Manifest:
     """The manifest of a prepared folder. Raises InputError when it is missing, damaged or of another format."""
     path = Path(root) / MANIFEST
@@ -95,7 +100,13 @@ class Records(Dataset):
         self._scale_to = (image_size[0], image_size[1]) if image_size is not None and scaled_decode else None
         if labels and not manifest["labels"]:
             raise InputError(f"{self.root}: prepared without labels; prepare it again with --labels")
-        _check_image_size(self.root, manifest["image_size"], image_size)
+        prepared = manifest["image_size"]
+        if prepared is not None and image_size is not None and tuple(prepared) != tuple(image_size):
+            raise InputError(
+                f"{root}: images were prepared at {tuple(prepared)}, and data.image_size = {tuple(image_size)}; set it "
+                "to the prepared size, or prepare again with another --image_size, or without it to keep the original "
+                "images"
+            )
         splits = manifest["splits"]
         if split not in (*splits, "all"):
             raise InputError(f"{self.root}: no split {split!r} is prepared; there are {', '.join(splits)}")
@@ -104,13 +115,13 @@ class Records(Dataset):
         self._files = np.array([shard["file"] for shard in shards], np.str_)
         self._num_records = np.array([shard["records"] for shard in shards], np.int32)
         self._check_files([shard["bytes"] for shard in shards])
-        self._index(shards, scenes, frames)
+        self._places = _find_places(shards, labels, scenes, frames)
         if not len(self):
             raise InputError(f"{self.root}: no frame to use (split={split!r}, {labels=}, {scenes=}, {frames=})")
         self._start()
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._places)
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key not in ("_readers", "_lock")}
@@ -124,94 +135,70 @@ class Records(Dataset):
         self._lock = threading.Lock()
 
     def intensity(self, index: int) -> tuple[float, float]:
-        del index
         return self._statistics
 
     def sensor(self, index: int) -> str:
-        del index
         return str(self.metadata["sensor"] or self.metadata["dataset"])
 
     def name(self, index: int) -> str:
         """As the raw reader has it."""
-        return str(self._names[index].decode())
+        return self._places[index]["name"].decode()
 
     def scan_file(self, index: int) -> str:
         """The scan's path below the raw dataset's root; empty where the raw reader does not know it."""
-        return str(self._scan_files[index].decode()) if len(self._scan_files) else ""
+        return self._places[index]["scan_file"].decode()
 
     def describe(self) -> str:
         """A short table of what is prepared."""
         what, size = self.metadata, self.metadata["image_size"]
-        views = int(np.bitwise_count(self._masks).sum())
+        views = int(np.bitwise_count(self._places["cameras"]).sum())
         images = f"{what['image_format']}, " + (f"{size[0]} x {size[1]}" if size else "of their own size")
-        rows = [
-            ("frames", len(self)),
-            ("reads", "whole scans and labels" if self.labels else f"views: {views} images, {images}"),
-            ("files", f"{len(self._files)}, prepared by scalr_jax {what['scalr_jax']}"),
-        ]
+        reads = "whole scans and labels" if self.labels else f"views: {views} images, {images}"
+        written = f"{len(self._files)}, prepared by scalr_jax {what['scalr_jax']}"
+        rows = [("frames", len(self)), ("reads", reads), ("files", written)]
         of = f"{what['dataset']} {what['sensor']}".strip()
         return files.format_table(f"Prepared records of {of}, split {self.split}: {self.root}", rows)
 
     def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = RANDOM) -> Frame:
-        """Reads one frame.
+        """As `Dataset.frame`: a view [n, 4] with its voxels, or (camera=None, or opened with `labels`) the whole scan
+        [N, 4], points in the student's frame (`to_ego` is the identity).
 
-        Args:
-          index: 0 to len - 1.
-          rng: draws the camera, uniformly among the frame's; not needed where there is one at most, or it is named.
-          camera: a camera's name; None for the whole scan without an image; "random" draws one, or reads the scan when
-            opened with `labels`.
-
-        Returns:
-          A view [n, 4] or a whole scan [N, 4], points in the student's frame (`to_ego` is the identity); a view with
-          its voxels.
-
-        Raises:
-          BadFrameError: the record is damaged.
-          InputError: this camera or the whole scan is not prepared.
+        Raises InputError when this camera or the whole scan is not prepared, BadFrameError for a damaged record.
         """
-        cameras = self._cameras_of(index)
+        cameras, place = self._cameras_of(index), self._places[index]
         camera = files.pick_camera(camera, () if self.labels else cameras, self.metadata["cameras"], rng)
-        shard, record = int(self._shards[index]), int(self._records[index])
-        has_scan = bool(self._has_scan[index])
+        shard, record, has_scan = int(place["shard"]), int(place["record"]), bool(place["has_scan"])
         if camera is None:
             if not has_scan:
                 raise InputError(f"{self.root}: whole scans are prepared with --labels only")
             return self._scan(self._read(shard, record), self.name(index))
         if camera not in cameras:
             raise BadFrameError(f"{self.name(index)}: {camera} sees nothing, or its image could not be used")
-        return self._view(self._read(shard, record + has_scan + cameras.index(camera)), self.name(index))
+        return self._view(self._read(shard, record + has_scan + cameras.index(camera)))
 
     def _cameras_of(self, index: int) -> list[str]:
-        mask = int(self._masks[index])
+        mask = int(self._places[index]["cameras"])
         return [camera for k, camera in enumerate(self.metadata["cameras"]) if mask >> k & 1]
 
     def _scan(self, parts: dict[str, memoryview], name: str) -> Frame:
-        points = self._points(parts, name)
         labels = _array(parts, "labels", "u1") if self.labels else None
         beams = _array(parts, "beams", "u1") if parts.get("beams") else None  # not in records before 2026-11-23
         to_sensor = _array(parts, "to_sensor", "<f8").reshape(4, 4) if parts.get("to_sensor") else None
-        return Frame(name, points, np.eye(4), labels=labels, to_sensor=to_sensor, beams=beams)
+        return Frame(name, self._points(parts), np.eye(4), labels=labels, to_sensor=to_sensor, beams=beams)
 
-    def _view(self, parts: dict[str, memoryview], name: str) -> Frame:
+    def _view(self, parts: dict[str, memoryview]) -> Frame:
         name = str(parts["name"], "utf-8")
-        points, start = self._points(parts, name), _array(parts, "voxel_start", "<i4")
+        points, start = self._points(parts), _array(parts, "voxel_start", "<i4")
         height, width, *stored = (int(size) for size in _array(parts, "image_shape", "<i4"))
         if self.metadata["image_format"] == "raw":
             image = _array(parts, "image", "u1").reshape(*stored, 3)
         else:
             image = files.decode_image(bytes(parts["image"]), f"{self.root}: {name}", at_least=self._scale_to)
-        return Frame(
-            name=name,
-            points=points,
-            to_ego=np.eye(4),
-            image=image,
-            pixels=_array(parts, "pixels", "<f8").reshape(-1, 2),
-            visible=_array(parts, "visible", "u1").view(np.bool_),
-            voxels=Voxels(self.metadata["voxel_size"], np.arange(len(points), dtype=np.int32), start),
-            image_shape=(height, width),
-        )
+        pixels, visible = _array(parts, "pixels", "<f8").reshape(-1, 2), _array(parts, "visible", "u1").view(np.bool_)
+        voxels = Voxels(self.metadata["voxel_size"], np.arange(len(points), dtype=np.int32), start)
+        return Frame(name, points, np.eye(4), image, pixels, visible, voxels=voxels, image_shape=(height, width))
 
-    def _points(self, parts: dict[str, memoryview], name: str) -> np.ndarray:
+    def _points(self, parts: dict[str, memoryview]) -> np.ndarray:
         """[n, 4], in the raw reader's dtype, so that what is computed from them rounds alike."""
         return _array(parts, "points", "<f4").reshape(-1, 4).astype(self._dtype, copy=False)
 
@@ -242,51 +229,32 @@ class Records(Dataset):
     def _check_files(self, sizes: Sequence[int]) -> None:
         """Raises InputError that names files which are missing or have another size than was written."""
         wrong = []
-        for name, size in zip(self._files, sizes, strict=True):
-            path = self.root / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
+        for path, size in zip(map(self.root.joinpath, self._files), sizes, strict=True):
+            if (found := file_size(path)) != size:
                 wrong.append(f"{path} " + ("is missing" if found is None else f"has {found} bytes instead of {size}"))
         if wrong:
             more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise InputError(f"{'; '.join(wrong[:3])}{more}: {REMEDY}")
 
-    def _index(self, shards: list[dict], scenes: Sequence[str] | None, frames: Sequence[int] | None) -> None:
-        """Where each chosen frame is, as arrays: every data worker gets a copy."""
-        names, masks, scans, numbers, firsts, scan_files = [], [], [], [], [], []
-        for number, shard in enumerate(shards):
-            has_scan = np.array(shard["scans"], bool)
-            counts = has_scan + np.array([len(cameras) for cameras in shard["cameras"]], np.int64)
-            names += shard["names"]
-            scan_files += shard["scan_files"]
-            masks += [sum(1 << k for k in cameras) for cameras in shard["cameras"]]
-            scans.append(has_scan)
-            numbers.append(np.full(len(counts), number, np.int32))
-            firsts.append(np.cumsum(counts) - counts)
-        masks, has_scan = np.array(masks, np.uint64), np.concatenate([np.zeros(0, bool), *scans])
-        kept = np.array([_wanted(name, scenes, frames) for name in names], bool) & (
-            has_scan if self.labels else masks > 0
-        )
-        self._names = np.array([name.encode() for name in names], np.bytes_)[kept]
-        self._scan_files = np.array([name.encode() for name in scan_files], np.bytes_)[kept] if any(scan_files) else ()
-        self._masks, self._has_scan = masks[kept], has_scan[kept]
-        self._shards = np.concatenate([np.zeros(0, np.int32), *numbers])[kept]
-        self._records = np.concatenate([np.zeros(0, np.int64), *firsts])[kept].astype(np.int32)
 
-
-def _wanted(name: str, scenes: Sequence[str] | None, frames: Sequence[int] | None) -> bool:
-    """Whether a name "dataset/scene/frame" is among the scenes and the numbers of frames (None: all)."""
-    parts = name.split("/")
-    number = int(parts[-1]) if parts[-1].isdecimal() else -1
-    return (scenes is None or parts[1] in scenes) and (frames is None or number in frames)
-
-
-def _check_image_size(root: Path, prepared: Sequence[int] | None, wanted: Sequence[int] | None) -> None:
-    if prepared is not None and wanted is not None and tuple(prepared) != tuple(wanted):
-        raise InputError(
-            f"{root}: images were prepared at {tuple(prepared)}, and data.image_size = {tuple(wanted)}; set it to the "
-            "prepared size, or prepare again with another --image_size, or without it to keep the original images"
-        )
+def _find_places(
+    shards: list[dict], labels: bool, scenes: Sequence[str] | None, frames: Sequence[int] | None
+) -> np.ndarray:
+    """Where each chosen frame is, as one array: every data worker gets a copy. A name is "dataset/scene/frame"."""
+    places = []
+    for number, shard in enumerate(shards):
+        record = 0
+        columns = (shard[key] for key in ("names", "scan_files", "cameras", "scans"))
+        for name, scan_file, cameras, has_scan in zip(*columns, strict=True):
+            parts = name.split("/")
+            wanted = scenes is None or parts[1] in scenes
+            wanted &= frames is None or (parts[-1].isdecimal() and int(parts[-1]) in frames)
+            if wanted and (has_scan if labels else cameras):
+                mask = sum(1 << k for k in cameras)
+                places.append((name.encode(), scan_file.encode(), number, record, mask, has_scan))
+            record += has_scan + len(cameras)
+    names = [(key, f"S{max([1, *(len(place[k]) for place in places)])}") for k, key in enumerate(("name", "scan_file"))]
+    return np.array(places, [*names, ("shard", "i4"), ("record", "i4"), ("cameras", "u8"), ("has_scan", "?")])
 
 
 def _array(parts: dict[str, memoryview], name: str, dtype: str) -> np.ndarray:
@@ -297,10 +265,8 @@ def _array(parts: dict[str, memoryview], name: str, dtype: str) -> np.ndarray:
 def parse_example(record: bytes) -> dict[str, memoryview]:
     """A serialised tf.train.Example of one byte string a feature -> name -> the bytes, without copying.
 
-    The wire format: Example {1: Features {1: entry {1: key, 2: Feature {1: BytesList {1: value}}}, ...}}.
-
-    Raises:
-      ValueError: anything else.
+    The wire format: Example {1: Features {1: entry {1: key, 2: Feature {1: BytesList {1: value}}}, ...}}. Raises
+    ValueError: anything else.
     """
     view, parts = memoryview(record), {}
     (features,) = _fields(view)[1]

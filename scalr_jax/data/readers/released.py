@@ -25,16 +25,8 @@ SEQUENCE = "08"  # of SemanticKITTI-C
 
 
 def open_released(clear: Dataset, root: Path, corruption: str, severity: str) -> Dataset:
-    """The corrupted scans of a dataset.
-
-    Args:
-        clear: the validation set, `NuScenes` or `SemanticKITTI` with labels.
-        root: the folder of the corruptions.
-        corruption, severity: names of its folders.
-
-    Raises:
-        InputError: another dataset, no such folder, or other scans than the clear set's.
-    """
+    """The scans of <root>/<corruption>/<severity>, whose `clear` validation set is `NuScenes` or `SemanticKITTI` with
+    labels. Raises InputError: another dataset, no such folder, or other scans than the clear set's."""
     if isinstance(clear, Joined) and len(clear.datasets) == 1:
         clear = clear.datasets[0]
     folder = root / corruption / severity
@@ -66,11 +58,7 @@ def _check_complete(folder: Path, wanted: set[str], there: Collection[str]) -> N
 
 
 class SemanticKITTIC(SemanticKITTI):
-    """The clear set's scans with one corruption: `folder`/velodyne/NNNNNN.bin and `folder`/labels/NNNNNN.label.
-
-    Raises:
-        InputError: a folder is missing, a scan has no label file, or the scans are not those of the clear set.
-    """
+    """The clear set's scans with one corruption: `folder`/velodyne/NNNNNN.bin and `folder`/labels/NNNNNN.label."""
 
     def __init__(self, clear: SemanticKITTI, folder: Path):
         self.__dict__.update(clear.__dict__)
@@ -97,9 +85,7 @@ class SemanticKITTIC(SemanticKITTI):
         return f"{self.folder.parent.name}/{self.folder.name}/{self._entries[index].number}"
 
     def sensor(self, index: int) -> str:
-        del index
         return "semantic_kitti"
 
     def _folder(self, sequence: str) -> Path:
-        del sequence
         return self.folder

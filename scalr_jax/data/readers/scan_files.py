@@ -33,22 +33,16 @@ class Scan(NamedTuple):
     """What a scan's file holds."""
 
     points: np.ndarray  # [N, 4] float32: x, y, z (metres), raw intensity (0 when the file has none)
-    has_intensity: bool
+    has_intensity: bool  # tells a measured 0 from a missing column
 
 
 def read_scan(path: str | Path, *, columns: int | None = None) -> Scan:
-    """Reads one scan; the format follows from the file's ending.
+    """Reads one .bin, .npy, .pcd or .ply file of at least one point; points come in the file's order.
 
-    Args:
-      path: a .bin, .npy, .pcd or .ply file.
-      columns: float32 columns of a .bin file, 3 to 6; None means 4, as in KITTI. Other formats say it themselves.
+    columns: float32 columns of a .bin file, 3 to 6; None means 4, as in KITTI. Other formats say it themselves.
 
-    Returns:
-      The points [N, 4] float32, N >= 1, in the file's order; `has_intensity` tells a measured 0 from a missing column.
-
-    Raises:
-      BadFrameError: missing, damaged, truncated or empty file, or one without x, y, z.
-      InputError: another ending, or other columns.
+    Raises BadFrameError: missing, damaged, truncated or empty file, or one without x, y, z. Raises InputError: another
+    ending, or other columns.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -57,16 +51,16 @@ def read_scan(path: str | Path, *, columns: int | None = None) -> Scan:
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: a scan is a file that ends in {', '.join(SUFFIXES)}; convert this one")
     if suffix == ".bin":
-        scan = _read_bin(path, columns or 4)
+        table = _read_bin(path, columns or 4)
     else:
         table = {".npy": _read_npy, ".pcd": _read_pcd, ".ply": _read_ply}[suffix](path)
-        scan = _assemble(path, table)
+    scan = _assemble(path, table)
     if len(scan.points) == 0:
         raise BadFrameError(f"{path}: the scan has no points; {AGAIN}, or leave it out.")
     return scan
 
 
-def _read_bin(path: Path, columns: int) -> Scan:
+def _read_bin(path: Path, columns: int) -> Mapping[str, np.ndarray]:
     raw = files.read_array(path, np.dtype("<f4"))
     if len(raw) % columns:
         fitting = ", ".join(str(number) for number in COLUMNS if len(raw) % number == 0) or "no other number"
@@ -74,8 +68,7 @@ def _read_bin(path: Path, columns: int) -> Scan:
             f"{path}: {4 * len(raw)} bytes are not whole points of {columns} float32 columns ({fitting} would fit); "
             "set the number of columns, or copy the file again."
         )
-    rows = raw.reshape(-1, columns)
-    return _assemble(path, dict(zip(("x", "y", "z", "intensity"), rows.T, strict=False)))
+    return dict(zip(("x", "y", "z", "intensity"), raw.reshape(-1, columns).T, strict=False))
 
 
 def load_array(path: Path) -> np.ndarray:
@@ -105,9 +98,7 @@ def _read_npy(path: Path) -> Mapping[str, np.ndarray]:
 
 def _read_pcd(path: Path) -> Mapping[str, np.ndarray]:
     try:
-        return read_pcd(path.read_bytes(), lambda names: _choose(path, names))
-    except OSError as error:
-        raise BadFrameError(f"{path}: cannot be read ({error.strerror}).") from error
+        return read_pcd(files.read_bytes(path), lambda names: _choose(path, names))
     except (ValueError, IndexError) as error:
         raise BadFrameError(f"{path}: damaged .pcd file: {_brief(error)}; {AGAIN}.") from error
 

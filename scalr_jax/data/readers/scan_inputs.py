@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,18 +30,20 @@ MIN_DEPTH = 1.0  # metres before the camera, of a visible point
 def list_scans(path: str | Path) -> list[Path]:
     """The scans that an input names: the file itself, or those of a folder by name (its own, not of folders in it).
 
-    Raises:
-      InputError: nothing there, a folder without a scan, or two scans whose outputs would have one name.
+    Raises InputError: nothing there, a folder without a scan, or two scans whose outputs would have one name.
     """
     path = Path(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder; give a scan ({', '.join(KINDS)}) or a folder of scans")
-    scans = [path / name for name in sorted(files.listing(path)) if name.lower().endswith(KINDS) and name[0] != "."]
-    scans = [scan for scan in scans if scan.is_file()]
+
+    def in_folder(folder: Path) -> list[Path]:
+        return [folder / name for name in sorted(files.listing(folder)) if name.lower().endswith(KINDS)]
+
+    scans = [scan for scan in in_folder(path) if scan.name[0] != "." and scan.is_file()]
     if not scans:
-        inside = sorted(child.name for child in path.iterdir() if child.is_dir() and _has_scans(child))
+        inside = sorted(child.name for child in path.iterdir() if in_folder(child))
         hint = f"; its folders {', '.join(inside[:5])} have some" if inside else ""
         raise InputError(f"{path}: no scan in this folder, no file that ends in {', '.join(KINDS)}{hint}")
     by_stem: dict[str, Path] = {}
@@ -49,10 +53,6 @@ def list_scans(path: str | Path) -> list[Path]:
     return scans
 
 
-def _has_scans(folder: Path) -> bool:
-    return any(name.lower().endswith(KINDS) for name in files.listing(folder))
-
-
 def stem(path: Path) -> str:
     """A scan's name without its ending: "000000", "45" of "45.pkl.gz"."""
     ending = next((suffix for suffix in (".pkl.gz", NUSCENES_SUFFIX) if path.name.lower().endswith(suffix)), None)
@@ -60,16 +60,12 @@ def stem(path: Path) -> str:
 
 
 def read_frame(path: Path, *, columns: int | None = None, sensor: str | None = None) -> Frame:
-    """One scan's file as a frame without image or labels.
+    """One scan's file as a frame without image or labels. Raises as `read_scan`.
 
     Args:
       path: .bin, .npy, .pcd or .ply; or PandaSet's `<root>/<scene>/lidar/45.pkl.gz`, whose poses lie beside it.
       columns: of a .bin file. None: 5 for nuScenes (`.pcd.bin`, or `sensor`), else 4.
       sensor: whose scan it is; for PandaSet's files, which hold both lidars, "pandar64" (None) or "pandargt".
-
-    Raises:
-      BadFrameError: a missing, damaged or empty file.
-      InputError: another kind of file, or a wrong argument.
     """
     if path.name.lower().endswith(PANDASET_SUFFIXES):
         return _read_pandaset(path, sensor or "pandar64")
@@ -102,34 +98,24 @@ def student_points(frame: Frame) -> np.ndarray:
 
 
 def pair_image(frame: Frame, image: Path, cameras: Path, camera: str | None = None) -> Frame:
-    """A scan with its photograph, by a calibration as docs/data.md has it ("cameras" of dataset.json).
+    """A scan (in the lidar's frame) with its photograph, by a calibration as docs/data.md has it.
 
-    Args:
-      frame: points in the lidar's frame.
-      image: the photograph.
-      cameras: JSON, {"front": {"intrinsics": ..., "size": ..., "lidar_to_camera": ...}}.
-      camera: which of them; None when there is one.
-
-    Raises:
-      InputError, BadFrameError: the calibration or the image is none, or no point projects into it.
+    cameras: JSON, as "cameras" of dataset.json: {"front": {"intrinsics": ..., "size": ..., "lidar_to_camera": ...}}.
+    camera: which of them; None when there is one. Raises InputError or BadFrameError: the calibration or the image is
+    none, or no point projects into it.
     """
     known = folder_settings.read_cameras(cameras)
     if camera is None and len(known) != 1:
         raise InputError(f"{cameras}: {len(known)} cameras, {', '.join(known)}; name one of them")
     name = camera or next(iter(known))
     files.check_choice("camera", name, known)
-    pixels, visible = _project(frame.points, known[name])
+    finite = np.asarray(np.isfinite(frame.points[:, :3]).all(axis=1))  # points that are no numbers are not visible
+    pixels, visible = calibration.project(np.where(finite[:, None], frame.points[:, :3], 0.0), known[name], MIN_DEPTH)
+    visible &= finite
     if not visible.any():
         reason = calibration.explain_nothing_visible(frame.points, known[name], MIN_DEPTH)
         raise BadFrameError(f"{frame.name}/{name}: none of {len(visible)} points projects into the image; {reason}.")
     return frame._replace(image=files.read_image(image, known[name].size), pixels=pixels, visible=visible)
-
-
-def _project(points: np.ndarray, camera: calibration.Camera) -> tuple[np.ndarray, np.ndarray]:
-    """`calibration.project` where points may be no numbers: they are not visible."""
-    finite = np.asarray(np.isfinite(points[:, :3]).all(axis=1))
-    pixels, visible = calibration.project(np.where(finite[:, None], points[:, :3], 0.0), camera, MIN_DEPTH)
-    return pixels, visible & finite
 
 
 def dataset_frame(dataset: Dataset, index: int, camera: str | None = None) -> Frame:
@@ -150,36 +136,36 @@ def dataset_frame(dataset: Dataset, index: int, camera: str | None = None) -> Fr
     return dataset.frame(index, camera=camera or (min(preferred, key=len) if preferred else None))
 
 
-def open_dataset(name: str, root: Path, *, split: str = "all", labels: bool | None = None) -> RawDataset:
-    """A raw dataset's reader for looking at frames: with images, and with labels where the same frames have some.
+def open_reader(name: str, root: Path, *, sensor: str = "", **options: Any) -> RawDataset:
+    """A raw dataset's reader, of nuScenes the version that is there. Raises InputError.
 
-    Args:
-      name: nuscenes, semantic_kitti, pandaset (pandar64), pandargt or folder.
-      root: its folder.
-      split: of the dataset.
-      labels: True for frames with labels, also when they have no image; False for no labels.
-
-    Raises:
-      InputError: another name, or nothing to read.
+    name: nuscenes, semantic_kitti, folder, pandaset or one of its lidars. sensor: of pandaset. options: the reader's.
     """
     readers: dict[str, Callable[..., RawDataset]]
     readers = {"nuscenes": NuScenes, "semantic_kitti": SemanticKITTI, "folder": Folder}
     files.check_choice("dataset", name, (*readers, "pandaset", *PANDASET))
-    options: dict[str, str] = {"split": split}
     if name == "nuscenes":
-        options["version"] = next((v for v in VERSIONS if (root / v).is_dir()), VERSIONS[0])
+        options = {"version": next((v for v in VERSIONS if (root / v).is_dir()), "v1.0-mini"), **options}
     elif name not in readers:
-        options["sensor"] = name if name in PANDASET else "pandar64"
-    reader = readers.get(name, PandaSet)
+        options["sensor"] = sensor or (name if name in PANDASET else "pandar64")
+    return readers.get(name, PandaSet)(root, **options)
+
+
+def open_dataset(name: str, root: Path, *, split: str = "all", labels: bool | None = None) -> RawDataset:
+    """As `open_reader`, for looking at frames: with images, and with labels where the same frames have some.
+
+    labels: True for frames with labels, also when they have no image; False for no labels.
+    """
+    reader = functools.partial(open_reader, name, root, split=split)
     try:
-        plain = reader(root, labels=False, **options)
+        plain = reader(labels=False)
     except InputError:  # no frame has an image
-        plain = reader(root, labels=bool(labels), cameras=(), **options)
+        plain = reader(labels=bool(labels), cameras=())
     if labels is False:
         return plain
     for cameras in (plain.cameras, ()) if labels else (plain.cameras,):
         try:
-            return reader(root, labels=True, cameras=cameras, **options)
+            return reader(labels=True, cameras=cameras)
         except InputError:
             if labels and not cameras:
                 raise

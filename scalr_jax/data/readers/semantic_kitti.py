@@ -17,7 +17,7 @@ import numpy as np
 from scalr_jax.data.readers import files
 from scalr_jax.data.readers.raw import RawDataset
 from scalr_jax.data.scenes import Frame
-from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.errors import BadFrameError
 
 CAMERAS = ("image_2",)
 INTENSITY = (0.28613698, 0.14090556)  # mean, standard deviation
@@ -55,8 +55,7 @@ class SemanticKITTI(RawDataset[_Entry]):
       cameras: ("image_2",) or () for no images. None: the image, or none with `labels`.
       labels: list only scans with labels, and read them.
 
-    Raises:
-      InputError: nothing to read at `root`, or an argument that does not fit what is there.
+    Raises InputError: nothing to read at `root`, or an argument that does not fit what is there.
     """
 
     known_cameras, statistics = CAMERAS, INTENSITY
@@ -82,13 +81,10 @@ class SemanticKITTI(RawDataset[_Entry]):
         files.check_all_in("sequence", sequences, self._sequences, self._base)
         self._sequences = [name for name in self._sequences if sequences is None or name in sequences]
         found = [entry for sequence in self._sequences for entry in self._find_scans(sequence)]
-        self._num_found = len(found)
         self._choose_entries(found)
         if not self._entries:
-            raise InputError(
-                f"{self.root}: no scan to use among {len(found)} of sequences {', '.join(SPLITS[split])} "
-                f"(split={split!r}, cameras={self.cameras}, labels={labels}); expected {LAYOUT}, image_2, labels."
-            )
+            among = f"{len(found)} of sequences {', '.join(SPLITS[split])}"
+            raise self._nothing(among, f"expected {LAYOUT}, image_2, labels")
 
     def name(self, index: int) -> str:
         """As "semantic_kitti/08/000000"."""
@@ -107,11 +103,9 @@ class SemanticKITTI(RawDataset[_Entry]):
     def _read(self, entry: _Entry, name: str) -> Frame:
         """The scan, with points [N, 4] float32 in the lidar's frame (metres, intensity 0 to 1)."""
         path = self._folder(entry.sequence) / "velodyne" / f"{entry.number}.bin"
-        scan = Frame(name, files.read_floats(path, 4), np.eye(4))
-        if self.labels:
-            labels, instances = self._read_labels(entry, len(scan.points))
-            scan = scan._replace(labels=labels, instances=instances)
-        return files.without_bad(scan, path)
+        points = files.read_floats(path, 4)
+        labels, instances = self._read_labels(entry, len(points)) if self.labels else (None, None)
+        return files.without_bad(Frame(name, points, np.eye(4), labels=labels, instances=instances), path)
 
     def _find_scans(self, sequence: str) -> list[_Entry]:
         folder = self._folder(sequence)
@@ -136,17 +130,19 @@ class SemanticKITTI(RawDataset[_Entry]):
         path = self._image_path(entry, camera)
         image = files.read_image(path)
         height, width = image.shape[:2]
-        _check_size(calibration, (width, height), path)
-        points = frame.points
-        ahead = points[:, 0] > MIN_DISTANCE
-        homogeneous = np.concatenate([points[:, :3], np.ones((len(points), 1))], axis=1)  # [N, 4] float64
+        off = np.array(calibration.centre) / (width, height) - 0.5
+        if np.abs(off).max() > CENTRE_TOLERANCE:  # KITTI's sizes differ by day and stand nowhere
+            raise BadFrameError(
+                f"{path}: the image is {width} x {height} pixels, but {calibration.path} has its centre at "
+                f"({calibration.centre[0]:.0f}, {calibration.centre[1]:.0f}); use the sequence's original images."
+            )
+        ahead = frame.points[:, 0] > MIN_DISTANCE
+        homogeneous = np.column_stack([frame.points[:, :3], np.ones(len(ahead))])  # [N, 4] float64
         projected = homogeneous @ calibration.matrix.T  # [N, 3]
         depth = np.where(ahead & (projected[:, 2] != 0), projected[:, 2], 1.0)
         x, y = projected[:, 0] / depth, projected[:, 1] / depth  # [N] each, pixels
         visible = ahead & (x > 0) & (x < width - 1) & (y > 0) & (y < height - 1)
-        name = f"{frame.name}/{camera}"
-        files.need_visible(visible, name, calibration.path)
-        return frame._replace(name=name, image=image, pixels=np.stack([y, x], axis=1), visible=visible)
+        return self._paired(frame, camera, image, np.stack([y, x], axis=1), visible, f"check {calibration.path}")
 
     def _read_calibration(self, sequence: str) -> _Calibration:
         places = [self.root / "calib" / "dataset" / "sequences" / sequence / "calib.txt"]
@@ -162,13 +158,3 @@ class SemanticKITTI(RawDataset[_Entry]):
         except (OSError, KeyError, ValueError) as error:
             raise BadFrameError(f"{path}: no 12 numbers each of P2 and Tr ({error}); copy it again.") from error
         return _Calibration(camera @ lidar, (camera[0, 2], camera[1, 2]), path)
-
-
-def _check_size(calibration: _Calibration, size: tuple[int, int], path: Path) -> None:
-    """KITTI's sizes differ by day and stand nowhere, but the principal point must lie near the image's middle."""
-    off = [abs(centre / pixels - 0.5) for centre, pixels in zip(calibration.centre, size, strict=True)]
-    if max(off) > CENTRE_TOLERANCE:
-        raise BadFrameError(
-            f"{path}: the image is {size[0]} x {size[1]} pixels, but {calibration.path} has its centre at "
-            f"({calibration.centre[0]:.0f}, {calibration.centre[1]:.0f}); use the sequence's original images."
-        )

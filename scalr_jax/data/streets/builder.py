@@ -9,34 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from scalr_jax.data.streets import layout
-from scalr_jax.data.streets.layout import (
-    BOX,
-    BUILDING,
-    BUS,
-    CAPACITY,
-    CAR,
-    CYLINDER,
-    ELLIPSOID,
-    FENCE,
-    KERB_HEIGHT,
-    NO_CROSSING,
-    PAVEMENT,
-    PERSON,
-    POLE,
-    REACH,
-    ROAD,
-    STYLES,
-    TERRAIN,
-    TRUNK,
-    VAN,
-    VEGETATION,
-    Geometry,
-    Ground,
-    Shapes,
-    Street,
-    make_ground,
-    surface,
-)
+from scalr_jax.data.streets.layout import BOX, CYLINDER, ELLIPSOID, KERB_HEIGHT, PAVEMENT, REACH, ROAD, TERRAIN, surface
 
 PAINTS = np.array(
     [(0.8, 0.8, 0.8), (0.12, 0.12, 0.13), (0.45, 0.46, 0.48), (0.55, 0.1, 0.1), (0.12, 0.2, 0.45), (0.25, 0.3, 0.27)]
@@ -46,7 +19,7 @@ WOODS = np.array([(0.5, 0.36, 0.22), (0.72, 0.7, 0.66), (0.3, 0.24, 0.2)])
 WALLS = np.array([(0.7, 0.62, 0.5), (0.6, 0.35, 0.27), (0.75, 0.74, 0.7), (0.5, 0.5, 0.52), (0.72, 0.6, 0.35)])
 
 
-def make_street(seed: int) -> Street:
+def make_street(seed: int) -> layout.Street:
     """The street of `seed`: the same numbers on every machine."""
     builder = _Builder(np.random.default_rng((seed, 0)))
     builder.place_buildings()
@@ -63,18 +36,16 @@ class _Builder:
 
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
-        self.styles = [str(rng.choice(STYLES, p=(0.4, 0.4, 0.2))) for _ in range(2)]
-        self.ground = make_ground(rng, self.styles)
+        self.styles = [str(rng.choice(layout.STYLES, p=(0.4, 0.4, 0.2))) for _ in range(2)]
+        self.ground = layout.make_ground(rng, self.styles)
         lane = rng.choice([-1, 1])
         self.ego = np.array([0.0, lane * self.ground.lane_width / 2, rng.normal(0, 0.05) + (lane > 0) * np.pi])
         self.rows: list[tuple] = []
         self.size: list[tuple] = []
         self.middle: list[tuple] = []
-        self.taken = np.zeros((2 * CAPACITY, 6))  # footprints: x, y, cos and sin of yaw, half length, half width
-        self.num_taken = 0
+        self.taken: list[tuple] = []  # footprints: x, y, cos and sin of yaw, half length, half width
         self._take(self.ego[0], self.ego[1], self.ego[2], 5.0, 2.1)
-        ground = self.ground
-        for width in (2 * ground.half_width, *ground.walk, 12.0, 12.0, max(*ground.verge, 0.1)):
+        for width in (2 * self.ground.half_width, *self.ground.walk, 12.0, 12.0, max(*self.ground.verge, 0.1)):
             self.add_object((2 * REACH, width, KERB_HEIGHT), (0.0, 0.0, 0.0))
 
     # ---- bookkeeping
@@ -96,7 +67,7 @@ class _Builder:
         py = y + np.sin(yaw) * along + np.cos(yaw) * across
         if np.hypot(x, y) > REACH or not np.isin(surface(self.ground, px, py)[0], allowed).all():
             return False
-        ox, oy, cos, sin, olength, owidth = (column[:, None] for column in self.taken[: self.num_taken].T)
+        ox, oy, cos, sin, olength, owidth = (column[:, None] for column in np.array(self.taken).T)
         dx, dy = px.ravel() - ox, py.ravel() - oy  # [taken, 21]
         if ((np.abs(cos * dx + sin * dy) < olength + 0.15) & (np.abs(cos * dy - sin * dx) < owidth + 0.15)).any():
             return False
@@ -104,13 +75,12 @@ class _Builder:
         return True
 
     def _take(self, x, y, yaw, half_length, half_width):
-        self.taken[self.num_taken] = (x, y, np.cos(yaw), np.sin(yaw), half_length, half_width)
-        self.num_taken += 1
+        self.taken.append((x, y, np.cos(yaw), np.sin(yaw), half_length, half_width))
 
     def on_road(self, along: float, across: float) -> tuple[float, float, float]:
         """x, y (metres) and heading of a place beside the main road's axis."""
-        curvature = self.ground.curvature
-        return along, across + 0.5 * curvature * along**2, float(np.arctan(curvature * along))
+        bend = self.ground.curvature
+        return along, across + 0.5 * bend * along**2, float(np.arctan(bend * along))
 
     def edge(self, side: int) -> float:
         """Distance from the main road's axis to the outer edge of the pavement, metres."""
@@ -120,18 +90,20 @@ class _Builder:
         """[3] a colour of the palette [n, 3], jittered."""
         return palette[self.rng.integers(len(palette))] + self.rng.normal(0, spread, 3)
 
-    def finish(self) -> Street:
+    def finish(self) -> layout.Street:
         """Sorts the shapes by kind and pads them."""
-        rows = sorted(self.rows, key=lambda row: row[0])[:CAPACITY]  # 150 streets had 379 at most
+        rows = sorted(self.rows, key=lambda row: row[0])[: layout.CAPACITY]  # 150 streets had 379 at most
         kinds = np.array([row[0] for row in rows])
         boxes, cylinders, ellipsoids = (int((kinds <= kind).sum()) for kind in (BOX, CYLINDER, ELLIPSOID))
         columns = []
         for i in range(1, 9):
             values = np.array([row[i] for row in rows], np.int32 if i in (4, 5, 6) else np.float32)
-            columns.append(np.concatenate([values, np.ones((CAPACITY - len(rows), *values.shape[1:]), values.dtype)]))
+            padding = np.ones((layout.CAPACITY - len(rows), *values.shape[1:]), values.dtype)
+            columns.append(np.concatenate([values, padding]))
         as_floats = (np.array(values, np.float32) for values in (self.size, self.middle, self.ego))
-        ground = Ground._make(np.asarray(value, np.float32) for value in self.ground)
-        return Street(Geometry(ground, Shapes(*columns), (boxes, cylinders, ellipsoids)), *as_floats)
+        ground = layout.Ground._make(np.asarray(value, np.float32) for value in self.ground)
+        geometry = layout.Geometry(ground, layout.Shapes(*columns), (boxes, cylinders, ellipsoids))
+        return layout.Street(geometry, *as_floats)
 
     # ---- what stands there
 
@@ -143,7 +115,7 @@ class _Builder:
             self._row_of_houses(side, sign, style, setback)
             if setback > 0:
                 self._fence_line(sign, self.edge(side) + 0.25, 0.7 if style == "suburb" else 0.45)
-        if self.ground.cross_at != NO_CROSSING:
+        if self.ground.cross_at != layout.NO_CROSSING:
             self._houses_on_crossing()
 
     def _row_of_houses(self, side, sign, style, setback):
@@ -164,7 +136,7 @@ class _Builder:
     def _house(self, x, y, yaw, length, depth, height):
         instance = self.add_object((length, depth, height), (x, y, height / 2))
         half = (length / 2, depth / 2, height / 2)
-        self.add(BOX, (x, y, height / 2), half, yaw, BUILDING, layout.FACADE, instance, self.tint(WALLS))
+        self.add(BOX, (x, y, height / 2), half, yaw, layout.BUILDING, layout.FACADE, instance, self.tint(WALLS))
 
     def _houses_on_crossing(self):
         for sign in (-1, 1):
@@ -195,13 +167,11 @@ class _Builder:
         middle = (x, y, half[2] + KERB_HEIGHT)
         instance = self.add_object(tuple(2 * h for h in half), middle)
         if hedge:
-            self.add(BOX, middle, half, yaw, VEGETATION, layout.LEAVES, instance, self._green())
+            self.add(BOX, middle, half, yaw, layout.VEGETATION, layout.LEAVES, instance, self._green())
             return
         material = layout.PLANKS if self.rng.random() < 0.6 else layout.BRICKS
-        palette = (
-            np.array([(0.5, 0.36, 0.22), (0.72, 0.7, 0.66), (0.3, 0.24, 0.2)]) if material == layout.PLANKS else WALLS
-        )
-        self.add(BOX, middle, half, yaw, FENCE, material, instance, self.tint(palette))
+        color = self.tint(WOODS if material == layout.PLANKS else WALLS)
+        self.add(BOX, middle, half, yaw, layout.FENCE, material, instance, color)
 
     def _green(self) -> np.ndarray:
         return np.array([0.16, 0.3, 0.1]) * self.rng.uniform(0.7, 1.4) + self.rng.normal(0, 0.02, 3)
@@ -226,11 +196,11 @@ class _Builder:
         middle = (x, y, height / 2)
         instance = self.add_object((2 * radius, 2 * radius, height), middle)
         color = np.full(3, self.rng.uniform(0.2, 0.6))
-        self.add(CYLINDER, middle, (radius, radius, height / 2), 0.0, POLE, layout.METAL, instance, color)
+        self.add(CYLINDER, middle, (radius, radius, height / 2), 0.0, layout.POLE, layout.METAL, instance, color)
         if has_plate:
             palette = np.array([(0.8, 0.1, 0.1), (0.1, 0.2, 0.7), (0.85, 0.75, 0.1)])
             half = (0.03, self.rng.uniform(0.3, 0.45), self.rng.uniform(0.3, 0.45))
-            self.add(BOX, (x, y, height), half, yaw, POLE, layout.SIGN, instance, self.tint(palette, 0.03))
+            self.add(BOX, (x, y, height), half, yaw, layout.POLE, layout.SIGN, instance, self.tint(palette, 0.03))
 
     def place_trees(self):
         """Trunks with crowns: on the verge or at the inner edge of the pavement, behind it, and many in parks."""
@@ -252,15 +222,14 @@ class _Builder:
         spread = self.rng.uniform(1.1, 2.2)
         instance = self.add_object((2 * spread, 2 * spread, height + 2 * spread), (x, y, height / 2 + spread))
         bark = np.array([0.3, 0.23, 0.17]) * self.rng.uniform(0.7, 1.3)
-        self.add(
-            CYLINDER, (x, y, height / 2), (radius, radius, height / 2 + 0.4), 0.0, TRUNK, layout.BARK, instance, bark
-        )
+        half = (radius, radius, height / 2 + 0.4)
+        self.add(CYLINDER, (x, y, height / 2), half, 0.0, layout.TRUNK, layout.BARK, instance, bark)
         green = self._green()
         for _ in range(self.rng.integers(1, 3)):
             half = spread * self.rng.uniform(0.8, 1.1, 3)
             dx, dy = self.rng.uniform(-0.35, 0.35, 2) * spread
             middle = (x + dx, y + dy, height + 0.75 * half[2])
-            self.add(ELLIPSOID, middle, half, 0.0, VEGETATION, layout.LEAVES, instance, green, 0.6)
+            self.add(ELLIPSOID, middle, half, 0.0, layout.VEGETATION, layout.LEAVES, instance, green, 0.6)
 
     def place_bushes(self):
         """Low ellipsoids of leaves on unpaved ground."""
@@ -272,7 +241,7 @@ class _Builder:
             if self.styles[side] != "town" and self.claim(x, y, 0.0, half[0], half[1], (TERRAIN,)):
                 middle = (x, y, 0.6 * half[2])
                 instance = self.add_object(tuple(2 * half), middle)
-                self.add(ELLIPSOID, middle, half, 0.0, VEGETATION, layout.LEAVES, instance, self._green(), 0.4)
+                self.add(ELLIPSOID, middle, half, 0.0, layout.VEGETATION, layout.LEAVES, instance, self._green(), 0.4)
 
     def place_people(self):
         """Singles and small groups: most on the pavement near the vehicle, some on the road and on the grass."""
@@ -297,7 +266,7 @@ class _Builder:
             (ELLIPSOID, 0.92 * height, (0.11, 0.1, 0.08 * height), layout.SKIN, np.array([0.7, 0.52, 0.42])),
         )
         for kind, z, half, material, color in parts:
-            self.add(kind, (x, y, base + z), half, yaw, PERSON, material, instance, color)
+            self.add(kind, (x, y, base + z), half, yaw, layout.PERSON, material, instance, color)
 
     def place_vehicles(self):
         """Parked at the kerb, driving in the lanes, and on the crossing road."""
@@ -312,7 +281,7 @@ class _Builder:
                 for along in np.arange(-45, 45, 6.3):
                     if self.rng.random() < 0.5:
                         self._vehicle(*self.on_road(along, sign * (ground.half_width - 1.15)), (0.7, 0.25, 0.05), sign)
-        for across in np.arange(-54, 55, 13.0) if ground.cross_at != NO_CROSSING else ():
+        for across in np.arange(-54, 55, 13.0) if ground.cross_at != layout.NO_CROSSING else ():
             sign = self.rng.choice([-1, 1])
             x = ground.cross_at + sign * ground.cross_half_width / 2
             self._vehicle(x, across + self.rng.uniform(-3, 3), np.pi / 2, (0.5, 0.25, 0.25), -sign)
@@ -337,11 +306,11 @@ class _Builder:
         if kind == "car":
             paint, back, hood = self.tint(PAINTS), self.rng.uniform(0.02, 0.18), self.rng.uniform(0.25, 0.32)
             waist = height * self.rng.uniform(0.56, 0.62)
-            part(0.0, length, 0.2, waist, 0.0, CAR, layout.BODY, paint)
-            part(back * length, (1 - hood) * length, waist, height, 0.1, CAR, layout.CABIN, paint)
+            part(0.0, length, 0.2, waist, 0.0, layout.CAR, layout.BODY, paint)
+            part(back * length, (1 - hood) * length, waist, height, 0.1, layout.CAR, layout.CABIN, paint)
         elif kind == "van":
             paint, hood = self.tint(PAINTS[[0, 0, 1, 3, 4]]), self.rng.uniform(0.6, 1.0)
-            part(0.0, length - hood, 0.25, height, 0.0, VAN, layout.VAN_BODY, paint)
-            part(length - hood, length, 0.25, 0.5 * height, 0.02, VAN, layout.BODY, paint)
+            part(0.0, length - hood, 0.25, height, 0.0, layout.VAN, layout.VAN_BODY, paint)
+            part(length - hood, length, 0.25, 0.5 * height, 0.02, layout.VAN, layout.BODY, paint)
         else:
-            part(0.0, length, 0.28, height, 0.0, BUS, layout.BUS_BODY, self.tint(BUS_PAINTS))
+            part(0.0, length, 0.28, height, 0.0, layout.BUS, layout.BUS_BODY, self.tint(BUS_PAINTS))

@@ -1,4 +1,4 @@
-"""What a generated street is: classes, materials, ground, shapes. NumPy only; `street_builder` makes one.
+"""What a generated street is: classes, materials, ground, shapes. NumPy only; `builder` makes one.
 
 A street is ground whose surface follows from x and y alone, and unit shapes (box, cylinder, ellipsoid) that are
 scaled, turned about z and moved. World frame: metres, z up, the carriageway at z = 0, the main road along x.

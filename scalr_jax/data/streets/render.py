@@ -2,7 +2,7 @@
 
 Every shape is a unit shape under an affine map (scale, turn about z, move), which keeps the ray parameter t: a ray is
 taken to the unit shape's frame, met there, and t is the distance in metres in the world. One loop over the shapes
-updates the nearest hit of all rays at once. The ground follows from x and y (`street_layout.surface`).
+updates the nearest hit of all rays at once. The ground follows from x and y (`layout.surface`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ def _dot(a: Vector, b: Vector) -> jax.Array:
 
 def _meet_box(origin: Vector, direction: Vector, ragged: jax.Array) -> jax.Array:
     """[R] distance at which rays (x, y, z each [R]) enter the cube from -1 to 1, or FAR."""
-    del ragged
     enter, leave = 0.0, FAR
     for start, step in zip(origin, direction, strict=True):
         inverse = 1.0 / jnp.where(jnp.abs(step) < 1e-7, 1e-7, step)
@@ -46,7 +45,6 @@ def _meet_box(origin: Vector, direction: Vector, ragged: jax.Array) -> jax.Array
 
 def _meet_cylinder(origin: Vector, direction: Vector, ragged: jax.Array) -> jax.Array:
     """[R] distance at which rays (x, y, z each [R]) enter the upright unit cylinder by its side or its top."""
-    del ragged
     x, y, z = origin
     a = direction[0] ** 2 + direction[1] ** 2 + 1e-12
     b = x * direction[0] + y * direction[1]
@@ -87,10 +85,9 @@ def _nearest_shape(scene: Geometry, origin: Vector, direction: Vector) -> tuple[
         return body
 
     best = jnp.full_like(direction[0], FAR), jnp.zeros(direction[0].shape, jnp.int32)
-    start = 0
-    for end, meet in zip(scene.ends, (_meet_box, _meet_cylinder, _meet_ellipsoid), strict=True):
+    meets = (_meet_box, _meet_cylinder, _meet_ellipsoid)
+    for start, end, meet in zip((0, *scene.ends), scene.ends, meets, strict=False):
         best = jax.lax.fori_loop(start, end, visit(meet), best)
-        start = end
     return best
 
 
@@ -102,11 +99,10 @@ def _meet_ground(ground: Ground, origin: Vector, direction: Vector) -> tuple[jax
     """
     down = jnp.minimum(direction[2], -1e-7)
     upper, lower = (KERB_HEIGHT - origin[2]) / down, -origin[2] / down
-    found = []
-    for distance in (upper, lower):
-        near = jnp.minimum(distance, 1e3)
-        found.append(layout.surface(ground, origin[0] + near * direction[0], origin[1] + near * direction[1], jnp))
-    (label_up, patch_up), (label_low, patch_low) = found
+    (label_up, patch_up), (label_low, patch_low) = (
+        layout.surface(ground, origin[0] + near * direction[0], origin[1] + near * direction[1], jnp)
+        for near in (jnp.minimum(upper, 1e3), jnp.minimum(lower, 1e3))
+    )
     raised = label_up != ROAD
     kerb = ~raised & (label_low != ROAD)
     distance = jnp.where(raised, upper, jnp.where(kerb, (upper + lower) / 2, lower))

@@ -77,9 +77,8 @@ def lidar_rays(sensor: Sensor, rng: np.random.Generator) -> np.ndarray:
     azimuth = (np.arange(sensor.num_azimuths) + rng.uniform()) * step - sensor.azimuth / 2
     elevation = np.linspace(*sensor.elevation, sensor.num_beams)
     elevation, azimuth = np.meshgrid(np.radians(elevation), np.radians(azimuth), indexing="ij")
-    return np.stack(
-        [np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)], axis=-1
-    ).reshape(-1, 3)
+    xyz = (np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation))
+    return np.stack(xyz, axis=-1).reshape(-1, 3)
 
 
 def scan(street, sensor, rotation, position, rng) -> tuple[np.ndarray, np.ndarray]:
@@ -89,9 +88,8 @@ def scan(street, sensor, rotation, position, rng) -> tuple[np.ndarray, np.ndarra
     rays = lidar_rays(sensor, rng)
     directions = (rays @ rotation.T).astype(np.float32)
     hits, albedo = street_render.trace_lidar(street.geometry, position.astype(np.float32)[:, None], directions.T)
-    distance, normal, material, labels, albedo = (
-        np.asarray(value) for value in (hits.distance, hits.normal, hits.material, hits.label, albedo)
-    )
+    values = (hits.distance, hits.normal, hits.material, hits.label, albedo)
+    distance, normal, material, labels, albedo = map(np.asarray, values)
     number = len(rays)
     facing = np.abs((normal.T * directions).sum(axis=1))
     reflectance = REFLECTANCE[material] * (0.3 + 1.4 * albedo.mean(axis=0))
@@ -151,9 +149,8 @@ def photograph(street, camera, image_size, rotation, position, rng) -> tuple[np.
     heading = np.arctan2(*(rotation @ axes[2])[1::-1])
     view = street_render.keep_view(street.geometry, eye, heading, np.radians(CAMERA_FIELD / 2))
     sun, sky = _weather(rng)
-    hits, base, color = street_render.trace_camera(
-        view, eye.astype(np.float32)[:, None], rays.T.astype(np.float32), sun, sky
-    )
+    origin, directions = eye.astype(np.float32)[:, None], rays.T.astype(np.float32)
+    hits, base, color = street_render.trace_camera(view, origin, directions, sun, sky)
     color = np.asarray(color).reshape(3, SUPERSAMPLE, h, SUPERSAMPLE, w).mean(axis=(1, 3)).transpose(1, 2, 0)
     color = color * rng.uniform(1.05, 1.4) * rng.normal(1.0, 0.02, 3) + rng.normal(0, 0.012, color.shape)
     image = (np.clip(color, 0, 1) * 255).round().astype(np.uint8)
@@ -197,10 +194,8 @@ def _targets(street, hits, base, image_size, world_to_camera, eye) -> dict[str, 
     }
 
 
-def render(
-    seed: int, sensor: str, image_size: tuple[int, int], *, camera: int | None = None, targets: bool = False
-) -> Rendered:
-    """The street of `seed` as `sensor` (a key of `SENSORS`) and one camera (default: drawn from the seed) see it.
+def render(seed: int, sensor: str, image_size: tuple[int, int], *, targets: bool = False) -> Rendered:
+    """The street of `seed` as `sensor` (a key of `SENSORS`) and one of its cameras, drawn from the seed, see it.
 
     A pure function of its arguments. `targets` adds what each pixel sees (`_targets`).
     """
@@ -208,10 +203,7 @@ def render(
     street = make_street(seed)
     rng = np.random.default_rng((seed, 1, list(SENSORS).index(sensor)))
     rotation, position = pose(street, model, rng)
-    drawn = int(rng.integers(model.num_cameras))
-    camera = drawn if camera is None else camera
-    if not 0 <= camera < model.num_cameras:
-        raise ValueError(f"camera = {camera}: {sensor} has cameras 0 to {model.num_cameras - 1}")
+    camera = int(rng.integers(model.num_cameras))
     image, see = photograph(street, camera, image_size, rotation, position, rng)
     points, labels = scan(street, model, rotation, position, rng)
     pixels, visible = project(points[:, :3].astype(np.float64), camera, image_size)

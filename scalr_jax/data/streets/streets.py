@@ -1,7 +1,7 @@
 """Generated streets as a dataset: rendered once into a cache, read back with NumPy only.
 
 A street is a pure function of one integer (`split_seed`); a cache file also depends on the sensor, the image size and
-`VERSION`, and its name says all of them. Rendering (`street_sensors.render`) needs JAX and happens in the main
+`VERSION`, and its name says all of them. Rendering (`sensors.render`) needs JAX and happens in the main
 process, before data workers start; reading needs none, so that a worker never starts a JAX backend.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from scalr_jax.data.readers import files
 from scalr_jax.data.scenes import RANDOM, Dataset, Frame
 from scalr_jax.data.streets.layout import CLASSES
-from scalr_jax.data.streets.sensors import SENSORS
+from scalr_jax.data.streets.sensors import SENSORS, render
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.storage import write_arrays
 
@@ -33,8 +33,7 @@ FIELDS = ("points", "labels", "image", "pixels", "visible")
 def split_seed(split: str, index: int, seed: int = 0) -> int:
     """The street's seed for scene `index` of `split`, another one for every (split, seed, index).
 
-    Raises:
-        InputError: unknown split, or an index or seed outside its range (the ranges of two splits never meet).
+    Raises InputError: unknown split, or an index or seed outside its range (the ranges of two splits never meet).
     """
     if split not in SPLITS:
         raise InputError(f"split = {split!r} is none of {', '.join(SPLITS)}")
@@ -46,18 +45,10 @@ def split_seed(split: str, index: int, seed: int = 0) -> int:
 
 
 class Streets(Dataset):
-    """Scenes 0 to `num_scenes` - 1 of a split; scene i is seen by `sensors[i % len(sensors)]`.
+    """Scenes 0 to `num_scenes` - 1 of a split; scene i is seen by `sensors[i % len(sensors)]`, keys of `SENSORS`.
 
-    Args:
-        root: folder of the cache; made when missing.
-        split: "train", "validation" or "teacher".
-        num_scenes: how many.
-        sensors: keys of `street_sensors.SENSORS`.
-        image_size: rows and columns of the image.
-        seed: another seed gives other streets.
-
-    Raises:
-        InputError: an unknown split or sensor, or a seed out of range.
+    root: folder of the cache; made when missing. split: "train", "validation" or "teacher". image_size: rows and
+    columns. Raises InputError: an unknown split or sensor, or a seed out of range.
     """
 
     class_names = CLASSES
@@ -91,16 +82,13 @@ class Streets(Dataset):
         """A short table of what there is."""
         h, w = self.image_size
         rows = [("scenes", len(self)), ("sensors", ", ".join(self.sensors)), ("images", f"{h} x {w}")]
-        return files.format_table(
-            f"Generated streets, split {self.split}: {self.root}", [*rows, ("labelled frames", len(self))]
-        )
+        rows.append(("labelled frames", len(self)))
+        return files.format_table(f"Generated streets, split {self.split}: {self.root}", rows)
 
     def sensor(self, index: int) -> str:
-        """Name of the sensor of scene `index`."""
         return self.sensors[index % len(self.sensors)]
 
     def intensity(self, index: int) -> tuple[float, float]:
-        """Mean and standard deviation of the raw intensity of scene `index`'s sensor."""
         return SENSORS[self.sensor(index)].intensity
 
     def path(self, index: int) -> Path:
@@ -114,15 +102,11 @@ class Streets(Dataset):
         `part` (k, n): only every n-th scene from the k-th on, one process's share.
         """
         missing = [index for index in range(part[0], self.num_scenes, part[1]) if not self.path(index).exists()]
-        if not missing:
-            return 0
-        from scalr_jax.data.streets import sensors as street_sensors
-
         self.root.mkdir(parents=True, exist_ok=True)
         start = said = time.monotonic()
         for done, index in enumerate(missing, 1):
             seed = split_seed(self.split, index, self.seed)
-            scene = street_sensors.render(seed, self.sensor(index), self.image_size)
+            scene = render(seed, self.sensor(index), self.image_size)
             write_arrays(self.path(index), {field: getattr(scene, field) for field in FIELDS})
             now = time.monotonic()
             if progress and (now - said > PROGRESS_SECONDS or done == len(missing)):
@@ -133,10 +117,8 @@ class Streets(Dataset):
     def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = RANDOM) -> Frame:
         """Scene `index` from the cache; points in the lidar's frame, which is the student's.
 
-        Its one image is of a camera without a name; `camera=None` leaves it out. `rng` is not used.
-
-        Raises:
-            BadFrameError: the cache file is missing or unreadable; the message names it.
+        Its one image is of a camera without a name; `camera=None` leaves it out. `rng` is not used. Raises
+        BadFrameError: the cache file is missing or unreadable; the message names it.
         """
         files.pick_camera(camera, (), (), rng)
         path = self.path(index)

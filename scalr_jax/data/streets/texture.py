@@ -47,6 +47,7 @@ def albedo(ground: Ground, hits: Hits) -> jax.Array:
     on_end = jnp.abs(hits.unit[0]) > 0.999
     along = jnp.where(on_end, place[1], place[0])
     height = place[2] + hits.half[2]  # metres above the shape's foot
+    vehicle = (hits, place, height, on_side, on_end)
     textures = [
         _asphalt(ground, hits),
         _paving(ground, hits),
@@ -60,10 +61,10 @@ def albedo(ground: Ground, hits: Hits) -> jax.Array:
         jnp.where((jnp.abs(hits.unit[1:]) > 0.78).any(axis=0), 0.9, hits.color),  # sign
         hits.color * (0.85 + 0.3 * noise(hits.point, 0.1)),  # clothes
         jnp.where(hits.unit[2] > 0.25, 0.15, hits.color),  # skin, and hair
-        _body(hits, place, height, on_side, on_end),
+        _paint(*vehicle, jnp.zeros_like(on_side)),
         _cabin(hits, place, on_end),
-        _van(hits, place, height, on_side, on_end),
-        _bus(hits, place, height, on_side, on_end),
+        _van(*vehicle),
+        _bus(*vehicle),
     ]
     out = textures[0]
     for material, texture in enumerate(textures[1:], 1):
@@ -110,26 +111,18 @@ def _facade(hits: Hits, along: jax.Array, height: jax.Array) -> jax.Array:
     return jnp.where(hits.unit[2] > 0.999, 0.22, jnp.where(window, pane, wall))
 
 
-def _wheels(hits: Hits, place: jax.Array, height: jax.Array) -> jax.Array:
-    """[R] True on a wheel of a vehicle's lowest part."""
-    from_axle = jnp.abs(place[0]) - (hits.half[0] - 0.85)
-    return from_axle**2 + (height - 0.1) ** 2 < 0.36**2
-
-
 def _paint(
     hits: Hits, place: jax.Array, height: jax.Array, on_side: jax.Array, on_end: jax.Array, glass: jax.Array
 ) -> jax.Array:
     """Paint, with windows where `glass`, wheels on the sides and lamps at the ends."""
     out = jnp.where(glass, GLASS, hits.color * (0.97 + 0.06 * noise(hits.point, 0.4)))
-    out = jnp.where(on_side & _wheels(hits, place, height), 0.05, out)
+    from_axle = jnp.abs(place[0]) - (hits.half[0] - 0.85)
+    wheels = on_side & (from_axle**2 + (height - 0.1) ** 2 < 0.36**2)
+    out = jnp.where(wheels, 0.05, out)
     lamp = on_end & (jnp.abs(hits.unit[1]) > 0.62) & (height > 0.3) & (height < 0.62)
     front = jnp.array([0.95, 0.93, 0.85])[:, None]
     rear = jnp.array([0.7, 0.05, 0.05])[:, None]
     return jnp.where(lamp, jnp.where(hits.unit[0] > 0, front, rear), out)
-
-
-def _body(hits: Hits, place: jax.Array, height: jax.Array, on_side: jax.Array, on_end: jax.Array) -> jax.Array:
-    return _paint(hits, place, height, on_side, on_end, jnp.zeros_like(on_side))
 
 
 def _cabin(hits: Hits, place: jax.Array, on_end: jax.Array) -> jax.Array:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from scalr_jax.data.streets import streets
-from scalr_jax.data.streets.sensors import SENSORS
+from scalr_jax.data.streets.builder import make_street
+from scalr_jax.data.streets.sensors import SENSORS, photograph, pose
 from scalr_jax.runtime.storage import write_arrays
 
 CAMERAS_PER_STREET = 3
@@ -51,16 +52,13 @@ def render_views(root: Path, num_streets: int, image_size: tuple[int, int], num_
 
 def _render_street(index: int, image_size: tuple[int, int], num_pixels: int, seed: int) -> Views:
     """Every camera of a street has its own weather, and its lidar model decides how high it hangs."""
-    from scalr_jax.data.streets import sensors as street_sensors
-    from scalr_jax.data.streets.builder import make_street
-
     street_seed = streets.split_seed("teacher", index, seed)
     rng = np.random.default_rng((street_seed, 2))
     street = make_street(street_seed)
-    rotation, position = street_sensors.pose(street, list(SENSORS.values())[index % len(SENSORS)], rng)
+    rotation, position = pose(street, list(SENSORS.values())[index % len(SENSORS)], rng)
     views = []
     for camera in rng.permutation(6)[:CAMERAS_PER_STREET]:
-        image, see = street_sensors.photograph(street, int(camera), image_size, rotation, position, rng)
+        image, see = photograph(street, int(camera), image_size, rotation, position, rng)
         views.append(_pick_pixels(image, see(), num_pixels, rng))
     return Views(*(np.stack(column) for column in zip(*views, strict=True)))
 

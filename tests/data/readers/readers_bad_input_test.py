@@ -127,7 +127,7 @@ def test_a_calibration_that_projects_nothing_is_named(kitti):
     ("reader", "arguments", "message"),
     [
         (PandaSet, {}, "no scene"),
-        (SemanticKITTI, {}, "no scan to use"),
+        (SemanticKITTI, {}, "no frame to use"),
         (NuScenes, {}, "no such folder"),
         (PandaSet, {"sensor": "pandar128"}, "pandar64, pandargt"),
         (PandaSet, {"split": "val"}, "train, validation, all"),
