@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ from scalr_jax.runtime import sharding
 from scalr_jax.runtime import workdir as workdirs
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import flatten, write_json
-from scalr_jax.train.loop import Task, distillation_task, segmentation_task, train
+from scalr_jax.train import steps
+from scalr_jax.train.loop import Task, train
 from scalr_jax.train.state import TrainState, variables_of
 
 # ---- what every task needs
@@ -72,7 +74,9 @@ def distillation(settings: Settings, teacher: tuple[ViTConfig, Any] | None = Non
     """The distillation of `config.teacher`, or of (architecture, parameters or their shapes)."""
     teacher = teacher or make_teacher(settings.teacher, settings.data.image_size, sharding.platform())
     student = student_of(settings, "distill", teacher[0].width)
-    return distillation_task(settings.training, student, teacher, settings.teacher.feature)
+    options = {"seed": settings.run.seed, "batch_size": settings.optimizer.batch_size}
+    step = partial(steps.make_distill_step, student, teacher[0], which=settings.teacher.feature, **options)
+    return Task("distill", "distill", student, None, step, teacher[1])
 
 
 def segmentation(settings: Settings, num_classes: int, *, label: str, frozen: bool, initial: Variables | None) -> Task:
@@ -83,9 +87,11 @@ def segmentation(settings: Settings, num_classes: int, *, label: str, frozen: bo
     if frozen and initial is not None and settings.probe.features == "cached":
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), without_head(initial))
         student = student.clone(backbone=CachedFeatures(student.backbone, shapes))
-    return segmentation_task(
-        settings.training, student, label=label, num_classes=num_classes, initial=initial, fixed=fixed
-    )
+    scene_task = "features" if isinstance(student.backbone, CachedFeatures) else "segment"
+    trainable = ("head",) if frozen else None
+    options = {"seed": settings.run.seed, "batch_size": settings.optimizer.batch_size, "trainable": trainable}
+    step = partial(steps.make_segment_step, student, **options)
+    return Task(label, scene_task, student, trainable, step, None, initial, num_classes, fixed)
 
 
 def num_classes_of(settings: Settings, dataset: Dataset) -> int:

@@ -72,9 +72,8 @@ class Evaluator:
         self._order = np.arange(num_classes) if order is None else order
         settings = scene_settings(data, student.needs, task="segment", train=False)
         self._settings = dataclasses.replace(settings, votes=votes > 1)
-        make_step = steps.make_classify_step if votes == 1 else steps.make_probability_step
         outputs = (sharding.batch_sharding(self._mesh), sharding.replicated(self._mesh))
-        self._step = jax.jit(make_step(student), out_shardings=outputs)
+        self._step = jax.jit(steps.make_classify_step(student, probabilities=votes > 1), out_shardings=outputs)
         self._variables = jax.device_put(variables, sharding.replicated(self._mesh))
         self._capacities: Capacities | None = None
         self.num_scans = 0  # of the last `confusion`, over all processes: those that could be read
