@@ -19,6 +19,7 @@ from types import TracebackType
 import jax
 import numpy as np
 
+from scalr_jax.config import USES
 from scalr_jax.data.joined import Joined
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
@@ -35,7 +36,6 @@ SETS = {
     ("v1.0-mini", "validation"): "mini_val",
     ("v1.0-test", "all"): "test",
 }
-USES = ("camera", "lidar", "radar", "map", "external")
 
 
 class Submission:

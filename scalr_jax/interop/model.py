@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,8 @@ from scalr_jax.models.build import make_student
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.ops.voxels import LEVELS
 from scalr_jax.runtime.errors import InputError
+
+NORM = (("scale", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("variance", "running_var"))  # ours, PyTorch's
 
 
 class Published(NamedTuple):
@@ -66,6 +68,12 @@ def shapes_of(student: Student, num_features: int) -> dict[str, dict[str, tuple[
 
 def flat_shapes(tree: Mapping) -> dict[str, tuple[int, ...]]:
     return {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in tree_leaves_with_path(tree)}
+
+
+def extra_weights(weights: Mapping[str, np.ndarray], known: Collection[str]) -> list[str]:
+    """A sentence for each weight of a PyTorch file that is not `known`; counters of batches apart."""
+    extra = sorted(key for key in weights if key not in known and not key.endswith("num_batches_tracked"))
+    return [f"{key} {weights[key].shape} is not part of this model" for key in extra]
 
 
 def check_shapes(student: Student, num_features: int, variables: Variables, name: str) -> None:

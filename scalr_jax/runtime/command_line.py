@@ -116,15 +116,10 @@ def define_model(values: flags.FlagValues) -> None:
 
 def model_arguments(values: flags.FlagValues) -> ModelArguments:
     """What `scalr_jax.load` is to be called with. Raises InputError."""
-    intensity = numbers(values, "intensity", 2)
-    return {
-        "path": values.model,
-        "sensor": values.sensor,
-        "intensity": None if intensity is None else (intensity[0], intensity[1]),
-        "field_of_view": numbers(values, "field_of_view", 6),
-        "grids": numbers(values, "grids", 6),
-        "activation": values.activation,
+    arrays = {
+        name: numbers(values, name, count) for name, count in (("intensity", 2), ("field_of_view", 6), ("grids", 6))
     }
+    return {"path": values.model, "sensor": values.sensor, "activation": values.activation, **arrays}
 
 
 def use_cache(folder: str | Path | None = None) -> Path | None:
@@ -158,9 +153,7 @@ def use_cache(folder: str | Path | None = None) -> Path | None:
 def exit_codes(*, interrupted: str = "", full: str = SPACE) -> Iterator[None]:
     """Turns errors that are no defects into exit code 2 and one sentence.
 
-    Args:
-      interrupted: what to add when the user stopped the command.
-      full: what to do when the disk is full.
+    `interrupted` is added when the user stopped the command; `full` says what to do when the disk is full.
     """
     try:
         yield
