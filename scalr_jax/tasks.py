@@ -105,12 +105,6 @@ def num_classes_of(settings: Settings, dataset: Dataset) -> int:
     return number
 
 
-def last_metrics(workdir: Path) -> dict:
-    """The last line of metrics.jsonl that belongs to a step."""
-    lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "train/loss" in line][-1]
-
-
 # ---- the checkpoint to start from
 
 
@@ -134,9 +128,8 @@ def load_backbone(settings: Settings) -> Saved:
     there, here = flatten(saved.settings), flatten(dataclasses.asdict(settings.model))
     found = [(key, there.get(key), here[key]) for key in keys]
     wrong = [f"{key} is {a} there, {b} in config.model" for key, a, b in found if a not in (None, b)]
-    for key, value in inputs.items():
-        if value != getattr(settings.data, key):
-            wrong.append(f"{key} is {value} there, {getattr(settings.data, key)} in config.data")
+    data = [(key, a, getattr(settings.data, key)) for key, a in inputs.items()]
+    wrong += [f"{key} is {a} there, {b} in config.data" for key, a, b in data if a != b]
     if wrong:
         raise InputError(f"{path} holds another student: {'; '.join(wrong)}; set these keys as they are there")
     return saved
@@ -190,7 +183,8 @@ def distill(settings: Settings, workdir: Path) -> TrainState:
         save_settings(settings, workdir, task.student, dataset)
         state = train(settings.training, workdir, dataset, task)
         if jax.process_index() == 0:
-            write_json(workdir / "results.json", last_metrics(workdir))
+            lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+            write_json(workdir / "results.json", [line for line in lines if "train/loss" in line][-1])
             draw_loss(workdir)
     return state
 
@@ -211,10 +205,8 @@ def probe(settings: Settings, workdir: Path) -> dict:
         validation = open_dataset(settings, workdir, "validation")
         num_classes = num_classes_of(settings, dataset)
         if settings.probe.method == "knn":
-            student = student_of(settings, "none", 0)
-            classifier, variables = nearest_neighbors(
-                settings.probe, settings.training, student, dataset, saved.variables, num_classes
-            )
+            data = student_of(settings, "none", 0), dataset, saved.variables, num_classes
+            classifier, variables = nearest_neighbors(settings.probe, settings.training, *data)
         else:
             classifier, variables = _zero_shot(settings, dataset, saved.variables)
         return _report(settings, workdir, validation, classifier, variables, label=settings.probe.method)
@@ -271,11 +263,8 @@ def _segment(settings: Settings, workdir: Path, *, label: str, frozen: bool, ini
         save_settings(settings, workdir, student, dataset)
         if isinstance(student.backbone, CachedFeatures) and initial is not None:
             student = student.clone(backbone=student.backbone.backbone)
-            key = cache_key(record_of(settings), dataset, initial)
-            dtype = settings.probe.cache_dtype
-            dataset = make_cache(
-                settings.training, student, workdir / "features", dataset, initial, key=key, dtype=dtype
-            )
+            options = {"key": cache_key(record_of(settings), dataset, initial), "dtype": settings.probe.cache_dtype}
+            dataset = make_cache(settings.training, student, workdir / "features", dataset, initial, **options)
         state = train(settings.training, workdir, dataset, task)
         return _report(settings, workdir, validation, student, variables_of(state), label=label)
 

@@ -41,13 +41,8 @@ SETS = {
 class Submission:
     """Collects the scans of one evaluation, as a context manager; `add` each scan, then `finish`.
 
-    Args:
-        dataset: `NuScenes` or `SemanticKITTI`, as it was downloaded.
-        folder: where the files go; must not be there yet.
-        uses: some of `USES`, what nuScenes asks to be told.
-
-    Raises:
-        InputError: another dataset, a folder that is there, or a use that nuScenes does not know.
+    Raises `InputError` for another dataset than `NuScenes` or `SemanticKITTI` as they were downloaded, a folder that is
+    there already, or `uses`, what nuScenes asks to be told, that it does not know.
     """
 
     def __init__(self, dataset: Dataset, folder: Path, uses: Sequence[str] = ("lidar",)):
