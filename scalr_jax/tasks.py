@@ -27,8 +27,7 @@ from scalr_jax.evaluation.nearest_neighbors import nearest_neighbors
 from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.evaluation.submission import Submission
 from scalr_jax.evaluation.zero_shot import Images, zero_shot
-from scalr_jax.figures.charts import draw_confusion, draw_robustness
-from scalr_jax.figures.curves import draw_loss
+from scalr_jax.figures.charts import draw_confusion, draw_loss, draw_robustness
 from scalr_jax.interop.published import read_published
 from scalr_jax.interop.saved import Saved, read_saved, write_settings
 from scalr_jax.interop.teacher import make_teacher

@@ -25,8 +25,8 @@ from scalr_jax.data.packing import choose_capacities, derive_capacities, pack_sh
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.scenes import Dataset, Frame, SceneView
 from scalr_jax.evaluation.report import results_of
+from scalr_jax.figures.charts import draw_loss, read_curve
 from scalr_jax.figures.colors import cosine_similarity
-from scalr_jax.figures.curves import draw_loss, read_curve
 from scalr_jax.figures.pictures import Panel, draw_with_image
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.storage import write_json
