@@ -47,17 +47,7 @@ from scalr_jax.data.scenes import IGNORE
 from scalr_jax.data.sensors import raw_labels
 from scalr_jax.figures import colors as correlation
 from scalr_jax.predict.outputs import FORMATS, Prediction, check_formats, write
-from scalr_jax.runtime.command_line import (
-    define_model,
-    exit_codes,
-    model_arguments,
-    named,
-    numbers,
-    one_sentence,
-    parse_flags,
-    require,
-    use_cache,
-)
+from scalr_jax.runtime import command_line
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.storage import check_writable, differences, locked, read_json, write_arrays, write_json
 
@@ -71,7 +61,7 @@ LOCK = ".predict.lock"
 AGAIN = "free space on the disk and run the same command again: finished scans are kept"
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
-define_model(FLAGS)
+command_line.define_model(FLAGS)
 flags.DEFINE_string("input", None, "A scan, or a folder of scans.", flag_values=FLAGS)
 flags.DEFINE_string("output", None, "A file or a folder.", flag_values=FLAGS)
 flags.DEFINE_list("formats", [], "What to write.", flag_values=FLAGS)
@@ -84,8 +74,8 @@ flags.DEFINE_boolean("overwrite", False, "Do finished scans again.", flag_values
 
 def parse(arguments: list[str]) -> None:
     """Fills `FLAGS`. Raises InputError."""
-    parse_flags(FLAGS, arguments, __doc__)
-    require(FLAGS, "model", "input", example="--model=runs/pretrain --input=scan.bin")
+    command_line.parse_flags(FLAGS, arguments, __doc__)
+    command_line.require(FLAGS, "model", "input", example="--model=runs/pretrain --input=scan.bin")
 
 
 def predict(model: Model, points: np.ndarray, what: str, *, sector: tuple[float, float] | None = None) -> np.ndarray:
@@ -201,7 +191,7 @@ def _run_one(model: Model, what: str, scan: Path, paths: list[Path], warn: _Warn
         warn.add(scan.name, model.check(points))
         rows = predict(model, points, what, sector=_sector())
     except (BadFrameError, InputError) as error:
-        raise InputError(named(scan, error)) from error
+        raise InputError(command_line.named(scan, error)) from error
     colored = any(path.suffix in (".ply", ".png") for path in paths)
     colors_of_points = colors(rows) if colored else np.empty((0, 3), np.uint8)
     rows = rows if what == "labels" else rows.astype(FLAGS.dtype)
@@ -211,7 +201,7 @@ def _run_one(model: Model, what: str, scan: Path, paths: list[Path], warn: _Warn
 
 
 def _sector() -> tuple[float, float] | None:
-    found = numbers(FLAGS, "sector", 2)
+    found = command_line.numbers(FLAGS, "sector", 2)
     return None if found is None else (found[0], found[1])
 
 
@@ -262,7 +252,7 @@ def _run_folder(model: Model, what: str, outputs: dict[Path, list[Path]], folder
                     points += _run_one(model, what, scan, paths, warn, colors)
                     done += 1
                 except InputError as error:
-                    bad.append(one_sentence(error))
+                    bad.append(command_line.one_sentence(error))
                     tqdm.write(f"bad scan, left out: {bad[-1]}", file=sys.stderr)
                 bar.update()
         warn.close()
@@ -284,8 +274,8 @@ def run(arguments: list[str]) -> None:
     check_formats(formats, FLAGS.what or "labels")
     from scalr_jax import api  # starts JAX
 
-    use_cache(FLAGS.cache)
-    model = api.load(**model_arguments(FLAGS))
+    command_line.use_cache(FLAGS.cache)
+    model = api.load(**command_line.model_arguments(FLAGS))
     what = choose_what(model.config.head, FLAGS.what)
     check_formats(formats, what)
     if "label" in formats:
@@ -301,5 +291,5 @@ def run(arguments: list[str]) -> None:
 
 def main(arguments: list[str]) -> None:
     """`run`, with exit codes."""
-    with exit_codes(interrupted="the same command goes on where it stopped", full=AGAIN):
+    with command_line.exit_codes(interrupted="the same command goes on where it stopped", full=AGAIN):
         run(arguments)

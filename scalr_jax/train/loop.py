@@ -123,15 +123,9 @@ def _make_pipeline(
     scenes = scene_settings(settings.data, task.student.needs, task=task.scene_task, train=True, fixed=task.fixed)
     if task.num_classes and not isinstance(dataset, FinishedScenes):
         scenes = dataclasses.replace(scenes, mixing=make_mixing(settings.data, dataset, workdir / "instances"))
-    return Pipeline(
-        dataset,
-        scenes,
-        seed=settings.run.seed,
-        num_shards=mesh.size,
-        shards=sharding.local_shards(mesh),
-        num_workers=settings.data.num_workers,
-        scenes_per_step=settings.data.scenes_per_step or None,
-    )
+    shards = {"num_shards": mesh.size, "shards": sharding.local_shards(mesh)}
+    options = {"num_workers": settings.data.num_workers, "scenes_per_step": settings.data.scenes_per_step or None}
+    return Pipeline(dataset, scenes, seed=settings.run.seed, **shards, **options)
 
 
 class Program(NamedTuple):

@@ -52,16 +52,7 @@ from scalr_jax.data.whole_scan import FARTHEST
 from scalr_jax.evaluation.report import confusion_matrix, results_of
 from scalr_jax.figures.colors import choose_queries, color_by_axes, cosine_similarity, fit_color_axes
 from scalr_jax.figures.pictures import Panel, draw_panels, draw_predictions, draw_with_image
-from scalr_jax.runtime.command_line import (
-    define_model,
-    exit_codes,
-    model_arguments,
-    named,
-    numbers,
-    parse_flags,
-    require,
-    use_cache,
-)
+from scalr_jax.runtime import command_line
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import check_writable
 from scalr_jax.visualize.viewer import MAX_POINTS, write_viewer
@@ -70,7 +61,7 @@ if TYPE_CHECKING:
     from scalr_jax.api import Model
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
-define_model(FLAGS)
+command_line.define_model(FLAGS)
 for _name in ("output", "input", "image", "calibration", "camera", "dataset", "root", "split"):
     flags.DEFINE_string(_name, None, "See --help.", flag_values=FLAGS)
 flags.DEFINE_integer("index", 0, "Number of the frame.", flag_values=FLAGS)
@@ -247,15 +238,15 @@ def _run_config(workdir: Path) -> dict:
 
 def run(arguments: list[str]) -> None:
     """The command. Raises InputError, BadFrameError and what the operating system raises."""
-    parse_flags(FLAGS, arguments, __doc__)
-    require(FLAGS, "model", "output", example="--model=runs/pretrain --input=scan.bin --output=DIR")
-    query = numbers(FLAGS, "query", 3)
+    command_line.parse_flags(FLAGS, arguments, __doc__)
+    command_line.require(FLAGS, "model", "output", example="--model=runs/pretrain --input=scan.bin --output=DIR")
+    query = command_line.numbers(FLAGS, "query", 3)
     output = Path(FLAGS.output)
     check_writable(output / "viewer.html")
     from scalr_jax import api  # starts JAX
 
-    use_cache(FLAGS.cache)
-    model = api.load(**model_arguments(FLAGS))
+    command_line.use_cache(FLAGS.cache)
+    model = api.load(**command_line.model_arguments(FLAGS))
     frame, label_names = open_frame(output)
     for text in model.check(scan_inputs.student_points(frame)).values():
         print(f"warning: {frame.name}: {text}", file=sys.stderr)
@@ -263,11 +254,11 @@ def run(arguments: list[str]) -> None:
     try:
         drawn = visualize(model, frame, output, label_names=label_names, query=query, **options)
     except InputError as error:
-        raise InputError(named(frame.name, error)) from error
+        raise InputError(command_line.named(frame.name, error)) from error
     print(f"{output}: {', '.join(path.name for path in drawn)}")
 
 
 def main(arguments: list[str]) -> None:
     """`run`, with exit codes."""
-    with exit_codes():
+    with command_line.exit_codes():
         run(arguments)
