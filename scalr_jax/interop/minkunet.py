@@ -15,6 +15,7 @@ same) and of SPVNAS (MIT) and OpenPCSeg.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from scalr_jax.models.minkunet import BLOCKS, scaled_widths
 from scalr_jax.ops.voxels import NEIGHBORS
 from scalr_jax.runtime.errors import InputError
 
-CHILDREN = tuple((x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1))
+CHILDREN = tuple(itertools.product((0, 1), repeat=3))
 PUBLISHED_FEATURES = {  # by layout and number
     ("minkowski", 1): ("intensity",),  # SLidR
     ("torchsparse", 3): ("x", "y", "z"),  # OpenPCSeg, the one of coordinates alone
@@ -37,14 +38,6 @@ PUBLISHED_FEATURES = {  # by layout and number
 INTENSITY = (0.0, 1.0)  # the statistics of raw intensities, which all of these take
 _HEADS = ("final.", "classifier.")
 CONTAINERS = ("model_points", "model_point", "state_dict", "model_state", "model")
-
-_THREE = tuple((x, y, z) for z in (-1, 0, 1) for y in (-1, 0, 1) for x in (-1, 0, 1))
-OFFSETS = {  # the published orders, by layout and number of elements
-    ("minkowski", 27): _THREE,
-    ("minkowski", 8): tuple((x, y, z) for z in (0, 1) for y in (0, 1) for x in (0, 1)),
-    ("torchsparse", 27): _THREE,
-    ("torchsparse", 8): CHILDREN,
-}
 
 
 class Names(NamedTuple):
@@ -332,5 +325,7 @@ def _to_ours(array: np.ndarray, row: Weight, layout: str) -> np.ndarray:
 
 def element_order(layout: str, elements: int) -> list[int]:
     """Of each of our kernel elements, 27 or 8, the one of the published kernel with the same offset."""
-    theirs = OFFSETS[layout, elements]
-    return [theirs.index(offset) for offset in (NEIGHBORS if elements == 27 else CHILDREN)]
+    ours = NEIGHBORS if elements == 27 else CHILDREN
+    x_fastest = sorted(ours, key=lambda offset: offset[::-1])
+    theirs = ours if (layout, elements) == ("torchsparse", 8) else x_fastest
+    return [theirs.index(offset) for offset in ours]
