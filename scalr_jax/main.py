@@ -57,8 +57,8 @@ def perform(settings: Settings, workdir: Path) -> None:
     from scalr_jax.demo.run import run_demo
     from scalr_jax.demo.teacher import train_teacher
 
-    functions = {f.__name__: f for f in (tasks.distill, tasks.probe, tasks.finetune, tasks.evaluate, tasks.robustness)}
-    functions |= {"demo": run_demo, "teacher": train_teacher}
+    named = (tasks.distill, tasks.probe, tasks.finetune, tasks.evaluate, tasks.robustness)
+    functions: dict = {**{f.__name__: f for f in named}, "demo": run_demo, "teacher": train_teacher}
     functions[settings.run.task](settings, workdir)
 
 

@@ -73,7 +73,7 @@ def distillation(settings: Settings, teacher: tuple[ViTConfig, Any] | None = Non
     """The distillation of `config.teacher`, or of (architecture, parameters or their shapes)."""
     teacher = teacher or make_teacher(settings.teacher, settings.data.image_size, sharding.platform())
     student = student_of(settings, "distill", teacher[0].width)
-    options = {"seed": settings.run.seed, "batch_size": settings.optimizer.batch_size}
+    options: dict = {"seed": settings.run.seed, "batch_size": settings.optimizer.batch_size}
     step = partial(steps.make_distill_step, student, teacher[0], which=settings.teacher.feature, **options)
     return Task("distill", "distill", student, None, step, teacher[1])
 
@@ -88,7 +88,7 @@ def segmentation(settings: Settings, num_classes: int, *, label: str, frozen: bo
         student = student.clone(backbone=CachedFeatures(student.backbone, shapes))
     scene_task = "features" if isinstance(student.backbone, CachedFeatures) else "segment"
     trainable = ("head",) if frozen else None
-    options = {"seed": settings.run.seed, "batch_size": settings.optimizer.batch_size, "trainable": trainable}
+    options: dict = {"seed": settings.run.seed, "batch_size": settings.optimizer.batch_size, "trainable": trainable}
     step = partial(steps.make_segment_step, student, **options)
     return Task(label, scene_task, student, trainable, step, None, initial, num_classes, fixed)
 
@@ -262,8 +262,9 @@ def _segment(settings: Settings, workdir: Path, *, label: str, frozen: bool, ini
         save_settings(settings, workdir, student, dataset)
         if isinstance(student.backbone, CachedFeatures) and initial is not None:
             student = student.clone(backbone=student.backbone.backbone)
-            options = {"key": cache_key(record_of(settings), dataset, initial), "dtype": settings.probe.cache_dtype}
-            dataset = make_cache(settings.training, student, workdir / "features", dataset, initial, **options)
+            key, dtype = cache_key(record_of(settings), dataset, initial), settings.probe.cache_dtype
+            cache = workdir / "features", dataset, initial
+            dataset = make_cache(settings.training, student, *cache, key=key, dtype=dtype)
         state = train(settings.training, workdir, dataset, task)
         return _report(settings, workdir, validation, student, variables_of(state), label=label)
 

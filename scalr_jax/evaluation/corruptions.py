@@ -198,7 +198,7 @@ class Corrupted(Derived):
         points = clear.points.astype(np.float64)
         points[:, :3] = points[:, :3] @ turn.T + shift
         labels = clear.labels if clear.labels is not None else np.full(len(points), IGNORE, np.uint8)
-        about = {"name": self.dataset.name(index), "sensor": self.dataset.sensor(index), "beams": clear.beams}
+        about: dict = {"name": self.dataset.name(index), "sensor": self.dataset.sensor(index), "beams": clear.beams}
         points, labels = corrupt(points, labels, self.corruption, self.severity, class_names=self.class_names, **about)
         points[:, :3] = (points[:, :3] - shift) @ np.linalg.inv(turn).T
         return Frame(self.name(index), points.astype(clear.points.dtype), clear.to_ego, labels=labels)

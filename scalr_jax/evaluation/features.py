@@ -44,7 +44,7 @@ FREE_MODEL = ("segmentation_head", "head_hidden", "drop_path", "remat", "num_cla
 def make_pipeline(settings: TrainSettings, needs: SceneNeeds, dataset: Dataset, mesh: Mesh) -> Pipeline:
     """Every scene of `dataset` once, as in every epoch of a probe on fixed scenes."""
     scenes = scene_settings(settings.data, needs, task="segment", train=True, fixed=True)
-    shards = {"num_shards": mesh.size, "shards": sharding.local_shards(mesh)}
+    shards: dict = {"num_shards": mesh.size, "shards": sharding.local_shards(mesh)}
     workers = settings.data.num_workers
     return Pipeline(dataset, scenes, seed=settings.run.seed, epochs=1, num_workers=workers, **shards)
 

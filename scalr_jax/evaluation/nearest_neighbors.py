@@ -45,7 +45,7 @@ class NearestNeighbors(NamedTuple):
 
     def apply(self, variables: Variables, batch: Batch, *, train: bool) -> Array:
         features = self.student.apply(variables["backbone"], batch, train=train)
-        options = {"num_neighbors": self.num_neighbors, "temperature": self.temperature}
+        options: dict = {"num_neighbors": self.num_neighbors, "temperature": self.temperature}
         found = votes(features, variables["bank"], variables["labels"], num_classes=self.num_classes, **options)
         return jnp.log(jnp.maximum(found, SMALLEST))
 

@@ -130,8 +130,8 @@ class Evaluator:
             yield from ballot.close()
 
     def _pipeline(self, dataset: Dataset) -> Pipeline:
-        shards = {"num_shards": self._mesh.size, "shards": sharding.local_shards(self._mesh)}
-        options = {"seed": self._seed, "num_workers": self._data.num_workers, "votes": self.votes}
+        shards: dict = {"num_shards": self._mesh.size, "shards": sharding.local_shards(self._mesh)}
+        options: dict = {"seed": self._seed, "num_workers": self._data.num_workers, "votes": self.votes}
         return Pipeline(dataset, self._settings, epochs=1, **shards, **options)
 
     def _choose_capacities(self, sample: Sequence[SceneView]) -> Capacities:

@@ -49,7 +49,7 @@ def start(
     """
     given = {"--coordinator_address": address, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
-    limits = {"initialization_timeout": connect_seconds, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    limits: dict = {"initialization_timeout": connect_seconds, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     where = "" if address is None else f" at {address}"
     _at_abort(
         2,

@@ -123,8 +123,8 @@ def _make_pipeline(
     scenes = scene_settings(settings.data, task.student.needs, task=task.scene_task, train=True, fixed=task.fixed)
     if task.num_classes and not isinstance(dataset, FinishedScenes):
         scenes = dataclasses.replace(scenes, mixing=make_mixing(settings.data, dataset, workdir / "instances"))
-    shards = {"num_shards": mesh.size, "shards": sharding.local_shards(mesh)}
-    options = {"num_workers": settings.data.num_workers, "scenes_per_step": settings.data.scenes_per_step or None}
+    shards: dict = {"num_shards": mesh.size, "shards": sharding.local_shards(mesh)}
+    options: dict = {"num_workers": settings.data.num_workers, "scenes_per_step": settings.data.scenes_per_step or None}
     return Pipeline(dataset, scenes, seed=settings.run.seed, **shards, **options)
 
 

@@ -250,7 +250,7 @@ def run(arguments: list[str]) -> None:
     frame, label_names = open_frame(output)
     for text in model.check(scan_inputs.student_points(frame)).values():
         print(f"warning: {frame.name}: {text}", file=sys.stderr)
-    options = {"what": FLAGS.what, "num_queries": FLAGS.num_queries, "max_points": FLAGS.max_points}
+    options: dict = {"what": FLAGS.what, "num_queries": FLAGS.num_queries, "max_points": FLAGS.max_points}
     try:
         drawn = visualize(model, frame, output, label_names=label_names, query=query, **options)
     except InputError as error:

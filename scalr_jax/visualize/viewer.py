@@ -156,7 +156,7 @@ def _points(points: np.ndarray, marker: dict, **options: object) -> dict:
 def _values(points: np.ndarray, values: np.ndarray, label: str, limits: np.ndarray) -> dict:
     """Points by a number each [n], with a colour bar from limits[0] to limits[1]."""
     bar = {"title": {"text": label, "side": "right"}, "len": 0.6, "thickness": 16}
-    marker = {"color": values.astype(np.float32), "colorscale": "Turbo", "showscale": True, "colorbar": bar}
+    marker: dict = {"color": values.astype(np.float32), "colorscale": "Turbo", "showscale": True, "colorbar": bar}
     marker |= {"cmin": float(limits[0]), "cmax": float(max(limits[1], limits[0] + 1e-6))}
     hover = f"{label} %{{marker.color:.3g}}<br>x %{{x:.1f}} m, y %{{y:.1f}} m, z %{{z:.1f}} m<extra></extra>"
     return _points(points, marker, hovertemplate=hover)
@@ -180,7 +180,7 @@ def _layout(title: str, modes: dict[str, list[dict]], visible: list[list[bool]],
     axis = {"gridcolor": "#3a4252", "zerolinecolor": "#3a4252", "showbackground": False, "color": "#c9d1d9"}
     update = {"method": "update"}
     buttons = [{"label": name, **update, "args": [{"visible": on}]} for name, on in zip(modes, visible, strict=True)]
-    menu = {"type": "buttons", "direction": "right", "buttons": buttons, "bgcolor": "#d7dce3"}
+    menu: dict = {"type": "buttons", "direction": "right", "buttons": buttons, "bgcolor": "#d7dce3"}
     menu |= {"x": 0.01, "y": 0.99, "xanchor": "left", "yanchor": "top", "font": {"color": "#10141c"}}
     note = f"{number:,} points. Drag to turn, scroll to zoom, click a point: similarity to it"
     return {
