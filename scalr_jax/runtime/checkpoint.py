@@ -57,11 +57,8 @@ class Checkpoints:
         errors = []
         for found in sorted(self._checkpointer.checkpoints, key=lambda c: -c.step):
             try:
-                there, now = (
-                    _metadata(self._checkpointer, found.step)["positions"].shape[0],
-                    abstract_positions.shape[0],
-                )
-                if there != now:
+                there = _metadata(self._checkpointer, found.step)["positions"].shape[0]
+                if there != (now := abstract_positions.shape[0]):
                     raise InputError(
                         f"{self._checkpointer.directory} is of a run with {there} data shards (devices), and here are "
                         f"{now}: the order of the scenes depends on their number; resume on as many, or give another "

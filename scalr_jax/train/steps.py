@@ -101,10 +101,8 @@ def _make_step(
         num_scenes = jnp.sum(batch.scene_points > 0, dtype=jnp.int32)
         metrics = {"loss": loss, "learning_rate": learning_rate, "gradient_norm": optax.tree.norm(gradients)}
         metrics |= {"points": batch.scene_points.sum(), "scenes": num_scenes, **extra}
-        counts = {"step": state.step + 1, "scenes_seen": state.scenes_seen + num_scenes}
-        return dataclasses.replace(
-            state, params=params, batch_stats=batch_stats, opt_state=opt_state, **counts
-        ), metrics
+        state = dataclasses.replace(state, step=state.step + 1, scenes_seen=state.scenes_seen + num_scenes)
+        return dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state), metrics
 
     return step
 
