@@ -148,7 +148,8 @@ def make_cache(
     missing = each_scene(settings, student, dataset, variables, skip=lambda n: cache.path(n).exists())
     for scene, features in missing:
         number, path = scene.stream_index, cache.path(scene.stream_index)
-        for target, array in ((path.with_suffix(".labels.npy"), scene.labels), (path, features.astype(dtype))):
+        arrays = {path.with_suffix(".labels.npy"): np.asarray(scene.labels), path: features.astype(dtype)}
+        for target, array in arrays.items():
             with written_whole(target) as file:
                 np.save(file, array, allow_pickle=False)
         progress.add(f"features: scene {number + 1} of {len(cache)}", (len(cache) - number) / jax.process_count())
