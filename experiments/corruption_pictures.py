@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from scalr_jax.config import CORRUPTIONS, SEVERITIES
 from scalr_jax.data.scenes import IGNORE
-from scalr_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corrupted, check_corruption
+from scalr_jax.evaluation.corruptions import Corrupted, check_corruption
 from scalr_jax.figures.pictures import BACKGROUND, color_labels, top_view_box
 from scalr_jax.runtime.command_line import exit_codes
 from scalr_jax.runtime.storage import written_whole

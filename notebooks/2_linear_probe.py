@@ -148,11 +148,11 @@ for name, ((features, labels), (unseen, _)) in cache.items():
 
 # %%
 from IPython.display import Markdown
-from scalr_jax.evaluation import metrics
+from scalr_jax.evaluation.report import confusion_matrix, intersection_over_union
 
 truth = cache["distilled"][1][1]
 iou = {
-    name: metrics.intersection_over_union(metrics.confusion_matrix(truth, rows, num_classes))
+    name: intersection_over_union(confusion_matrix(truth, rows, num_classes))
     for name, rows in predictions.items()
 }
 miou = {name: np.nanmean(values) for name, values in iou.items()}

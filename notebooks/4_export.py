@@ -102,10 +102,11 @@ print(f"largest difference {np.abs(onnx_features - wanted).max():.1e}, largest v
 # %%
 from IPython.display import Image
 from scalr_jax.figures.colors import color_by_axes, fit_color_axes
-from scalr_jax.figures.pictures import draw_top_view
+from scalr_jax.figures.pictures import Panel, draw_panels
 
 colors = color_by_axes(onnx_features, fit_color_axes(onnx_features))
-draw_top_view(Path("runs/notebooks/onnx.png"), points[:, :3], "Features from onnxruntime, as colours", colors=colors)
+title = "Features from onnxruntime, as colours"
+draw_panels(Path("runs/notebooks/onnx.png"), points[:, :3], title, [Panel("", colors)])
 Image("runs/notebooks/onnx.png", width=600)
 
 # %% [markdown]

@@ -164,19 +164,13 @@ def _load_published(path: Path, sensor: str | None, given: Mapping, activation: 
         raise InputError(f"{path} does not say its sensor; give sensor= (one of {known}), or {arguments}")
     if sensor is not None and found.unsaid and sensor not in sensors.INTENSITY:
         raise InputError(f"sensor = {sensor!r} is none of {known}")
-    settings["class_names"] = _class_names(sensor or "", settings)
+    segments = settings["head"] in SEGMENTATION_HEADS
+    settings["class_names"] = known_classes(sensor or "", settings["out_features"]) if segments else ()
     if sensor is not None and "intensity" in missing:
         settings["intensity"] = sensors.INTENSITY[sensor]
     if sensor is not None and {"field_of_view", "grids"} & set(missing):
         settings["field_of_view"], settings["grids"] = sensors.published_view(sensor, settings)
     return settings, found.variables
-
-
-def _class_names(dataset: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of a segmentation model's classes: those of its dataset; () when it has another number of them."""
-    if settings["head"] not in SEGMENTATION_HEADS:
-        return ()
-    return known_classes(dataset, settings["out_features"])
 
 
 def _checked(settings: dict) -> ConfigDict:

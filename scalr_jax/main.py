@@ -46,11 +46,6 @@ def parse(arguments: list[str]) -> list[str]:
     return arguments[:1]
 
 
-def set_deterministic() -> None:
-    """XLA reads its flags when the first device is used."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-
-
 def run(config: ConfigDict, workdir: Path) -> None:
     """Checks the whole config, and does what `config.task` says. Raises `InputError`."""
     perform(read_settings(config), workdir)
@@ -62,15 +57,8 @@ def perform(settings: Settings, workdir: Path) -> None:
     from scalr_jax.demo.run import run_demo
     from scalr_jax.demo.teacher import train_teacher
 
-    functions = {
-        "distill": tasks.distill,
-        "probe": tasks.probe,
-        "finetune": tasks.finetune,
-        "evaluate": tasks.evaluate,
-        "robustness": tasks.robustness,
-        "demo": run_demo,
-        "teacher": train_teacher,
-    }
+    named = (tasks.distill, tasks.probe, tasks.finetune, tasks.evaluate, tasks.robustness)
+    functions: dict = {**{f.__name__: f for f in named}, "demo": run_demo, "teacher": train_teacher}
     functions[settings.run.task](settings, workdir)
 
 
@@ -80,7 +68,8 @@ def main(_: list[str]) -> None:
     with exit_codes():
         settings = read_settings(CONFIG.value)
     if settings.run.deterministic:
-        set_deterministic()
+        flags_before = os.environ.get("XLA_FLAGS", "")  # XLA reads them when the first device is used
+        os.environ["XLA_FLAGS"] = f"{flags_before} --xla_gpu_deterministic_ops=true".strip()
     import jax
 
     from scalr_jax.runtime import distributed

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 from scalr_jax.config import Config, get_config
-from scalr_jax.data.sensors import PANDARGT_FINETUNING, PANDASET_DOWNSTREAM, WAFFLEIRON, View
+from scalr_jax.data.sensors import PANDARGT_FINETUNING, PANDASET_DOWNSTREAM, WAFFLEIRON
 from scalr_jax.runtime.errors import InputError
 
 # Frames to train on. Those of PandaSet are the pretraining's: labels exist for the same scenes.
@@ -53,9 +53,8 @@ def pretraining(method: str, channels: int = 768) -> Config:
         config.data.update(image_size=(448, 896), antialias=True)
         config.teacher.position_interpolation = "antialias"  # timm's
         config.model.update(head_hidden=2048, drop_path=0.2)
-        config.optimizer.update(
-            schedule="rsqrt", warmup_share=1 / 65, timescale_share=0.45 / 65, cooldown_start_share=63 / 65
-        )
+        shares = {"warmup_share": 1 / 65, "timescale_share": 0.45 / 65, "cooldown_start_share": 63 / 65}
+        config.optimizer.update(schedule="rsqrt", **shares)
     return config
 
 
@@ -64,13 +63,8 @@ def packed(config: Config, num_shards: int) -> Config:
     scenes = config.num_steps * BATCH_SIZE
     config.optimizer.total_updates = config.num_steps
     config.num_steps = math.ceil(scenes / (PACK_MEAN * num_shards))
-    config.data.update(
-        scenes_per_step=0,
-        points_per_shard=PACK_POINTS,
-        scenes_per_shard=PACK_SCENES,
-        cells_per_shard=PACK_CELLS,
-        halo_per_shard=PACK_HALO,
-    )
+    config.data.update(scenes_per_step=0, points_per_shard=PACK_POINTS, scenes_per_shard=PACK_SCENES)
+    config.data.update(cells_per_shard=PACK_CELLS, halo_per_shard=PACK_HALO)
     return config
 
 
@@ -93,7 +87,7 @@ def probing(dataset: str, method: str) -> Config:
     config.task, config.checkpoint = "probe", "CHECKPOINT"
     _dataset(config, dataset)
     if dataset.startswith("pandar"):
-        _view(config, PANDASET_DOWNSTREAM)
+        config.model.update(PANDASET_DOWNSTREAM._asdict())
     _batch(config, BATCH_SIZE, TURN_CELLS, TURN_HALO)
     _epochs(config, 50 if dataset.startswith("pandar") else 20, TRAIN_FRAMES[dataset], warmup=2)
     final = 1e-5 if method == "scalr" else 0.0
@@ -104,11 +98,8 @@ def probing(dataset: str, method: str) -> Config:
 def finetuning_share(dataset: str, argument: str) -> Config:
     """`finetuning` by what stands after a config file's colon: a method, a percentage, or both with a comma."""
     method, percent = "scalr", "100"
-    for part in argument.split(","):
-        if part.strip().isdecimal():
-            percent = part.strip()
-        else:
-            method = part.strip()
+    for part in map(str.strip, argument.split(",")):
+        method, percent = (method, part) if part.isdecimal() else (part, percent)
     if int(percent) < 1 or 100 % int(percent):
         raise InputError(f"{percent} % of the labels: give a share of 100/n %, as 1, 5, 10, 25 or 100")
     return finetuning(dataset, method, int(percent))
@@ -120,7 +111,7 @@ def finetuning(dataset: str, method: str, percent: int = 100) -> Config:
     config.task, config.checkpoint = "finetune", "CHECKPOINT"  # to be given: from "" it would begin at random weights
     _dataset(config, dataset)
     if dataset.startswith("pandar"):
-        _view(config, PANDARGT_FINETUNING if dataset == "pandargt" else PANDASET_DOWNSTREAM)
+        config.model.update((PANDARGT_FINETUNING if dataset == "pandargt" else PANDASET_DOWNSTREAM)._asdict())
     _batch(config, BATCH_SIZE, TURN_CELLS, TURN_HALO)
     config.data.label_fraction = percent / 100
     frames = -(-TRAIN_FRAMES[dataset] * percent // 100)
@@ -141,7 +132,7 @@ def waffleiron(dataset: str, channels: int) -> Config:
     config = get_config()
     config.task = "finetune"
     _dataset(config, dataset)
-    _view(config, WAFFLEIRON[dataset])
+    config.model.update(WAFFLEIRON[dataset]._asdict())
     _batch(config, 4, TURN_CELLS, TURN_HALO)
     _epochs(config, 45, TRAIN_FRAMES[dataset], warmup=4, batch_size=4)
     config.model.update(channels=channels, norm="batch", activation="relu", drop_path=0.2, segmentation_head="linear")
@@ -169,20 +160,12 @@ def _dataset(config: Config, dataset: str) -> None:
         config.data.dataset = dataset
 
 
-def _view(config: Config, view: View) -> None:
-    config.model.update(field_of_view=view.field_of_view, grids=view.grids)
-
-
 def _batch(config: Config, size: int, cells: tuple[int, ...], halo: tuple[int, ...]) -> None:
     """Exactly `size` scenes a step, with room for as many of the largest."""
-    config.data.update(
-        max_points=MAX_POINTS,
-        scenes_per_step=size,
-        scenes_per_shard=size,
-        points_per_shard=size * MAX_POINTS,
-        cells_per_shard=tuple(size * count for count in cells),
-        halo_per_shard=tuple(size * count for count in halo),
-        num_workers=12,
+    config.data.update(max_points=MAX_POINTS, scenes_per_step=size, scenes_per_shard=size, num_workers=12)
+    config.data.points_per_shard = size * MAX_POINTS
+    config.data.cells_per_shard, config.data.halo_per_shard = (
+        tuple(size * n for n in table) for table in (cells, halo)
     )
     config.optimizer.batch_size = size
     config.model.remat = "group"

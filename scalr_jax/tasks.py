@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,7 @@ from scalr_jax.evaluation.nearest_neighbors import nearest_neighbors
 from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.evaluation.submission import Submission
 from scalr_jax.evaluation.zero_shot import Images, zero_shot
-from scalr_jax.figures.charts import draw_confusion, draw_robustness
-from scalr_jax.figures.curves import draw_loss
+from scalr_jax.figures.charts import draw_confusion, draw_loss, draw_robustness
 from scalr_jax.interop.published import read_published
 from scalr_jax.interop.saved import Saved, read_saved, write_settings
 from scalr_jax.interop.teacher import make_teacher
@@ -40,7 +40,8 @@ from scalr_jax.runtime import sharding
 from scalr_jax.runtime import workdir as workdirs
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import flatten, write_json
-from scalr_jax.train.loop import Task, distillation_task, segmentation_task, train
+from scalr_jax.train import steps
+from scalr_jax.train.loop import Task, train
 from scalr_jax.train.state import TrainState, variables_of
 
 # ---- what every task needs
@@ -72,7 +73,9 @@ def distillation(settings: Settings, teacher: tuple[ViTConfig, Any] | None = Non
     """The distillation of `config.teacher`, or of (architecture, parameters or their shapes)."""
     teacher = teacher or make_teacher(settings.teacher, settings.data.image_size, sharding.platform())
     student = student_of(settings, "distill", teacher[0].width)
-    return distillation_task(settings.training, student, teacher, settings.teacher.feature)
+    options: dict = {"seed": settings.run.seed, "batch_size": settings.optimizer.batch_size}
+    step = partial(steps.make_distill_step, student, teacher[0], which=settings.teacher.feature, **options)
+    return Task("distill", "distill", student, None, step, teacher[1])
 
 
 def segmentation(settings: Settings, num_classes: int, *, label: str, frozen: bool, initial: Variables | None) -> Task:
@@ -83,9 +86,11 @@ def segmentation(settings: Settings, num_classes: int, *, label: str, frozen: bo
     if frozen and initial is not None and settings.probe.features == "cached":
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), without_head(initial))
         student = student.clone(backbone=CachedFeatures(student.backbone, shapes))
-    return segmentation_task(
-        settings.training, student, label=label, num_classes=num_classes, initial=initial, fixed=fixed
-    )
+    scene_task = "features" if isinstance(student.backbone, CachedFeatures) else "segment"
+    trainable = ("head",) if frozen else None
+    options: dict = {"seed": settings.run.seed, "batch_size": settings.optimizer.batch_size, "trainable": trainable}
+    step = partial(steps.make_segment_step, student, **options)
+    return Task(label, scene_task, student, trainable, step, None, initial, num_classes, fixed)
 
 
 def num_classes_of(settings: Settings, dataset: Dataset) -> int:
@@ -97,12 +102,6 @@ def num_classes_of(settings: Settings, dataset: Dataset) -> int:
             "leave it out"
         )
     return number
-
-
-def last_metrics(workdir: Path) -> dict:
-    """The last line of metrics.jsonl that belongs to a step."""
-    lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "train/loss" in line][-1]
 
 
 # ---- the checkpoint to start from
@@ -128,9 +127,8 @@ def load_backbone(settings: Settings) -> Saved:
     there, here = flatten(saved.settings), flatten(dataclasses.asdict(settings.model))
     found = [(key, there.get(key), here[key]) for key in keys]
     wrong = [f"{key} is {a} there, {b} in config.model" for key, a, b in found if a not in (None, b)]
-    for key, value in inputs.items():
-        if value != getattr(settings.data, key):
-            wrong.append(f"{key} is {value} there, {getattr(settings.data, key)} in config.data")
+    data = [(key, a, getattr(settings.data, key)) for key, a in inputs.items()]
+    wrong += [f"{key} is {a} there, {b} in config.data" for key, a, b in data if a != b]
     if wrong:
         raise InputError(f"{path} holds another student: {'; '.join(wrong)}; set these keys as they are there")
     return saved
@@ -184,7 +182,8 @@ def distill(settings: Settings, workdir: Path) -> TrainState:
         save_settings(settings, workdir, task.student, dataset)
         state = train(settings.training, workdir, dataset, task)
         if jax.process_index() == 0:
-            write_json(workdir / "results.json", last_metrics(workdir))
+            lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+            write_json(workdir / "results.json", [line for line in lines if "train/loss" in line][-1])
             draw_loss(workdir)
     return state
 
@@ -205,10 +204,8 @@ def probe(settings: Settings, workdir: Path) -> dict:
         validation = open_dataset(settings, workdir, "validation")
         num_classes = num_classes_of(settings, dataset)
         if settings.probe.method == "knn":
-            student = student_of(settings, "none", 0)
-            classifier, variables = nearest_neighbors(
-                settings.probe, settings.training, student, dataset, saved.variables, num_classes
-            )
+            data = student_of(settings, "none", 0), dataset, saved.variables, num_classes
+            classifier, variables = nearest_neighbors(settings.probe, settings.training, *data)
         else:
             classifier, variables = _zero_shot(settings, dataset, saved.variables)
         return _report(settings, workdir, validation, classifier, variables, label=settings.probe.method)
@@ -265,11 +262,9 @@ def _segment(settings: Settings, workdir: Path, *, label: str, frozen: bool, ini
         save_settings(settings, workdir, student, dataset)
         if isinstance(student.backbone, CachedFeatures) and initial is not None:
             student = student.clone(backbone=student.backbone.backbone)
-            key = cache_key(record_of(settings), dataset, initial)
-            dtype = settings.probe.cache_dtype
-            dataset = make_cache(
-                settings.training, student, workdir / "features", dataset, initial, key=key, dtype=dtype
-            )
+            key, dtype = cache_key(record_of(settings), dataset, initial), settings.probe.cache_dtype
+            cache = workdir / "features", dataset, initial
+            dataset = make_cache(settings.training, student, *cache, key=key, dtype=dtype)
         state = train(settings.training, workdir, dataset, task)
         return _report(settings, workdir, validation, student, variables_of(state), label=label)
 

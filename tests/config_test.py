@@ -40,8 +40,7 @@ def test_the_documentation_is_the_table():
 def test_choices_are_those_of_the_code():
     assert (*STREETS, *PANDASET) == table.SENSORS
     assert tuple(BACKBONES) == table.BACKBONES
-    assert corruptions.CORRUPTIONS == table.CORRUPTIONS
-    assert corruptions.SEVERITIES == table.SEVERITIES
+    assert (*corruptions.WEATHER, *corruptions.OTHERS) == table.CORRUPTIONS
     rows = {row.name: row for row in all_keys()}
     assert all(choice in rows["teacher.position_interpolation"].takes for choice in INTERPOLATIONS)
 

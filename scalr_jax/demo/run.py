@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -26,8 +25,8 @@ from scalr_jax.data.packing import choose_capacities, derive_capacities, pack_sh
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.scenes import Dataset, Frame, SceneView
 from scalr_jax.evaluation.report import results_of
+from scalr_jax.figures.charts import draw_loss, read_curve
 from scalr_jax.figures.colors import cosine_similarity
-from scalr_jax.figures.curves import draw_loss, read_curve
 from scalr_jax.figures.pictures import Panel, draw_with_image
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.storage import write_json
@@ -72,17 +71,14 @@ def run_demo(settings: Settings, workdir: Path) -> dict:
         supervised[rate] = segment(f"supervised_{rate:g}", part, frozen=False, initial=None)
     best = max(supervised, key=lambda rate: supervised[rate]["miou"])
 
+    parts = {"random": results_random, "distilled": results_distilled, "supervised": supervised[best]}
     results = {
-        "miou_random": results_random["miou"],
-        "miou_distilled": results_distilled["miou"],
-        "miou_supervised": supervised[best]["miou"],
+        **{f"miou_{name}": part["miou"] for name, part in parts.items()},
         "supervised_learning_rate": best,
-        "gap_closed": gap_closed(results_random["miou"], results_distilled["miou"], supervised[best]["miou"]),
+        "gap_closed": gap_closed(*(part["miou"] for part in parts.values())),
         "seconds": add_seconds(workdir, time.monotonic() - started),
-        "points_per_s": _points_per_second(workdir / "distill"),
-        "iou_random": results_random["iou"],
-        "iou_distilled": results_distilled["iou"],
-        "iou_supervised": supervised[best]["iou"],
+        "points_per_s": float(np.median(read_curve(workdir / "distill", "train/points_per_s")[1])),
+        **{f"iou_{name}": part["iou"] for name, part in parts.items()},
     }
     write_json(workdir / "results.json", results)
     draw_loss(workdir / "distill", workdir / "figures" / "loss.png")
@@ -122,13 +118,8 @@ def part_settings(settings: Settings, task: str) -> Settings:
     run = replace(settings.run, task=task)
     if task == "distill":
         return replace(settings, run=run)
-    data = replace(
-        settings.data,
-        points_per_shard=demo.segment_points_per_shard,
-        scenes_per_shard=demo.segment_scenes_per_shard,
-        max_points=demo.segment_max_points,
-        augmentation="consistent",
-    )
+    sizes = {"points_per_shard": demo.segment_points_per_shard, "scenes_per_shard": demo.segment_scenes_per_shard}
+    data = replace(settings.data, max_points=demo.segment_max_points, augmentation="consistent", **sizes)
     optimizer = replace(settings.optimizer, weight_decay=0.003)
     if task == "probe":
         run = replace(run, num_steps=demo.probe_steps)
@@ -172,11 +163,14 @@ def draw_correlations(
     drawn: list[Path] = []
     order = pipeline.order()
     for index in range(len(dataset)):
-        scene, labels = order[index], dataset.frame(index, np.random.default_rng(0))
-        query = _query_point(scene, labels, car)
+        scene = order[index]
+        query = _query_point(scene, dataset.frame(index, np.random.default_rng(0)), car)
         if query is None:
             continue
-        features = _features(apply, variables, scene, data.points_per_shard, student.needs.grids)
+        capacities = derive_capacities([scene], points=data.points_per_shard, scenes=1)
+        batch = pack_shard([scene], capacities, scene, student.needs.grids)
+        batch = jax.tree.map(lambda x: jax.numpy.asarray(x)[None], batch)
+        features = np.asarray(apply(variables, batch))[0, : len(scene.feats)]
         panel = Panel("top view", cosine_similarity(features, query), label="cosine similarity to the star")
         title = "distilled student, unseen street: similarity to one point on a car"
         xyz, everywhere = scene.feats[:, 1:4], np.ones(len(scene.feats), bool)
@@ -203,18 +197,6 @@ def _query_point(scene: SceneView, frame: Frame, car: int) -> int | None:
     own = np.linalg.norm(xyz[:, None] - near[None], axis=-1).min(axis=1) < 0.15  # on the car itself
     distance = np.linalg.norm(xyz - middle, axis=1) + np.where(own, 0.0, 1e3)
     return int(distance.argmin())
-
-
-def _features(apply: Callable, variables: Variables, scene: SceneView, points: int, grids: tuple) -> np.ndarray:
-    """The student's output [N, C] for one scene alone."""
-    capacities = derive_capacities([scene], points=points, scenes=1)
-    batch = jax.tree.map(lambda x: jax.numpy.asarray(x)[None], pack_shard([scene], capacities, scene, grids))
-    return np.asarray(apply(variables, batch))[0, : len(scene.feats)]
-
-
-def _points_per_second(workdir: Path) -> float:
-    """Median of the logged rates of the distillation."""
-    return float(np.median(read_curve(workdir, "train/points_per_s")[1]))
 
 
 def add_seconds(workdir: Path, seconds: float) -> float:

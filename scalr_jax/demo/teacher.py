@@ -37,19 +37,11 @@ Array = jax.Array
 # Targets that are cut into bins, with the bins' inner edges. Lengths in metres; sizes and depth in equal ratios.
 SIZE_EDGES = np.geomspace(0.12, 20.0, 27)
 EDGES = {
-    "length": SIZE_EDGES,
-    "width": SIZE_EDGES,
-    "tallness": SIZE_EDGES,
+    **dict.fromkeys(("length", "width", "tallness"), SIZE_EDGES),
     "height": np.array([0.05, 0.1, 0.15, 0.3, 0.6, 0.9, 1.2, 1.5, 1.8, 2.2, 2.7, 3.3, 4.0, 5.0, 7.0, 10.0]),
     "depth": np.geomspace(2.0, 50.0, 15),
 }
 CONTINUOUS = {"normal": 3, "albedo": 3, "offset": 3}
-
-
-# ---- the packaged file
-
-
-# ---- training
 
 
 def train_teacher(settings: Settings, workdir: Path) -> Path:
@@ -74,10 +66,8 @@ def train_teacher(settings: Settings, workdir: Path) -> Path:
 
     # The step.
     schedule: Any = make_schedule(adam, run.num_steps)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(training.max_gradient),
-        optax.adamw(schedule, adam.beta1, adam.beta2, weight_decay=adam.weight_decay),
-    )
+    adamw = optax.adamw(schedule, adam.beta1, adam.beta2, weight_decay=adam.weight_decay)
+    optimizer = optax.chain(optax.clip_by_global_norm(training.max_gradient), adamw)
     weights = dataclasses.asdict(training.weights)
 
     @jax.jit
@@ -89,7 +79,6 @@ def train_teacher(settings: Settings, workdir: Path) -> Path:
     # The loop.
     moments = optimizer.init(state)
     rng = np.random.default_rng(run.seed)
-    workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "metrics.jsonl").open("w") as log:
         for n in range(1, run.num_steps + 1):
             batch = make_batch(views, adam.batch_size, rng)

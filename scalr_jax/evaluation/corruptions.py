@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from scalr_jax.config import CORRUPTIONS, SEVERITIES
 from scalr_jax.data.joined import Derived
 from scalr_jax.data.readers import pandaset
 from scalr_jax.data.scenes import IGNORE, RANDOM, Dataset, Frame
 from scalr_jax.data.streets.sensors import SENSORS as STREETS
 from scalr_jax.evaluation import weather
+from scalr_jax.evaluation.weather import LabelledPoints
 from scalr_jax.runtime.errors import BadFrameError, InputError
-
-CORRUPTIONS = (
-    *("fog", "wet_ground", "snow", "motion_blur", "beam_missing", "crosstalk"),
-    *("incomplete_echo", "cross_sensor"),
-)
-SEVERITIES = ("light", "moderate", "heavy")
 
 BLUR = (0.20, 0.25, 0.30)  # metres
 MISSING = (0.25, 0.50, 0.75)  # of the beams: 8, 16, 24 of 32
@@ -61,10 +57,6 @@ class Scan(NamedTuple):
     @property
     def num_beams(self) -> int:
         return len(ELEVATIONS.get(self.sensor, range(UNKNOWN_BEAMS)))
-
-
-LabelledPoints = tuple[np.ndarray, np.ndarray]  # points [M, 4] and their labels [M]
-Corruption = Callable[[Scan, int, np.random.Generator], LabelledPoints]  # level: 0 to 2, light to heavy
 
 
 def check_corruption(corruption: str, severity: str) -> None:
@@ -139,14 +131,8 @@ def cross_sensor(scan: Scan, level: int, rng: np.random.Generator) -> LabelledPo
     return scan.points[kept], scan.labels[kept]
 
 
-def _of_weather(function: Callable[[np.ndarray, np.ndarray, int, np.random.Generator], LabelledPoints]) -> Corruption:
-    return lambda scan, level, rng: function(scan.points, scan.labels, level, rng)
-
-
-FUNCTIONS: dict[str, Corruption] = {
-    **{f.__name__: _of_weather(f) for f in (weather.fog, weather.wet_ground, weather.snow)},
-    **{f.__name__: f for f in (motion_blur, beam_missing, crosstalk, incomplete_echo, cross_sensor)},
-}
+WEATHER = {f.__name__: f for f in (weather.fog, weather.wet_ground, weather.snow)}
+OTHERS = {f.__name__: f for f in (motion_blur, beam_missing, crosstalk, incomplete_echo, cross_sensor)}
 
 
 def corrupt(
@@ -160,19 +146,14 @@ def corrupt(
     beams: np.ndarray | None = None,
     class_names: Sequence[str] = (),
 ) -> LabelledPoints:
-    """A corrupted scan, and the labels of its points.
+    """A corrupted scan: points [M, 4] float64 and their labels [M] uint8.
 
     Args:
-      points: [N, 4]: x, y, z in metres from the sensor (z up), raw intensity.
-      labels: [N] uint8.
-      corruption, severity: of `CORRUPTIONS` and `SEVERITIES`.
+      points, labels: as `Scan` has them.
       name: the frame's; with the corruption and the severity it seeds what is random.
       sensor: which beams there are, a key of `ELEVATIONS`; others are guessed from the scan.
       beams: [N], the beam of each point, 0 the lowest; None: the one of the nearest elevation.
       class_names: of the labels; says which are vehicles.
-
-    Returns:
-      Points [M, 4] float64 and labels [M] uint8.
     """
     check_corruption(corruption, severity)
     points = points.astype(np.float64)
@@ -182,7 +163,10 @@ def corrupt(
         raise BadFrameError(f"{name}: no point of the scan is farther than {NEAREST} m from the sensor")
     rng = np.random.default_rng(zlib.crc32(f"{name}/{corruption}/{severity}".encode()))
     beam = beams_of(points[:, :3], sensor) if beams is None else beams[~near]
-    return FUNCTIONS[corruption](Scan(points, labels, sensor, beam, class_names), SEVERITIES.index(severity), rng)
+    level = SEVERITIES.index(severity)
+    if corruption in WEATHER:
+        return WEATHER[corruption](points, labels, level, rng)
+    return OTHERS[corruption](Scan(points, labels, sensor, beam, class_names), level, rng)
 
 
 class Corrupted(Derived):
@@ -214,15 +198,7 @@ class Corrupted(Derived):
         points = clear.points.astype(np.float64)
         points[:, :3] = points[:, :3] @ turn.T + shift
         labels = clear.labels if clear.labels is not None else np.full(len(points), IGNORE, np.uint8)
-        points, labels = corrupt(
-            points,
-            labels,
-            self.corruption,
-            self.severity,
-            name=self.dataset.name(index),
-            sensor=self.dataset.sensor(index),
-            beams=clear.beams,
-            class_names=self.class_names,
-        )
+        about: dict = {"name": self.dataset.name(index), "sensor": self.dataset.sensor(index), "beams": clear.beams}
+        points, labels = corrupt(points, labels, self.corruption, self.severity, class_names=self.class_names, **about)
         points[:, :3] = (points[:, :3] - shift) @ np.linalg.inv(turn).T
         return Frame(self.name(index), points.astype(clear.points.dtype), clear.to_ego, labels=labels)

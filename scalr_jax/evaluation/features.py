@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from scalr_jax.data.scenes import Batch, Dataset, SceneNeeds, SceneView
 from scalr_jax.models.student import Student, Variables, without_head
 from scalr_jax.runtime import distributed, sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from scalr_jax.runtime.logging import PROGRESS_SECONDS, format_seconds
+from scalr_jax.runtime.logging import Progress
 from scalr_jax.runtime.storage import differences, flatten, read_json, write_json, written_whole
 
 AGAIN = "remove the folder, and the features are computed again"
@@ -43,15 +43,10 @@ FREE_MODEL = ("segmentation_head", "head_hidden", "drop_path", "remat", "num_cla
 
 def make_pipeline(settings: TrainSettings, needs: SceneNeeds, dataset: Dataset, mesh: Mesh) -> Pipeline:
     """Every scene of `dataset` once, as in every epoch of a probe on fixed scenes."""
-    return Pipeline(
-        dataset,
-        scene_settings(settings.data, needs, task="segment", train=True, fixed=True),
-        seed=settings.run.seed,
-        num_shards=mesh.size,
-        shards=sharding.local_shards(mesh),
-        epochs=1,
-        num_workers=settings.data.num_workers,
-    )
+    scenes = scene_settings(settings.data, needs, task="segment", train=True, fixed=True)
+    shards: dict = {"num_shards": mesh.size, "shards": sharding.local_shards(mesh)}
+    workers = settings.data.num_workers
+    return Pipeline(dataset, scenes, seed=settings.run.seed, epochs=1, num_workers=workers, **shards)
 
 
 def each_scene(
@@ -60,16 +55,11 @@ def each_scene(
     dataset: Dataset,
     variables: Variables,
     *,
-    skip: Callable[[int], bool] | None = None,
+    skip: Callable[[int], bool] = lambda scene: False,
 ) -> Iterator[tuple[SceneView, np.ndarray]]:
     """This process's scenes and the backbone's features [N, C] float32 of each.
 
-    Args:
-        settings: packing, workers, mesh and seed.
-        student: of which the backbone is computed.
-        dataset: whose frames.
-        variables: params and batch_stats.
-        skip: each shard starts at its first scene `n` with `skip(n)` false.
+    Each shard starts at its first scene `n` with `skip(n)` false.
     """
     mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp)
     pipeline = make_pipeline(settings, student.needs, dataset, mesh)
@@ -83,25 +73,20 @@ def each_scene(
         return backbone.apply(variables, batch, train=False), (batch.scene_points > 0).sum()
 
     compute = jax.jit(apply, out_shardings=(sharding.batch_sharding(mesh), sharding.replicated(mesh)))
-    positions = [_first(shard, mesh.size, len(dataset), skip) for shard in pipeline.shards]
+    of_shard = (itertools.count(shard, mesh.size) for shard in pipeline.shards)
+    positions = [next(n for n in numbers if n >= len(dataset) or not skip(n)) for numbers in of_shard]
     for item in prefetch(iter(pipeline.steps(capacities, sample[0], positions)), settings.data.prefetch):
         features, num_scenes = compute(variables, sharding.put_batch(item.batch, mesh))
         if int(num_scenes) == 0:  # no process has a scene left
             return
-        features = sharding.local_rows(features)  # [D_local, P, C]
-        for shard, scenes in enumerate(item.scenes):
-            start = 0
-            for scene in scenes:
-                yield scene, features[shard, start : start + len(scene.feats)]
-                start += len(scene.feats)
+        for scenes, rows in zip(item.scenes, sharding.local_rows(features), strict=True):
+            yield from split_rows(scenes, rows)
 
 
-def _first(shard: int, num_shards: int, length: int, skip: Callable[[int], bool] | None) -> int:
-    """The first position of a shard that is not to be skipped."""
-    position = shard
-    while skip is not None and position < length and skip(position):
-        position += num_shards
-    return position
+def split_rows(scenes: Sequence[SceneView], rows: np.ndarray) -> Iterator[tuple[SceneView, np.ndarray]]:
+    """Each scene of a shard and its rows of the shard's [P, ...]."""
+    ends = np.cumsum([len(scene.feats) for scene in scenes], dtype=int)
+    return zip(scenes, np.split(rows, ends)[:-1], strict=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +131,7 @@ def make_cache(
 ) -> FeatureCache:
     """Computes what `folder` lacks of the features of `dataset`, and returns them as a dataset.
 
-    Args:
-        settings, student, dataset, variables: as `each_scene` takes them.
-        folder: of the cache.
-        key: what the features depend on, from `cache_key`.
-        dtype: of the files, "float32" or "float16".
+    `key`, from `cache_key`, is what they depend on; `dtype` of the files is "float32" or "float16".
 
     Raises:
         InputError: the folder holds features of another student or of other scenes, or the disk is too small.
@@ -161,21 +142,17 @@ def make_cache(
         _check_key(folder / "cache.json", key)
         _check_space(settings, student, cache, dataset, dtype)
     distributed.barrier(f"features {folder}")
-    if _is_complete(cache):
+    if read_json(folder / "cache.json", AGAIN).get("scenes") == _count(cache):  # as many as a finished pass wrote
         return cache
-    started = said = time.monotonic()
+    progress = Progress(active=jax.process_index() == 0)
     missing = each_scene(settings, student, dataset, variables, skip=lambda n: cache.path(n).exists())
-    for done, (scene, features) in enumerate(missing, 1):
-        path = cache.path(scene.stream_index)
-        _save(path.with_suffix(".labels.npy"), scene.labels)
-        _save(path, features.astype(dtype))
-        now = time.monotonic()
-        if done == 1:
-            started = now  # the first one waited for the compiler
-        elif now - said > PROGRESS_SECONDS and jax.process_index() == 0:
-            left = (now - started) / (done - 1) * (len(cache) - scene.stream_index) / jax.process_count()
-            print(f"features: scene {scene.stream_index + 1} of {len(cache)}  {format_seconds(left)} left", flush=True)
-            said = now
+    for scene, features in missing:
+        number, path = scene.stream_index, cache.path(scene.stream_index)
+        arrays = {path.with_suffix(".labels.npy"): np.asarray(scene.labels), path: features.astype(dtype)}
+        for target, array in arrays.items():
+            with written_whole(target) as file:
+                np.save(file, array, allow_pickle=False)
+        progress.add(f"features: scene {number + 1} of {len(cache)}", (len(cache) - number) / jax.process_count())
     distributed.barrier(f"computed {folder}")
     if jax.process_index() == 0:
         write_json(folder / "cache.json", {**read_json(folder / "cache.json", AGAIN), "scenes": _count(cache)})
@@ -184,10 +161,7 @@ def make_cache(
 
 
 def cache_key(record: Mapping[str, Any], dataset: Dataset, variables: Variables) -> dict[str, Any]:
-    """What the features depend on: settings by dotted name, the frames, and a checksum of the weights.
-
-    `record`: the config as config.json holds it.
-    """
+    """What the features depend on: settings of the `record` (config.json) by dotted name, frames, weights' checksum."""
     kept = {
         key: value
         for key, value in flatten(record).items()
@@ -243,16 +217,6 @@ def _check_space(settings: TrainSettings, student: Student, cache: FeatureCache,
         )
 
 
-def _is_complete(cache: FeatureCache) -> bool:
-    """Whether a finished pass wrote as many scenes as are there now (bad frames have none)."""
-    return read_json(cache.folder / "cache.json", AGAIN).get("scenes") == _count(cache)
-
-
 def _count(cache: FeatureCache) -> int:
+    """How many scenes have features now; bad frames have none."""
     return sum(not path.name.endswith(".labels.npy") for path in cache.folder.glob("*.npy"))
-
-
-def _save(path: Path, array: Any) -> None:
-    """`path` is either absent or whole."""
-    with written_whole(path) as file:
-        np.save(file, array, allow_pickle=False)

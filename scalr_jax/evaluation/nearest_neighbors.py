@@ -45,14 +45,8 @@ class NearestNeighbors(NamedTuple):
 
     def apply(self, variables: Variables, batch: Batch, *, train: bool) -> Array:
         features = self.student.apply(variables["backbone"], batch, train=train)
-        found = votes(
-            features,
-            variables["bank"],
-            variables["labels"],
-            num_classes=self.num_classes,
-            num_neighbors=self.num_neighbors,
-            temperature=self.temperature,
-        )
+        options: dict = {"num_neighbors": self.num_neighbors, "temperature": self.temperature}
+        found = votes(features, variables["bank"], variables["labels"], num_classes=self.num_classes, **options)
         return jnp.log(jnp.maximum(found, SMALLEST))
 
 
@@ -120,16 +114,7 @@ def nearest_neighbors(
     backbone: Variables,
     num_classes: int,
 ) -> tuple[NearestNeighbors, dict]:
-    """The classifier of `config.probe` and its variables.
-
-    Args:
-        probe: size of the bank, neighbours and temperature.
-        settings: of the pass over the training scenes.
-        student: of which the backbone is used.
-        dataset: the training frames.
-        backbone: params and batch_stats; a head among them is left out.
-        num_classes: of the labels.
-    """
+    """The classifier of `config.probe` and its variables, from the training frames; heads are left out."""
     scenes = each_scene(settings, student, dataset, backbone)
     bank, labels = make_bank(scenes, num_classes, probe.bank_per_class, settings.run.seed)
     counts = np.bincount(labels, minlength=num_classes)

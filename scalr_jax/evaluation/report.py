@@ -1,4 +1,4 @@
-"""Results of confusion matrices, tables for the terminal and files.
+"""Results of confusion matrices [classes, classes] (rows: labels, columns: predictions), tables and files.
 
     IoU = TP / (TP + FP + FN)        mIoU: mean over the classes that are labelled or predicted
     recall = TP / (TP + FN)          accuracy = sum of TP / labelled points
@@ -15,35 +15,56 @@ from typing import Any
 
 import numpy as np
 
-from scalr_jax.evaluation import metrics
+from scalr_jax.data.scenes import IGNORE
+from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import write_json
 
 DIGITS = 4  # of an IoU by class
 
 
-def results_of(confusion: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """`miou`, `class_accuracy`, `accuracy`, and by class `iou` (None where there is none) and `support` (points).
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts [classes, classes] int64 over the points whose label is not 255. labels, predictions [N] integers.
 
-    confusion [classes, classes] counts, rows: labels.
+    Raises `InputError` for a label that is neither a class nor 255.
     """
-    iou = metrics.intersection_over_union(confusion)
+    valid = labels != IGNORE
+    if (labels[valid] >= num_classes).any():
+        raise InputError(
+            f"a label is {labels[valid].max()}, and there are {num_classes} classes; prepare the labels again"
+        )
+    index = labels[valid].astype(np.int64) * num_classes + predictions[valid].astype(np.int64)
+    return np.bincount(index, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
+    """IoU [classes] float64; NaN for a class that is neither present nor predicted."""
+    correct = np.diag(confusion).astype(np.float64)
+    union = confusion.sum(0) + confusion.sum(1) - correct
+    return np.divide(correct, union, out=np.full(len(union), np.nan), where=union > 0)
+
+
+def results_of(confusion: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """`miou`, `class_accuracy` (mean recall), `accuracy`, and by class `iou` (None where there is none) and `support`
+    (labelled points)."""
+    iou, labelled = intersection_over_union(confusion), confusion.sum(axis=1)
+    recall = np.divide(np.diag(confusion), labelled, out=np.full(len(labelled), np.nan), where=labelled > 0)
     return {
-        **metrics.summarize(confusion),
-        "iou": {name: _rounded(value) for name, value in zip(names, iou, strict=True)},
-        "support": {name: int(count) for name, count in zip(names, confusion.sum(axis=1), strict=True)},
+        "miou": float(np.nanmean(iou)),
+        "class_accuracy": float(np.nanmean(recall)),
+        "accuracy": float(np.diag(confusion).sum() / max(confusion.sum(), 1)),
+        "iou": {
+            name: None if np.isnan(value) else round(float(value), DIGITS)
+            for name, value in zip(names, iou, strict=True)
+        },
+        "support": {name: int(count) for name, count in zip(names, labelled, strict=True)},
         "empty_classes": [name for name, value in zip(names, iou, strict=True) if np.isnan(value)],
     }
-
-
-def _rounded(value: float) -> float | None:
-    return None if np.isnan(value) else round(float(value), DIGITS)
 
 
 def ring_names(rings: Sequence[float]) -> list[str]:
     """As "0 to 10 m", ..., "beyond 50 m"."""
     edges = [0.0, *rings]
-    names = [f"{low:g} to {high:g} m" for low, high in itertools.pairwise(edges)]
-    return [*names, f"beyond {edges[-1]:g} m"]
+    return [*(f"{low:g} to {high:g} m" for low, high in itertools.pairwise(edges)), f"beyond {edges[-1]:g} m"]
 
 
 def results_by_range(confusion: np.ndarray, rings: Sequence[float], names: Sequence[str]) -> dict[str, Any]:
@@ -61,7 +82,8 @@ def class_table(results: dict[str, Any]) -> str:
     rings = results.get("by_range", {})
     total = max(sum(results["support"].values()), 1)
     width = max(len(name) for name in [*results["iou"], "mIoU"]) + 2
-    lines = [f"{'IoU %':<{width}}{'points %':>9}{'all':>7}" + "".join(f"{_short(ring):>8}" for ring in rings)]
+    short = [ring.removesuffix(" m").replace(" to ", "-").replace("beyond ", ">") for ring in rings]
+    lines = [f"{'IoU %':<{width}}{'points %':>9}{'all':>7}" + "".join(f"{ring:>8}" for ring in short)]
 
     def row(name: str, share: str, values: Sequence[float | None]) -> str:
         cells = ["-" if value is None else f"{100 * value:.1f}" for value in values]
@@ -70,15 +92,11 @@ def class_table(results: dict[str, Any]) -> str:
     for name, value in results["iou"].items():
         share = f"{100 * results['support'][name] / total:.2f}"
         lines.append(row(name, share, [value, *(part["iou"][name] for part in rings.values())]))
-    lines.append(row("mIoU", "", [results["miou"], *(part["miou"] for part in rings.values())]))
-    lines.append(row("accuracy", "", [results["accuracy"], *(part["accuracy"] for part in rings.values())]))
+    for name, key in (("mIoU", "miou"), ("accuracy", "accuracy")):
+        lines.append(row(name, "", [part[key] for part in (results, *rings.values())]))
     if results["empty_classes"]:
         lines.append(f"neither labelled nor predicted, not in the mean: {', '.join(results['empty_classes'])}")
     return "\n".join(lines)
-
-
-def _short(ring: str) -> str:
-    return ring.removesuffix(" m").replace(" to ", "-").replace("beyond ", ">")
 
 
 def confusion_table(confusion: np.ndarray, names: Sequence[str]) -> str:
@@ -94,13 +112,6 @@ def confusion_table(confusion: np.ndarray, names: Sequence[str]) -> str:
 
 def write_confusion(path: Path, confusion: np.ndarray, rings: Sequence[float], names: Sequence[str]) -> None:
     """confusion.json: counts by label (row) and prediction (column), of all points and of each ring."""
-    write_json(
-        path,
-        {
-            "classes": list(names),
-            "rows": "label",
-            "columns": "prediction",
-            "counts": confusion.sum(axis=0).tolist(),
-            "by_range": {ring: counts.tolist() for ring, counts in zip(ring_names(rings), confusion, strict=True)},
-        },
-    )
+    by_range = {ring: counts.tolist() for ring, counts in zip(ring_names(rings), confusion, strict=True)}
+    content = {"classes": list(names), "rows": "label", "columns": "prediction"}
+    write_json(path, {**content, "counts": confusion.sum(axis=0).tolist(), "by_range": by_range})

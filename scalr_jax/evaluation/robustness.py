@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from scalr_jax.config import DataSettings, EvaluateSettings
+from scalr_jax.config import CORRUPTIONS, SEVERITIES, DataSettings, EvaluateSettings
 from scalr_jax.data.readers.released import open_released
 from scalr_jax.data.scenes import Dataset
-from scalr_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corrupted
+from scalr_jax.evaluation.corruptions import Corrupted
 from scalr_jax.evaluation.report import results_by_range, results_of
 from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.runtime.errors import InputError
@@ -39,11 +39,12 @@ class Baseline(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One evaluation of clear scans, or of one corruption at one severity."""
+    """One evaluation of clear scans, or of one corruption at one severity: counts [rings + 1, classes, classes] int64,
+    and how many scans were evaluated or could not be read."""
 
-    confusion: np.ndarray  # [rings + 1, classes, classes] int64
-    scans: int  # that were evaluated
-    bad_scans: int  # that could not be read
+    confusion: np.ndarray
+    scans: int
+    bad_scans: int
 
 
 def _published(dataset: str, *percent: float) -> Baseline:
@@ -57,29 +58,18 @@ PUBLISHED = {
 }
 
 
-def corruption_error(miou: Sequence[float], baseline: float) -> float:
-    """CE in percent from the mIoU (0 to 1) of each severity and the baseline's mean over the same severities."""
-    return 100 * sum(1 - value for value in miou) / (len(miou) * (1 - baseline))
-
-
-def resilience_rate(miou: Sequence[float], clear: float) -> float | None:
-    """RR in percent from the mIoU (0 to 1) of each severity and of clear scans; None where that is 0."""
-    return 100 * sum(miou) / (len(miou) * clear) if clear else None
-
-
 def summarize(miou: Mapping[str, Mapping[str, float]], clear: float, baseline: Baseline | None) -> dict[str, Any]:
-    """CE and RR of each corruption, and their means.
+    """CE (None without a baseline) and RR (None where `clear` is 0) of each corruption, and their means.
 
-    Args:
-        miou: corruption -> severity -> mIoU, 0 to 1.
-        clear: mIoU on clear scans.
-        baseline: None leaves CE out (None).
+    miou: corruption -> severity -> mIoU, 0 to 1; clear: mIoU on clear scans.
     """
     rows = {}
     for corruption, by_severity in miou.items():
-        values = list(by_severity.values())
-        ce = None if baseline is None else corruption_error(values, baseline.miou[corruption])
-        rows[corruption] = {"miou": dict(by_severity), "ce": ce, "rr": resilience_rate(values, clear)}
+        values, ce = list(by_severity.values()), None
+        if baseline is not None:
+            ce = 100 * sum(1 - value for value in values) / (len(values) * (1 - baseline.miou[corruption]))
+        rr = 100 * sum(values) / (len(values) * clear) if clear else None
+        rows[corruption] = {"miou": dict(by_severity), "ce": ce, "rr": rr}
 
     def mean(key: str) -> float | None:
         values = [row[key] for row in rows.values()]
@@ -160,7 +150,12 @@ class _Parts:
 
     def saved(self, name: str) -> Part | None:
         """A finished part; None when it is missing, cut short or of something else."""
-        return _read_part(self._path(name), self._key, self._shape)
+        try:
+            content = json.loads(self._path(name).read_text())
+            part = Part(np.array(content["confusion"], np.int64), int(content["scans"]), int(content["bad_scans"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return part if content.get("key") == self._key and part.confusion.shape == self._shape else None
 
     def measure(self, name: str, scans: Any) -> Part:
         """The saved part, or a new one. Raises `InputError` when it has no labelled point."""
@@ -169,7 +164,6 @@ class _Parts:
             confusion = self._evaluator.confusion(scans, rings=self._rings)
             part = Part(confusion, self._evaluator.num_scans, len(scans) - self._evaluator.num_scans)
             if jax.process_index() == 0:
-                self._folder.mkdir(parents=True, exist_ok=True)
                 content = {"key": self._key, "classes": self._names, "confusion": confusion.tolist()}
                 write_json(self._path(name), {**content, "scans": part.scans, "bad_scans": part.bad_scans})
         if part.confusion.sum() == 0:
@@ -186,15 +180,9 @@ class _Parts:
 def measure(
     evaluate: EvaluateSettings, data: DataSettings, workdir: Path, evaluator: Evaluator, dataset: Dataset, key: str
 ) -> dict[str, Any]:
-    """Evaluates clear and corrupted scans; returns what results.json holds.
+    """Evaluates clear and corrupted scans of `dataset`, the clear validation set; returns what results.json holds.
 
-    Args:
-        evaluate: which corruptions.
-        data: which scans.
-        workdir: finished parts are kept in its folder robustness.
-        evaluator: the model.
-        dataset: the clear validation set.
-        key: what a part depends on, from `part_key`: parts of something else are computed again.
+    Finished parts are kept in WORKDIR/robustness; with another `key`, from `part_key`, they are computed again.
 
     Raises:
         InputError: a baseline that does not fit, no labelled points, or a released set that is missing.
@@ -220,45 +208,27 @@ def measure(
             f"evaluate.baseline = {evaluate.baseline}: its clear scans have {sum(baseline.support.values())} labelled "
             f"points, and this run's {sum(clear['support'].values())}; evaluate the baseline on the same scans"
         )
-    miou: dict[str, dict[str, float]] = {}
-    more: dict[str, dict[str, dict[str, Any]]] = {}  # corruption -> iou, scans or bad_scans -> severity
+    found: dict[str, dict[str, dict]] = {name: {} for name in ("miou", "iou", "scans", "bad_scans")}
     for (corruption, severity), corrupted in scans.items():
         part = parts.measure(f"{corruption} {severity}", corrupted)
-        found = results_of(part.confusion.sum(axis=0), names)
-        miou.setdefault(corruption, {})[severity] = found["miou"]
-        row = {"iou": found["iou"], "scans": part.scans, "bad_scans": part.bad_scans}
-        for name, value in row.items():
-            more.setdefault(corruption, {}).setdefault(name, {})[severity] = value
-    summary = summarize(miou, clear["miou"], baseline)
+        row = {**results_of(part.confusion.sum(axis=0), names), "scans": part.scans, "bad_scans": part.bad_scans}
+        for name, by_corruption in found.items():
+            by_corruption.setdefault(corruption, {})[severity] = row[name]
+    summary = summarize(found.pop("miou"), clear["miou"], baseline)
     for corruption, row in summary["corruptions"].items():
-        row |= more[corruption]
+        row |= {name: by_corruption[corruption] for name, by_corruption in found.items()}
     described = {"dataset": _dataset_of(data), "corrupted_by": corrupted_by, "severities": list(severities)}
     return {**clear, "robustness": {**described, **summary}}
 
 
 def part_key(record: Mapping[str, Any], weights: str, free: Collection[str]) -> str:
-    """What a part depends on: the weights and every setting of scans and model.
-
-    Args:
-        record: the config as config.json holds it.
-        weights: a checksum.
-        free: dotted keys that change no result.
-    """
+    """What a part depends on: the weights (a checksum) and every setting of scans and model in the `record`
+    (config.json) but for `free` keys, which change no result."""
     settings = flatten(record)
     kept = {name: value for name, value in settings.items() if name.startswith(("data.", "model."))}
     kept |= {name: settings[name] for name in ("seed", "evaluate.votes", "evaluate.rings", "evaluate.corrupted_root")}
     kept = {name: value for name, value in kept.items() if name not in free}
     return hashlib.sha256(json.dumps([weights, kept], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _read_part(path: Path, key: str, shape: tuple[int, int, int]) -> Part | None:
-    """A finished part; None when it is not there, cut short or of something else."""
-    try:
-        content = json.loads(path.read_text())
-        part = Part(np.array(content["confusion"], np.int64), int(content["scans"]), int(content["bad_scans"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return part if content.get("key") == key and part.confusion.shape == shape else None
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,11 +21,12 @@ from scalr_jax.data.build import scene_settings
 from scalr_jax.data.packing import Capacities, derive_capacities, flat, given_tables, largest, sizes
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import Dataset, SceneView
-from scalr_jax.evaluation import metrics
+from scalr_jax.evaluation.features import split_rows
+from scalr_jax.evaluation.report import confusion_matrix
 from scalr_jax.models.student import Classifier, Variables
 from scalr_jax.runtime import distributed, sharding
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.logging import PROGRESS_SECONDS, format_seconds
+from scalr_jax.runtime.logging import Progress
 from scalr_jax.train import steps
 
 HEADROOM = 1.5  # a pack is at least so much larger than the largest of the first scenes
@@ -45,11 +45,6 @@ class Evaluator:
     """A segmentation model that classifies the scans of any number of datasets, compiled once.
 
     Args:
-        data: packing, workers and augmentation.
-        mesh: the devices.
-        student: a student with a segmentation head, or another classifier.
-        variables: its parameters and statistics.
-        num_classes: at most 255.
         seed: of the copies that vote.
         votes: augmented copies of each scan, by `data.augmentation`; 1: the scan as it is.
         order: [num_classes] the datasets' class of each of the model's; None: the same.
@@ -72,9 +67,8 @@ class Evaluator:
         self._order = np.arange(num_classes) if order is None else order
         settings = scene_settings(data, student.needs, task="segment", train=False)
         self._settings = dataclasses.replace(settings, votes=votes > 1)
-        make_step = steps.make_classify_step if votes == 1 else steps.make_probability_step
         outputs = (sharding.batch_sharding(self._mesh), sharding.replicated(self._mesh))
-        self._step = jax.jit(make_step(student), out_shardings=outputs)
+        self._step = jax.jit(steps.make_classify_step(student, probabilities=votes > 1), out_shardings=outputs)
         self._variables = jax.device_put(variables, sharding.replicated(self._mesh))
         self._capacities: Capacities | None = None
         self.num_scans = 0  # of the last `confusion`, over all processes: those that could be read
@@ -89,18 +83,15 @@ class Evaluator:
         `keep` sees every scan of this process, in the order of the dataset's frames on each of its shards.
         """
         confusion = np.zeros((len(rings) + 1, self.num_classes, self.num_classes), np.int64)
-        progress, number = _Progress(len(dataset)), 0
-        for found in self.scans(dataset):
+        progress, share, number = Progress(active=jax.process_index() == 0), -(-len(dataset) // jax.process_count()), 0
+        for number, found in enumerate(self.scans(dataset), 1):
             scan = found._replace(classes=self._order[found.classes].astype(np.uint8))
             ring = np.searchsorted(rings, scan.ranges, side="right")
             for k in range(len(confusion)):
-                confusion[k] += metrics.confusion_matrix(
-                    scan.labels[ring == k], scan.classes[ring == k], self.num_classes
-                )
+                confusion[k] += confusion_matrix(scan.labels[ring == k], scan.classes[ring == k], self.num_classes)
             if keep is not None:
                 keep(scan)
-            progress.add()
-            number += 1
+            progress.add(f"evaluated {number} of {share} scans", share - number)
         self.num_scans = int(distributed.sum_over_processes(np.array([number]))[0])
         if self.num_scans < len(dataset) and jax.process_index() == 0:
             bad = len(dataset) - self.num_scans
@@ -132,26 +123,16 @@ class Evaluator:
                         "(config.checkpoint) are damaged, or training diverged"
                     )
                 rows = sharding.local_rows(rows)  # [D_local, P] classes, or [D_local, P, classes] probabilities
-                for shard, scenes in enumerate(item.scenes):
-                    start = 0
-                    for scene in scenes:
-                        kept = rows[shard, start : start + len(scene.feats)]
-                        start += len(scene.feats)
-                        yield from ballots[shard].add(scene, kept[scene.upsample])
+                for ballot, scenes, packed in zip(ballots, item.scenes, rows, strict=True):
+                    for scene, kept in split_rows(scenes, packed):
+                        yield from ballot.add(scene, kept[scene.upsample])
         for ballot in ballots:
             yield from ballot.close()
 
     def _pipeline(self, dataset: Dataset) -> Pipeline:
-        return Pipeline(
-            dataset,
-            self._settings,
-            seed=self._seed,
-            num_shards=self._mesh.size,
-            shards=sharding.local_shards(self._mesh),
-            epochs=1,
-            num_workers=self._data.num_workers,
-            votes=self.votes,
-        )
+        shards: dict = {"num_shards": self._mesh.size, "shards": sharding.local_shards(self._mesh)}
+        options: dict = {"seed": self._seed, "num_workers": self._data.num_workers, "votes": self.votes}
+        return Pipeline(dataset, self._settings, epochs=1, **shards, **options)
 
     def _choose_capacities(self, sample: Sequence[SceneView]) -> Capacities:
         """Those of the last dataset as long as the sample fits with room to spare, so that nothing is compiled again;
@@ -194,22 +175,3 @@ class _Ballot:
     def close(self) -> Iterator[ScanClasses]:
         if self._scene is not None:
             yield _scan(self._scene, self._sum.argmax(axis=1))
-
-
-class _Progress:
-    """A line now and then on process 0: how many scans of how many, and how long it will take."""
-
-    def __init__(self, number: int):
-        share = -(-number // jax.process_count())
-        self._number, self._done, self._active = share, 0, jax.process_index() == 0
-        self._started = self._said = 0.0
-
-    def add(self) -> None:
-        self._done += 1
-        now = time.monotonic()
-        if self._done == 1:  # the program was compiled before it came
-            self._started = self._said = now
-        elif self._active and now - self._said > PROGRESS_SECONDS:
-            self._said = now
-            left = (now - self._started) / (self._done - 1) * max(self._number - self._done, 0)
-            print(f"evaluated {self._done} of {self._number} scans, {format_seconds(left)} left", flush=True)

@@ -9,16 +9,15 @@ name when every scan has one and all were read back as they were written; else n
 
 from __future__ import annotations
 
-import json
 import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 import jax
 import numpy as np
 
+from scalr_jax.config import USES
 from scalr_jax.data.joined import Joined
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
@@ -27,6 +26,7 @@ from scalr_jax.data.sensors import raw_labels
 from scalr_jax.evaluation.segmentation import ScanClasses
 from scalr_jax.runtime import distributed
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import write_json
 
 SETS = {
     ("v1.0-trainval", "train"): "train",
@@ -35,19 +35,13 @@ SETS = {
     ("v1.0-mini", "validation"): "mini_val",
     ("v1.0-test", "all"): "test",
 }
-USES = ("camera", "lidar", "radar", "map", "external")
 
 
 class Submission:
     """Collects the scans of one evaluation, as a context manager; `add` each scan, then `finish`.
 
-    Args:
-        dataset: `NuScenes` or `SemanticKITTI`, as it was downloaded.
-        folder: where the files go; must not be there yet.
-        uses: some of `USES`, what nuScenes asks to be told.
-
-    Raises:
-        InputError: another dataset, a folder that is there, or a use that nuScenes does not know.
+    Raises `InputError` for another dataset than `NuScenes` or `SemanticKITTI` as they were downloaded, a folder that is
+    there already, or `uses`, what nuScenes asks to be told, that it does not know.
     """
 
     def __init__(self, dataset: Dataset, folder: Path, uses: Sequence[str] = ("lidar",)):
@@ -75,13 +69,14 @@ class Submission:
         distributed.barrier(f"submission {self.folder}")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, *_: object) -> None:
         if jax.process_index() == 0:
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def add(self, scan: ScanClasses) -> None:
         """Writes one scan's file. Raises `InputError` when a point of the scan's file has no class."""
-        file, points = self._file(scan.frame_index), self._num_points(scan.frame_index)
+        file, source, size = self._files(scan.frame_index)
+        points = source.stat().st_size // size
         if len(scan.classes) != points:
             raise InputError(
                 f"{self._dataset.name(scan.frame_index)}: {points - len(scan.classes)} of {points} points are not "
@@ -103,12 +98,11 @@ class Submission:
             InputError: a scan has no file (it was skipped as bad), or a file does not hold what was written.
         """
         if isinstance(self._dataset, NuScenes) and jax.process_index() == 0:
-            path = self._partial / self._set() / "submission.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"meta": {f"use_{name}": name in self._uses for name in USES}}, indent=2) + "\n")
+            meta = {f"use_{name}": name in self._uses for name in USES}
+            write_json(self._partial / self._set() / "submission.json", {"meta": meta})
         damaged = [f for f, crc in self._checksums.items() if zlib.crc32((self._partial / f).read_bytes()) != crc]
         distributed.barrier(f"submission {self.folder} written")
-        expected = [self._file(index) for index in range(len(self._dataset))]
+        expected = [self._files(index)[0] for index in range(len(self._dataset))]
         missing = [file for file in expected if not (self._partial / file).is_file()]
         if missing or damaged:
             raise InputError(
@@ -125,17 +119,12 @@ class Submission:
         """The evaluation set, in nuScenes' words; SemanticKITTI's files do not say theirs."""
         return SETS[self._dataset.version, self._dataset.split] if isinstance(self._dataset, NuScenes) else ""
 
-    def _file(self, index: int) -> Path:
-        """A scan's file below the folder."""
-        if isinstance(self._dataset, NuScenes):
-            return Path("lidarseg", self._set(), f"{self._dataset.scan_token(index)}_lidarseg.bin")
-        _, sequence, number = self._dataset.name(index).split("/")
-        return Path("sequences", sequence, "predictions", f"{number}.label")
-
-    def _num_points(self, index: int) -> int:
-        """Of the scan's file: five numbers of four bytes a point, or four."""
+    def _files(self, index: int) -> tuple[Path, Path, int]:
+        """A scan's file below the folder, the scan itself, and its bytes a point: five numbers of four, or four."""
         root = self._dataset.root
         if isinstance(self._dataset, NuScenes):
-            return (root / self._dataset.scan_file(index)).stat().st_size // 20
+            file = Path("lidarseg", self._set(), f"{self._dataset.scan_token(index)}_lidarseg.bin")
+            return file, root / self._dataset.scan_file(index), 20
         _, sequence, number = self._dataset.name(index).split("/")
-        return (root / "dataset" / "sequences" / sequence / "velodyne" / f"{number}.bin").stat().st_size // 16
+        scan = root / "dataset" / "sequences" / sequence / "velodyne" / f"{number}.bin"
+        return Path("sequences", sequence, "predictions", f"{number}.label"), scan, 16

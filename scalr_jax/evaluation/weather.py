@@ -18,6 +18,8 @@ import numpy as np
 
 from scalr_jax.data.scenes import IGNORE
 
+LabelledPoints = tuple[np.ndarray, np.ndarray]  # points [M, 4] and their labels [M]
+
 LIMIT_QUANTILE = 0.005
 WHITE = 100.0  # intensity of a white diffuse surface in 8 bits; above are retroreflectors (Velodyne, Hesai)
 DARKEST = 0.02  # reflectivity of a point of intensity 0
@@ -64,7 +66,7 @@ def overlap(r: np.ndarray) -> np.ndarray:
     return np.clip((r - FROM) / (FULL - FROM), 0.0, 1.0)
 
 
-def fog(points: np.ndarray, labels: np.ndarray, level: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def fog(points: np.ndarray, labels: np.ndarray, level: int, rng: np.random.Generator) -> LabelledPoints:
     """Attenuation and backscatter by droplets (Rasshofer, Spies and Spies, Adv. Radio Sci. 2011).
 
     Extinction alpha = ln(20) / V of the visibility V (Koschmieder), backscatter beta = 0.046 / V per metre:
@@ -88,22 +90,15 @@ def fog(points: np.ndarray, labels: np.ndarray, level: int, rng: np.random.Gener
     along = np.sin(np.pi * s / length) ** 2 * np.exp(-2 * alpha * r) * overlap(r) / np.maximum(r, FROM) ** 2
     profile = beta * along.sum(axis=1) * (s[1] - s[0])  # [G]
     before = np.searchsorted(grid, distance) - 1  # the last of the grid before the target
-    peak = np.where(before >= 0, np.maximum.accumulate(profile)[before], 0.0) * rng.lognormal(
-        0, PATCHINESS, len(points)
-    )
+    peak = np.where(before >= 0, np.maximum.accumulate(profile)[before], 0.0)
+    peak = peak * rng.lognormal(0, PATCHINESS, len(points))
     cumulative = np.cumsum(profile)
     drawn = np.interp(rng.random(len(points)) * cumulative[before], cumulative, grid)
 
-    scattered = peak > target
-    power = np.maximum(peak, target)
-    out, labels = points.copy(), labels.copy()
-    out[:, 3] *= np.exp(-2 * alpha * distance)
-    _move(out, scattered, drawn, distance, peak, full_scale(points[:, 3]))
-    labels[scattered] = IGNORE
-    return out[power >= limit], labels[power >= limit]
+    return _strongest(points, labels, target, peak, drawn, distance, np.exp(-2 * alpha * distance), limit)
 
 
-def snow(points: np.ndarray, labels: np.ndarray, level: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def snow(points: np.ndarray, labels: np.ndarray, level: int, rng: np.random.Generator) -> LabelledPoints:
     """Flakes in every beam, that reflect and cast shadows (after Hahner et al., CVPR 2022).
 
     Melted diameters D are distributed as N(D) = N_0 exp(-L D) with N_0 = 3.8e3 S^-0.87 /(mm m^3) and
@@ -139,24 +134,35 @@ def snow(points: np.ndarray, labels: np.ndarray, level: int, rng: np.random.Gene
     by_power = np.argsort(flake)
     peak[owner[by_power]], place[owner[by_power]] = flake[by_power], r[by_power]  # the strongest is written last
 
-    scattered = peak > target
-    power = np.maximum(peak, target)
+    return _strongest(points, labels, target, peak, place, distance, left * np.exp(-far), limit)
+
+
+def _strongest(
+    points: np.ndarray,
+    labels: np.ndarray,
+    target: np.ndarray,
+    weather: np.ndarray,
+    place: np.ndarray,
+    distance: np.ndarray,
+    left: np.ndarray,
+    limit: float,
+) -> LabelledPoints:
+    """The stronger return of each beam, where it reaches `limit`, and its label; all arrays [N] but the points [N, 4].
+
+    The target's has power `target` and the share `left` of its intensity; the weather's has power `weather` and goes
+    along the ray from `distance` to `place`.
+    """
+    scattered = weather > target
     out, labels = points.copy(), labels.copy()
-    out[:, 3] *= left * np.exp(-far)
-    _move(out, scattered, place, distance, peak, full_scale(points[:, 3]))
+    out[:, 3] *= left
+    out[scattered, :3] *= (place / distance)[scattered, None]
+    out[scattered, 3] = full_scale(points[:, 3]) * np.clip(np.pi * place**2 * weather, 0.0, 1.0)[scattered]
     labels[scattered] = IGNORE
-    return out[power >= limit], labels[power >= limit]
+    seen = np.maximum(weather, target) >= limit
+    return out[seen], labels[seen]
 
 
-def _move(points: np.ndarray, moved: np.ndarray, to: np.ndarray, distance: np.ndarray, power, scale: float) -> None:
-    """In place: points that are `moved` go along their rays to the distances `to`, with the intensity of `power`."""
-    points[moved, :3] *= (to / distance)[moved, None]
-    points[moved, 3] = scale * np.clip(np.pi * to**2 * power, 0.0, 1.0)[moved]
-
-
-def wet_ground(
-    points: np.ndarray, labels: np.ndarray, level: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def wet_ground(points: np.ndarray, labels: np.ndarray, level: int, rng: np.random.Generator) -> LabelledPoints:
     """A film of water on the ground: mirror-like losses, and the darkening of what is wet.
 
     Under a film with incidence theta in air and theta_t in water (Snell), F Fresnel's reflectance (mean of both

@@ -100,20 +100,8 @@ def zero_shot(
     variables: Variables,
     images: Images,
 ) -> tuple[ZeroShot, dict]:
-    """The classifier of `config.probe` and its variables.
-
-    Args:
-        probe: the folder of prototypes, and the strength of the regression.
-        student: with its distillation head, as wide as the teacher.
-        teacher: the one it was distilled from: architecture and parameters.
-        feature: which of the teacher's features.
-        dataset: the training frames.
-        variables: of the student, with its head.
-        images: how images are read.
-
-    Raises:
-        InputError: prototypes that are missing or unreadable.
-    """
+    """The classifier of `config.probe` and its variables, from a student with its distillation head, the `teacher`
+    that it was distilled from, and the training frames. Raises `InputError` for prototypes that cannot be read."""
     features, labels = gather_prototypes(probe.prototypes, dataset, teacher, feature, images)
     num_classes = len(dataset.class_names)
     counts = np.bincount(labels, minlength=num_classes)
@@ -134,8 +122,8 @@ def gather_prototypes(
     Raises `InputError` when there is none.
     """
     vit_config, params = teacher
-    rows, columns = images.size
-    images = images._replace(size=(rows, rows) if prototypes else (rows, columns))
+    if prototypes:
+        images = images._replace(size=(images.size[0], images.size[0]))
     grid = vit.patch_grid(vit_config, images.size)
 
     @jax.jit

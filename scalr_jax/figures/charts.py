@@ -1,7 +1,8 @@
-"""Charts of an evaluation's results.json: confusion and IoU by distance, mIoU under corruptions."""
+"""Charts: a run's loss from metrics.jsonl; confusion, IoU by distance and mIoU under corruptions from results.json."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,31 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from scalr_jax.figures.pictures import save_figure
+
+
+def read_curve(workdir: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one key of metrics.jsonl; empty arrays when no line has it."""
+    lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if key in line]
+    return np.array([line["step"] for line in lines]), np.array([line[key] for line in lines])
+
+
+def draw_loss(workdir: Path, output: Path | None = None) -> Path:
+    """The loss over steps, with the best constant prediction beside it, into `figures/loss.png`."""
+    output = output or workdir / "figures" / "loss.png"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*read_curve(workdir, "train/loss"), label="student")
+    steps, constant = read_curve(workdir, "train/loss_constant")
+    if len(steps):
+        axes.plot(steps, constant, "--", color="0.4", label="best constant prediction")
+    axes.set(xlabel="step", ylabel="distillation loss" if len(steps) else "loss")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output, dpi=120)
+    return output
 
 
 def draw_confusion(path: Path, confusion: np.ndarray, results: Mapping, title: str) -> None:
@@ -65,5 +91,4 @@ def draw_robustness(path: Path, results: Mapping, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(ncols=4, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     means = [f"{name} {found[key]:.1f} %" for name, key in (("mCE", "mce"), ("mRR", "mrr")) if found[key] is not None]
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, f"{title}\n{'; '.join([*means, 'corrupted by ' + found['corrupted_by']])}")

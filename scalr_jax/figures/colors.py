@@ -88,9 +88,12 @@ def choose_queries(
     if len(rows) == 0:
         return []
     unit = normalize(features[rows])
-    group = _classes(labels[rows], number) if labels is not None else None
-    if group is None or not (group >= 0).any():
-        group = _clusters(unit, number)
+    group = np.full(len(rows), -1) if labels is None else _classes(labels[rows], number)
+    if (group < 0).all():
+        sample, rng = _sample(unit), np.random.default_rng(0)
+        centres = sample[rng.choice(len(sample), min(number, len(sample)), replace=False)]
+        centres, _ = vq.kmeans(sample, centres, iter=1)  # leaves out clusters that lose all their points
+        group = vq.vq(unit, centres)[0]
     chosen = []
     for k in range(group.max() + 1):
         members = np.flatnonzero(group == k)
@@ -108,14 +111,6 @@ def _classes(labels: np.ndarray, number: int) -> np.ndarray:
     for rank, k in enumerate(spread):
         group[labels == classes[k]] = rank
     return group
-
-
-def _clusters(unit: np.ndarray, number: int) -> np.ndarray:
-    """The cluster [N] of each unit feature [N, C]."""
-    sample = _sample(unit)
-    centres = sample[np.random.default_rng(0).choice(len(sample), min(number, len(sample)), replace=False)]
-    centres, _ = vq.kmeans(sample, centres, iter=1)  # leaves out clusters that lose all their points
-    return vq.vq(unit, centres)[0]
 
 
 def _sample(rows: np.ndarray) -> np.ndarray:

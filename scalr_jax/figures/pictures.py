@@ -25,42 +25,33 @@ RIGHT, WRONG = (58, 84, 122), (255, 77, 77)
 STAR: dict = {"marker": "*", "color": "white", "markeredgecolor": "black", "markersize": 17, "linestyle": ""}
 FAR = 0.015  # share of the points beyond each edge of a top view, at most
 
-# What the class names of the known datasets have in common, first match first.
+# What the class names of the known datasets have in common, by colour; the first match counts.
 KNOWN = (
-    ("marking", "#e8e8a0"),
-    ("construction", "#e6740e"),
-    ("traffic cone", "#ff4f00"),
-    ("traffic sign", "#ffd60a"),
-    ("other vehicle", "#5c7cfa"),
-    ("oth. vehicle", "#5c7cfa"),
-    ("bicyclist", "#ff5d8f"),
-    ("motorcyclist", "#c2185b"),
-    ("bicycle", "#64dfdf"),
-    ("motorcycle", "#3a86a8"),
-    ("driveable", "#b06ab3"),
-    ("road", "#b06ab3"),
-    ("parking", "#f0a6e8"),
-    ("driveway", "#f0a6e8"),
-    ("sidewalk", "#7b2d5b"),
-    ("pavement", "#7b2d5b"),
-    ("other ground", "#a0522d"),
-    ("other flat", "#a0522d"),
-    ("terrain", "#9acd5a"),
-    ("ground", "#9acd5a"),
-    ("person", "#ff2e3f"),
-    ("pedestrian", "#ff2e3f"),
-    ("truck", "#7e5bef"),
-    ("trailer", "#4a3fb5"),
-    ("bus", "#00b4d8"),
-    ("van", "#5c7cfa"),
-    ("car", "#3d8bff"),
-    ("manmade", "#f4a259"),
-    ("building", "#f4a259"),
-    ("barrier", "#d9c27e"),
-    ("fence", "#d9c27e"),
-    ("vegetation", "#2fa84f"),
-    ("trunk", "#8a5a2b"),
-    ("pole", "#f5f0c9"),
+    ("#e8e8a0", "marking"),
+    ("#e6740e", "construction"),
+    ("#ff4f00", "traffic cone"),
+    ("#ffd60a", "traffic sign"),
+    ("#5c7cfa", "other vehicle", "oth. vehicle"),
+    ("#ff5d8f", "bicyclist"),
+    ("#c2185b", "motorcyclist"),
+    ("#64dfdf", "bicycle"),
+    ("#3a86a8", "motorcycle"),
+    ("#b06ab3", "driveable", "road"),
+    ("#f0a6e8", "parking", "driveway"),
+    ("#7b2d5b", "sidewalk", "pavement"),
+    ("#a0522d", "other ground", "other flat"),
+    ("#9acd5a", "terrain", "ground"),
+    ("#ff2e3f", "person", "pedestrian"),
+    ("#7e5bef", "truck"),
+    ("#4a3fb5", "trailer"),
+    ("#00b4d8", "bus"),
+    ("#5c7cfa", "van"),
+    ("#3d8bff", "car"),
+    ("#f4a259", "manmade", "building"),
+    ("#d9c27e", "barrier", "fence"),
+    ("#2fa84f", "vegetation"),
+    ("#8a5a2b", "trunk"),
+    ("#f5f0c9", "pole"),
 )
 
 
@@ -77,8 +68,8 @@ class Panel(NamedTuple):
 def class_color(name: str) -> str:
     """A class' colour, "#rrggbb": the same for like names of all datasets; of unknown names a hue of their own."""
     plain = name.lower().replace("_", " ").replace("-", " ")
-    for word, color in KNOWN:
-        if word in plain:
+    for color, *words in KNOWN:
+        if any(word in plain for word in words):
             return color
     hue = zlib.crc32(plain.encode()) % 1000 / 1000
     return "#" + "".join(f"{round(255 * value):02x}" for value in colorsys.hsv_to_rgb(hue, 0.65, 0.95))
@@ -100,23 +91,6 @@ def class_legend(labels: np.ndarray, class_names: Sequence[str]) -> list[tuple[s
     legend = [(f"{class_names[k]}  {share * counts[k]:.1f} %", class_color(class_names[k])) for k in order]
     ignored = f"no class  {share * counts[IGNORE]:.1f} %", _hex(IGNORED)
     return [*legend, ignored] if counts[IGNORE] else legend
-
-
-def draw_top_view(
-    output: Path | IO[bytes],
-    xyz: np.ndarray,
-    title: str,
-    *,
-    colors: np.ndarray | None = None,
-    labels: np.ndarray | None = None,
-    class_names: Sequence[str] = (),
-) -> None:
-    """A PNG of points xyz [N, 3] from above, by colours [N, 3] uint8 or by labels [N] with a legend."""
-    legend: Sequence[tuple[str, str]] = ()
-    if labels is not None:
-        colors, legend = color_labels(labels, class_names), class_legend(labels, class_names)
-    assert colors is not None, "neither colours nor labels"
-    draw_panels(output, xyz, title, [Panel("", colors, legend)])
 
 
 def draw_predictions(
@@ -226,10 +200,8 @@ def _top_view(figure: Figure, axes: Axes, xyz: np.ndarray, panel: Panel, query: 
     if panel.label:
         figure.colorbar(drawn, ax=axes, label=panel.label, shrink=0.75, extend="both")
     if panel.legend:
-        handles = [
-            Line2D([], [], marker="o", linestyle="", color=color, markersize=8, markeredgecolor="0.4", label=text)
-            for text, color in panel.legend
-        ]
+        dot: dict = {"marker": "o", "linestyle": "", "markersize": 8, "markeredgecolor": "0.4"}
+        handles = [Line2D([], [], color=color, label=text, **dot) for text, color in panel.legend]
         axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=10)
 
 

@@ -15,8 +15,6 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import checksum, read_json
 
 VERSION = 1  # of the folder's layout
-
-
 FILES = {
     "torch": "model.pth",
     "safetensors": "model.safetensors",
@@ -24,11 +22,7 @@ FILES = {
     "onnx": "model.onnx",
     "orbax": "checkpoint",
 }
-
-
 CARD = ("config.json", "README.md")
-
-
 READABLE = ("torch", "safetensors", "orbax")  # by `scalr_jax.load`; the others are programs
 
 
@@ -71,24 +65,20 @@ def read_export(folder: Path) -> tuple[dict, dict]:
             container, content = "model_point" if head == "distill" else "net", read_weights_file(path)
             found = read_content({container: content.get(container, content)}, str(path))
             variables = found.variables
-            settings |= {name: found.model[name] for name in ("channels", "depth", "norm", "head", "head_hidden")}
-            settings |= {name: found.model[name] for name in ("num_features", "out_features")}
+            said = ("channels", "depth", "norm", "head", "head_hidden", "num_features", "out_features")
+            settings |= {name: found.model[name] for name in said}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):  # which is a ValueError
-            raise InputError(
-                str(error) if str(folder) in str(error) else f"{folder / 'config.json'}: {error}"
-            ) from None
+            text = str(error)
+            raise InputError(text if str(folder) in text else f"{folder / 'config.json'}: {text}") from None
         raise InputError(f"{folder / 'config.json'} is not that of an exported model ({error!r})") from None
     return settings, variables
 
 
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of each file in `folder`, by its path there; the card apart, which may be edited."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.relative_to(folder).as_posix() not in CARD:
-            found[path.relative_to(folder).as_posix()] = checksum(path)
-    return found
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: checksum(path) for name, path in files.items() if name not in CARD}
 
 
 def _check_files(folder: Path, expected: Mapping[str, str]) -> None:

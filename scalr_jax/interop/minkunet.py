@@ -15,6 +15,7 @@ same) and of SPVNAS (MIT) and OpenPCSeg.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -23,13 +24,12 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from scalr_jax.data.transforms import FEATURES
-from scalr_jax.interop.model import Published
+from scalr_jax.interop.model import NORM, Published, extra_weights
 from scalr_jax.models.minkunet import BLOCKS, scaled_widths
 from scalr_jax.ops.voxels import NEIGHBORS
 from scalr_jax.runtime.errors import InputError
 
-CHILDREN = tuple((x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1))
-STEMS = {"minkowski": "conv0p1s1.kernel", "torchsparse": "stem.0.kernel"}
+CHILDREN = tuple(itertools.product((0, 1), repeat=3))
 PUBLISHED_FEATURES = {  # by layout and number
     ("minkowski", 1): ("intensity",),  # SLidR
     ("torchsparse", 3): ("x", "y", "z"),  # OpenPCSeg, the one of coordinates alone
@@ -39,23 +39,50 @@ INTENSITY = (0.0, 1.0)  # the statistics of raw intensities, which all of these 
 _HEADS = ("final.", "classifier.")
 CONTAINERS = ("model_points", "model_point", "state_dict", "model_state", "model")
 
-_THREE = tuple((x, y, z) for z in (-1, 0, 1) for y in (-1, 0, 1) for x in (-1, 0, 1))
-OFFSETS = {  # the published orders, by layout and number of elements
-    ("minkowski", 27): _THREE,
-    ("minkowski", 8): tuple((x, y, z) for z in (0, 1) for y in (0, 1) for x in (0, 1)),
-    ("torchsparse", 27): _THREE,
-    ("torchsparse", 8): CHILDREN,
+
+class Names(NamedTuple):
+    """The names of one layout: pairs are those of a convolution's kernel and its norm. Stages count from 0 to 7."""
+
+    head: str
+    stem: tuple[tuple[str, str], ...]
+    between: tuple[tuple[str, str], ...]  # of the convolution to each stage's voxels
+    blocks: tuple[tuple[str, int], ...]  # what names of each stage's blocks begin with, and the number of the first
+    parts: tuple[tuple[str, str], ...]  # of a block: the first and second convolution, the shortcut
+
+    def block(self, stage: int, number: int) -> list[tuple[str, str]]:
+        start, first = self.blocks[stage]
+        return [(f"{start}{first + number}.{kernel}", f"{start}{first + number}.{norm}") for kernel, norm in self.parts]
+
+
+NAMES = {
+    "minkowski": Names(
+        "final.kernel",
+        (("conv0p1s1.kernel", "bn0.bn"),),
+        (
+            *((f"conv{k + 1}p{2**k}s2.kernel", f"bn{k + 1}.bn") for k in range(4)),
+            *((f"convtr{k}p{2 ** (8 - k)}s2.kernel", f"bntr{k}.bn") for k in range(4, 8)),
+        ),
+        tuple((f"block{k + 1}.", 0) for k in range(8)),
+        (("conv1.kernel", "norm1.bn"), ("conv2.kernel", "norm2.bn"), ("downsample.0.kernel", "downsample.1.bn")),
+    ),
+    "torchsparse": Names(
+        "classifier.0.weight",
+        (("stem.0.kernel", "stem.1"), ("stem.3.kernel", "stem.4")),
+        tuple((f"{name}{k}.0.net.0.kernel", f"{name}{k}.0.net.1") for name in ("stage", "up") for k in range(1, 5)),
+        (*((f"stage{k}.", 1) for k in range(1, 5)), *((f"up{k}.1.", 0) for k in range(1, 5))),
+        (("net.0.kernel", "net.1"), ("net.3.kernel", "net.4"), ("downsample.0.kernel", "downsample.1")),
+    ),
 }
+STEMS = {layout: names.stem[0][0] for layout, names in NAMES.items()}
 
 
 class Weight(NamedTuple):
     """One array of the file and where it goes."""
 
     theirs: str
-    ours: str  # path below "params" or "batch_stats"
+    ours: str  # path, beginning with "params" or "batch_stats"
     shape: tuple[int, ...]  # ours
     kind: str  # "kernel", "vector", "linear"
-    stats: bool = False
 
 
 class Network(NamedTuple):
@@ -114,11 +141,11 @@ def find_network(content: Mapping, name: str) -> tuple[Network, dict[str, np.nda
     """
     container = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
     weights, layout, outside = _weights(content[container] if container else content, name)
-    names = _Names(layout)
+    names = NAMES[layout]
     _check_kinds(weights, names, name)
-    stem = weights[names.stem(0)].shape
-    widths = tuple(weights[names.block(stage, 0)["conv_1"]].shape[-1] for stage in range(8))
-    blocks = tuple(names.count_blocks(weights, stage) for stage in range(8))
+    stem = weights[STEMS[layout]].shape
+    widths = tuple(weights[names.block(stage, 0)[0][0]].shape[-1] for stage in range(8))
+    blocks = tuple(_count_blocks(weights, *names.blocks[stage]) for stage in range(8))
     unused = list(outside)
     in_head = [key for key in weights if key.startswith(_HEADS)]
     matrix = weights.get(names.head, np.zeros(()))
@@ -134,7 +161,7 @@ def find_network(content: Mapping, name: str) -> tuple[Network, dict[str, np.nda
         blocks=blocks,
         widths=widths,
         stem=stem[2],
-        stem_convolutions=1 + (names.stem(1) in weights),
+        stem_convolutions=sum(kernel in weights for kernel, _ in names.stem),
         num_features=stem[1],
         features=PUBLISHED_FEATURES.get((layout, stem[1]), ()),
         head=("distill" if distilled else "linear") if in_head else "none",
@@ -163,10 +190,8 @@ def convert(weights: Mapping[str, np.ndarray], network: Network, name: str) -> d
         elif array.shape not in shapes:
             problems.append(f"{row.theirs} has {array.shape}, needs {shapes[0]}")
         else:
-            flat[f"{'batch_stats' if row.stats else 'params'}/{row.ours}"] = _to_ours(array, row, network.layout)
-    known = {row.theirs for row in table} | unused
-    extra = sorted(key for key in weights if key not in known and not key.endswith("num_batches_tracked"))
-    problems += [f"{key} {weights[key].shape} is not part of this model" for key in extra]
+            flat[row.ours] = _to_ours(array, row, network.layout)
+    problems += extra_weights(weights, {row.theirs for row in table} | unused)
     if problems:
         model = network.name or "a MinkUNet"
         raise InputError(f"{name} does not fit {model}, nothing was loaded: {'; '.join(problems)}")
@@ -196,40 +221,41 @@ def with_our_features(variables: Mapping, network: Network, name: str) -> dict:
 
 def weight_table(network: Network) -> list[Weight]:
     """Every array that the network's file must hold."""
-    names, widths, width = _Names(network.layout), network.widths, network.stem
+    names, widths, width = NAMES[network.layout], network.widths, network.stem
     rows = []
 
     def convolution(ours: str, theirs: tuple[str, str], elements: int, fan_in: int, fan_out: int) -> None:
         kernel, norm = theirs
-        rows.append(Weight(kernel, f"backbone/{ours}/kernel", (elements, fan_in, fan_out), "kernel"))
+        rows.append(Weight(kernel, f"params/backbone/{ours}/kernel", (elements, fan_in, fan_out), "kernel"))
         norm_path = ours.replace("conv_", "norm_") if "conv_" in ours else f"{ours}_norm"
-        for leaf, their_leaf, stats in _NORM:
-            path = f"backbone/{norm_path}/norm/{leaf}"
-            rows.append(Weight(f"{norm}.{their_leaf}", path, (fan_out,), "vector", stats))
+        for leaf, their_leaf in NORM:
+            kind = "batch_stats" if their_leaf.startswith("running") else "params"
+            rows.append(
+                Weight(f"{norm}.{their_leaf}", f"{kind}/backbone/{norm_path}/norm/{leaf}", (fan_out,), "vector")
+            )
 
     fan_in = network.num_features
     for number in range(network.stem_convolutions):
         ours = f"stem_{number}" if number else "stem"
-        convolution(ours, (names.stem(number), names.stem_norm(number)), 27, fan_in, width)
+        convolution(ours, names.stem[number], 27, fan_in, width)
         fan_in = width
     skips = []
     for stage in range(8):
         if stage < 4:
             skips.append(width)
-            convolution(f"down_{stage}", names.between(stage), 8, width, width)
+            convolution(f"down_{stage}", names.between[stage], 8, width, width)
         else:
-            convolution(f"up_{stage}", names.between(stage), 8, width, widths[stage])
+            convolution(f"up_{stage}", names.between[stage], 8, width, widths[stage])
             width = widths[stage] + skips[7 - stage]
         for number in range(network.blocks[stage]):
-            ours, theirs = f"stage_{stage}_{number}", names.block(stage, number)
-            convolution(f"{ours}/conv_1", (theirs["conv_1"], theirs["norm_1"]), 27, width, widths[stage])
-            convolution(f"{ours}/conv_2", (theirs["conv_2"], theirs["norm_2"]), 27, widths[stage], widths[stage])
+            ours, (first, second, shortcut) = f"stage_{stage}_{number}", names.block(stage, number)
+            convolution(f"{ours}/conv_1", first, 27, width, widths[stage])
+            convolution(f"{ours}/conv_2", second, 27, widths[stage], widths[stage])
             if width != widths[stage]:
-                shortcut = theirs["shortcut"], theirs["shortcut_norm"]
                 convolution(f"{ours}/shortcut", shortcut, 1, width, widths[stage])
             width = widths[stage]
     if network.head != "none":
-        path = "head/out" if network.head == "distill" else "head"
+        path = "params/head/out" if network.head == "distill" else "params/head"
         shape = (width, network.out_features)
         kind = "linear" if network.layout == "torchsparse" else "kernel"
         rows.append(Weight(names.head, f"{path}/kernel", shape, kind))
@@ -237,59 +263,10 @@ def weight_table(network: Network) -> list[Weight]:
     return rows
 
 
-_NORM = (  # ours, theirs, whether a running statistic
-    ("scale", "weight", False),
-    ("bias", "bias", False),
-    ("mean", "running_mean", True),
-    ("variance", "running_var", True),
-)
-
-
-class _Names:
-    """The names of one layout. Stages count from 0 to 7, as ours."""
-
-    def __init__(self, layout: str):
-        self.minkowski = layout == "minkowski"
-        self.head = "final.kernel" if self.minkowski else "classifier.0.weight"
-
-    def stem(self, number: int) -> str:
-        """The kernel of one of the stem's convolutions; MinkowskiEngine's stem has no second."""
-        return f"conv{number}p1s1.kernel" if self.minkowski else f"stem.{3 * number}.kernel"
-
-    def stem_norm(self, number: int) -> str:
-        return f"bn{number}.bn" if self.minkowski else f"stem.{3 * number + 1}"
-
-    def between(self, stage: int) -> tuple[str, str]:
-        """Kernel and norm of the convolution to a stage's voxels."""
-        if not self.minkowski:
-            where = f"stage{stage + 1}.0.net" if stage < 4 else f"up{stage - 3}.0.net"
-            return f"{where}.0.kernel", f"{where}.1"
-        if stage < 4:
-            return f"conv{stage + 1}p{2**stage}s2.kernel", f"bn{stage + 1}.bn"
-        return f"convtr{stage}p{2 ** (8 - stage)}s2.kernel", f"bntr{stage}.bn"
-
-    def blocks(self, stage: int) -> tuple[str, int]:
-        """What a stage's blocks' names begin with, and the number of the first."""
-        if self.minkowski:
-            return f"block{stage + 1}.", 0
-        return (f"stage{stage + 1}.", 1) if stage < 4 else (f"up{stage - 3}.1.", 0)
-
-    def block(self, stage: int, number: int) -> dict[str, str]:
-        start, first = self.blocks(stage)
-        where = f"{start}{first + number}"
-        if self.minkowski:
-            parts = {"conv_1": "conv1.kernel", "norm_1": "norm1.bn", "conv_2": "conv2.kernel", "norm_2": "norm2.bn"}
-            norm = "downsample.1.bn"
-        else:
-            parts = {"conv_1": "net.0.kernel", "norm_1": "net.1", "conv_2": "net.3.kernel", "norm_2": "net.4"}
-            norm = "downsample.1"
-        parts |= {"shortcut": "downsample.0.kernel", "shortcut_norm": norm}
-        return {key: f"{where}.{part}" for key, part in parts.items()}
-
-    def count_blocks(self, weights: Mapping[str, np.ndarray], stage: int) -> int:
-        start, first = self.blocks(stage)
-        found = (re.match(r"(\d+)\.", name.removeprefix(start)) for name in weights if name.startswith(start))
-        return len({match[1] for match in found if match} - ({"0"} if first else set()))
+def _count_blocks(weights: Mapping[str, np.ndarray], start: str, first: int) -> int:
+    """The number of a stage's blocks, whose names begin with `start` and then a number from `first` on."""
+    found = (re.match(r"(\d+)\.", name.removeprefix(start)) for name in weights if name.startswith(start))
+    return len({match[1] for match in found if match} - ({"0"} if first else set()))
 
 
 def _weights(content: Mapping, path: str) -> tuple[dict[str, np.ndarray], str, list[str]]:
@@ -307,21 +284,20 @@ def _weights(content: Mapping, path: str) -> tuple[dict[str, np.ndarray], str, l
     return weights, layout, [name for name in arrays if not name.startswith(prefix)]
 
 
-def _check_kinds(weights: Mapping[str, np.ndarray], names: _Names, path: str) -> None:
+def _check_kinds(weights: Mapping[str, np.ndarray], names: Names, path: str) -> None:
     """Raises InputError unless what settings are read from is there: kernels [elements, C_in, C_out] of 3x3x3."""
-    first = [names.block(stage, 0)["conv_1"] for stage in range(8)]
-    wrong = [name for name in (names.stem(0), *first) if name not in weights or weights[name].ndim not in (2, 3)]
+    first, stem = [names.block(stage, 0)[0][0] for stage in range(8)], names.stem[0][0]
+    wrong = [name for name in (stem, *first) if name not in weights or weights[name].ndim not in (2, 3)]
     if wrong:
         raise InputError(f"{path} holds no MinkUNet that is known here: {', '.join(wrong)} missing or of another kind")
     if weights[first[0]].ndim == 2 or weights[first[0]].shape[0] == 1:
         raise InputError(f"{path} is a MinkUNet of bottleneck blocks (50 or 101), of which there is none here")
-    elements = weights[names.stem(0)].shape[0]
-    if elements == 125:
+    if weights[stem].shape[0] == 125:
         raise InputError(
             f"{path} has a stem of 5x5x5, as in MinkowskiEngine's example, and only stems of 3x3x3 (SLidR's, "
             "torchsparse's) can be computed here"
         )
-    wrong = [name for name in (names.stem(0), *first) if weights[name].ndim != 3 or weights[name].shape[0] != 27]
+    wrong = [name for name in (stem, *first) if weights[name].ndim != 3 or weights[name].shape[0] != 27]
     if wrong:
         found = ", ".join(f"{name} {weights[name].shape}" for name in wrong)
         raise InputError(f"{path} holds no MinkUNet that is known here: {found} is no kernel of 3x3x3")
@@ -349,5 +325,7 @@ def _to_ours(array: np.ndarray, row: Weight, layout: str) -> np.ndarray:
 
 def element_order(layout: str, elements: int) -> list[int]:
     """Of each of our kernel elements, 27 or 8, the one of the published kernel with the same offset."""
-    theirs = OFFSETS[layout, elements]
-    return [theirs.index(offset) for offset in (NEIGHBORS if elements == 27 else CHILDREN)]
+    ours = NEIGHBORS if elements == 27 else CHILDREN
+    x_fastest = sorted(ours, key=lambda offset: offset[::-1])
+    theirs = ours if (layout, elements) == ("torchsparse", 8) else x_fastest
+    return [theirs.index(offset) for offset in ours]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.tree_util import tree_leaves_with_path
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from scalr_jax.config import student_settings
 from scalr_jax.data.packing import Capacities, pack_shard
@@ -16,6 +16,8 @@ from scalr_jax.models.build import make_student
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.ops.voxels import LEVELS
 from scalr_jax.runtime.errors import InputError
+
+NORM = (("scale", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("variance", "running_var"))  # ours, PyTorch's
 
 
 class Published(NamedTuple):
@@ -48,12 +50,11 @@ def empty_batch(num_features: int, needs: SceneNeeds) -> Batch:
     """The smallest batch, all padding: what shapes of parameters are derived from."""
     feats, neighbors = np.zeros((0, num_features), np.float32), np.zeros((0, needs.num_neighbors), np.int32)
     scene = SceneView("", 0, feats, neighbors, (), None, None, None)
-    sizes = (2,) * len(needs.grids)
-    capacities = Capacities(2, 1, sizes, sizes)
+    tables = [(2,) * len(needs.grids)] * 2
     if needs.voxel_size is not None:
-        counts = np.zeros((LEVELS, 2), np.int64)
-        scene = scene._replace(voxels=SceneVoxels(np.zeros((0, 3), np.float32), counts))
-        capacities = Capacities(2, 1, sizes, sizes, (2,) * LEVELS, (2,) * LEVELS)
+        scene = scene._replace(voxels=SceneVoxels(np.zeros((0, 3), np.float32), np.zeros((LEVELS, 2), np.int64)))
+        tables += [(2,) * LEVELS] * 2
+    capacities = Capacities(2, 1, *tables)
     return jax.tree.map(lambda x: x[None], pack_shard((), capacities, scene, needs.grids))
 
 
@@ -65,7 +66,14 @@ def shapes_of(student: Student, num_features: int) -> dict[str, dict[str, tuple[
 
 
 def flat_shapes(tree: Mapping) -> dict[str, tuple[int, ...]]:
-    return {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in tree_leaves_with_path(tree)}
+    """Shapes of a tree of arrays or their shapes, by path."""
+    return {keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in tree_leaves_with_path(tree)}
+
+
+def extra_weights(weights: Mapping[str, np.ndarray], known: Collection[str]) -> list[str]:
+    """A sentence for each weight of a PyTorch file that is not `known`; counters of batches apart."""
+    extra = sorted(key for key in weights if key not in known and not key.endswith("num_batches_tracked"))
+    return [f"{key} {weights[key].shape} is not part of this model" for key in extra]
 
 
 def check_shapes(student: Student, num_features: int, variables: Variables, name: str) -> None:

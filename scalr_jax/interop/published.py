@@ -1,25 +1,13 @@
-"""Published files of every backbone, by one table."""
+"""Published files of every backbone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from scalr_jax.interop import minkunet, waffleiron
 from scalr_jax.interop.model import Published
 from scalr_jax.interop.torch_file import read_weights_file
-
-
-class Format(NamedTuple):
-    recognises: Callable[[Mapping], bool]  # a file's content
-    read: Callable[[Mapping, str], Published]  # content and the file's name; raises `InputError`
-
-
-FORMATS = (  # the first that recognises a file reads it
-    Format(minkunet.recognises, minkunet.read),
-    Format(lambda content: True, waffleiron.read),  # and says what the file lacks to be one
-)
 
 
 def read_published(path: str | Path) -> Published:
@@ -28,5 +16,5 @@ def read_published(path: str | Path) -> Published:
 
 
 def read_content(content: Mapping, name: str) -> Published:
-    """`read_published` of a file's content."""
-    return next(form for form in FORMATS if form.recognises(content)).read(content, name)
+    """`read_published` of a file's content. One of neither backbone is told what it lacks to be a WaffleIron."""
+    return (minkunet if minkunet.recognises(content) else waffleiron).read(content, name)

@@ -11,10 +11,11 @@ A run writes WORKDIR/settings.json when training starts. It holds what an export
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,9 +49,7 @@ def write_settings(
     segments = student.head != "distill"
     settings = {
         **dataclasses.asdict(model),
-        "head": student.head,
-        "head_hidden": student.head_hidden,
-        "out_features": student.out_features,
+        **{name: getattr(student, name) for name in ("head", "head_hidden", "out_features")},
         "num_features": len(FEATURES),
         "voxel_size": data.voxel_size,
         "intensities": sensors.trained_intensities(data, dataset),
@@ -129,7 +128,10 @@ def _old_settings(folder: Path, data: dict, model: dict, variables: Variables) -
     head = segmentation_head(params)
     out = params["head"] if head else params["head"]["out"]
     number = out["bias"].shape[0]
-    names = sensors.known_classes(data["dataset"], number, _evaluated_classes(folder)) if head else ()
+    evaluated = []  # the classes whose IoU results.json has, in order
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        evaluated = [str(name) for name in json.loads((folder / "results.json").read_text())["iou"]]
+    names = sensors.known_classes(data["dataset"], number, evaluated) if head else ()
     return {
         **model,
         "head": head or "distill",
@@ -140,14 +142,6 @@ def _old_settings(folder: Path, data: dict, model: dict, variables: Variables) -
         "intensities": sensors.known_intensities(data),
         "class_names": list(names),
     }
-
-
-def _evaluated_classes(workdir: Path) -> Sequence[str]:
-    """The classes whose IoU results.json has, in order; () without one."""
-    try:
-        return [str(name) for name in json.loads((workdir / "results.json").read_text())["iou"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()
 
 
 def choose_intensity(settings: Mapping[str, Any], path: Path, sensor: str | None) -> tuple[float, float]:

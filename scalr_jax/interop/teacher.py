@@ -27,13 +27,7 @@ ASSET = "demo_teacher.safetensors"
 def make_teacher(settings: TeacherSettings, image_size: tuple[int, int], platform: str) -> tuple[vit.ViTConfig, dict]:
     """The ViT of `config.teacher`: its architecture, and its parameters in the compute dtype.
 
-    Args:
-        settings: which file, feature and interpolation.
-        image_size: rows and columns of the images that it will see.
-        platform: of the devices that compute it.
-
-    Raises:
-        InputError: a file that is missing or no ViT, or images that are no whole number of patches.
+    Raises `InputError` for a file that is missing or no ViT, or an `image_size` that is no whole number of patches.
     """
     checkpoint = Path(settings.checkpoint)
     if settings.checkpoint == "demo":

@@ -38,6 +38,8 @@ _STORAGES = {
     "BoolStorage": np.dtype("?"),
 }
 
+_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32")
+
 # Every (module, name) that a checkpoint may mention. Learning rates computed with NumPy leave NumPy scalars behind
 # (ScaLR's do), hence its names.
 _STAND_INS = stand_ins(
@@ -50,9 +52,7 @@ _STAND_INS = stand_ins(
         ("torch", "Size"): "tuple",
         ("torch", "device"): "device",
         ("argparse", "Namespace"): "namespace",
-        **{
-            ("torch", name): f"torch.{name}" for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32")
-        },
+        **{("torch", name): f"torch.{name}" for name in _DTYPES},
         **{(f"numpy.{core}.multiarray", "scalar"): "scalar" for core in ("core", "_core")},
         ("numpy", "dtype"): "dtype",
         ("_codecs", "encode"): "bytes",
@@ -229,13 +229,8 @@ def _scalar(dtype: Any, data: Any) -> bool | int | float:
 def write_torch_file(path: str | Path, contents: dict) -> None:
     """Writes a `.pth` that `torch.load(path, weights_only=True)` takes, without PyTorch.
 
-    Args:
-      path: the file to write.
-      contents: nested dicts and lists of arrays and plain Python; arrays become CPU tensors. The same contents give
-        the same bytes.
-
-    Raises:
-      ValueError: an array's dtype has no PyTorch storage here.
+    `contents` are nested dicts and lists of arrays, which become CPU tensors, and plain Python; the same contents give
+    the same bytes. Raises `ValueError` when an array's dtype has no PyTorch storage here.
     """
     with zipfile.ZipFile(path, "w") as archive:
 
@@ -276,14 +271,10 @@ def _pickled_tensor(array: np.ndarray, storages: list[np.ndarray]) -> bytes:
     storage += [_pickled(item, []) for item in (str(len(storages)), "cpu", array.size)]
     storages.append(array)
     hooks = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
-    return b"".join(
-        (
-            _global("torch._utils", "_rebuild_tensor_v2") + pickle.MARK,
-            pickle.MARK + b"".join(storage) + pickle.TUPLE + pickle.BINPERSID,
-            *(_pickled(item, []) for item in (0, array.shape, strides, False)),
-            hooks + pickle.TUPLE + pickle.REDUCE,
-        )
-    )
+    function = _global("torch._utils", "_rebuild_tensor_v2") + pickle.MARK
+    values = b"".join(_pickled(item, []) for item in (0, array.shape, strides, False))
+    identity = pickle.MARK + b"".join(storage) + pickle.TUPLE + pickle.BINPERSID
+    return function + identity + values + hooks + pickle.TUPLE + pickle.REDUCE
 
 
 def _global(module: str, name: str) -> bytes:

@@ -11,7 +11,6 @@ does (2026-11): Meta's DINO and DINOv2 "dinov2", timm and everything with regist
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from pathlib import Path
@@ -19,8 +18,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from scalr_jax.interop import torch_file
+from scalr_jax.interop.model import flat_shapes
 from scalr_jax.models import vit
 from scalr_jax.runtime.errors import InputError
 
@@ -147,15 +148,10 @@ def load_dinov2(path: str | Path, *, num_heads: int | None = None) -> tuple[vit.
     chosen = {target: _choose(alternatives, weights) for target, alternatives in _layout(weights).items()}
     config = _config(weights, chosen, num_heads, path)
     shapes = jax.eval_shape(lambda: vit.init(config, jax.random.key(0), (config.patch_size, config.patch_size)))
-    leaves = {
-        "/".join(key.key for key in keys): leaf.shape for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
-    }
+    leaves = flat_shapes(shapes)
     _check(weights, chosen, leaves, config, path)
-    params: dict = {}
-    for target, shape in leaves.items():
-        *parents, name = target.split("/")
-        node = functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, params)
-        node[name] = _parameter(weights, target, chosen[target], shape)
+    flat = {target: _parameter(weights, target, chosen[target], shape) for target, shape in leaves.items()}
+    params: dict = unflatten_dict(flat, sep="/")
     if config.positions == "learned":
         positions = weights[str(chosen["positions"][0])][0]
         if len(positions) > math.prod(config.position_grid):  # the CLS token's own position comes first
@@ -175,11 +171,8 @@ def _weights(contents: dict, path: str | Path) -> dict[str, np.ndarray]:
     prefix = tokens[0].removesuffix("cls_token").removesuffix("embeddings.")
     arrays = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
     # DINOv2 trains with blocks in chunks, blocks.CHUNK.N; transformers 5 has model.layer.N inside
-    return {re.sub(r"^blocks\.\d+\.(\d+)\.|^model\.(?=layer\.)", _unchunked, k): v for k, v in arrays.items()}
-
-
-def _unchunked(match: re.Match) -> str:
-    return f"blocks.{match[1]}." if match[1] else ""
+    arrays = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): value for name, value in arrays.items()}
+    return {re.sub(r"^model\.(?=layer\.)", "", name): value for name, value in arrays.items()}
 
 
 def _layout(weights: dict[str, np.ndarray]) -> Layout:
@@ -226,14 +219,13 @@ def _config(
         "num_registers": shape("registers")[1] if has_registers else 0,
         "layer_scale": first["blocks/scale_1"][0] in weights,
     }
-    if rotary:
-        config |= {"positions": "rotary", "norm_eps": 1e-5}
-        if periods is not None:  # Meta's files hold them rounded to bfloat16; timm and transformers compute them
-            config["rotary_periods"] = tuple(periods.astype(float).tolist())
+    if not rotary:
+        config["position_grid"] = _grid(shape("positions")[1], path)
+        config["position_interpolation"] = _interpolation(weights, config, path)
         return vit.ViTConfig(**config)
-    config["position_grid"] = _grid(shape("positions")[1], path)
-    config["position_interpolation"] = _interpolation(weights, config, path)
-    return vit.ViTConfig(**config)
+    if periods is not None:  # Meta's files hold them rounded to bfloat16; timm and transformers compute them
+        config["rotary_periods"] = tuple(periods.astype(float).tolist())
+    return vit.ViTConfig(**config, positions="rotary", norm_eps=1e-5)
 
 
 def _num_heads(width: int, given: int | None, periods: Any, rotary: bool, path: str | Path) -> int:
@@ -288,13 +280,12 @@ def _check(
             needed[name] = weights[name].shape
     problems = []
     for name in sorted({*needed, *weights}):
-        given = weights[name].shape if name in weights else None
-        if given is None:
+        if name not in weights:
             problems.append(f"{name}: missing, needs {needed[name]}")
         elif name not in needed and not _IGNORED.fullmatch(name):
-            problems.append(f"{name}: unknown, has {given}")
-        elif name in needed and given != needed[name]:
-            problems.append(f"{name}: has {given}, needs {needed[name]}")
+            problems.append(f"{name}: unknown, has {weights[name].shape}")
+        elif name in needed and weights[name].shape != needed[name]:
+            problems.append(f"{name}: has {weights[name].shape}, needs {needed[name]}")
     if problems:
         listed = "\n  ".join(problems)
         raise InputError(f"{path} does not fit a ViT of {config.depth} blocks, {config.width} wide:\n  {listed}")

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from scalr_jax.config import get_config
 from scalr_jax.data.scenes import PLANE_AXES
-from scalr_jax.interop.model import Published, shapes_of, student_of
+from scalr_jax.interop.model import NORM, Published, extra_weights, shapes_of, student_of
 from scalr_jax.interop.torch_file import read_weights_file, write_torch_file
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.errors import InputError
@@ -30,19 +30,16 @@ UNSAID = ("intensity", "field_of_view", "grids")  # by any file
 class Weight(NamedTuple):
     """One row of the table."""
 
-    ours: str  # path below "params" or "batch_stats"
+    ours: str  # path below `kind`
     theirs: str
     layout: str  # see `to_ours`
-    stats: bool = False
+    kind: str = "params"  # or "batch_stats"
+    row: int | None = None  # of the stack, for layers that are stacked in our tree
 
 
 def _batch_norm(ours: str, theirs: str) -> list[Weight]:
-    return [
-        Weight(f"{ours}/scale", f"{theirs}.weight", "same"),
-        Weight(f"{ours}/bias", f"{theirs}.bias", "same"),
-        Weight(f"{ours}/mean", f"{theirs}.running_mean", "same", stats=True),
-        Weight(f"{ours}/variance", f"{theirs}.running_var", "same", stats=True),
-    ]
+    kinds = ("params", "params", "batch_stats", "batch_stats")
+    return [Weight(f"{ours}/{x}", f"{theirs}.{y}", "same", k) for (x, y), k in zip(NORM, kinds, strict=True)]
 
 
 def _linear(ours: str, theirs: str) -> list[Weight]:
@@ -63,17 +60,15 @@ EMBEDDING = [
 def _norm(kind: str, ours: str, theirs: str) -> list[Weight]:
     if kind == "batch":
         return _batch_norm(f"{ours}/batch", theirs)
-    return [Weight(f"{ours}/layer/{x}", f"{theirs}.{y}", "same") for x, y in (("scale", "weight"), ("bias", "bias"))]
+    return [Weight(f"{ours}/layer/{x}", f"{theirs}.{y}", "same") for x, y in NORM[:2]]
 
 
 def _layer(kind: str, d: int) -> list[Weight]:
     spatial, channel = f"waffleiron.spatial_mix.{d}", f"waffleiron.channel_mix.{d}"
     return [
         *_norm(kind, "spatial/norm", f"{spatial}.norm"),
-        Weight("spatial/kernel_1", f"{spatial}.ffn.0.weight", "depthwise"),
-        Weight("spatial/bias_1", f"{spatial}.ffn.0.bias", "same"),
-        Weight("spatial/kernel_2", f"{spatial}.ffn.2.weight", "depthwise"),
-        Weight("spatial/bias_2", f"{spatial}.ffn.2.bias", "same"),
+        *(Weight(f"spatial/kernel_{k}", f"{spatial}.ffn.{2 * k - 2}.weight", "depthwise") for k in (1, 2)),
+        *(Weight(f"spatial/bias_{k}", f"{spatial}.ffn.{2 * k - 2}.bias", "same") for k in (1, 2)),
         Weight("spatial/scale", f"{spatial}.scale.weight", "flat"),
         *_norm(kind, "channel/norm", f"{channel}.norm"),
         *_linear("channel/linear_1", f"{channel}.mlp.0"),
@@ -82,41 +77,29 @@ def _layer(kind: str, d: int) -> list[Weight]:
     ]
 
 
-def _head(head: str) -> list[Weight]:
-    if head == "segment":
-        return [*_batch_norm("head/norm", "classif.0"), *_linear("head", "classif.1")]
-    if head == "mlp":  # no published file has one; as Sequential(BatchNorm1d, Conv1d, ReLU, Conv1d) would name it
-        return [
-            *_batch_norm("head/norm", "classif.0"),
-            *_linear("head/hidden", "classif.1"),
-            *_linear("head", "classif.3"),
-        ]
-    if head == "distill_mlp":
-        return [*_linear("head/hidden", "classif.0"), *_linear("head/out", "classif.2")]
-    return _linear("head" if head == "linear" else "head/out", "classif")
+_HEAD_NORM = _batch_norm("head/norm", "classif.0")
+HEADS = {
+    "none": [],
+    "segment": [*_HEAD_NORM, *_linear("head", "classif.1")],
+    # No published file has one; as Sequential(BatchNorm1d, Conv1d, ReLU, Conv1d) would name it.
+    "mlp": [*_HEAD_NORM, *_linear("head/hidden", "classif.1"), *_linear("head", "classif.3")],
+    "distill_mlp": [*_linear("head/hidden", "classif.0"), *_linear("head/out", "classif.2")],
+    "distill": _linear("head/out", "classif"),
+    "linear": _linear("head", "classif"),
+}
 
 
-class Entry(NamedTuple):
-    """A weight of one model: where it lies in our tree and, for stacked layers, which row."""
-
-    weight: Weight
-    ours: str
-    row: int | None
-
-
-def weight_table(student: Student) -> list[Entry]:
+def weight_table(student: Student) -> list[Weight]:
     """Every weight of a student with a WaffleIron."""
     backbone: Any = student.backbone
-    depth, kind = backbone.depth, backbone.norm
-    head = "distill_mlp" if student.head == "distill" and student.head_hidden else student.head
-    entries = [Entry(weight, weight.ours, None) for weight in [*EMBEDDING, *(_head(head) if head != "none" else [])]]
-    num_groups = depth // len(PLANE_AXES)
-    for d in range(depth):
+    table = [*EMBEDDING, *HEADS["distill_mlp" if student.head == "distill" and student.head_hidden else student.head]]
+    num_groups = backbone.depth // len(PLANE_AXES)
+    for d in range(backbone.depth):
         group, plane = divmod(d, len(PLANE_AXES))
         where, row = ("groups", group) if group < num_groups else ("rest", None)
-        for weight in _layer(kind, d):
-            entries.append(Entry(weight, f"backbone/{where}/plane_{plane}/{weight.ours}", row))
-    return entries
+        for weight in _layer(backbone.norm, d):
+            table.append(weight._replace(ours=f"backbone/{where}/plane_{plane}/{weight.ours}", row=row))
+    return table
 
 
 def to_ours(array: np.ndarray, layout: str) -> np.ndarray:
@@ -151,12 +134,11 @@ def published_state_dict(student: Student, variables: Variables) -> dict[str, np
     """Our variables under PyTorch's names and shapes, complete for a strict `load_state_dict`."""
     state: dict[str, np.ndarray] = {}
     arrays = {kind: flatten_dict(variables.get(kind, {}), sep="/") for kind in ("params", "batch_stats")}
-    for entry in weight_table(student):
-        array = np.asarray(arrays["batch_stats" if entry.weight.stats else "params"][entry.ours])
-        array = array if entry.row is None else array[entry.row]
-        state[entry.weight.theirs] = to_theirs(array, entry.weight)
-        if entry.weight.theirs.endswith("running_var"):
-            state[entry.weight.theirs.replace("running_var", "num_batches_tracked")] = np.asarray(0, np.int64)
+    for weight in weight_table(student):
+        array = np.asarray(arrays[weight.kind][weight.ours])
+        state[weight.theirs] = to_theirs(array if weight.row is None else array[weight.row], weight)
+        if weight.theirs.endswith("running_var"):
+            state[weight.theirs.replace("running_var", "num_batches_tracked")] = np.asarray(0, np.int64)
     return state
 
 
@@ -224,34 +206,29 @@ def _hint(weights: Mapping) -> str:
 
 def convert_weights(weights: Mapping[str, np.ndarray], student: Student, name: str) -> dict:
     """PyTorch weights by name -> {"params", "batch_stats"}. All that is missing, extra or misshapen is listed."""
-    entries = weight_table(student)
+    table = weight_table(student)
     shapes = shapes_of(student, weights["embed.conv1.weight"].shape[1])
     problems, rows = [], {}
-    for entry in entries:
-        array = weights.get(entry.weight.theirs)
-        kind = "batch_stats" if entry.weight.stats else "params"
-        expected = shapes[kind][entry.ours] if entry.row is None else shapes[kind][entry.ours][1:]
+    for weight in table:
+        array, expected = weights.get(weight.theirs), shapes[weight.kind][weight.ours]
+        expected = expected if weight.row is None else expected[1:]
         if array is None:
-            problems.append(f"{entry.weight.theirs} is missing, needs {theirs_shape(expected, entry.weight)}")
+            problems.append(f"{weight.theirs} is missing, needs {theirs_shape(expected, weight)}")
             continue
         try:
-            converted = to_ours(array, entry.weight.layout)
+            converted = to_ours(array, weight.layout)
         except ValueError:
             converted = np.asarray(array)
         if converted.shape != expected:
-            needed = theirs_shape(expected, entry.weight)
-            problems.append(f"{entry.weight.theirs} has {array.shape}, needs {needed}")
-        rows.setdefault((kind, entry.ours), []).append(converted)
-    known = {entry.weight.theirs for entry in entries}
-    extra = sorted(key for key in weights if key not in known and not key.endswith("num_batches_tracked"))
-    problems += [f"{key} {weights[key].shape} is not part of this model" for key in extra]
+            problems.append(f"{weight.theirs} has {array.shape}, needs {theirs_shape(expected, weight)}")
+        rows.setdefault(f"{weight.kind}/{weight.ours}", []).append(converted)
+    problems += extra_weights(weights, {weight.theirs for weight in table})
     if problems:
         raise InputError(
             f"{name} does not fit a student of {student.backbone.depth} layers, {student.backbone.channels} wide, "
             f"nothing was loaded: {'; '.join(problems)}"
         )
-    arrays = {(kind, path): np.stack(of) if "/groups/" in path else of[0] for (kind, path), of in rows.items()}
-    flat = {f"{kind}/{path}": array for (kind, path), array in arrays.items()}
+    flat = {path: np.stack(of) if "/groups/" in path else of[0] for path, of in rows.items()}
     return {"params": {}, "batch_stats": {}} | unflatten_dict(flat, sep="/")
 
 

@@ -77,10 +77,10 @@ def _draw(file: IO[bytes], prediction: Prediction) -> None:
     from scalr_jax.figures import pictures
 
     title = f"{prediction.name}: {prediction.what} of {len(prediction.points):,} points, from above"
+    legend: Sequence[tuple[str, str]] = ()
     if prediction.what == "labels":
-        pictures.draw_top_view(
-            file, prediction.points[:, :3], title, labels=prediction.rows, class_names=prediction.class_names
-        )
+        legend = pictures.class_legend(prediction.rows, prediction.class_names)
     else:
-        note = "colours: first three principal components"
-        pictures.draw_top_view(file, prediction.points[:, :3], f"{title}; {note}", colors=prediction.colors)
+        title += "; colours: first three principal components"
+    panel = pictures.Panel("", prediction.colors, legend)
+    pictures.draw_panels(file, prediction.points[:, :3], title, [panel])

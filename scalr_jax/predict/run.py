@@ -43,21 +43,11 @@ from absl import flags
 from tqdm import tqdm
 
 from scalr_jax.data.readers import scan_inputs
-from scalr_jax.data.scenes import IGNORE, Frame
+from scalr_jax.data.scenes import IGNORE
 from scalr_jax.data.sensors import raw_labels
 from scalr_jax.figures import colors as correlation
-from scalr_jax.predict import outputs as predict_outputs
-from scalr_jax.runtime.command_line import (
-    define_model,
-    exit_codes,
-    model_arguments,
-    named,
-    numbers,
-    one_sentence,
-    parse_flags,
-    require,
-    use_cache,
-)
+from scalr_jax.predict.outputs import FORMATS, Prediction, check_formats, write
+from scalr_jax.runtime import command_line
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.storage import check_writable, differences, locked, read_json, write_arrays, write_json
 
@@ -71,7 +61,7 @@ LOCK = ".predict.lock"
 AGAIN = "free space on the disk and run the same command again: finished scans are kept"
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
-define_model(FLAGS)
+command_line.define_model(FLAGS)
 flags.DEFINE_string("input", None, "A scan, or a folder of scans.", flag_values=FLAGS)
 flags.DEFINE_string("output", None, "A file or a folder.", flag_values=FLAGS)
 flags.DEFINE_list("formats", [], "What to write.", flag_values=FLAGS)
@@ -84,21 +74,15 @@ flags.DEFINE_boolean("overwrite", False, "Do finished scans again.", flag_values
 
 def parse(arguments: list[str]) -> None:
     """Fills `FLAGS`. Raises InputError."""
-    parse_flags(FLAGS, arguments, __doc__)
-    require(FLAGS, "model", "input", example="--model=runs/pretrain --input=scan.bin")
+    command_line.parse_flags(FLAGS, arguments, __doc__)
+    command_line.require(FLAGS, "model", "input", example="--model=runs/pretrain --input=scan.bin")
 
 
 def predict(model: Model, points: np.ndarray, what: str, *, sector: tuple[float, float] | None = None) -> np.ndarray:
-    """`what` of every point: [N, C] float32 or class ids [N] int32; 0 or 255 outside the sector.
+    """`what` ("features", "distilled" or "labels") of points [N, 4]: [N, C] float32 or class ids [N] int32.
 
-    Args:
-      model: a `scalr_jax.Model`.
-      points: [N, 4], x, y, z in metres and raw intensity.
-      what: "features", "distilled" or "labels".
-      sector: from, to in degrees about z, 0 along x and 90 along y; None for all points.
-
-    Raises:
-      InputError: points that are none, too few in the field of view, or a model without `what`.
+    Outside the `sector` (from, to in degrees about z, 0 along x and 90 along y) it is 0 or 255. Raises `InputError` for
+    points that are none, too few in the field of view, or a model without `what`.
     """
     function = {"features": model.embed, "distilled": model.distilled, "labels": model.segment}[what]
     if sector is None:
@@ -141,13 +125,13 @@ def choose_outputs(scans: list[Path]) -> tuple[dict[Path, list[Path]], Path | No
     if not many and output.suffix and not output.is_dir():
         formats = list(dict.fromkeys([output.suffix[1:], *formats]))
         chosen = {scans[0]: [output.with_suffix(f".{name}") for name in formats]}
+    elif many and output.is_file():
+        raise InputError(f"{output} is a file, and {FLAGS.input} is a folder; give a folder as --output")
+    elif output.suffix[1:] in FORMATS and not output.is_dir():
+        raise InputError(
+            f"--output={output} names one file, and {FLAGS.input} is a folder; give a folder and --formats"
+        )
     else:
-        if many and output.is_file():
-            raise InputError(f"{output} is a file, and {FLAGS.input} is a folder; give a folder as --output")
-        if output.suffix[1:] in predict_outputs.FORMATS and not output.is_dir():
-            raise InputError(
-                f"--output={output} names one file, and {FLAGS.input} is a folder; give a folder and --formats"
-            )
         formats = formats or ["npz"]
         chosen = {scan: [output / f"{scan_inputs.stem(scan)}.{name}" for name in formats] for scan in scans}
     inputs = {scan.resolve() for scan in scans}
@@ -202,33 +186,22 @@ class _Colors:
 def _run_one(model: Model, what: str, scan: Path, paths: list[Path], warn: _Warnings, colors: _Colors) -> int:
     """One scan: read, predict, write. Returns its number of points; raises InputError, which names it, and OSError."""
     try:
-        frame = read(scan)
+        frame = scan_inputs.read_frame(scan, columns=FLAGS.columns, sensor=FLAGS.sensor)
         points = scan_inputs.student_points(frame)
         warn.add(scan.name, model.check(points))
         rows = predict(model, points, what, sector=_sector())
     except (BadFrameError, InputError) as error:
-        raise InputError(named(scan, error)) from error
+        raise InputError(command_line.named(scan, error)) from error
     colored = any(path.suffix in (".ply", ".png") for path in paths)
-    result = predict_outputs.Prediction(
-        name=frame.name,
-        points=points,
-        what=what,
-        rows=rows if what == "labels" else rows.astype(FLAGS.dtype),
-        colors=colors(rows) if colored else np.empty((0, 3), np.uint8),
-        class_names=model.class_names,
-    )
+    colors_of_points = colors(rows) if colored else np.empty((0, 3), np.uint8)
+    rows = rows if what == "labels" else rows.astype(FLAGS.dtype)
     for path in paths:
-        predict_outputs.write(result, path)
+        write(Prediction(frame.name, points, what, rows, colors_of_points, model.class_names), path)
     return len(points)
 
 
-def read(scan: Path) -> Frame:
-    """The scan's frame, by the flags."""
-    return scan_inputs.read_frame(scan, columns=FLAGS.columns, sensor=FLAGS.sensor)
-
-
 def _sector() -> tuple[float, float] | None:
-    found = numbers(FLAGS, "sector", 2)
+    found = command_line.numbers(FLAGS, "sector", 2)
     return None if found is None else (found[0], found[1])
 
 
@@ -253,13 +226,12 @@ def claimed(folder: Path, settings: dict, *, anew: bool) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK, "wait for it or stop it"):
         path = folder / SETTINGS
-        if path.exists() and not anew:
-            found = differences(read_json(path, "give another --output, or --overwrite"), settings)
-            if found:
-                raise InputError(
-                    f"{folder} holds predictions of another model or other settings ({found}); give another --output, "
-                    "or --overwrite"
-                )
+        saved = settings if anew or not path.exists() else read_json(path, "give another --output, or --overwrite")
+        if found := differences(saved, settings):
+            raise InputError(
+                f"{folder} holds predictions of another model or other settings ({found}); give another --output, or "
+                "--overwrite"
+            )
         if anew:
             (folder / COLORS).unlink(missing_ok=True)
         write_json(path, settings)
@@ -272,11 +244,7 @@ def _run_folder(model: Model, what: str, outputs: dict[Path, list[Path]], folder
     anew = FLAGS.overwrite or not any(path.exists() for paths in outputs.values() for path in paths)
     with claimed(folder, settings_of(model, what), anew=anew):
         colors = _Colors(model, what, folder / COLORS)
-        missing = {
-            scan: paths
-            for scan, paths in outputs.items()
-            if FLAGS.overwrite or not all(path.exists() for path in paths)
-        }
+        missing = {s: paths for s, paths in outputs.items() if FLAGS.overwrite or not all(map(Path.exists, paths))}
         started = time.monotonic()
         with tqdm(total=len(outputs), initial=len(outputs) - len(missing), unit="scan", mininterval=1.0) as bar:
             for scan, paths in missing.items():
@@ -284,7 +252,7 @@ def _run_folder(model: Model, what: str, outputs: dict[Path, list[Path]], folder
                     points += _run_one(model, what, scan, paths, warn, colors)
                     done += 1
                 except InputError as error:
-                    bad.append(one_sentence(error))
+                    bad.append(command_line.one_sentence(error))
                     tqdm.write(f"bad scan, left out: {bad[-1]}", file=sys.stderr)
                 bar.update()
         warn.close()
@@ -303,13 +271,13 @@ def run(arguments: list[str]) -> None:
     scans = scan_inputs.list_scans(FLAGS.input)
     outputs, folder = choose_outputs(scans)
     formats = [path.suffix[1:] for path in next(iter(outputs.values()))]
-    predict_outputs.check_formats(formats, FLAGS.what or "labels")
+    check_formats(formats, FLAGS.what or "labels")
     from scalr_jax import api  # starts JAX
 
-    use_cache(FLAGS.cache)
-    model = api.load(**model_arguments(FLAGS))
+    command_line.use_cache(FLAGS.cache)
+    model = api.load(**command_line.model_arguments(FLAGS))
     what = choose_what(model.config.head, FLAGS.what)
-    predict_outputs.check_formats(formats, what)
+    check_formats(formats, what)
     if "label" in formats:
         dataset = raw_labels(np.zeros(1, np.int32), model.class_names)[1]
         print(f".label files hold {f'the label numbers of {dataset}' if dataset else 'class ids, 255 for none'}")
@@ -323,5 +291,5 @@ def run(arguments: list[str]) -> None:
 
 def main(arguments: list[str]) -> None:
     """`run`, with exit codes."""
-    with exit_codes(interrupted="the same command goes on where it stopped", full=AGAIN):
+    with command_line.exit_codes(interrupted="the same command goes on where it stopped", full=AGAIN):
         run(arguments)

@@ -57,17 +57,20 @@ class Checkpoints:
         errors = []
         for found in sorted(self._checkpointer.checkpoints, key=lambda c: -c.step):
             try:
-                self._check_shards(found.step, abstract_positions.shape[0])
+                there = _metadata(self._checkpointer, found.step)["positions"].shape[0]
+                if there != (now := abstract_positions.shape[0]):
+                    raise InputError(
+                        f"{self._checkpointer.directory} is of a run with {there} data shards (devices), and here are "
+                        f"{now}: the order of the scenes depends on their number; resume on as many, or give another "
+                        "--workdir"
+                    )
                 loaded = self._checkpointer.load(found.step, wanted)
             except InputError:
                 raise
             except Exception as error:  # Orbax raises many kinds for missing and cut files
                 errors.append(f"step {found.step} ({_cause(error)})")
-                logging.warning(
-                    "in %s the checkpoint of %s cannot be read, trying the one before",
-                    self._checkpointer.directory,
-                    errors[-1],
-                )
+                where = self._checkpointer.directory
+                logging.warning("in %s the checkpoint of %s cannot be read, trying the one before", where, errors[-1])
                 continue
             for newer in self._checkpointer.checkpoints:  # what could not be read would block its step's next save
                 if newer.step > found.step:
@@ -79,14 +82,6 @@ class Checkpoints:
                 "remove the folder to start again"
             )
         return None
-
-    def _check_shards(self, step: int, now: int) -> None:
-        there = _metadata(self._checkpointer, step)["positions"].shape[0]
-        if there != now:
-            raise InputError(
-                f"{self._checkpointer.directory} is of a run with {there} data shards (devices), and here are {now}: "
-                "the order of the scenes depends on their number; resume on as many, or give another --workdir"
-            )
 
     def wait(self) -> None:
         """Until what was started is on disk."""
@@ -107,8 +102,9 @@ class Checkpoints:
                 raise
             steps = [found.step for found in self._checkpointer.checkpoints]
             before = f"from step {max(steps)}" if steps else "from the beginning"
+            reason = str(error).splitlines()[0].split("[os_error_code")[0].strip().rsplit(": ", 1)[-1]  # the system's
             raise InputError(
-                f"a checkpoint could not be written in {self._checkpointer.directory} ({_reason(error)}); free space "
+                f"a checkpoint could not be written in {self._checkpointer.directory} ({reason}); free space "
                 f"or permit writing there, and the same command resumes {before}"
             ) from error
 
@@ -124,11 +120,6 @@ def _metadata(checkpointer: Any, step: int) -> Any:
     if not found or any(part is None for part in found.values()):
         raise ValueError(f"{step}/*/_METADATA is missing or cut")
     return found
-
-
-def _reason(error: Exception) -> str:
-    """The system's words at the end of TensorStore's."""
-    return str(error).splitlines()[0].split("[os_error_code")[0].strip().rsplit(": ", 1)[-1]
 
 
 def _cause(error: BaseException) -> str:
@@ -181,5 +172,4 @@ def load_weights(directory: Path) -> dict:
     try:
         return jax.device_get(ocp.load(directory.absolute()))
     except Exception as error:  # Orbax raises many kinds for missing and cut files
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise InputError(f"{directory} cannot be read ({reason}); copy it again") from None
+        raise InputError(f"{directory} cannot be read ({_cause(error)}); copy it again") from None

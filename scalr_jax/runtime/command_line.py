@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, TypedDict
+from typing import NoReturn
 
 from absl import flags
 
@@ -92,17 +92,6 @@ def config_sentence(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------------------------- model
 
 
-class ModelArguments(TypedDict):
-    """The arguments of `scalr_jax.load`."""
-
-    path: str
-    sensor: str | None
-    intensity: tuple[float, float] | None
-    field_of_view: list[float] | None
-    grids: list[float] | None
-    activation: str | None
-
-
 def define_model(values: flags.FlagValues) -> None:
     """Defines the flags of `MODEL_FLAGS` in `values`."""
     flags.DEFINE_string("model", None, "Workdir, exported folder or published file.", flag_values=values)
@@ -114,17 +103,11 @@ def define_model(values: flags.FlagValues) -> None:
     flags.DEFINE_string("cache", None, "Folder of compiled programs.", flag_values=values)
 
 
-def model_arguments(values: flags.FlagValues) -> ModelArguments:
+def model_arguments(values: flags.FlagValues) -> dict:
     """What `scalr_jax.load` is to be called with. Raises InputError."""
-    intensity = numbers(values, "intensity", 2)
-    return {
-        "path": values.model,
-        "sensor": values.sensor,
-        "intensity": None if intensity is None else (intensity[0], intensity[1]),
-        "field_of_view": numbers(values, "field_of_view", 6),
-        "grids": numbers(values, "grids", 6),
-        "activation": values.activation,
-    }
+    counts = {"intensity": 2, "field_of_view": 6, "grids": 6}
+    arrays = {name: numbers(values, name, count) for name, count in counts.items()}
+    return {"path": values.model, "sensor": values.sensor, "activation": values.activation, **arrays}
 
 
 def use_cache(folder: str | Path | None = None) -> Path | None:
@@ -158,9 +141,7 @@ def use_cache(folder: str | Path | None = None) -> Path | None:
 def exit_codes(*, interrupted: str = "", full: str = SPACE) -> Iterator[None]:
     """Turns errors that are no defects into exit code 2 and one sentence.
 
-    Args:
-      interrupted: what to add when the user stopped the command.
-      full: what to do when the disk is full.
+    `interrupted` is added when the user stopped the command; `full` says what to do when the disk is full.
     """
     try:
         yield

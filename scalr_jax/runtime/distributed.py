@@ -7,7 +7,6 @@ and an exit code here; SIGTERM becomes a step after which all processes stop.
 from __future__ import annotations
 
 import ctypes
-import functools
 import json
 import signal
 import socket
@@ -50,11 +49,7 @@ def start(
     """
     given = {"--coordinator_address": address, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
-    initialize = functools.partial(
-        jax.distributed.initialize,
-        initialization_timeout=connect_seconds,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-    )
+    limits: dict = {"initialization_timeout": connect_seconds, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     where = "" if address is None else f" at {address}"
     _at_abort(
         2,
@@ -63,7 +58,7 @@ def start(
     )
     if len(missing) == len(given):
         try:
-            initialize()
+            jax.distributed.initialize(**limits)
         except ValueError as error:
             if "should be defined" in str(error) or "must be defined" in str(error):
                 return  # no cluster: alone
@@ -74,7 +69,7 @@ def start(
         if not 0 <= process_id < num_processes:
             raise InputError(f"--process_id={process_id} is not between 0 and --num_processes={num_processes} - 1")
         _await_coordinator(address, process_id, connect_seconds)
-        initialize(address, num_processes, process_id)
+        jax.distributed.initialize(address, num_processes, process_id, **limits)
     _at_abort(1, LOST)
 
 
@@ -140,12 +135,8 @@ def sum_over_processes(array: np.ndarray) -> np.ndarray:
 
 
 def check_agreement(settings: Mapping[str, object], free: tuple[str, ...] = ()) -> None:
-    """Raises `InputError` on every process when one has other `settings` than process 0; lists the differences here.
-
-    Args:
-        settings: nested, JSON types.
-        free: dotted names that may differ.
-    """
+    """Raises `InputError` on every process when one has other `settings` (nested, JSON types) than process 0, apart
+    from dotted names that are `free`; lists the differences here."""
     if jax.process_count() == 1:
         return
     mine = {key: value for key, value in flatten(settings).items() if key not in free}

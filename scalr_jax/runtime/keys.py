@@ -7,6 +7,7 @@ the key allows; every problem is collected before anything is refused.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -60,29 +61,18 @@ def key(
     default: Any,
     meaning: str,
     *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
     choices: Sequence[str] = (),
     resume: bool = False,
     local: bool = False,
+    **bounds: float,
 ) -> Any:
-    """A field of a table: its default, one line of meaning, and what it allows.
+    """A field of a table: its default, one line of meaning, and the `choices` or `bounds` of `Allowed`.
 
-    Args:
-        default: the value, of the field's type.
-        meaning: what the key does, for `--help` and the documentation.
-        low, high: bounds of numbers, inclusive.
-        above, below: bounds of numbers, exclusive.
-        choices: the texts that are allowed; () for any.
-        resume: whether a run may be resumed with another value.
-        local: whether the processes of one run may have different values.
+    `resume`: a run may be resumed with another value; `local`: the processes of one run may have different ones.
     """
-    allowed = Allowed(low, high, above, below, tuple(choices))
-    return dataclasses.field(
-        default=default, metadata={"meaning": meaning, "allowed": allowed, "resume": resume, "local": local}
-    )
+    allowed = Allowed(choices=tuple(choices), **bounds)
+    about = {"meaning": meaning, "allowed": allowed, "resume": resume, "local": local}
+    return dataclasses.field(default=default, metadata=about)
 
 
 class Row(NamedTuple):
@@ -117,14 +107,8 @@ def rows(table: type, prefix: str = "") -> Iterator[Row]:
         if dataclasses.is_dataclass(hint):
             yield from rows(typing.cast(type, hint), f"{prefix}{field.name}.")
         else:
-            yield Row(
-                f"{prefix}{field.name}",
-                _takes(hint, about["allowed"]),
-                field.default,
-                about["meaning"],
-                about["resume"],
-                about["local"],
-            )
+            takes, more = _takes(hint, about["allowed"]), (about["meaning"], about["resume"], about["local"])
+            yield Row(f"{prefix}{field.name}", takes, field.default, *more)
 
 
 def read(table: type[Table], values: Mapping[str, Any], problems: list[str], prefix: str = "") -> Table:
@@ -145,16 +129,11 @@ def read(table: type[Table], values: Mapping[str, Any], problems: list[str], pre
             problems.append(f"{full} is missing")
             continue
         allowed: Allowed = field.metadata["allowed"]
-        try:
-            value = convert(values[name], hint)
-        except TypeError:
-            value, fits = None, False
-        else:
-            fits = allowed.holds(value)
-        if fits:
-            found[name] = value
-        else:
-            problems.append(f"{full} = {values[name]!r} (expected: {_takes(hint, allowed)})")
+        with contextlib.suppress(TypeError):
+            if allowed.holds(value := convert(values[name], hint)):
+                found[name] = value
+                continue
+        problems.append(f"{full} = {values[name]!r} (expected: {_takes(hint, allowed)})")
     return table(**found)
 
 

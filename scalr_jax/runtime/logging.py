@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -18,6 +19,24 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+class Progress:
+    """A line every few seconds of how much is done and how long the rest will take."""
+
+    def __init__(self, *, active: bool):
+        self._active, self._done, self._started, self._said = active, 0, 0.0, 0.0
+
+    def add(self, text: str, remaining: float) -> None:
+        """One more is done, and so many remain. The first is not timed: it waited for the compiler."""
+        now = time.monotonic()
+        if self._done == 0:
+            self._started = self._said = now
+        elif self._active and now - self._said > PROGRESS_SECONDS:
+            self._said = now
+            left = (now - self._started) / self._done * max(remaining, 0)
+            print(f"{text}, {format_seconds(left)} left", flush=True)
+        self._done += 1
+
+
 class MetricWriter:
     """Appends to `workdir/metrics.jsonl`; `active=False` (all processes but one) writes nothing."""
 
@@ -25,27 +44,25 @@ class MetricWriter:
         self._path = workdir / "metrics.jsonl"
         self._num_steps, self._active, self._label = num_steps, active, label
         self._started, self._first_step, self._last_line = time.monotonic(), 0, 0.0
-        self._board = _tensorboard(workdir / "tensorboard") if active else None
+        self._board: Any = None
+        if active:
+            with contextlib.suppress(ImportError):  # of the extra "log"
+                from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+
+                self._board = SummaryWriter(str(workdir / "tensorboard"))
 
     def resume(self, step: int) -> None:
         """Cut the file to `step` (what came after it will be written again) and note the resume."""
         self._started, self._first_step = time.monotonic(), step
         if not self._active:
             return
-        kept = [line for line in self._lines() if line.get("step", 0) <= step]
-        kept.append({"event": "resume", "step": step})
-        with written_whole(self._path) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
-
-    def _lines(self) -> list[dict]:
-        """The readable lines; a killed process may have left half a one."""
         lines = []
         for text in self._path.read_text().splitlines() if self._path.exists() else []:
-            try:
+            with contextlib.suppress(json.JSONDecodeError):  # a killed process may have left half a line
                 lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
-        return lines
+        kept = [line for line in lines if line.get("step", 0) <= step] + [{"event": "resume", "step": step}]
+        with written_whole(self._path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One JSON object, {"step": ..., "train/loss": ...}, and a line of progress when some seconds have passed."""
@@ -66,19 +83,9 @@ class MetricWriter:
         parts = [f"{self._label} step {step}/{self._num_steps}".strip(), f"loss {values['train/loss']:.4f}"]
         if "train/loss_constant" in values:
             parts.append(f"(constant {values['train/loss_constant']:.4f})")
-        parts.append(f"{values['train/points_per_s']:,.0f} points/s")
-        parts.append(f"fill {100 * values['train/point_fill']:.0f} %")
-        parts.append(f"{format_seconds(left)} left")
-        return "  ".join(parts)
+        parts += [f"{values['train/points_per_s']:,.0f} points/s", f"fill {100 * values['train/point_fill']:.0f} %"]
+        return "  ".join([*parts, f"{format_seconds(left)} left"])
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
-
-
-def _tensorboard(directory: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    return SummaryWriter(str(directory))

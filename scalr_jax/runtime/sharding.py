@@ -1,6 +1,6 @@
 """The mesh, and which array lies where.
 
-Axes ("data", "fsdp"): the batch's leading axis D is split over both, parameters over "fsdp" by the table below.
+Axes ("data", "fsdp"): the batch's leading axis D is split over both, parameters over "fsdp" by the pattern below.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from scalr_jax.runtime.errors import InputError
 
-# Path pattern -> which trailing axis is split over "fsdp". The first match counts; no match: replicated, as vectors and
-# the kernels of the 3x3 convolutions are, 1 % of the parameters.
-RULES: tuple[tuple[str, int], ...] = ((r"/(kernel|neighbor_out)$", -1),)
+# Paths of parameters whose last axis is split over "fsdp"; others are replicated, as vectors and the kernels of the 3x3
+# convolutions are, 1 % of the parameters.
+SPLIT = r"/(kernel|neighbor_out)$"
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
@@ -78,21 +78,14 @@ def platform_of(array: jax.Array) -> str:
     return platform() if device is None else device.platform
 
 
-def path_name(path: Any) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-
-
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every leaf of a tree of parameters, optimiser state or their shapes."""
     size = mesh.shape["fsdp"]
 
     def place(path, leaf) -> NamedSharding:
-        name = "/" + path_name(path)
-        for pattern, axis in RULES:
-            if re.search(pattern, name) and leaf.ndim >= -axis and leaf.shape[axis] % size == 0 and size > 1:
-                spec: list[str | None] = [None] * leaf.ndim
-                spec[axis] = "fsdp"
-                return NamedSharding(mesh, P(*spec))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if size > 1 and re.search(SPLIT, f"/{name}") and leaf.ndim and leaf.shape[-1] % size == 0:
+            return NamedSharding(mesh, P(*[None] * (leaf.ndim - 1), "fsdp"))
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(place, tree)

@@ -23,10 +23,7 @@ def claim(workdir: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> Iter
     Keys that may change on resume change neither the data's order nor the parameters. Sizes of tables are among them,
     because a run stops at the first scene that these do not hold, and goes on when they are raised.
 
-    Args:
-        workdir: the run's folder.
-        record: the config, nested, in JSON's types.
-        keys: the table of config keys: which may change, and the defaults of keys younger than config.json.
+    `record` is the config, nested, in JSON's types; `keys` says which may change, and the defaults of younger ones.
 
     Raises:
         InputError: the folder holds a run of another config (every difference is listed), is in use by a live run, or
@@ -39,7 +36,9 @@ def claim(workdir: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> Iter
         if jax.process_index() == 0:
             _compare(path, record, keys)
             fresh = not path.exists()
-            _make(workdir)
+            if workdir.exists() and not workdir.is_dir():
+                raise InputError(f"{workdir} is a file; give a folder as --workdir")
+            workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(workdir / "lock", "wait for it, stop it, or use another --workdir"))
             write_json(path, record)
             stack.enter_context(_forget_if_nothing_was_done(path, fresh))
@@ -61,13 +60,6 @@ def _forget_if_nothing_was_done(path: Path, fresh: bool) -> Iterator[None]:
         if fresh and not (path.parent / "metrics.jsonl").exists():
             path.unlink(missing_ok=True)
         raise
-
-
-def _make(workdir: Path) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise InputError(f"{workdir} is a file; give a folder as --workdir") from None
 
 
 def _compare(path: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> None:

@@ -25,9 +25,7 @@ from scalr_jax.data.build import check_labels, make_mixing, scene_settings
 from scalr_jax.data.packing import Capacities, choose_capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import Dataset, FinishedScenes, SceneView
-from scalr_jax.models.backbone import CachedFeatures
 from scalr_jax.models.student import Student, Variables, without_head
-from scalr_jax.models.vit import ViTConfig
 from scalr_jax.runtime import distributed, sharding
 from scalr_jax.runtime.checkpoint import Checkpoints
 from scalr_jax.runtime.errors import InputError
@@ -50,75 +48,8 @@ class Task(NamedTuple):
     fixed: bool = False  # the same scenes in every epoch, not augmented
 
 
-def distillation_task(settings: TrainSettings, student: Student, teacher: tuple[ViTConfig, Any], feature: str) -> Task:
-    """Distillation of a frozen teacher.
-
-    Args:
-        settings: seed and the schedule's unit.
-        student: with head "distill", as wide as the teacher.
-        teacher: its architecture, and its parameters or their shapes.
-        feature: which of the teacher's features, "x_pre_norm" or "x".
-    """
-    vit_config, params = teacher
-
-    def make_step(optimizer: Any, schedule: Callable) -> Callable:
-        return steps.make_distill_step(
-            student,
-            vit_config,
-            optimizer,
-            schedule,
-            seed=settings.run.seed,
-            batch_size=settings.optimizer.batch_size,
-            which=feature,
-        )
-
-    return Task("distill", "distill", student, None, make_step, params)
-
-
-def segmentation_task(
-    settings: TrainSettings,
-    student: Student,
-    *,
-    label: str,
-    num_classes: int,
-    initial: Variables | None = None,
-    fixed: bool = False,
-) -> Task:
-    """Probing (a student whose backbone is frozen) or fine-tuning.
-
-    Args:
-        settings: seed and the schedule's unit.
-        student: with a segmentation head; on cached features where its backbone is `CachedFeatures`.
-        label: begins each line of progress.
-        num_classes: of the labels.
-        initial: a backbone's params and batch_stats to start from; None: random.
-        fixed: the same scenes in every epoch, not augmented.
-    """
-    trainable = ("head",) if student.frozen_backbone else None
-
-    def make_step(optimizer: Any, schedule: Callable) -> Callable:
-        step = steps.make_segment_step(
-            student,
-            optimizer,
-            schedule,
-            seed=settings.run.seed,
-            batch_size=settings.optimizer.batch_size,
-            trainable=trainable,
-        )
-        return lambda state, teacher, batch: step(state, batch)
-
-    scene_task = "features" if isinstance(student.backbone, CachedFeatures) else "segment"
-    return Task(label, scene_task, student, trainable, make_step, None, initial, num_classes, fixed)
-
-
 def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedScenes, task: Task) -> TrainState:
-    """Trains to `num_steps`, resuming when `workdir` holds a checkpoint. Returns the last state.
-
-    Args:
-        settings: steps, packing, optimiser and mesh.
-        workdir: claimed for this run (`runtime.workdir.claim`).
-        dataset: the training frames.
-        task: what is trained, and how.
+    """Trains to `num_steps`, resuming when `workdir`, claimed for this run, holds a checkpoint. Returns the last state.
 
     Raises:
         InputError: data that cannot be trained on, or a checkpoint of another run.
@@ -141,15 +72,12 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
 
     # Resume, or begin.
     writer = MetricWriter(workdir, num_steps=run.num_steps, active=jax.process_index() == 0, label=task.label)
-    checkpoints = Checkpoints(
-        workdir / "checkpoints",
-        every=run.checkpoint_every_steps,
-        keep=run.keep_checkpoints,
-        keep_every=run.keep_every_steps,
-    )
+    keep = {"keep": run.keep_checkpoints, "keep_every": run.keep_every_steps}
+    checkpoints = Checkpoints(workdir / "checkpoints", every=run.checkpoint_every_steps, **keep)
     positions = np.array(pipeline.shards, np.int32)
     global_positions = sharding.put_batch(positions, mesh)
-    restored = checkpoints.restore(program.state, _abstract(global_positions))
+    shapes = jax.ShapeDtypeStruct(global_positions.shape, global_positions.dtype, sharding=global_positions.sharding)
+    restored = checkpoints.restore(program.state, shapes)
     if restored is not None:
         state, global_positions = restored
         positions = sharding.local_rows(global_positions)
@@ -195,15 +123,9 @@ def _make_pipeline(
     scenes = scene_settings(settings.data, task.student.needs, task=task.scene_task, train=True, fixed=task.fixed)
     if task.num_classes and not isinstance(dataset, FinishedScenes):
         scenes = dataclasses.replace(scenes, mixing=make_mixing(settings.data, dataset, workdir / "instances"))
-    return Pipeline(
-        dataset,
-        scenes,
-        seed=settings.run.seed,
-        num_shards=mesh.size,
-        shards=sharding.local_shards(mesh),
-        num_workers=settings.data.num_workers,
-        scenes_per_step=settings.data.scenes_per_step or None,
-    )
+    shards: dict = {"num_shards": mesh.size, "shards": sharding.local_shards(mesh)}
+    options: dict = {"num_workers": settings.data.num_workers, "scenes_per_step": settings.data.scenes_per_step or None}
+    return Pipeline(dataset, scenes, seed=settings.run.seed, **shards, **options)
 
 
 class Program(NamedTuple):
@@ -251,10 +173,6 @@ def expected_scenes(sample: list[SceneView], capacities: Capacities, scenes_per_
     return num_shards * min(capacities.scenes, max(1.0, capacities.points / mean_points - 0.5))
 
 
-def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
-
-
 def _start_from(state: TrainState, initial: Variables, shardings: Any) -> TrainState:
     """Replace the top-level parameters and statistics that `initial` has (embedding and backbone)."""
     initial = without_head(initial)
@@ -275,8 +193,7 @@ class _Log:
 
     def __init__(self, writer: MetricWriter, capacities: Capacities, num_shards: int, every: int):
         self._writer, self._every = writer, every
-        self._points = capacities.points * num_shards
-        self._scenes = capacities.scenes * num_shards
+        self._points, self._scenes = capacities.points * num_shards, capacities.scenes * num_shards
         self._pending: list[dict] = []
         self._since = time.monotonic()
 
@@ -288,11 +205,7 @@ class _Log:
         mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
         seconds = time.monotonic() - self._since
         points, scenes = mean.pop("points"), mean.pop("scenes")
-        values = {f"train/{key}": value for key, value in mean.items()}
-        values["train/points_per_s"] = points * len(rows) / seconds
-        values["train/scenes_per_step"] = scenes
-        values["train/point_fill"] = points / self._points
-        values["train/scene_fill"] = scenes / self._scenes
-        values["train/bad_frames"] = bad_frames
-        self._writer.write(step, values)
+        mean |= {"points_per_s": points * len(rows) / seconds, "scenes_per_step": scenes}
+        mean |= {"point_fill": points / self._points, "scene_fill": scenes / self._scenes, "bad_frames": bad_frames}
+        self._writer.write(step, {f"train/{key}": value for key, value in mean.items()})
         self._pending, self._since = [], time.monotonic()

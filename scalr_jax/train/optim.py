@@ -46,9 +46,8 @@ def make_schedule(settings: OptimizerSettings, total: float) -> Callable[[Array]
         return lambda t: peak * warmup_cosine(t, warmup=warmup, total=total, final=final)
     if settings.schedule == "rsqrt":
         cooldown, timescale = settings.cooldown_start_share * total, settings.timescale_share * total
-        return lambda t: (
-            peak * warmup_rsqrt_cooldown(t, warmup=warmup, cooldown=cooldown, timescale=timescale, total=total)
-        )
+        limits = {"warmup": warmup, "cooldown": cooldown, "timescale": timescale, "total": total}
+        return lambda t: peak * warmup_rsqrt_cooldown(t, **limits)
     return lambda t: peak * jnp.ones_like(t)
 
 
@@ -57,10 +56,8 @@ def make_optimizer(settings: OptimizerSettings, backbone: Backbone) -> optax.Gra
 
     `layer_decay` counts the layers of `backbone`.
     """
-    parts = [
-        optax.scale_by_adam(b1=settings.beta1, b2=settings.beta2, eps=1e-8),
-        optax.add_decayed_weights(settings.weight_decay),
-    ]
+    adam = optax.scale_by_adam(b1=settings.beta1, b2=settings.beta2, eps=1e-8)
+    parts = [adam, optax.add_decayed_weights(settings.weight_decay)]
     if settings.name == "lamb":
         parts.append(scale_by_weights())
     if settings.layer_decay != 1.0:

@@ -1,9 +1,8 @@
 """The pure steps: arrays in, arrays out. No config, file or writer in here.
 
-distill:  step(state, teacher, batch) -> (state, metrics)
-segment:  step(state, batch) -> (state, metrics)
+train:    step(state, teacher, batch) -> (state, metrics)
 predict:  step(variables, batch) -> logits or features [D, P, C]
-classify: step(variables, batch) -> (classes [D, P], number of scenes)
+classify: step(variables, batch) -> (classes [D, P], counts)
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from scalr_jax.train.state import AveragedState, TrainState, split
 
 Array = jax.Array
 Metrics = dict[str, Array]
+Step = Callable[[TrainState, Any, Batch[Array]], tuple[TrainState, Metrics]]
 Schedule = Callable[[Array], Array]  # progress, in scenes seen / batch size, -> learning rate
 
 
@@ -53,78 +53,70 @@ def teacher_features(vit_config: vit.ViTConfig, params: dict, batch: Batch[Array
     return jax.lax.stop_gradient(sample(grid, batch.scene, batch.pixels))
 
 
-def _update(
-    state: TrainState,
-    batch: Batch[Array],
-    optimizer: optax.GradientTransformation,
-    learning_rate: Array,
-    trainable: tuple[str, ...],
-    loss_of: Callable[[dict], tuple[Array, tuple[dict, Metrics]]],
-) -> tuple[TrainState, Metrics]:
-    """One optimiser step on the trainable top-level parameters. `loss_of(params) -> (loss, (batch_stats, extra))`."""
-    chosen, frozen = split(state.params, trainable)
-    (loss, (batch_stats, extra)), gradients = jax.value_and_grad(
-        lambda chosen: loss_of({**chosen, **frozen}), has_aux=True
-    )(chosen)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, chosen)
-    chosen = jax.tree.map(lambda p, u: p - learning_rate * u, chosen, updates)
-    num_scenes = jnp.sum(batch.scene_points > 0, dtype=jnp.int32)
-    metrics = {
-        "loss": loss,
-        "learning_rate": learning_rate,
-        "gradient_norm": optax.tree.norm(gradients),
-        "points": batch.scene_points.sum(),
-        "scenes": num_scenes,
-        **extra,
-    }
-    state = dataclasses.replace(
-        state,
-        step=state.step + 1,
-        scenes_seen=state.scenes_seen + num_scenes,
-        params={k: chosen.get(k, frozen.get(k)) for k in state.params},
-        batch_stats=batch_stats,
-        opt_state=opt_state,
-    )
-    return state, metrics
-
-
 def averaged(step: Callable, decay: float) -> Callable:
     """The same step(state, teacher, batch) on an `AveragedState`: average += (1 - decay) * (weights - average)."""
 
     def new_step(state: AveragedState, teacher: dict, batch: Batch[Array]) -> tuple[AveragedState, Metrics]:
         state, metrics = step(state, teacher, batch)
         params = {name: state.params[name] for name in state.average["params"]}
-        average = jax.tree.map(
-            lambda mean, new: mean + (1.0 - decay) * (new - mean),
-            state.average,
-            {"params": params, "batch_stats": state.batch_stats},
-        )
+        now = {"params": params, "batch_stats": state.batch_stats}
+        average = jax.tree.map(lambda mean, new: mean + (1.0 - decay) * (new - mean), state.average, now)
         return dataclasses.replace(state, average=average), metrics
 
     return new_step
 
 
-def make_student_step(
-    student: Student, optimizer: optax.GradientTransformation, schedule: Schedule, *, seed: int, batch_size: int
-) -> Callable[[TrainState, Array, Batch[Array]], tuple[TrainState, Metrics]]:
-    """What follows the teacher: step(state, target, batch), target [D, P, C_teacher]."""
+def _make_step(
+    student: Student,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    measure: Callable[[Array, Any, Batch[Array]], tuple[Array, Metrics]],
+    *,
+    seed: int,
+    batch_size: int,
+    trainable: tuple[str, ...] | None = None,
+) -> Step:
+    """One optimiser step on the trainable top-level parameters (None: all).
 
-    def step(state: TrainState, target: Array, batch: Batch[Array]) -> tuple[TrainState, Metrics]:
-        mask = batch.scene < batch.scene_points.shape[1]  # [D, P]
+    measure(output [D, P, C], target, batch) -> (loss, more metrics), with what the step gets as `target`.
+    """
+
+    def step(state: TrainState, target: Any, batch: Batch[Array]) -> tuple[TrainState, Metrics]:
+        chosen, frozen = split(state.params, tuple(state.params) if trainable is None else trainable)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        learning_rate = schedule(state.scenes_seen / batch_size)
 
-        def loss_of(params: dict) -> tuple[Array, tuple[Any, Metrics]]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
+        def loss_of(chosen: dict) -> tuple[Array, tuple[Any, Metrics]]:
+            variables = {"params": {**chosen, **frozen}, "batch_stats": state.batch_stats}
             output, updated = student.apply(
                 variables, batch, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
             )
-            return losses.distillation(output, target, mask), (updated["batch_stats"], {})
+            loss, extra = measure(output, target, batch)
+            return loss, (updated["batch_stats"], extra)
 
-        learning_rate = schedule(state.scenes_seen / batch_size)
-        state, metrics = _update(state, batch, optimizer, learning_rate, tuple(state.params), loss_of)
-        return state, {**metrics, "loss_constant": losses.best_constant(target, mask)}
+        (loss, (batch_stats, extra)), gradients = jax.value_and_grad(loss_of, has_aux=True)(chosen)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, chosen)
+        chosen = jax.tree.map(lambda p, u: p - learning_rate * u, chosen, updates)
+        params = {k: chosen.get(k, frozen.get(k)) for k in state.params}
+        num_scenes = jnp.sum(batch.scene_points > 0, dtype=jnp.int32)
+        metrics = {"loss": loss, "learning_rate": learning_rate, "gradient_norm": optax.tree.norm(gradients)}
+        metrics |= {"points": batch.scene_points.sum(), "scenes": num_scenes, **extra}
+        state = dataclasses.replace(state, step=state.step + 1, scenes_seen=state.scenes_seen + num_scenes)
+        return dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state), metrics
 
     return step
+
+
+def make_student_step(
+    student: Student, optimizer: optax.GradientTransformation, schedule: Schedule, *, seed: int, batch_size: int
+) -> Step:
+    """What follows the teacher: step(state, target, batch), target [D, P, C_teacher]."""
+
+    def measure(output: Array, target: Array, batch: Batch[Array]) -> tuple[Array, Metrics]:
+        mask = batch.scene < batch.scene_points.shape[1]  # [D, P]
+        return losses.distillation(output, target, mask), {"loss_constant": losses.best_constant(target, mask)}
+
+    return _make_step(student, optimizer, schedule, measure, seed=seed, batch_size=batch_size)
 
 
 def make_distill_step(
@@ -136,14 +128,10 @@ def make_distill_step(
     seed: int,
     batch_size: int,
     which: str,
-) -> Callable[[TrainState, dict, Batch[Array]], tuple[TrainState, Metrics]]:
+) -> Step:
     """The step of a distillation; `which` names the teacher's feature."""
-    student_step = make_student_step(student, optimizer, schedule, seed=seed, batch_size=batch_size)
-
-    def step(state: TrainState, teacher: dict, batch: Batch[Array]) -> tuple[TrainState, Metrics]:
-        return student_step(state, teacher_features(vit_config, teacher, batch, which=which), batch)
-
-    return step
+    step = make_student_step(student, optimizer, schedule, seed=seed, batch_size=batch_size)
+    return lambda state, teacher, batch: step(state, teacher_features(vit_config, teacher, batch, which=which), batch)
 
 
 def make_segment_step(
@@ -154,56 +142,33 @@ def make_segment_step(
     seed: int,
     batch_size: int,
     trainable: tuple[str, ...] | None,
-) -> Callable[[TrainState, Batch[Array]], tuple[TrainState, Metrics]]:
-    """Cross-entropy + Lovasz on the trainable top-level parameters (None: all)."""
+) -> Step:
+    """Cross-entropy + Lovasz on the trainable top-level parameters (None: all); there is no teacher (None)."""
 
-    def step(state: TrainState, batch: Batch[Array]) -> tuple[TrainState, Metrics]:
+    def measure(logits: Array, _: None, batch: Batch[Array]) -> tuple[Array, Metrics]:
         labels = batch.labels
         assert labels is not None
         mask = (batch.scene < batch.scene_points.shape[1]) & (labels != IGNORE)
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        entropy, lovasz = losses.segmentation(logits, labels, mask)
+        accuracy = losses.masked_mean(logits.argmax(-1) == labels, mask)
+        return entropy + lovasz, {"cross_entropy": entropy, "accuracy": accuracy}
 
-        def loss_of(params: dict) -> tuple[Array, tuple[Any, Metrics]]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updated = student.apply(
-                variables, batch, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
-            )
-            entropy, lovasz = losses.segmentation(logits, labels, mask)
-            accuracy = losses.masked_mean(logits.argmax(-1) == labels, mask)
-            return entropy + lovasz, (updated["batch_stats"], {"cross_entropy": entropy, "accuracy": accuracy})
-
-        learning_rate = schedule(state.scenes_seen / batch_size)
-        names = tuple(state.params) if trainable is None else trainable
-        return _update(state, batch, optimizer, learning_rate, names, loss_of)
-
-    return step
+    return _make_step(student, optimizer, schedule, measure, seed=seed, batch_size=batch_size, trainable=trainable)
 
 
-def make_classify_step(student: Classifier) -> Callable[[Variables, Batch[Array]], tuple[Array, Array]]:
-    """variables, batch -> each point's class [D, P] int32, and `_count` of the batch."""
+def make_classify_step(student: Classifier, *, probabilities: bool = False) -> Callable[..., tuple[Array, Array]]:
+    """variables, batch -> each point's class [D, P] int32, or its probabilities [D, P, classes] float32, and [2] int32
+    over all shards: scenes, and points without a class (argmax of NaN would be the first)."""
 
     def classify(variables: Variables, batch: Batch[Array]) -> tuple[Array, Array]:
         logits = student.apply(variables, batch, train=False)
-        return logits.argmax(-1).astype(jnp.int32), _count(logits, batch)
+        points = batch.scene < batch.scene_points.shape[1]
+        without = points & ~jnp.isfinite(logits.max(-1))
+        counts = (jnp.sum(mask, dtype=jnp.int32) for mask in (batch.scene_points > 0, without))
+        found = jax.nn.softmax(logits.astype(jnp.float32)) if probabilities else logits.argmax(-1).astype(jnp.int32)
+        return found, jnp.stack([*counts])
 
     return classify
-
-
-def make_probability_step(student: Classifier) -> Callable[[Variables, Batch[Array]], tuple[Array, Array]]:
-    """variables, batch -> each point's probabilities [D, P, classes] float32, and `_count` of the batch."""
-
-    def classify(variables: Variables, batch: Batch[Array]) -> tuple[Array, Array]:
-        logits = student.apply(variables, batch, train=False).astype(jnp.float32)
-        return jax.nn.softmax(logits), _count(logits, batch)
-
-    return classify
-
-
-def _count(logits: Array, batch: Batch[Array]) -> Array:
-    """[2] int32 over all shards: scenes, and points without a class (argmax of NaN would be the first)."""
-    points = batch.scene < batch.scene_points.shape[1]
-    without = points & ~jnp.isfinite(logits.max(-1))
-    return jnp.stack([jnp.sum(batch.scene_points > 0, dtype=jnp.int32), jnp.sum(without, dtype=jnp.int32)])
 
 
 def make_predict_step(student: Classifier) -> Callable[[Variables, Batch[Array]], Array]:

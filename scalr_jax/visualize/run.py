@@ -49,19 +49,10 @@ from scalr_jax.data.readers.records import Records, is_prepared
 from scalr_jax.data.scenes import IGNORE, Frame
 from scalr_jax.data.streets.sensors import SENSORS as STREETS
 from scalr_jax.data.whole_scan import FARTHEST
-from scalr_jax.evaluation import metrics
+from scalr_jax.evaluation.report import confusion_matrix, results_of
 from scalr_jax.figures.colors import choose_queries, color_by_axes, cosine_similarity, fit_color_axes
 from scalr_jax.figures.pictures import Panel, draw_panels, draw_predictions, draw_with_image
-from scalr_jax.runtime.command_line import (
-    define_model,
-    exit_codes,
-    model_arguments,
-    named,
-    numbers,
-    parse_flags,
-    require,
-    use_cache,
-)
+from scalr_jax.runtime import command_line
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import check_writable
 from scalr_jax.visualize.viewer import MAX_POINTS, write_viewer
@@ -70,7 +61,7 @@ if TYPE_CHECKING:
     from scalr_jax.api import Model
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
-define_model(FLAGS)
+command_line.define_model(FLAGS)
 for _name in ("output", "input", "image", "calibration", "camera", "dataset", "root", "split"):
     flags.DEFINE_string(_name, None, "See --help.", flag_values=FLAGS)
 flags.DEFINE_integer("index", 0, "Number of the frame.", flag_values=FLAGS)
@@ -96,13 +87,10 @@ def visualize(
     """Draws everything that model and frame allow; returns the files.
 
     Args:
-      model: a `scalr_jax.Model`.
       frame: of a dataset's reader or of `scan_inputs.read_frame`; with an image its points are drawn over it, too.
       output: the folder to write, made when missing.
-      label_names: of the frame's labels, when it has some.
       what: "features" or "distilled"; None: distilled where the model has it.
       query: [3] metres, the place of the point that others are compared with; None chooses `num_queries` points.
-      max_points: of the viewer.
 
     Raises:
       InputError: no finite point, or a model without `what`.
@@ -131,7 +119,11 @@ def visualize(
 
     named = f"{'distilled features' if what == 'distilled' else 'features'} of {frame.name}"
     draw("pca.png", f"{named}: like colours, like features", Panel("three principal components", colors))
-    chosen = _choose_queries(features, view, xyz, labels, query, num_queries)
+    if query is not None:
+        chosen = [int(np.linalg.norm(xyz - np.asarray(query, np.float64), axis=1).argmin())]
+    else:
+        allowed = view.visible if view.visible is not None else np.ones(len(xyz), bool)  # what the image shows
+        chosen = choose_queries(features, xyz, num_queries, labels=labels, allowed=allowed) or [0]
     for number, point in enumerate(chosen):
         similarity = cosine_similarity(features, point)
         place = ", ".join(f"{value:.1f}" for value in xyz[point])
@@ -142,61 +134,33 @@ def visualize(
         files.append(folder / "prediction.png")
         title = f"classes of {frame.name}"
         if labels is not None and tuple(label_names) == tuple(model.class_names):
-            title += _agreement(labels, predictions, len(label_names))
+            title += _agreement(labels, predictions, label_names)
         draw_predictions(files[-1], xyz, title, predictions, model.class_names, labels=labels, label_names=label_names)
+    classes = {} if predictions is None else {"prediction": (predictions, model.class_names)}
+    classes |= {} if labels is None else {"label": (labels, label_names)}
     try:
-        write_viewer(
-            folder / "viewer.html",
-            points,
-            features,
-            colors,
-            chosen[0],
-            title=named,
-            predictions=predictions,
-            class_names=model.class_names,
-            labels=labels,
-            label_names=label_names,
-            max_points=max_points,
-        )
-        files.append(folder / "viewer.html")
+        path = folder / "viewer.html"
+        write_viewer(path, points, features, colors, chosen[0], title=named, classes=classes, max_points=max_points)
+        files.append(path)
     except InputError as error:
         print(error, file=sys.stderr)
     return files
 
 
-def _agreement(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> str:
+def _agreement(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> str:
     """How well predictions [N] agree with labels [N], for a title."""
     valid = (labels != IGNORE) & (predictions != IGNORE)
-    found = metrics.summarize(metrics.confusion_matrix(labels[valid], predictions[valid], num_classes))
+    found = results_of(confusion_matrix(labels[valid], predictions[valid], len(names)), names)
     return f": {found['accuracy']:.1%} of the labelled points right, mIoU of this scan {found['miou']:.3f}"
 
 
 def _part(frame: Frame, kept: np.ndarray) -> Frame:
     """A frame's points where `kept` [N] is true; pixels in those of the image as it is."""
+    part = frame._replace(points=frame.points[kept], labels=None if frame.labels is None else frame.labels[kept])
     if frame.image is None or frame.pixels is None or frame.visible is None:
-        return frame._replace(points=frame.points[kept], labels=None if frame.labels is None else frame.labels[kept])
+        return part
     scale = np.array(frame.image.shape[:2]) / np.array(frame.image_shape or frame.image.shape[:2])
-    return frame._replace(
-        points=frame.points[kept],
-        labels=None if frame.labels is None else frame.labels[kept],
-        pixels=frame.pixels[kept] * scale,
-        visible=frame.visible[kept],
-    )
-
-
-def _choose_queries(
-    features: np.ndarray,
-    view: Frame,
-    xyz: np.ndarray,
-    labels: np.ndarray | None,
-    place: Sequence[float] | None,
-    number: int,
-) -> list[int]:
-    """Indices of the query points: the one nearest to a place [3], or chosen among those that the image shows."""
-    if place is not None:
-        return [int(np.linalg.norm(xyz - np.asarray(place, np.float64), axis=1).argmin())]
-    allowed = view.visible if view.visible is not None else np.ones(len(xyz), bool)
-    return choose_queries(features, xyz, number, labels=labels, allowed=allowed) or [0]
+    return part._replace(pixels=frame.pixels[kept] * scale, visible=frame.visible[kept])
 
 
 # ------------------------------------------------------------------------------------------------- which frame to draw
@@ -274,35 +238,27 @@ def _run_config(workdir: Path) -> dict:
 
 def run(arguments: list[str]) -> None:
     """The command. Raises InputError, BadFrameError and what the operating system raises."""
-    parse_flags(FLAGS, arguments, __doc__)
-    require(FLAGS, "model", "output", example="--model=runs/pretrain --input=scan.bin --output=DIR")
-    query = numbers(FLAGS, "query", 3)
+    command_line.parse_flags(FLAGS, arguments, __doc__)
+    command_line.require(FLAGS, "model", "output", example="--model=runs/pretrain --input=scan.bin --output=DIR")
+    query = command_line.numbers(FLAGS, "query", 3)
     output = Path(FLAGS.output)
     check_writable(output / "viewer.html")
     from scalr_jax import api  # starts JAX
 
-    use_cache(FLAGS.cache)
-    model = api.load(**model_arguments(FLAGS))
+    command_line.use_cache(FLAGS.cache)
+    model = api.load(**command_line.model_arguments(FLAGS))
     frame, label_names = open_frame(output)
     for text in model.check(scan_inputs.student_points(frame)).values():
         print(f"warning: {frame.name}: {text}", file=sys.stderr)
+    options: dict = {"what": FLAGS.what, "num_queries": FLAGS.num_queries, "max_points": FLAGS.max_points}
     try:
-        drawn = visualize(
-            model,
-            frame,
-            output,
-            label_names=label_names,
-            what=FLAGS.what,
-            query=query,
-            num_queries=FLAGS.num_queries,
-            max_points=FLAGS.max_points,
-        )
+        drawn = visualize(model, frame, output, label_names=label_names, query=query, **options)
     except InputError as error:
-        raise InputError(named(frame.name, error)) from error
+        raise InputError(command_line.named(frame.name, error)) from error
     print(f"{output}: {', '.join(path.name for path in drawn)}")
 
 
 def main(arguments: list[str]) -> None:
     """`run`, with exit codes."""
-    with exit_codes():
+    with command_line.exit_codes():
         run(arguments)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,22 +64,17 @@ def write_viewer(
     query: int,
     *,
     title: str,
-    predictions: np.ndarray | None = None,
-    class_names: Sequence[str] = (),
-    labels: np.ndarray | None = None,
-    label_names: Sequence[str] = (),
+    classes: Mapping[str, tuple[np.ndarray, Sequence[str]]] = {},
     max_points: int = MAX_POINTS,
 ) -> int:
     """Writes the page; returns how many points it shows.
 
     Args:
-      output: an .html file.
       points: [N, 4] float32, finite: x, y, z in metres and raw intensity.
       features: [N, C], what similarity is computed of.
       colors: [N, 3] uint8, of the principal components.
       query: the point to which similarity is shown at first.
-      title: above the points.
-      predictions, labels: [N] classes or 255, with their names.
+      classes: by the button that shows them, [N] classes or 255 and their names.
       max_points: more points of the top view's square are thinned to so many, at random.
 
     Raises:
@@ -93,15 +88,15 @@ def write_viewer(
     points, codes = points[shown], quantize(features[shown])
     here = int(np.searchsorted(shown, query))
     modes = _modes(points, colors[shown], cosine_similarity(codes.astype(np.float32), here))
-    if predictions is not None:
-        modes["prediction"] = _classes(points, predictions[shown], class_names)
-    if labels is not None:
-        modes["label"] = _classes(points, labels[shown], label_names)
+    modes |= {name: _classes(points, labels[shown], names) for name, (labels, names) in classes.items()}
     star = {"size": 7, "color": "white", "symbol": "diamond", "line": {"color": "black", "width": 2}}
     traces = [trace for group in modes.values() for trace in group]
     place = dict(zip("xyz", points[here : here + 1, :3].T, strict=True))
     traces.append({"type": "scatter3d", **place, "marker": star, "mode": "markers", "showlegend": False})
-    visible = _visible(modes)
+    # For each mode which traces it shows; the last is the query's, shown with similarity.
+    visible = [
+        [name == mode for name, group in modes.items() for _ in group] + [mode == "similarity"] for mode in modes
+    ]
     for trace, on in zip(traces, visible[0], strict=True):
         trace["visible"] = on
     active = list(modes).index("similarity")
@@ -161,14 +156,8 @@ def _points(points: np.ndarray, marker: dict, **options: object) -> dict:
 def _values(points: np.ndarray, values: np.ndarray, label: str, limits: np.ndarray) -> dict:
     """Points by a number each [n], with a colour bar from limits[0] to limits[1]."""
     bar = {"title": {"text": label, "side": "right"}, "len": 0.6, "thickness": 16}
-    marker = {
-        "color": values.astype(np.float32),
-        "colorscale": "Turbo",
-        "cmin": float(limits[0]),
-        "cmax": float(max(limits[1], limits[0] + 1e-6)),
-        "showscale": True,
-        "colorbar": bar,
-    }
+    marker: dict = {"color": values.astype(np.float32), "colorscale": "Turbo", "showscale": True, "colorbar": bar}
+    marker |= {"cmin": float(limits[0]), "cmax": float(max(limits[1], limits[0] + 1e-6))}
     hover = f"{label} %{{marker.color:.3g}}<br>x %{{x:.1f}} m, y %{{y:.1f}} m, z %{{z:.1f}} m<extra></extra>"
     return _points(points, marker, hovertemplate=hover)
 
@@ -187,27 +176,12 @@ def _classes(points: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> li
     return traces
 
 
-def _visible(modes: dict[str, list[dict]]) -> list[list[bool]]:
-    """For each mode which traces it shows; the last is the query's, shown with similarity."""
-    return [[name == mode for name, group in modes.items() for _ in group] + [mode == "similarity"] for mode in modes]
-
-
 def _layout(title: str, modes: dict[str, list[dict]], visible: list[list[bool]], number: int) -> dict:
     axis = {"gridcolor": "#3a4252", "zerolinecolor": "#3a4252", "showbackground": False, "color": "#c9d1d9"}
-    buttons = [
-        {"label": name, "method": "update", "args": [{"visible": on}]} for name, on in zip(modes, visible, strict=True)
-    ]
-    menu = {
-        "type": "buttons",
-        "direction": "right",
-        "buttons": buttons,
-        "x": 0.01,
-        "y": 0.99,
-        "xanchor": "left",
-        "yanchor": "top",
-        "bgcolor": "#d7dce3",
-        "font": {"color": "#10141c"},
-    }
+    update = {"method": "update"}
+    buttons = [{"label": name, **update, "args": [{"visible": on}]} for name, on in zip(modes, visible, strict=True)]
+    menu: dict = {"type": "buttons", "direction": "right", "buttons": buttons, "bgcolor": "#d7dce3"}
+    menu |= {"x": 0.01, "y": 0.99, "xanchor": "left", "yanchor": "top", "font": {"color": "#10141c"}}
     note = f"{number:,} points. Drag to turn, scroll to zoom, click a point: similarity to it"
     return {
         "title": {"text": f"{html.escape(title, quote=False)}<br><sup>{note}</sup>", "x": 0.01, "xanchor": "left"},
@@ -219,9 +193,7 @@ def _layout(title: str, modes: dict[str, list[dict]], visible: list[list[bool]],
         "scene": {
             "bgcolor": BACKGROUND,
             "aspectmode": "data",
-            "xaxis": {**axis, "title": {"text": "x (m)"}},
-            "yaxis": {**axis, "title": {"text": "y (m)"}},
-            "zaxis": {**axis, "title": {"text": "z (m)"}},
+            **{f"{name}axis": {**axis, "title": {"text": f"{name} (m)"}} for name in "xyz"},
             "camera": {"eye": {"x": -0.75, "y": 0.0, "z": 0.55}, "up": {"x": 0, "y": 0, "z": 1}},
             "uirevision": "kept",
         },

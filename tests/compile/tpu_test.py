@@ -106,7 +106,7 @@ def test_the_distillation_step_has_kernels_and_no_scatter(mesh):
 def test_the_segmentation_step_adds_what_lovasz_sorts(mesh):
     def make_step(student, optimizer, teacher_config, state, teacher, batch):
         step = steps.make_segment_step(student, optimizer, lambda t: t, seed=0, batch_size=8, trainable=None)
-        return step, (state, batch)
+        return step, (state, None, batch)
 
     text = compiled_text(mesh, "segment", make_step)
     counts = bench_formulations.count_instructions(present(text))

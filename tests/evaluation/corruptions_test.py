@@ -5,19 +5,12 @@ import time
 import numpy as np
 import pytest
 
+from scalr_jax.config import CORRUPTIONS, SEVERITIES
 from scalr_jax.data.readers.files import read_label_map
 from scalr_jax.data.scenes import IGNORE, Frame
 from scalr_jax.data.streets.streets import Streets
 from scalr_jax.evaluation import weather
-from scalr_jax.evaluation.corruptions import (
-    CORRUPTIONS,
-    ELEVATIONS,
-    SEVERITIES,
-    Corrupted,
-    beams_of,
-    corrupt,
-    is_vehicle,
-)
+from scalr_jax.evaluation.corruptions import ELEVATIONS, Corrupted, beams_of, corrupt, is_vehicle
 from scalr_jax.runtime.errors import InputError
 from tests.support.checks import mentions, present
 from tests.support.datasets import Frames

@@ -16,7 +16,7 @@ from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
 from scalr_jax.data.scenes import IGNORE, Frame, SceneNeeds
 from scalr_jax.data.transforms import make_scene, to_ego
-from scalr_jax.evaluation import metrics, report
+from scalr_jax.evaluation import report
 from scalr_jax.evaluation.segmentation import Evaluator, ScanClasses
 from scalr_jax.evaluation.submission import Submission
 from scalr_jax.interop.saved import Saved
@@ -243,7 +243,7 @@ def test_a_probe_of_one_sensor_on_another(street_cache, probed, tmp_path):
         for index in range(2):
             frame = dataset.frame(index)
             points = np.concatenate([to_ego(frame.points, frame.to_ego), frame.points[:, 3:]], axis=1)
-            expected[sensor] += metrics.confusion_matrix(present(frame.labels), model.segment(points), 12)
+            expected[sensor] += report.confusion_matrix(present(frame.labels), model.segment(points), 12)
         tasks.evaluate(read_settings(config), tmp_path / sensor)
         found = json.loads((tmp_path / sensor / "confusion.json").read_text())
         np.testing.assert_array_equal(found["counts"], expected[sensor])

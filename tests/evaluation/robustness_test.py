@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from scalr_jax import tasks
-from scalr_jax.config import get_config, read_settings, record_of
+from scalr_jax.config import CORRUPTIONS, SEVERITIES, get_config, read_settings, record_of
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.released import open_released
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
 from scalr_jax.data.streets.streets import Streets
 from scalr_jax.evaluation import robustness
-from scalr_jax.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.figures.charts import draw_robustness
 from scalr_jax.runtime import sharding

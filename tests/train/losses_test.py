@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scalr_jax.evaluation import metrics
+from scalr_jax.evaluation import report
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import losses
 from tests.support.checks import mentions
@@ -53,7 +53,7 @@ def test_best_constant_is_the_best():
 def test_a_label_outside_the_classes_is_named():
     labels, classes = np.array([0, 2, 255, 3], np.uint8), np.zeros(4, np.uint8)
     with pytest.raises(InputError, match=mentions("label", "3 classes")):
-        metrics.confusion_matrix(labels, classes, 3)
+        report.confusion_matrix(labels, classes, 3)
 
 
 def test_published_segmentation_losses_and_metrics(golden):
@@ -67,11 +67,12 @@ def test_published_segmentation_losses_and_metrics(golden):
     gradient = np.asarray(jax.grad(total)(jnp.asarray(logits)))
     name = next(name for name in arrays if name.startswith("grad"))
     np.testing.assert_allclose(gradient, arrays[name], atol=1e-6 * np.abs(arrays[name]).max() + 1e-8)
-    confusion = metrics.confusion_matrix(labels, logits.argmax(1), logits.shape[1])
+    confusion = report.confusion_matrix(labels, logits.argmax(1), logits.shape[1])
     np.testing.assert_array_equal(confusion, arrays["confusion"])
-    np.testing.assert_allclose(metrics.intersection_over_union(confusion), arrays["iou"], rtol=1e-6)
-    np.testing.assert_allclose(metrics.class_accuracy(confusion), arrays["acc"], rtol=1e-6)
-    np.testing.assert_allclose(metrics.summarize(confusion)["accuracy"], arrays["oacc"], rtol=1e-6)
+    np.testing.assert_allclose(report.intersection_over_union(confusion), arrays["iou"], rtol=1e-6)
+    found = report.results_of(confusion, [str(k) for k in range(len(confusion))])
+    np.testing.assert_allclose(found["class_accuracy"], np.nanmean(arrays["acc"]), rtol=1e-6)
+    np.testing.assert_allclose(found["accuracy"], arrays["oacc"], rtol=1e-6)
 
 
 def test_published_segmentation_losses_in_a_packed_batch(golden):
@@ -120,6 +121,6 @@ def test_lovasz_equals_its_reference_and_ignores_padding():
 
 
 def test_iou_of_a_class_that_is_absent_is_not_a_number():
-    confusion = metrics.confusion_matrix(np.array([0, 0, 1, 255]), np.array([0, 1, 1, 2]), 3)
-    np.testing.assert_allclose(metrics.intersection_over_union(confusion), [0.5, 0.5, np.nan])
-    assert metrics.summarize(confusion)["miou"] == 0.5
+    confusion = report.confusion_matrix(np.array([0, 0, 1, 255]), np.array([0, 1, 1, 2]), 3)
+    np.testing.assert_allclose(report.intersection_over_union(confusion), [0.5, 0.5, np.nan])
+    assert report.results_of(confusion, "abc")["miou"] == 0.5

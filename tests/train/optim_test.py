@@ -133,9 +133,9 @@ def test_layer_decay_of_every_published_weight(depth):
     scaled: Any = optim.scale_by_layer(make_backbone(model), 0.9).update(ones, optax.EmptyState())[0]
     factors = flatten(scaled)
     for entry in weight_table(student_of(model)):
-        if entry.weight.stats:
+        if entry.kind != "params":
             continue
-        published = entry.weight.theirs.split(".")
+        published = entry.theirs.split(".")
         layer = {"embed": 0, "classif": depth + 1}.get(published[0])
         layer = int(published[2]) + 1 if layer is None else layer
         name, wanted = entry.ours.replace("/", "."), 0.9 ** (depth + 1 - layer)

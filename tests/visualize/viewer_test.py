@@ -51,10 +51,7 @@ def drawn(frame, tmp_path_factory):
         color_by_axes(features, fit_color_axes(features)),
         5,
         title="a <street> & more",
-        predictions=frame.labels[::-1].copy(),
-        class_names=CLASSES,
-        labels=frame.labels,
-        label_names=CLASSES,
+        classes={"prediction": (frame.labels[::-1].copy(), CLASSES), "label": (frame.labels, CLASSES)},
         max_points=4000,
     )
     return path
