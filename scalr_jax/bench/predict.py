@@ -50,10 +50,7 @@ SCANS = {
     "pandaset": ("pandaset/*/lidar/*.pkl.gz", "pandar64"),
 }
 STAGES = ("read", "voxelise", "neighbours", "tables", "network", "upsample")
-WHAT = {
-    "total": "file to features of every point",
-    "onnxruntime": "the same network",
-}
+WHAT = {"total": "file to features of every point", "onnxruntime": "the same network"}
 
 
 def main(argv: list[str]) -> dict[str, Any]:

@@ -110,10 +110,7 @@ def layer_products(student: Student, num_rows: int) -> dict[str, Callable[[], An
     kernels = tuple(bench_products.unit_gain(key, c, c, dtype=dtype) for key in keys[:2])
     x, gradient = (jax.random.normal(key, (num_rows, c)).astype(dtype) for key in keys[2:])
     forward, both = jax.jit(bench_products.forward), jax.jit(bench_products.forward_backward)
-    return {
-        "layer_matmul": lambda: forward(x, kernels),
-        "layer_matmul_step": lambda: both(x, kernels, gradient),
-    }
+    return {"layer_matmul": lambda: forward(x, kernels), "layer_matmul_step": lambda: both(x, kernels, gradient)}
 
 
 def step_products(sizes: Sizes, num_rows: int, dtype: Any) -> Callable[[], Any]:

@@ -45,14 +45,7 @@ from scalr_jax.export.inputs import HEADS, needs_of, pad_inputs, scene_inputs
 from scalr_jax.interop.exported import FILES, READABLE, checksums
 from scalr_jax.interop.model import student_of
 from scalr_jax.models.student import Student, Variables, outputs_of
-from scalr_jax.runtime.command_line import (
-    define_model,
-    exit_codes,
-    model_arguments,
-    parse_flags,
-    require,
-    use_cache,
-)
+from scalr_jax.runtime.command_line import define_model, exit_codes, model_arguments, parse_flags, require, use_cache
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import write_arrays
 

@@ -260,10 +260,7 @@ def _call(kernel, out, index_spec, rows_of_blocks, arguments, *, num_tiles: Arra
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(pl.cdiv(out.shape[1], channels), num_tiles),
-        in_specs=[
-            index_spec,
-            pl.BlockSpec((rows_of_blocks[0], channels), lambda c, i, tiles: (tiles[i] & MINOR, c)),
-        ],
+        in_specs=[index_spec, pl.BlockSpec((rows_of_blocks[0], channels), lambda c, i, tiles: (tiles[i] & MINOR, c))],
         out_specs=pl.BlockSpec((rows_of_blocks[1], channels), lambda c, i, tiles: (tiles[i] >> SHIFT, c)),
     )
     params = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
