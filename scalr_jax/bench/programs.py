@@ -5,6 +5,7 @@ What is timed is what trains: the step of `steps.py`, the layers of `models/waff
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,8 @@ from scalr_jax.data.scenes import PLANE_AXES, Batch
 from scalr_jax.models.flops import Sizes
 from scalr_jax.models.layers import Norm, to_rows
 from scalr_jax.models.student import Student
-from scalr_jax.models.waffleiron import SpatialMix, WaffleIron
+from scalr_jax.models.waffleiron import SpatialMix, WaffleIron, WaffleIronBackbone
+from scalr_jax.ops.windows import make_windows
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import init_state
 
@@ -60,17 +62,7 @@ def forward_pass(student: Student, batch: Batch) -> Callable[[], Any]:
 def layers_alone(student: Student, batch: Batch) -> dict[str, Callable[[], Any]]:
     """Three layers, one a plane: forward, and forward with the gradients of input and parameters."""
     num_scenes, x = batch.scene_points.shape[1], _rows(student, batch, jnp.float32)
-    backbone: Any = student.backbone
-    model = WaffleIron(
-        PLANES,
-        backbone.needs.grids,
-        backbone.norm,
-        backbone.activation,
-        backbone.drop_path,
-        backbone.implementation,
-        backbone.remat,
-        student.dtype,
-    )
+    model = WaffleIron(dataclasses.replace(_backbone(student), depth=PLANES), student.dtype)
     variables = jax.jit(
         lambda x, batch: model.init(jax.random.key(0), x, batch.planes, batch.scene, num_scenes, train=False)
     )(x, batch)
@@ -95,6 +87,11 @@ def layers_alone(student: Student, batch: Batch) -> dict[str, Callable[[], Any]]
         "layers_forward": lambda: forward(params, x, batch, False),
         "layers_step": lambda: step(params, x, gradient, batch),
     }
+
+
+def _backbone(student: Student) -> WaffleIronBackbone:
+    assert isinstance(student.backbone, WaffleIronBackbone)
+    return student.backbone
 
 
 def _rows(student: Student, batch: Batch, dtype: Any, seed: int = 0) -> Any:
@@ -127,14 +124,14 @@ def spatial_alone(student: Student, batch: Batch) -> tuple[dict[str, Callable[[]
     """Spatial mixing without its norm, forward and backward: top view, top view dense, all planes."""
     num_scenes, mask = batch.scene_points.shape[1], to_rows(batch.scene < batch.scene_points.shape[1])
     x, gradient = (_rows(student, batch, student.dtype, seed) for seed in (0, 1))
-    backbone: Any = student.backbone
+    backbone = _backbone(student).on(jax.default_backend())
     grids = backbone.needs.grids
 
-    def make(planes: tuple[int, ...], implementation: str) -> Any:
-        mixes = [
-            SpatialMix(grids[k], backbone.norm, backbone.activation, implementation, student.dtype) for k in planes
-        ]
-        tables = [_read_by(implementation, batch.planes[k], grids[k]) for k in planes]
+    def make(planes: tuple[int, ...], backbone: WaffleIronBackbone) -> Any:
+        mixes = [SpatialMix(grids[k], backbone, student.dtype) for k in planes]
+        tables: list[Any] = [batch.planes[k] for k in planes]
+        if backbone.implementation == "windows":  # made once a step, so not part of what is timed
+            tables = [jax.jit(make_windows, static_argnums=1)(tables[n], grids[k]) for n, k in enumerate(planes)]
 
         def mix_all(all_params: list, x: Any, tables: list) -> Any:
             with nn.intercept_methods(_without_norm):
@@ -154,26 +151,11 @@ def spatial_alone(student: Student, batch: Batch) -> tuple[dict[str, Callable[[]
         compiled = jax.jit(both).lower(all_params, x, gradient, tables).compile()
         return (lambda: compiled(all_params, x, gradient, tables)), working_bytes(compiled)
 
-    implementation = backbone.implementation
-    if implementation == "auto":  # as `WaffleIron` decides
-        implementation = "windows" if jax.default_backend() == "tpu" else "cells"
-    chosen, chosen_bytes = make((0,), implementation)
-    dense, dense_bytes = make((0,), "dense")
-    programs = {
-        "spatial": chosen,
-        "spatial_dense": dense,
-        "spatial_planes": make(tuple(range(PLANES)), implementation)[0],
-    }
+    chosen, chosen_bytes = make((0,), backbone)
+    dense, dense_bytes = make((0,), dataclasses.replace(backbone, implementation="dense"))
+    every, _ = make(tuple(range(PLANES)), backbone)
+    programs = {"spatial": chosen, "spatial_dense": dense, "spatial_planes": every}
     return programs, {"spatial_peak_bytes": chosen_bytes, "spatial_dense_peak_bytes": dense_bytes}
-
-
-def _read_by(implementation: str, plane: Any, grid: tuple[int, int]) -> Any:
-    """What a layer reads of a plane; made once a step, so not part of what is timed."""
-    if implementation != "windows":
-        return plane
-    from scalr_jax.ops import windows
-
-    return jax.jit(windows.make_windows, static_argnums=1)(plane, grid)
 
 
 def _without_norm(call: Callable, arguments: tuple, keywords: dict, context: nn.module.InterceptorContext) -> Any:

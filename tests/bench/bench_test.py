@@ -20,7 +20,6 @@ from scalr_jax.runtime.chips import peak, utilisation
 from scalr_jax.train import optim, steps
 from tests.support.bench_batch import less_optimized, save_batch
 from tests.support.checks import present
-from tests.support.random_scenes import GRIDS
 from tests.support.small_student import small_student
 from tests.support.traced_flops import traced_flops
 
@@ -202,7 +201,7 @@ def test_flops_of_layers_are_nearly_all_that_xla_counts(batch_file):
     """At 256 channels, norms, activations and spatial mixing are a few percent of a layer's operations."""
     loaded = scenes.load(batch_file)
     batch = jax.tree.map(jnp.asarray, loaded.batch)
-    model, rows = WaffleIron(3, GRIDS), batch.scene.size
+    model, rows = WaffleIron(small_student(channels=256).backbone), batch.scene.size
     x = jnp.zeros((rows, 256))
 
     def apply(variables, x, batch):
