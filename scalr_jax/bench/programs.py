@@ -31,25 +31,38 @@ OPTIMIZER = OptimizerSettings(schedule="constant", warmup_share=0.0)
 
 def student_step(student: Student) -> tuple[Callable, Callable]:
     """(init(batch) -> state, step(state, target, batch) -> (state, metrics)), as in training."""
-    optimizer = optim.make_optimizer(OPTIMIZER, student.backbone)
-    step = steps.make_student_step(student, optimizer, optim.make_schedule(OPTIMIZER, 1.0), seed=0, batch_size=8)
+    return training(student, steps.make_student_step)
+
+
+def training(student: Student, make_step: Callable, *arguments: Any, **settings: Any) -> tuple[Callable, Callable]:
+    """(init, step) with one of the `steps.make_*_step`, which takes `arguments` after the student, and `settings`."""
+    optimizer, schedule = optim.make_optimizer(OPTIMIZER, student.backbone), optim.make_schedule(OPTIMIZER, 1.0)
+    step = make_step(student, *arguments, optimizer, schedule, seed=0, batch_size=8, **settings)
     return lambda batch: init_state(student, batch, optimizer, None, jax.random.key(0)), step
 
 
 def training_step(student: Student, batch: Batch) -> tuple[Callable[[], Any], int | None]:
-    """A function that makes one training step for random targets, and what a step needs in memory by XLA's plan."""
-    init, step = student_step(student)
-    state = jax.jit(init)(batch)
+    """`compiled_step` for random targets."""
     target = jax.random.normal(jax.random.key(1), (*batch.scene.shape, student.out_features))
-    options = steps.compiler_options(jax.default_backend())
-    compiled = jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, target, batch).compile()
+    return compiled_step(*student_step(student), target, batch)
+
+
+def compiled_step(init: Callable, step: Callable, given: Any, batch: Batch) -> tuple[Callable[[], Any], int | None]:
+    """A function that makes one step, and what a step needs in memory by XLA's plan. `given`: targets or a teacher."""
+    state = jax.jit(init)(batch)
+    compiled = jit_step(step).lower(state, given, batch).compile()
 
     def run() -> Any:
         nonlocal state
-        state, metrics = compiled(state, target, batch)
+        state, metrics = compiled(state, given, batch)
         return metrics
 
     return run, compiled_bytes(compiled)
+
+
+def jit_step(step: Callable) -> Any:
+    """A step under `jax.jit`, compiled as in training."""
+    return jax.jit(step, donate_argnums=0, compiler_options=steps.compiler_options(jax.default_backend()))
 
 
 def forward_pass(student: Student, batch: Batch) -> Callable[[], Any]:

@@ -15,7 +15,6 @@ Weights are random, in the published shapes. Medians of --runs turns, seconds of
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,14 +24,13 @@ from scalr_jax.bench import programs as bench_programs
 from scalr_jax.bench import scenes as bench_scenes
 from scalr_jax.bench.student import add_student_arguments, sizes_of, student_of
 from scalr_jax.bench.teacher import add_teacher_arguments, teacher_of
-from scalr_jax.bench.timing import Parser, compiled_bytes, device_bytes, header, interleave, rounded, show_times
+from scalr_jax.bench.timing import Parser, device_bytes, header, interleave, rounded, show_times
 from scalr_jax.models.flops import flops, student_products, teacher_flops
 from scalr_jax.models.student import Student
 from scalr_jax.models.vit import ViTConfig
 from scalr_jax.runtime.chips import utilisation
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.train import optim, steps
-from scalr_jax.train.state import init_state
+from scalr_jax.train import steps
 
 FEATURE = "x_pre_norm"
 
@@ -60,7 +58,8 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of one student and teacher on one batch."""
     batch = jax.tree.map(jnp.asarray, scenes.batch)
-    step, plan_bytes = distillation_step(student, vit_config, teacher, batch)
+    init, make = bench_programs.training(student, steps.make_distill_step, vit_config, which=FEATURE)
+    step, plan_bytes = bench_programs.compiled_step(init, make, teacher, batch)
     jax.block_until_ready(step())
     peak_on_device = device_bytes()  # before other programs raise it
     features = jax.jit(lambda teacher, batch: steps.teacher_features(vit_config, teacher, batch, which=FEATURE))
@@ -95,23 +94,3 @@ def measure(
     }
     print(f"{result['scenes_per_s']:.2f} scenes/s, {result['points_per_s']:,.0f} points/s")
     return result
-
-
-def distillation_step(
-    student: Student, vit_config: ViTConfig, teacher: Any, batch: Any
-) -> tuple[Callable[[], Any], int | None]:
-    """A function that makes one step, and what a step needs in memory by XLA's plan."""
-    settings = bench_programs.OPTIMIZER
-    optimizer = optim.make_optimizer(settings, student.backbone)
-    schedule = optim.make_schedule(settings, 1.0)
-    step = steps.make_distill_step(student, vit_config, optimizer, schedule, seed=0, batch_size=8, which=FEATURE)
-    state = jax.jit(lambda batch: init_state(student, batch, optimizer, None, jax.random.key(0)))(batch)
-    options = steps.compiler_options(jax.default_backend())
-    compiled = jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, teacher, batch).compile()
-
-    def run() -> Any:
-        nonlocal state
-        state, metrics = compiled(state, teacher, batch)
-        return metrics
-
-    return run, compiled_bytes(compiled)

@@ -59,7 +59,6 @@ from scalr_jax.models.waffleiron import WaffleIronBackbone
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.chips import utilisation
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.train import steps
 
 # A layer's cost is the difference of two depths whose loops both have three or more trips, as in real students. On CPU
 # the backbone's gradient (64 channels, 62,555 points) takes 0.26, 0.73, 2.6, 3.3 s of CPU time at 3, 6, 9, 12 layers
@@ -217,7 +216,6 @@ def compile_times(arguments: argparse.Namespace) -> dict[str, Any]:
     cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     seconds: dict[int, list[float]] = {depth: [] for depth in depths}
-    options = steps.compiler_options(jax.default_backend())
     try:
         for _ in range(arguments.runs + 1):  # the first turn warms up
             for depth in depths:
@@ -225,7 +223,7 @@ def compile_times(arguments: argparse.Namespace) -> dict[str, Any]:
                 start = time.perf_counter()
                 init, step = bench_programs.student_step(student)
                 state = jax.eval_shape(init, batch)
-                jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, target, batch).compile()
+                bench_programs.jit_step(step).lower(state, target, batch).compile()
                 seconds[depth].append(time.perf_counter() - start)
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)

@@ -17,12 +17,6 @@ from jax.typing import DTypeLike
 Array = jax.Array
 
 
-def neighbor_max_reference(offsets: Array, matrix: Array, bias: Array, kernel: Array) -> Array:
-    """The plain form of `neighbor_max`, with everything in memory at once."""
-    hidden = jax.nn.relu(jnp.einsum("pkf,fc->pkc", offsets, matrix) + bias)
-    return jnp.einsum("pkc,cd->pkd", hidden, kernel).max(axis=1)
-
-
 def _hidden(offset: Array, matrix: Array, bias: Array, dtype: DTypeLike) -> Array:
     return jax.nn.relu(offset @ matrix + bias).astype(dtype)  # [P, C]
 

@@ -30,6 +30,7 @@ from scalr_jax.ops.pallas.rows import (
     Links,
     accumulate,
     blocks_of,
+    call,
     channel_tile,
     inside,
     is_first,
@@ -199,27 +200,12 @@ def _specs(num_halo: int, num_cells: int, channels: int, *, block_major: bool) -
     }
 
 
-def _call(kernel, out, in_specs, out_specs, arguments, num_tiles: Array, *, interpret: bool, scratch=()) -> Array:
-    """`kernel` over (tiles of channels, listed tiles). `arguments`: tiles, then one for each of `in_specs`."""
-    num_channels = out.shape[-1]
-    grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1,
-        grid=(pl.cdiv(num_channels, channel_tile(num_channels)), num_tiles),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        scratch_shapes=scratch,
-    )
-    params = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
-    call = pl.pallas_call(kernel, grid_spec=grid, out_shape=out, interpret=interpret, compiler_params=params)
-    return call(*arguments)
-
-
 def _to_halo(num_halo: int, sharded: tuple, kernel: Array, *, interpret: bool) -> Array:
     cells, (sides, links) = sharded
     num_cells, num_channels = cells.shape
     channels = channel_tile(num_channels)
     spec = _specs(num_halo, num_cells, channels, block_major=True)
-    return _call(
+    return call(
         functools.partial(_to_halo_kernel, num_cells=num_cells),
         jax.ShapeDtypeStruct((num_halo, num_channels), cells.dtype),
         [spec[name] for name in ("index", "sides", "kernel", "cells")],
@@ -235,7 +221,7 @@ def _to_cells(num_cells: int, sharded: tuple, kernel: Array, *, interpret: bool)
     halo, (sides, links) = sharded
     num_halo, num_channels = halo.shape
     spec = _specs(num_halo, num_cells, channel_tile(num_channels), block_major=False)
-    return _call(
+    return call(
         functools.partial(_to_cells_kernel, num_halo=num_halo),
         jax.ShapeDtypeStruct((num_cells, num_channels), jnp.float32),
         [spec[name] for name in ("index", "sides", "kernel", "halo")],
@@ -251,7 +237,7 @@ def _to_kernel(sharded: tuple, _: tuple, *, interpret: bool) -> Array:
     (num_cells, num_channels), num_halo = cells.shape, halo.shape[0]
     channels = channel_tile(num_channels)
     spec = _specs(num_halo, num_cells, channels, block_major=True)
-    return _call(
+    return call(
         functools.partial(_to_kernel_kernel, num_cells=num_cells, num_halo=num_halo),
         jax.ShapeDtypeStruct((3, 3, 8, num_channels), jnp.float32),
         [spec[name] for name in ("index", "sides", "halo", "cells")],
