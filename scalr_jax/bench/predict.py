@@ -31,7 +31,8 @@ import numpy as np
 from pykdtree.kdtree import KDTree
 
 from scalr_jax.api import Model
-from scalr_jax.bench.timing import Parser, header, interleave, positive, rounded, show_times
+from scalr_jax.bench.scenes import scan_street
+from scalr_jax.bench.timing import Parser, header, interleave, positive, ranges, rounded, show_times
 from scalr_jax.config import get_config
 from scalr_jax.data import transforms
 from scalr_jax.data.packing import pack_shard, static_capacities
@@ -84,25 +85,13 @@ def _find_scan(arguments: argparse.Namespace, folder: Path) -> tuple[Path, str]:
     pattern, sensor = SCANS[arguments.dataset]
     if not arguments.root:
         print("no --root: the scan is generated, of about the size of a real one")
-        return _generated_scan(folder / "scan.bin"), "semantic_kitti"
+        points, *_ = scan_street(0, np.random.default_rng(0), (-24.8, 2.0), 360.0, 64, 2_000, 80.0)  # a whole turn
+        points.astype("<f4").tofile(folder / "scan.bin")
+        return folder / "scan.bin", "semantic_kitti"
     found = sorted(Path(arguments.root).glob(pattern))
     if not found:
         raise InputError(f"{arguments.root} has no {pattern}; give the folder that holds {arguments.dataset}")
     return found[0], sensor
-
-
-def _generated_scan(path: Path) -> Path:
-    """A street seen by a lidar of 64 beams and 2,000 rays a turn, as a .bin file."""
-    from scalr_jax.data.streets import sensors as street_sensors
-    from scalr_jax.data.streets.builder import make_street
-
-    sensor = street_sensors.SENSORS["beams64"]._replace(
-        elevation=(-24.8, 2.0), num_beams=64, azimuth=360.0, num_azimuths=2_000, max_range=80.0
-    )
-    street, rng = make_street(0), np.random.default_rng(0)
-    points, _ = street_sensors.scan(street, sensor, *street_sensors.pose(street, sensor, rng), rng)
-    points.astype("<f4").tofile(path)
-    return path
 
 
 def measure(model: Model, path: Path, sensor: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -141,7 +130,7 @@ def measure(model: Model, path: Path, sensor: str, arguments: argparse.Namespace
         "onnxruntime_ms": theirs,
         "onnxruntime_total_ms": others + theirs if theirs else None,
         "ratio": milliseconds["network"] / theirs if theirs else None,
-        "ranges_ms": {name: [float(f"{1e3 * edge:.4g}") for edge in (v.low, v.high)] for name, v in times.items()},
+        "ranges_ms": ranges(times, 1e3),
     }
     if result["ratio"]:
         print(f"network: {result['ratio']:.2f} times onnxruntime's")

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 
 from scalr_jax.bench import programs as bench_programs
 from scalr_jax.bench import scenes as bench_scenes
-from scalr_jax.bench.student import add_student_arguments, sizes_of, student_of
+from scalr_jax.bench.student import add_student_arguments, described, sizes_of, student_of
 from scalr_jax.bench.teacher import add_teacher_arguments, teacher_of
-from scalr_jax.bench.timing import Parser, device_bytes, header, interleave, rounded, show_times
+from scalr_jax.bench.timing import Parser, device_bytes, interleave, ranges, rounded, show_times
 from scalr_jax.models.flops import flops, student_products, teacher_flops
 from scalr_jax.models.student import Student
 from scalr_jax.models.vit import ViTConfig
@@ -74,14 +74,9 @@ def measure(
     assert images is not None
     of_student = flops(student_products(sizes), scenes.num_points, backward=True)
     of_teacher = teacher_flops(vit_config, scenes.num_scenes, (images.shape[2], images.shape[3]))
-    device, seconds = header(runs), times["step_s"].median
+    begin, seconds = described(scenes, student, runs), times["step_s"].median
     result = {
-        **device,
-        "points": scenes.num_points,
-        "num_scenes": scenes.num_scenes,
-        "source": scenes.source,
-        **{name: getattr(student.backbone, name) for name in ("channels", "depth", "implementation", "remat")},
-        "dtype": jnp.dtype(student.dtype).name,
+        **begin,
         **{name: value.median for name, value in times.items()},
         "scenes_per_s": scenes.num_scenes / seconds,
         "points_per_s": scenes.num_points / seconds,
@@ -89,8 +84,8 @@ def measure(
         "device_peak_bytes": peak_on_device,
         "flops": of_student + of_teacher,
         "teacher_flops": of_teacher,
-        "mfu": utilisation(of_student + of_teacher, seconds, device["device"]),
-        "ranges_s": {name: [float(f"{edge:.4g}") for edge in (value.low, value.high)] for name, value in times.items()},
+        "mfu": utilisation(of_student + of_teacher, seconds, begin["device"]),
+        "ranges_s": ranges(times),
     }
     print(f"{result['scenes_per_s']:.2f} scenes/s, {result['points_per_s']:,.0f} points/s")
     return result

@@ -56,17 +56,13 @@ def linear(x: Array, kernel: Array, bias: Array) -> Array:
     return x @ whole(kernel.astype(x.dtype)) + bias.astype(x.dtype)
 
 
-def _linear_forward(x: Array, kernel: Array, bias: Array):
-    return linear(x, kernel, bias), (x, kernel)
-
-
 def _linear_backward(residuals: tuple, gradient: Array):
     x, kernel = residuals
     kernel_gradient = jax.lax.dot_general(x, gradient, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return gradient @ whole(kernel.astype(x.dtype)).T, kernel_gradient, gradient.sum(0, dtype=jnp.float32)
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+linear.defvjp(lambda x, kernel, bias: (linear(x, kernel, bias), (x, kernel)), _linear_backward)
 
 
 def linear_weights(module: nn.Module, fan_in: int, features: int) -> tuple[Array, Array]:

@@ -60,10 +60,6 @@ def flatten_normalized(x: Array, mask: Array, statistics: Any, plane: Any, dtype
     return (table * plane.inverse_count[:, None]).astype(dtype)
 
 
-def _flatten_normalized_forward(x: Array, mask: Array, statistics: Any, plane: Any, dtype: Any, block: int):
-    return flatten_normalized(x, mask, statistics, plane, dtype, block), (x, mask, statistics, plane)
-
-
 def _flatten_normalized_backward(dtype: Any, block: int, residuals: tuple, gradient: Array):
     x, mask, statistics, plane = residuals
     plain = lambda x, statistics: cells.flatten(normalize(x, mask, statistics).astype(dtype), plane)  # noqa: E731
@@ -72,7 +68,7 @@ def _flatten_normalized_backward(dtype: Any, block: int, residuals: tuple, gradi
     return x_gradient, None, statistics_gradient, None
 
 
-flatten_normalized.defvjp(_flatten_normalized_forward, _flatten_normalized_backward)
+flatten_normalized.defvjp(lambda *inputs: (flatten_normalized(*inputs), inputs[:4]), _flatten_normalized_backward)
 
 
 class SpatialMix(nn.Module):
@@ -299,16 +295,8 @@ class WaffleIronBackbone:
     @classmethod
     def of(cls, settings: StudentSettings) -> WaffleIronBackbone:
         """The backbone of `config.model`."""
-        return cls(
-            SceneNeeds(settings.field_of_view, settings.num_neighbors, settings.grids),
-            settings.channels,
-            settings.depth,
-            settings.norm,
-            settings.activation,
-            settings.drop_path,
-            settings.implementation,
-            settings.remat,
-        )
+        needs = SceneNeeds(settings.field_of_view, settings.num_neighbors, settings.grids)
+        return cls(needs, **{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)[1:]})
 
     def on(self, platform: str) -> WaffleIronBackbone:
         """With the implementation that "auto" means on devices of `platform`."""

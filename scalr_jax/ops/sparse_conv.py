@@ -271,10 +271,6 @@ def exchange(pairs: Pairs) -> Pairs:
     return Pairs(pairs.target, pairs.source, pairs.element, pairs.of_target, pairs.of_source)
 
 
-def _product_forward(rows: Array, pairs: Pairs, kernel: Array, centre: int | None):
-    return _product(rows, pairs, kernel, centre), (rows, pairs, kernel)
-
-
 def _product_backward(centre: int | None, residuals: tuple[Array, Pairs, Array], gradient: Array):
     of_rows, of_kernel = _alone(functools.partial(_gradients, centre), *residuals, gradient)
     return of_rows, None, of_kernel
@@ -297,7 +293,7 @@ def _gradients(centre: int | None, rows: Array, pairs: Pairs, kernel: Array, gra
     return of_rows.astype(rows.dtype), of_kernel.astype(kernel.dtype)
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(lambda *inputs: (_product(*inputs), inputs[:3]), _product_backward)
 
 
 # ------------------------------------------------------------------------------------------------- back to the points
@@ -330,10 +326,6 @@ def read_trilinear(rows: Array, voxels: Voxels, weights: Array) -> Array:
     return total
 
 
-def _read_forward(rows: Array, voxels: Voxels, weights: Array):
-    return read_trilinear(rows, voxels, weights), (rows, voxels, weights)
-
-
 def _read_backward(residuals: tuple, gradient: Array):
     rows, voxels, weights = residuals
 
@@ -346,4 +338,4 @@ def _read_backward(residuals: tuple, gradient: Array):
     return total.astype(rows.dtype), None, jnp.zeros_like(weights)
 
 
-read_trilinear.defvjp(_read_forward, _read_backward)
+read_trilinear.defvjp(lambda *inputs: (read_trilinear(*inputs), inputs), _read_backward)

@@ -86,20 +86,12 @@ def to_kernel(cells: Array, halo: Array, taps: TapLinks) -> Array:
     return parts.sum(axis=(0, 3)).reshape(9, -1)
 
 
-def _to_halo_forward(cells: Array, kernel: Array, taps: TapLinks, num_halo: int):
-    return to_halo(cells, kernel, taps, num_halo), (cells, kernel, taps)
-
-
 def _to_halo_backward(num_halo: int, residuals: tuple[Array, Array, TapLinks], gradient: Array):
     cells, kernel, taps = residuals
     return to_cells(gradient, kernel, taps, cells.shape[1]), to_kernel(cells, gradient, taps), None
 
 
-to_halo.defvjp(_to_halo_forward, _to_halo_backward)
-
-
-def _to_cells_forward(halo: Array, kernel: Array, taps: TapLinks, num_cells: int):
-    return to_cells(halo, kernel, taps, num_cells), (halo, kernel, taps)
+to_halo.defvjp(lambda *inputs: (to_halo(*inputs), inputs[:3]), _to_halo_backward)
 
 
 def _to_cells_backward(num_cells: int, residuals: tuple[Array, Array, TapLinks], gradient: Array):
@@ -107,7 +99,7 @@ def _to_cells_backward(num_cells: int, residuals: tuple[Array, Array, TapLinks],
     return to_halo(gradient, kernel, taps, halo.shape[1]), to_kernel(gradient, halo, taps), None
 
 
-to_cells.defvjp(_to_cells_forward, _to_cells_backward)
+to_cells.defvjp(lambda *inputs: (to_cells(*inputs), inputs[:3]), _to_cells_backward)
 
 
 def _shifts(x: Array, sides: Array) -> tuple[Array, Array, Array]:

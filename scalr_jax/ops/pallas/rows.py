@@ -100,17 +100,15 @@ def select_rows(table: Array, links: Links, num_links: int) -> Array:
     return over_shards(functools.partial(_select, num_links), (table, links))
 
 
-def _select_rows_forward(table: Array, links: Links, num_links: int):
-    return select_rows(table, links, num_links), (links, table[:, :, :0])
-
-
 def _select_rows_backward(num_links: int, residuals: tuple[Links, Array], gradient: Array):
     links, table = residuals
     sums: Any = sum_rows(gradient, links, table.shape[1])
     return sums.astype(table.dtype), None
 
 
-select_rows.defvjp(_select_rows_forward, _select_rows_backward)
+select_rows.defvjp(
+    lambda table, links, n: (select_rows(table, links, n), (links, table[..., :0])), _select_rows_backward
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -119,16 +117,12 @@ def sum_rows(values: Array, links: Links, num_rows: int) -> Array:
     return over_shards(functools.partial(_sum, num_rows), (values, links))
 
 
-def _sum_rows_forward(values: Array, links: Links, num_rows: int):
-    return sum_rows(values, links, num_rows), (links, values[:, :, :0])
-
-
 def _sum_rows_backward(num_rows: int, residuals: tuple[Links, Array], gradient: Array):
     links, values = residuals
     return select_rows(gradient.astype(values.dtype), links, values.shape[1]), None
 
 
-sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
+sum_rows.defvjp(lambda values, links, n: (sum_rows(values, links, n), (links, values[..., :0])), _sum_rows_backward)
 
 
 def over_shards(kernel: Callable[..., Array], sharded: tuple, replicated: Array | tuple = ()) -> Array:
