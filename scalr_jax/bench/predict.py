@@ -38,7 +38,7 @@ from scalr_jax.data import transforms
 from scalr_jax.data.packing import pack_shard, static_capacities
 from scalr_jax.data.planes import make_plane
 from scalr_jax.data.readers import scan_inputs
-from scalr_jax.data.scenes import PLANE_AXES, SceneNeeds, SceneView
+from scalr_jax.data.scenes import PLANE_AXES, SceneView
 from scalr_jax.data.sensors import INTENSITY, PRETRAINING
 from scalr_jax.data.whole_scan import whole_scan
 from scalr_jax.export.fold import fold
@@ -142,7 +142,6 @@ def _stages(
 ) -> dict[str, Callable[[], Any]]:
     """What `whole_scan` and `Model.embed` do, one stage at a time, each on what the stage before makes."""
     config = model.config
-    needs = SceneNeeds(config.field_of_view, grids=config.grids)
     xyz = np.ascontiguousarray(scene.feats[:, 1:4])
     capacities = static_capacities(scene, grids)
     student = student_of(config)
@@ -150,7 +149,7 @@ def _stages(
 
     def voxelise() -> Any:
         kept = transforms.voxelize(points, config.voxel_size)
-        cut = transforms.in_view(points[kept, :3], needs)
+        cut = transforms.in_view(points[kept, :3], model.student.needs)
         return transforms.make_features(points[kept[cut], :3], points[kept[cut], 3], config.intensity)
 
     def tables() -> Any:

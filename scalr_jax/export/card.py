@@ -159,7 +159,7 @@ settings = json.loads(Path("FOLDER/config.json").read_text())["settings"]
 inputs, nearest = make_inputs(points, settings)   # points [N, 4]: x, y, z in metres, raw intensity
 ```
 
-`nearest` [N] says which row of an output each point gets (-1: none). The docstring of `scalr_jax/export_inputs.py`
+`nearest` [N] says which row of an output each point gets (-1: none). The docstring of `scalr_jax/export/inputs.py`
 lists every input, so that the preprocessing can be written in another language."""
 
 _INPUTS = 'inputs = {k: v for k, v in np.load("FOLDER/example.npz").items() if not k.startswith("output/")}'

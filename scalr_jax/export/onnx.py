@@ -1,9 +1,9 @@
 """The student as an ONNX graph for onnxruntime: the `cells` form, built node by node from the parameters.
 
-Inputs are those of `export_inputs.py`; every count of rows is dynamic. Outputs are `features` [N, C] and, unless the
+Inputs are those of `export/inputs.py`; every count of rows is dynamic. Outputs are `features` [N, C] and, unless the
 model has no head, `distilled` [N, C_teacher] or `logits` [N, classes], float32.
 
-A cell's mean is a tree of gathers and sums of eight rows (`export_inputs.sum_tree` says why), a convolution gathers
+A cell's mean is a tree of gathers and sums of eight rows (`export.inputs.sum_tree` says why), a convolution gathers
 nine rows of a table whose last row is zero. Batch norms are a multiplier and a shift; what is one or zero, as after
 `--fold`, leaves no node.
 """

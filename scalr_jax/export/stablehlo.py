@@ -2,7 +2,7 @@
 
     program = jax.export.deserialize(bytearray(Path("EXPORT/model.stablehlo").read_bytes()))
     weights = dict(np.load("EXPORT/weights.npz"))
-    outputs = jax.jit(program.call)(weights, inputs)         # inputs of export_inputs.pad_inputs
+    outputs = jax.jit(program.call)(weights, inputs)         # inputs of export.inputs.pad_inputs
 
 Outputs are `features` [N, C] and, unless the model has no head, `distilled` or `logits`, float32, padded rows included.
 The counts of points and the sizes of tables are symbols: any size runs, and each is compiled once. Weights are an
