@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 from scipy.spatial import KDTree
 
-from scalr_jax.bench.timing import Parser
+from scalr_jax.bench.timing import Parser, two_sizes
 from scalr_jax.config import DATASETS, DataSettings, StudentSettings
 from scalr_jax.data import packing, pipeline, transforms
 from scalr_jax.data.build import make_dataset, scene_settings
@@ -83,18 +83,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _settings(arguments: argparse.Namespace) -> tuple[DataSettings, transforms.SceneSettings]:
     """Data and scenes of the default student."""
     try:
-        height, width = (int(size) for size in arguments.image_size.split(","))
-    except ValueError as error:
-        raise InputError(f"--image_size={arguments.image_size} is not two numbers, as in 224,448") from error
+        image_size = two_sizes(arguments.image_size)
+    except argparse.ArgumentTypeError as error:
+        sentence = f"--image_size={arguments.image_size} is not two numbers, which must be positive, as in 224,448"
+        raise InputError(sentence) from error
     if unknown := [name for name in arguments.dataset.split("+") if name not in DATASETS]:
         raise InputError(f"--dataset={arguments.dataset}: {unknown[0]!r} is none of {', '.join(DATASETS)}")
-    if min(height, width) < 1:
-        raise InputError(f"--image_size={arguments.image_size} must be positive")
     data = DataSettings(
         dataset=arguments.dataset,
         root=arguments.root,
         split="all",
-        image_size=(height, width),
+        image_size=image_size,
         scaled_decode=not arguments.full_decode,
         sensors=(arguments.sensor,),
     )

@@ -82,12 +82,10 @@ def layers_alone(student: Student, batch: Batch) -> dict[str, Callable[[], Any]]
     rest = {name: value for name, value in variables.items() if name != "params"}
 
     def apply(params: Any, x: Any, batch: Batch, train: bool) -> Any:
-        rngs = {"dropout": jax.random.key(0)} if train else None
-        variables = {"params": params, **rest}
-        arguments = (variables, x, batch.planes, batch.scene, num_scenes)
-        if not train:
-            return model.apply(*arguments, train=False)
-        return model.apply(*arguments, train=True, rngs=rngs, mutable=["batch_stats"])[0]
+        rngs, mutable = ({"dropout": jax.random.key(0)}, ["batch_stats"]) if train else (None, False)
+        inputs = ({"params": params, **rest}, x, batch.planes, batch.scene, num_scenes)
+        out: Any = model.apply(*inputs, train=train, rngs=rngs, mutable=mutable)
+        return out[0] if train else out
 
     def both(params: Any, x: Any, gradient: Any, batch: Batch) -> Any:
         out, pull_back = jax.vjp(lambda params, x: apply(params, x, batch, True), params, x)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from scalr_jax.bench import timing
 from scalr_jax.models import vit
+from scalr_jax.models.build import compute_dtype
 from scalr_jax.models.flops import teacher_flops
 from scalr_jax.models.vit import TEACHERS
 from scalr_jax.runtime.chips import utilisation
@@ -74,8 +75,7 @@ def teacher_of(arguments: argparse.Namespace, image_size: tuple[int, int]) -> tu
     """(config, params in the dtype that `arguments.dtype` names). Random, but for the packaged one."""
     if arguments.registers < 0:
         raise InputError(f"--registers={arguments.registers} must not be negative")
-    low = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    dtype = jnp.dtype(low if arguments.dtype == "auto" else arguments.dtype)
+    dtype = compute_dtype(arguments.dtype, jax.default_backend())
     if arguments.teacher == "demo":
         from scalr_jax.interop.teacher import load_demo_teacher
 

@@ -82,7 +82,10 @@ def _sum_taps(rows: Array, table: Array, taps: Array) -> Array:
     return jax.lax.scan(visit, None, taps.T, unroll=1 if platform_of(taps) == "cpu" else 9)[1]
 
 
-conv_taps.defvjp(lambda *inputs: (conv_taps(*inputs), inputs), _conv_taps_backward)
+conv_taps.defvjp(
+    lambda table, taps, back, kernel: (_gather_taps(table, taps, kernel), (table, taps, back, kernel)),
+    _conv_taps_backward,
+)
 
 
 def conv_dense(grid: Array, kernel: Array) -> Array:

@@ -197,31 +197,23 @@ def _to_halo(num_halo: int, sharded: tuple, kernel: Array, *, interpret: bool) -
     num_cells, num_channels = cells.shape
     channels = channel_tile(num_channels)
     spec = _specs(num_halo, num_cells, channels, block_major=True)
-    return call(
-        functools.partial(_to_halo_kernel, num_cells=num_cells),
-        jax.ShapeDtypeStruct((num_halo, num_channels), cells.dtype),
-        [spec[name] for name in ("index", "sides", "kernel", "cells")],
-        spec["halo"],
-        (links.by_block, links.rows, sides, kernel.reshape(3, 3, -1), cells),
-        links.num_by_block,
-        interpret=interpret,
-        scratch=[pltpu.VMEM((3, links.rows.shape[-1], channels), jnp.float32)],
-    )
+    of_tile = functools.partial(_to_halo_kernel, num_cells=num_cells)
+    in_specs = [spec[name] for name in ("index", "sides", "kernel", "cells")]
+    inputs = links.by_block, links.rows, sides, kernel.reshape(3, 3, -1), cells
+    sums = [pltpu.VMEM((3, links.rows.shape[-1], channels), jnp.float32)]
+    out = jax.ShapeDtypeStruct((num_halo, num_channels), cells.dtype)
+    return call(of_tile, out, in_specs, spec["halo"], inputs, links.num_by_block, interpret=interpret, scratch=sums)
 
 
 def _to_cells(num_cells: int, sharded: tuple, kernel: Array, *, interpret: bool) -> Array:
     halo, (sides, links) = sharded
     num_halo, num_channels = halo.shape
     spec = _specs(num_halo, num_cells, channel_tile(num_channels), block_major=False)
-    return call(
-        functools.partial(_to_cells_kernel, num_halo=num_halo),
-        jax.ShapeDtypeStruct((num_cells, num_channels), jnp.float32),
-        [spec[name] for name in ("index", "sides", "kernel", "halo")],
-        spec["cells"],
-        (links.by_window, links.rows, sides, kernel.reshape(3, 3, -1), halo),
-        links.num_by_window,
-        interpret=interpret,
-    )
+    of_tile = functools.partial(_to_cells_kernel, num_halo=num_halo)
+    in_specs = [spec[name] for name in ("index", "sides", "kernel", "halo")]
+    inputs = links.by_window, links.rows, sides, kernel.reshape(3, 3, -1), halo
+    out = jax.ShapeDtypeStruct((num_cells, num_channels), jnp.float32)
+    return call(of_tile, out, in_specs, spec["cells"], inputs, links.num_by_window, interpret=interpret)
 
 
 def _to_kernel(sharded: tuple, _: tuple, *, interpret: bool) -> Array:
@@ -229,12 +221,9 @@ def _to_kernel(sharded: tuple, _: tuple, *, interpret: bool) -> Array:
     (num_cells, num_channels), num_halo = cells.shape, halo.shape[0]
     channels = channel_tile(num_channels)
     spec = _specs(num_halo, num_cells, channels, block_major=True)
-    return call(
-        functools.partial(_to_kernel_kernel, num_cells=num_cells, num_halo=num_halo),
-        jax.ShapeDtypeStruct((3, 3, 8, num_channels), jnp.float32),
-        [spec[name] for name in ("index", "sides", "halo", "cells")],
-        pl.BlockSpec((3, 3, 8, channels), lambda c, i, tiles: (0, 0, 0, c)),
-        (links.by_block, links.rows, sides, halo, cells),
-        links.num_by_block,
-        interpret=interpret,
-    )
+    of_tile = functools.partial(_to_kernel_kernel, num_cells=num_cells, num_halo=num_halo)
+    in_specs = [spec[name] for name in ("index", "sides", "halo", "cells")]
+    out_spec = pl.BlockSpec((3, 3, 8, channels), lambda c, i, tiles: (0, 0, 0, c))
+    out = jax.ShapeDtypeStruct((3, 3, 8, num_channels), jnp.float32)
+    inputs = links.by_block, links.rows, sides, halo, cells
+    return call(of_tile, out, in_specs, out_spec, inputs, links.num_by_block, interpret=interpret)
