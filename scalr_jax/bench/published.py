@@ -22,9 +22,7 @@ import argparse
 import importlib
 import os
 import sys
-import time
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +33,7 @@ import numpy as np
 from scalr_jax.bench import programs as bench_programs
 from scalr_jax.bench import scenes as bench_scenes
 from scalr_jax.bench.student import add_student_arguments, described, student_of
-from scalr_jax.bench.timing import Parser, Times, interleave, positive, rounded, show_times
+from scalr_jax.bench.timing import Parser, interleave, positive, rounded, show_times
 from scalr_jax.data.scenes import Batch
 from scalr_jax.interop.waffleiron import published_state_dict
 from scalr_jax.models.student import Student
@@ -110,8 +108,7 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace, torch: A
         variables = jax.tree.map(np.asarray, jax.jit(lambda b: student.init(jax.random.key(0), b, train=False))(batch))
     theirs = _Published(torch, package, student, published_state_dict(student, variables), scenes)
     wanted = theirs.outputs()
-    published = {"published_forward_s": theirs.time(theirs.forward, runs)}
-    published["published_step_s"] = theirs.time(theirs.step, runs)
+    published = interleave({"published_forward_s": theirs.forward, "published_step_s": theirs.step}, runs=runs)
     published_bytes = theirs.peak_bytes()
     device_name = theirs.device_name()
     del theirs
@@ -184,6 +181,7 @@ class _Published:
         self.network.eval()
         with self.torch.no_grad(), self.torch.autocast("cuda", enabled=self.cuda):
             self.network(*self.inputs)
+        self._wait()
 
     def step(self) -> None:
         torch = self.torch
@@ -195,17 +193,7 @@ class _Published:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-
-    def time(self, call: Callable[[], None], runs: int) -> Times:
-        call()
-        seconds = []
-        for _ in range(runs):
-            self._wait()
-            start = time.perf_counter()
-            call()
-            self._wait()
-            seconds.append(time.perf_counter() - start)
-        return Times(np.array(seconds))
+        self._wait()
 
     def _wait(self) -> None:
         if self.cuda:

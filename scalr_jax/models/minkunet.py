@@ -226,16 +226,13 @@ class MinkUNetBackbone:
         network = MinkUNet(
             BLOCKS[self.name], tuple(widths), stem, self.stem_convolutions, self.reading, dtype, name="backbone"
         )
-        tables, offset = self._tables(batch.voxels, batch.scene, batch.scene_points.shape[1])
-        x = network(batch.feats, tables, offset, train=train)
+        voxels = batch.voxels
+        if not isinstance(voxels, GivenTables):
+            assert voxels is not None, "a MinkUNet needs voxels"
+            assert self.needs.voxel_size is not None, "a MinkUNet needs voxels"
+            extent = extent_of(self.needs.field_of_view, self.needs.voxel_size)
+            tables = tables_of(voxels, batch.scene, extent, num_scenes=batch.scene_points.shape[1])
+            voxels = GivenTables(tables, voxels.coordinates % 1.0 - 0.5)
+        x = network(batch.feats, voxels.tables, voxels.offset, train=train)
         # Sizes were counted on the host from the same coordinates: no room for a voxel is a defect, and must not pass.
-        return jnp.where((tables.missing == 0).all(), x, jnp.nan)
-
-    def _tables(self, voxels: PackedVoxels[Array] | GivenTables | None, scene: Array, num_scenes: int) -> GivenTables:
-        if isinstance(voxels, GivenTables):
-            return voxels
-        assert voxels is not None, "a MinkUNet needs voxels"
-        assert self.needs.voxel_size is not None, "a MinkUNet needs voxels"
-        extent = extent_of(self.needs.field_of_view, self.needs.voxel_size)
-        tables = tables_of(voxels, scene, extent, num_scenes=num_scenes)
-        return GivenTables(tables, voxels.coordinates % 1.0 - 0.5)
+        return jnp.where((voxels.tables.missing == 0).all(), x, jnp.nan)
