@@ -26,6 +26,7 @@ from scalr_jax.train import optim, steps
 from scalr_jax.train.state import init_state
 
 PLANES = len(PLANE_AXES)
+OF_THREE = ("layer_forward", "layer_step_direct", "spatial_layer")  # programs of a layer a plane: a third is a layer's
 OPTIMIZER = OptimizerSettings(schedule="constant", warmup_share=0.0)
 
 
@@ -95,8 +96,8 @@ def layers_alone(student: Student, batch: Batch) -> dict[str, Callable[[], Any]]
     step = jax.jit(both, compiler_options=steps.compiler_options(jax.default_backend()))
     params, gradient = variables["params"], _rows(student, batch, jnp.float32, seed=1)
     return {
-        "layers_forward": lambda: forward(params, x, batch, False),
-        "layers_step": lambda: step(params, x, gradient, batch),
+        "layer_forward": lambda: forward(params, x, batch, False),
+        "layer_step_direct": lambda: step(params, x, gradient, batch),
     }
 
 
@@ -161,7 +162,7 @@ def spatial_alone(student: Student, batch: Batch) -> tuple[dict[str, Callable[[]
     chosen, chosen_bytes = make((0,), backbone)
     dense, dense_bytes = make((0,), dataclasses.replace(backbone, implementation="dense"))
     every, _ = make(tuple(range(PLANES)), backbone)
-    programs = {"spatial": chosen, "spatial_dense": dense, "spatial_planes": every}
+    programs = {"spatial": chosen, "spatial_dense": dense, "spatial_layer": every}
     return programs, {"spatial_peak_bytes": chosen_bytes, "spatial_dense_peak_bytes": dense_bytes}
 
 

@@ -39,7 +39,7 @@ import numpy as np
 from scalr_jax.bench import programs as bench_programs
 from scalr_jax.bench import scenes as bench_scenes
 from scalr_jax.bench import timing
-from scalr_jax.bench.programs import PLANES
+from scalr_jax.bench.programs import OF_THREE, PLANES
 from scalr_jax.config import StudentSettings
 from scalr_jax.data.scenes import SceneNeeds
 from scalr_jax.models.build import compute_dtype
@@ -116,15 +116,14 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: 
     jax.block_until_ready(step())
     peak_on_device = timing.device_bytes()  # before other programs raise it
     first = max(student.backbone.depth, LOOPED)
-    looped = {
-        depth: bench_programs.training_step(of_depth(student, depth), batch)[0] for depth in (first, first + PLANES)
-    }
+    depths = (first, first + PLANES)
+    looped = {f"step_{depth}": bench_programs.training_step(of_depth(student, depth), batch)[0] for depth in depths}
     spatial, spatial_bytes = bench_programs.spatial_alone(student, batch)
     dense_grid = spatial.pop("spatial_dense")
     turns = [
         {
             "step": step,
-            **{f"step_{depth}": run for depth, run in looped.items()},
+            **looped,
             "forward": bench_programs.forward_pass(student, batch),
             "matmul_step": bench_programs.step_products(sizes, num_rows, student.dtype),
         },
@@ -134,19 +133,9 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: 
     # What is compared is in one rotation. The dense grid comes alone and last: beside it on CPU, whose gigabytes go to
     # the system each time, spatial mixing on cells took 0.18 to 0.70 s (2026-11-22).
     raw = {name: value.seconds for programs in turns for name, value in timing.interleave(programs, runs=runs).items()}
-    seconds = {
-        "forward_s": raw["forward"],
-        "step_s": raw["step"],
-        "layer_forward_s": raw["layers_forward"] / PLANES,
-        "layer_step_s": (raw[f"step_{first + PLANES}"] - raw[f"step_{first}"]) / PLANES,  # turn by turn
-        "layer_step_direct_s": raw["layers_step"] / PLANES,
-        "layer_matmul_s": raw["layer_matmul"],
-        "layer_matmul_step_s": raw["layer_matmul_step"],
-        "matmul_step_s": raw["matmul_step"],
-        "spatial_s": raw["spatial"],
-        "spatial_layer_s": raw["spatial_planes"] / PLANES,
-        **({"spatial_dense_s": raw["spatial_dense"]} if dense else {}),
-    }
+    short, long = (raw.pop(name) for name in looped)
+    seconds = {f"{name}_s": values / (PLANES if name in OF_THREE else 1) for name, values in raw.items()}
+    seconds["layer_step_s"] = (long - short) / PLANES  # turn by turn
     times = {name: timing.Times(values) for name, values in seconds.items()}
     timing.show_times({name: (value, "") for name, value in times.items()})
     medians = {name: value.median for name, value in times.items()}
@@ -156,7 +145,7 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: 
         "rows": num_rows,
         "spatial_dense_s": None,
         **medians,
-        "layer_step_depths": [first, first + PLANES],
+        "layer_step_depths": list(depths),
         "spatial_share": medians["spatial_layer_s"] / medians["layer_step_direct_s"],
         **spatial_bytes,
         "peak_bytes": plan_bytes,
@@ -188,9 +177,7 @@ def compile_times(arguments: argparse.Namespace) -> dict[str, Any]:
     if len(depths) != 2 or depths[0] == depths[1] or not min(depths):
         raise InputError(f"--compile={arguments.compile} is not two depths, as in 12,48")
     scenes = bench_scenes.get_scenes(arguments)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), scenes.batch._replace(images=None, pixels=None, labels=None)
-    )
+    batch = jax.eval_shape(lambda: scenes.batch._replace(images=None, pixels=None, labels=None))
     target = jax.ShapeDtypeStruct((*batch.scene.shape, arguments.out_features), jnp.float32)
     cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
