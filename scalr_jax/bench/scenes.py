@@ -155,7 +155,7 @@ def _generated_frame(name: str, count: int, image_size: tuple[int, int]) -> tupl
     from scalr_jax.data.streets.sensors import project
 
     # Lowest and highest beam (degrees), beams, rays a beam inside 90 degrees, furthest return (metres).
-    low, high, *numbers = {
+    low, high, beams, rays, max_range = {
         "nuscenes": (-30.0, 10.0, 32, 272, 70.0),
         "kitti": (-24.8, 2.0, 64, 500, 80.0),
         "pandar64": (-25.0, 15.0, 64, 1_000, 120.0),
@@ -163,7 +163,7 @@ def _generated_frame(name: str, count: int, image_size: tuple[int, int]) -> tupl
     }[name]
     seed = 1_000 * ORDER.index(name) + count
     rng = np.random.default_rng((seed, 2))
-    points, labels, intensity = scan_street(seed, rng, (low, high), 90.0, *numbers)
+    points, labels, intensity = scan_street(seed, rng, (low, high), 90.0, beams, rays, max_range)
     pixels, visible = project(points[:, :3].astype(np.float64), 0, image_size)
     image = rng.integers(0, 256, (*image_size, 3), dtype=np.uint8)
     return Frame(f"generated/{name}/{count}", points, np.eye(4), image, pixels, visible, labels), intensity

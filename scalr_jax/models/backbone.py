@@ -32,26 +32,32 @@ class Backbone(Protocol):
     @property
     def needs(self) -> SceneNeeds:
         """What a scene brings beside its points' features."""
+        ...
 
     @property
     def channels(self) -> int:
         """Width of a point's features."""
+        ...
 
     @property
     def depth(self) -> int:
         """Layers, as `layer_numbers` counts them."""
+        ...
 
     def layer_numbers(self, path: tuple[str, ...]) -> int | np.ndarray:
         """The layer of a parameter, 0 for what comes before layer 1: a number, or one a row of stacked layers.
 
         path: of the parameter in the student, as ("backbone", "groups", "plane_0", "channel", "scale").
         """
+        ...
 
     def describe(self) -> str:
         """The hyperparameters that a model card tells."""
+        ...
 
     def __call__(self, batch: Batch[Array], mask: Array, *, dtype: DTypeLike, train: bool) -> Array:
         """Points' features [D * P, C]. mask [D, P]: no padding; dtype: of matrix products."""
+        ...
 
 
 class _Kept(nn.Module):

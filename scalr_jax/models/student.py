@@ -25,9 +25,11 @@ class Classifier(Protocol):
     @property
     def needs(self) -> SceneNeeds:
         """What a scene brings beside its points' features."""
+        ...
 
     def apply(self, variables: Variables, batch: Batch[Array], *, train: bool) -> Any:
         """Scores [D, P, classes] of each class, of which the largest counts."""
+        ...
 
 
 class Student(nn.Module):
