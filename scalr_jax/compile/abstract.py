@@ -67,8 +67,7 @@ def make_run(settings: Settings, mesh: Mesh, teacher: str | None = None) -> Abst
     batch = make_batch(scenes, capacities, mesh)
     expected = settings.data.scenes_per_step or capacities.scenes * mesh.size  # a constant of the schedule
     program = train.make_program(settings.training, task, batch, mesh, float(expected))
-    places = sharding.parameter_shardings(task.teacher, mesh)
-    params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), task.teacher, places)
+    params = placed(task.teacher, sharding.parameter_shardings(task.teacher, mesh))
     return AbstractRun(program, params, batch, capacities, teacher_config)
 
 
@@ -159,3 +158,7 @@ def make_batch(settings: SceneSettings, capacities: Capacities, mesh: Mesh) -> B
     place = sharding.batch_sharding(mesh)
     shard = pack_shard((), capacities, nothing, settings.needs.grids)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((mesh.size, *x.shape), x.dtype, sharding=place), shard)
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)
