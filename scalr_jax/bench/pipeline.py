@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 from scipy.spatial import KDTree
 
-from scalr_jax.bench.timing import Parser
+from scalr_jax.bench.timing import Parser, two_sizes
 from scalr_jax.config import DATASETS, DataSettings, StudentSettings
 from scalr_jax.data import packing, pipeline, transforms
 from scalr_jax.data.build import make_dataset, scene_settings
@@ -48,18 +48,18 @@ def main(argv: list[str]) -> dict:
     if arguments.soak:
         return _soak(data, settings, arguments)
     names = arguments.dataset.split("+")
-    line: dict[str, Any] = {
-        "device": "cpu",
-        "jax": jax.__version__,
-        "runs": arguments.runs,
-        "samples": arguments.samples,
-    }
+    line: dict[str, Any] = {**_header(arguments.runs), "samples": arguments.samples}
     for name in names:
         result = _measure(name, data, settings, arguments)
         for key, value in result.items():
             line.setdefault(key, {})[name] = value
         _print_table(name, result)
     return line
+
+
+def _header(runs: int) -> dict[str, Any]:
+    """What every object begins with; scenes are made on the CPU, whatever devices there are."""
+    return {"device": "cpu", "jax": jax.__version__, "runs": runs}
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -83,18 +83,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _settings(arguments: argparse.Namespace) -> tuple[DataSettings, transforms.SceneSettings]:
     """Data and scenes of the default student."""
     try:
-        height, width = (int(size) for size in arguments.image_size.split(","))
-    except ValueError as error:
-        raise InputError(f"--image_size={arguments.image_size} is not two numbers, as in 224,448") from error
+        image_size = two_sizes(arguments.image_size)
+    except argparse.ArgumentTypeError as error:
+        sentence = f"--image_size={arguments.image_size} is not two numbers, which must be positive, as in 224,448"
+        raise InputError(sentence) from error
     if unknown := [name for name in arguments.dataset.split("+") if name not in DATASETS]:
         raise InputError(f"--dataset={arguments.dataset}: {unknown[0]!r} is none of {', '.join(DATASETS)}")
-    if min(height, width) < 1:
-        raise InputError(f"--image_size={arguments.image_size} must be positive")
     data = DataSettings(
         dataset=arguments.dataset,
         root=arguments.root,
         split="all",
-        image_size=(height, width),
+        image_size=image_size,
         scaled_decode=not arguments.full_decode,
         sensors=(arguments.sensor,),
     )
@@ -144,13 +143,12 @@ def _measure(name: str, data: DataSettings, settings: transforms.SceneSettings, 
             plain_s.append(_cpu_seconds(run_plain))
     per_sample = float(np.median(ours_s)) / len(records)
     per_plain = float(np.median(plain_s)) / len(records) if plain_s else None
+    stages_s = {stage: float(np.median([seconds[stage] for seconds in by_stage])) / len(records) for stage in STAGES}
     return {
         "samples_per_s_per_core": 1.0 / per_sample,
-        "reference_samples_per_s_per_core": None if per_plain is None else 1.0 / per_plain,
-        "ratio": None if per_plain is None else per_plain / per_sample,
-        "stages_ms": {
-            stage: 1e3 * float(np.median([seconds[stage] for seconds in by_stage])) / len(records) for stage in STAGES
-        },
+        "reference_samples_per_s_per_core": 1.0 / per_plain if per_plain else None,
+        "ratio": per_plain / per_sample if per_plain else None,
+        "stages_ms": {stage: 1e3 * seconds for stage, seconds in stages_s.items()},
         "points": float(np.mean([len(scene.feats) for scene in sample])),
     }
 
@@ -245,15 +243,14 @@ def plain_scene(
 def plain_batch(scenes: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
     """Scenes as published: points padded with zeros to the longest of the batch, then stacked."""
     longest = max(len(scene[0]) for scene in scenes)
-    columns: list[list[np.ndarray]] = [[], [], [], [], []]
-    for feats, neighbors, cells, image, pixels in scenes:
-        padding = longest - len(feats)
-        columns[0].append(np.pad(feats, ((0, padding), (0, 0))))
-        columns[1].append(np.pad(neighbors, ((0, padding), (0, 0))))
-        columns[2].append(np.pad(cells, ((0, 0), (0, padding))))
-        columns[3].append(image)
-        columns[4].append(np.pad(pixels, ((0, padding), (0, 0))))
-    return [np.stack(column) for column in columns]
+
+    def padded(array: np.ndarray, axis: int | None) -> np.ndarray:
+        if axis is None:
+            return array
+        return np.pad(array, [(0, longest - size if d == axis else 0) for d, size in enumerate(array.shape)])
+
+    axes = (0, 0, 1, None, 0)  # that of points in feats, neighbours, cells, image, pixels
+    return [np.stack([padded(scene[k], axis) for scene in scenes]) for k, axis in enumerate(axes)]
 
 
 def _print_table(name: str, result: dict) -> None:
@@ -282,9 +279,7 @@ def _soak(data: DataSettings, settings: transforms.SceneSettings, arguments: arg
             break
     growth = {name: rows[-1][name] - rows[0].get(name, 0.0) for name in rows[-1]}
     return {
-        "device": "cpu",
-        "jax": jax.__version__,
-        "runs": 1,
+        **_header(1),
         "samples": done,
         "seconds": time.monotonic() - start,
         "resident_mib": rows[-1],

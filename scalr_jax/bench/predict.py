@@ -31,13 +31,14 @@ import numpy as np
 from pykdtree.kdtree import KDTree
 
 from scalr_jax.api import Model
-from scalr_jax.bench.timing import Parser, header, interleave, positive, rounded, show_times
+from scalr_jax.bench.scenes import scan_street
+from scalr_jax.bench.timing import Parser, header, interleave, positive, ranges, rounded, show_times
 from scalr_jax.config import get_config
 from scalr_jax.data import transforms
 from scalr_jax.data.packing import pack_shard, static_capacities
 from scalr_jax.data.planes import make_plane
 from scalr_jax.data.readers import scan_inputs
-from scalr_jax.data.scenes import PLANE_AXES, SceneNeeds, SceneView
+from scalr_jax.data.scenes import PLANE_AXES, SceneView
 from scalr_jax.data.sensors import INTENSITY, PRETRAINING
 from scalr_jax.data.whole_scan import whole_scan
 from scalr_jax.export.fold import fold
@@ -50,10 +51,7 @@ SCANS = {
     "pandaset": ("pandaset/*/lidar/*.pkl.gz", "pandar64"),
 }
 STAGES = ("read", "voxelise", "neighbours", "tables", "network", "upsample")
-WHAT = {
-    "total": "file to features of every point",
-    "onnxruntime": "the same network",
-}
+WHAT = {"total": "file to features of every point", "onnxruntime": "the same network"}
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -87,25 +85,13 @@ def _find_scan(arguments: argparse.Namespace, folder: Path) -> tuple[Path, str]:
     pattern, sensor = SCANS[arguments.dataset]
     if not arguments.root:
         print("no --root: the scan is generated, of about the size of a real one")
-        return _generated_scan(folder / "scan.bin"), "semantic_kitti"
+        points, *_ = scan_street(0, np.random.default_rng(0), (-24.8, 2.0), 360.0, 64, 2_000, 80.0)  # a whole turn
+        points.astype("<f4").tofile(folder / "scan.bin")
+        return folder / "scan.bin", "semantic_kitti"
     found = sorted(Path(arguments.root).glob(pattern))
     if not found:
         raise InputError(f"{arguments.root} has no {pattern}; give the folder that holds {arguments.dataset}")
     return found[0], sensor
-
-
-def _generated_scan(path: Path) -> Path:
-    """A street seen by a lidar of 64 beams and 2,000 rays a turn, as a .bin file."""
-    from scalr_jax.data.streets import sensors as street_sensors
-    from scalr_jax.data.streets.builder import make_street
-
-    sensor = street_sensors.SENSORS["beams64"]._replace(
-        elevation=(-24.8, 2.0), num_beams=64, azimuth=360.0, num_azimuths=2_000, max_range=80.0
-    )
-    street, rng = make_street(0), np.random.default_rng(0)
-    points, _ = street_sensors.scan(street, sensor, *street_sensors.pose(street, sensor, rng), rng)
-    points.astype("<f4").tofile(path)
-    return path
 
 
 def measure(model: Model, path: Path, sensor: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -144,7 +130,7 @@ def measure(model: Model, path: Path, sensor: str, arguments: argparse.Namespace
         "onnxruntime_ms": theirs,
         "onnxruntime_total_ms": others + theirs if theirs else None,
         "ratio": milliseconds["network"] / theirs if theirs else None,
-        "ranges_ms": {name: [float(f"{1e3 * edge:.4g}") for edge in (v.low, v.high)] for name, v in times.items()},
+        "ranges_ms": ranges(times, 1e3),
     }
     if result["ratio"]:
         print(f"network: {result['ratio']:.2f} times onnxruntime's")
@@ -156,7 +142,6 @@ def _stages(
 ) -> dict[str, Callable[[], Any]]:
     """What `whole_scan` and `Model.embed` do, one stage at a time, each on what the stage before makes."""
     config = model.config
-    needs = SceneNeeds(config.field_of_view, grids=config.grids)
     xyz = np.ascontiguousarray(scene.feats[:, 1:4])
     capacities = static_capacities(scene, grids)
     student = student_of(config)
@@ -164,7 +149,7 @@ def _stages(
 
     def voxelise() -> Any:
         kept = transforms.voxelize(points, config.voxel_size)
-        cut = transforms.in_view(points[kept, :3], needs)
+        cut = transforms.in_view(points[kept, :3], model.student.needs)
         return transforms.make_features(points[kept[cut], :3], points[kept[cut], 3], config.intensity)
 
     def tables() -> Any:

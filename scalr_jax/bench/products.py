@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from scalr_jax.models.flops import Sizes, embedding_products, flops, head_products, layer_products
+from scalr_jax.models.flops import Sizes, head_products
 
 Array = jax.Array
 
@@ -115,10 +115,3 @@ def _neighbors(o: StepOperands) -> tuple:
     zeros = jnp.zeros(o.neighbor_in.shape, jnp.float32), jnp.zeros(o.neighbor_out.shape, jnp.float32)
     gradients, _ = jax.lax.scan(revisit, (o.x, *zeros), o.offsets)
     return out.astype(dtype), gradients
-
-
-def least_flops(sizes: Sizes, num_points: int) -> int:
-    """What XLA's count of `step_products` cannot be below: it counts the body of a loop at least once."""
-    once = sizes._replace(num_neighbors=1)
-    products = embedding_products(once) + layer_products(sizes) * min(1, sizes.depth) + head_products(sizes)
-    return flops(products, num_points, backward=True, again=True)

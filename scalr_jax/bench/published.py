@@ -22,9 +22,7 @@ import argparse
 import importlib
 import os
 import sys
-import time
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +32,11 @@ import numpy as np
 
 from scalr_jax.bench import programs as bench_programs
 from scalr_jax.bench import scenes as bench_scenes
-from scalr_jax.bench.student import add_student_arguments, student_of
-from scalr_jax.bench.timing import Parser, Times, header, interleave, positive, rounded, show_times
+from scalr_jax.bench.student import add_student_arguments, described, student_of
+from scalr_jax.bench.timing import Parser, interleave, positive, rounded, show_times
 from scalr_jax.data.scenes import Batch
 from scalr_jax.interop.waffleiron import published_state_dict
+from scalr_jax.models.student import Student
 from scalr_jax.runtime.errors import InputError
 
 TOLERANCE = 1e-2  # of float32 outputs; GPUs multiply in TensorFloat-32
@@ -107,13 +106,9 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace, torch: A
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # so that PyTorch has the GPU to itself
         batch = jax.tree.map(jnp.asarray, scenes.batch._replace(images=None, pixels=None, labels=None))
         variables = jax.tree.map(np.asarray, jax.jit(lambda b: student.init(jax.random.key(0), b, train=False))(batch))
-    backbone: Any = student.backbone
-    model = {"channels": backbone.channels, "depth": backbone.depth, "norm": backbone.norm, "head": "distill"}
-    model |= {"head_hidden": 0, "out_features": student.out_features, "num_features": batch.feats.shape[-1]}
-    theirs = _Published(torch, package, model, published_state_dict(student, variables), scenes)
+    theirs = _Published(torch, package, student, published_state_dict(student, variables), scenes)
     wanted = theirs.outputs()
-    published = {"published_forward_s": theirs.time(theirs.forward, runs)}
-    published["published_step_s"] = theirs.time(theirs.step, runs)
+    published = interleave({"published_forward_s": theirs.forward, "published_step_s": theirs.step}, runs=runs)
     published_bytes = theirs.peak_bytes()
     device_name = theirs.device_name()
     del theirs
@@ -133,15 +128,9 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace, torch: A
     show_times({name: (value, "") for name, value in times.items()})
     medians = {name: value.median for name, value in times.items()}
     result = {
-        **header(runs),
+        **described(scenes, student, runs),
         "torch": torch.__version__,
         "torch_device": device_name,
-        "points": scenes.num_points,
-        "num_scenes": scenes.num_scenes,
-        "source": scenes.source,
-        "channels": backbone.channels,
-        "depth": backbone.depth,
-        "dtype": jnp.dtype(student.dtype).name,
         **medians,
         "scenes_per_s": scenes.num_scenes / medians["step_s"],
         "published_scenes_per_s": scenes.num_scenes / medians["published_step_s"],
@@ -159,60 +148,52 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace, torch: A
 class _Published:
     """The published student on its device, with the given weights."""
 
-    def __init__(self, torch: Any, package: Any, model: dict, state: dict, scenes: bench_scenes.Scenes):
+    def __init__(self, torch: Any, package: Any, student: Student, state: dict, scenes: bench_scenes.Scenes):
         self.torch, self.cuda = torch, torch.cuda.is_available()
         self.device = torch.device("cuda" if self.cuda else "cpu")
-        student = package.Segmenter(
-            input_channels=model["num_features"],
-            feat_channels=model["channels"],
-            nb_class=model["out_features"],
-            depth=model["depth"],
+        backbone: Any = student.backbone
+        network = package.Segmenter(
+            input_channels=scenes.batch.feats.shape[-1],
+            feat_channels=backbone.channels,
+            nb_class=student.out_features,
+            depth=backbone.depth,
             grid_shape=[list(grid) for grid in scenes.grids],
-            layer_norm=model["norm"] == "layer",
+            layer_norm=backbone.norm == "layer",
         )
-        student.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
-        self.student = student.to(self.device)
+        network.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
+        self.network = network.to(self.device)
         arrays = padded(scenes.batch, scenes.grids)
         self.inputs = tuple(torch.from_numpy(array).to(self.device) for array in arrays)
         self.mask = self.inputs[2] > 0  # [B, N]
         generator = torch.Generator().manual_seed(0)
-        target = torch.randn(int(self.mask.sum()), model["out_features"], generator=generator)
+        target = torch.randn(int(self.mask.sum()), student.out_features, generator=generator)
         self.target = torch.nn.functional.normalize(target, dim=1).to(self.device)
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=2e-3, weight_decay=0.03)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=2e-3, weight_decay=0.03)
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.cuda)
 
     def outputs(self) -> np.ndarray:
         """[P, out_features] float32 of the points that count, in the packed order."""
         with self.torch.no_grad():
-            out = self.student.eval()(*self.inputs)  # [B, out_features, N]
+            out = self.network.eval()(*self.inputs)  # [B, out_features, N]
         return out.transpose(1, 2)[self.mask].float().cpu().numpy()
 
     def forward(self) -> None:
-        self.student.eval()
+        self.network.eval()
         with self.torch.no_grad(), self.torch.autocast("cuda", enabled=self.cuda):
-            self.student(*self.inputs)
+            self.network(*self.inputs)
+        self._wait()
 
     def step(self) -> None:
         torch = self.torch
-        self.student.train()
+        self.network.train()
         with torch.autocast("cuda", enabled=self.cuda):
-            out = self.student(*self.inputs).transpose(1, 2)[self.mask]
+            out = self.network(*self.inputs).transpose(1, 2)[self.mask]
             loss = (torch.nn.functional.normalize(out, dim=1) - self.target).norm(dim=1).mean()
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-
-    def time(self, call: Callable[[], None], runs: int) -> Times:
-        call()
-        seconds = []
-        for _ in range(runs):
-            self._wait()
-            start = time.perf_counter()
-            call()
-            self._wait()
-            seconds.append(time.perf_counter() - start)
-        return Times(np.array(seconds))
+        self._wait()
 
     def _wait(self) -> None:
         if self.cuda:

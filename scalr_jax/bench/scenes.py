@@ -152,26 +152,35 @@ def _real_frame(root: Path) -> Callable[[str, int, tuple[int, int]], tuple[Frame
 
 def _generated_frame(name: str, count: int, image_size: tuple[int, int]) -> tuple[Frame, tuple[float, float]]:
     """A generated street seen by a lidar as fine as the real one, inside one camera's field; the image is noise."""
-    from scalr_jax.data.streets import sensors as street_sensors
-    from scalr_jax.data.streets.builder import make_street
+    from scalr_jax.data.streets.sensors import project
 
     # Lowest and highest beam (degrees), beams, rays a beam inside 90 degrees, furthest return (metres).
-    low, high, num_beams, num_azimuths, max_range = {
+    low, high, beams, rays, max_range = {
         "nuscenes": (-30.0, 10.0, 32, 272, 70.0),
         "kitti": (-24.8, 2.0, 64, 500, 80.0),
         "pandar64": (-25.0, 15.0, 64, 1_000, 120.0),
         "pandargt": (-10.0, 10.0, 150, 400, 120.0),
     }[name]
-    sensor = street_sensors.SENSORS["beams64"]._replace(
-        elevation=(low, high), num_beams=num_beams, azimuth=90.0, num_azimuths=num_azimuths, max_range=max_range
-    )
     seed = 1_000 * ORDER.index(name) + count
     rng = np.random.default_rng((seed, 2))
-    street = make_street(seed)
-    points, labels = street_sensors.scan(street, sensor, *street_sensors.pose(street, sensor, rng), rng)
-    pixels, visible = street_sensors.project(points[:, :3].astype(np.float64), 0, image_size)
+    points, labels, intensity = scan_street(seed, rng, (low, high), 90.0, beams, rays, max_range)
+    pixels, visible = project(points[:, :3].astype(np.float64), 0, image_size)
     image = rng.integers(0, 256, (*image_size, 3), dtype=np.uint8)
-    return Frame(f"generated/{name}/{count}", points, np.eye(4), image, pixels, visible, labels), sensor.intensity
+    return Frame(f"generated/{name}/{count}", points, np.eye(4), image, pixels, visible, labels), intensity
+
+
+def scan_street(
+    seed: int, rng: np.random.Generator, elevation: tuple, azimuth: float, beams: int, rays: int, max_range: float
+) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
+    """A generated street seen by such a lidar: points [N, 4], labels [N] and intensity statistics."""
+    from scalr_jax.data.streets import sensors
+    from scalr_jax.data.streets.builder import make_street
+
+    sensor = sensors.SENSORS["beams64"]._replace(
+        elevation=elevation, num_beams=beams, azimuth=azimuth, num_azimuths=rays, max_range=max_range
+    )
+    street = make_street(seed)
+    return *sensors.scan(street, sensor, *sensors.pose(street, sensor, rng), rng), sensor.intensity
 
 
 def resized(batch: Batch, size: tuple[int, int]) -> Batch:

@@ -15,7 +15,6 @@ Weights are random, in the published shapes. Medians of --runs turns, seconds of
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,16 +22,15 @@ import jax.numpy as jnp
 
 from scalr_jax.bench import programs as bench_programs
 from scalr_jax.bench import scenes as bench_scenes
-from scalr_jax.bench.student import add_student_arguments, sizes_of, student_of
+from scalr_jax.bench.student import add_student_arguments, described, sizes_of, student_of
 from scalr_jax.bench.teacher import add_teacher_arguments, teacher_of
-from scalr_jax.bench.timing import Parser, compiled_bytes, device_bytes, header, interleave, rounded, show_times
+from scalr_jax.bench.timing import Parser, device_bytes, interleave, ranges, rounded, show_times
 from scalr_jax.models.flops import flops, student_products, teacher_flops
 from scalr_jax.models.student import Student
 from scalr_jax.models.vit import ViTConfig
 from scalr_jax.runtime.chips import utilisation
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.train import optim, steps
-from scalr_jax.train.state import init_state
+from scalr_jax.train import steps
 
 FEATURE = "x_pre_norm"
 
@@ -60,7 +58,8 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of one student and teacher on one batch."""
     batch = jax.tree.map(jnp.asarray, scenes.batch)
-    step, plan_bytes = distillation_step(student, vit_config, teacher, batch)
+    init, make = bench_programs.training(student, steps.make_distill_step, vit_config, which=FEATURE)
+    step, plan_bytes = bench_programs.compiled_step(init, make, teacher, batch)
     jax.block_until_ready(step())
     peak_on_device = device_bytes()  # before other programs raise it
     features = jax.jit(lambda teacher, batch: steps.teacher_features(vit_config, teacher, batch, which=FEATURE))
@@ -75,14 +74,9 @@ def measure(
     assert images is not None
     of_student = flops(student_products(sizes), scenes.num_points, backward=True)
     of_teacher = teacher_flops(vit_config, scenes.num_scenes, (images.shape[2], images.shape[3]))
-    device, seconds = header(runs), times["step_s"].median
+    begin, seconds = described(scenes, student, runs), times["step_s"].median
     result = {
-        **device,
-        "points": scenes.num_points,
-        "num_scenes": scenes.num_scenes,
-        "source": scenes.source,
-        **{name: getattr(student.backbone, name) for name in ("channels", "depth", "implementation", "remat")},
-        "dtype": jnp.dtype(student.dtype).name,
+        **begin,
         **{name: value.median for name, value in times.items()},
         "scenes_per_s": scenes.num_scenes / seconds,
         "points_per_s": scenes.num_points / seconds,
@@ -90,28 +84,8 @@ def measure(
         "device_peak_bytes": peak_on_device,
         "flops": of_student + of_teacher,
         "teacher_flops": of_teacher,
-        "mfu": utilisation(of_student + of_teacher, seconds, device["device"]),
-        "ranges_s": {name: [float(f"{edge:.4g}") for edge in (value.low, value.high)] for name, value in times.items()},
+        "mfu": utilisation(of_student + of_teacher, seconds, begin["device"]),
+        "ranges_s": ranges(times),
     }
     print(f"{result['scenes_per_s']:.2f} scenes/s, {result['points_per_s']:,.0f} points/s")
     return result
-
-
-def distillation_step(
-    student: Student, vit_config: ViTConfig, teacher: Any, batch: Any
-) -> tuple[Callable[[], Any], int | None]:
-    """A function that makes one step, and what a step needs in memory by XLA's plan."""
-    settings = bench_programs.OPTIMIZER
-    optimizer = optim.make_optimizer(settings, student.backbone)
-    schedule = optim.make_schedule(settings, 1.0)
-    step = steps.make_distill_step(student, vit_config, optimizer, schedule, seed=0, batch_size=8, which=FEATURE)
-    state = jax.jit(lambda batch: init_state(student, batch, optimizer, None, jax.random.key(0)))(batch)
-    options = steps.compiler_options(jax.default_backend())
-    compiled = jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, teacher, batch).compile()
-
-    def run() -> Any:
-        nonlocal state
-        state, metrics = compiled(state, teacher, batch)
-        return metrics
-
-    return run, compiled_bytes(compiled)

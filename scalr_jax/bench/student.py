@@ -38,18 +38,8 @@ import numpy as np
 
 from scalr_jax.bench import programs as bench_programs
 from scalr_jax.bench import scenes as bench_scenes
-from scalr_jax.bench.programs import PLANES
-from scalr_jax.bench.timing import (
-    Parser,
-    Times,
-    device_bytes,
-    difference,
-    header,
-    interleave,
-    positive,
-    rounded,
-    show_times,
-)
+from scalr_jax.bench import timing
+from scalr_jax.bench.programs import OF_THREE, PLANES
 from scalr_jax.config import StudentSettings
 from scalr_jax.data.scenes import SceneNeeds
 from scalr_jax.models.build import compute_dtype
@@ -59,7 +49,6 @@ from scalr_jax.models.waffleiron import WaffleIronBackbone
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.chips import utilisation
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.train import steps
 
 # A layer's cost is the difference of two depths whose loops both have three or more trips, as in real students. On CPU
 # the backbone's gradient (64 channels, 62,555 points) takes 0.26, 0.73, 2.6, 3.3 s of CPU time at 3, 6, 9, 12 layers
@@ -71,10 +60,10 @@ IMPLEMENTATIONS = ("auto", "cells", "windows", "dense")
 
 def main(argv: list[str]) -> dict[str, Any]:
     """Measures, prints a table and returns the object of the last line."""
-    parser = Parser("-m scalr_jax.bench student", __doc__)
+    parser = timing.Parser("-m scalr_jax.bench student", __doc__)
     bench_scenes.add_arguments(parser)
     add_student_arguments(parser)
-    parser.add_argument("--out_features", type=positive, default=1024, help="of the head: the teacher's width")
+    parser.add_argument("--out_features", type=timing.positive, default=1024, help="of the head: the teacher's width")
     parser.add_argument("--compile", default="", help="only compile steps of two depths, as in 12,48, and time that")
     parser.add_argument("--no_dense", action="store_true", help="do not time the dense grid (12 GB at 256 channels)")
     arguments = parser.parse_args(argv)
@@ -86,8 +75,8 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 def add_student_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `student_of` reads, and --runs."""
-    parser.add_argument("--channels", type=positive, default=768)
-    parser.add_argument("--depth", type=positive, default=48)
+    parser.add_argument("--channels", type=timing.positive, default=768)
+    parser.add_argument("--depth", type=timing.positive, default=48)
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, default="auto", help="of spatial mixing")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of matrix products")
     parser.add_argument("--remat", choices=("none", "layer", "group"), default="none", help="what is computed again")
@@ -95,29 +84,18 @@ def add_student_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", choices=("layer", "batch"), default="layer")
     parser.add_argument("--activation", choices=("relu", "gelu"), default="relu")
     parser.add_argument("--drop_path", type=float, default=0.0)
-    parser.add_argument("--runs", type=positive, default=5, help="turns, of which the median counts")
+    parser.add_argument("--runs", type=timing.positive, default=5, help="turns, of which the median counts")
 
 
 def student_of(arguments: argparse.Namespace, grids: Any) -> Student:
     """The student that the arguments describe."""
     if not 0 <= arguments.drop_path < 1:
         raise InputError(f"--drop_path={arguments.drop_path} is not in [0, 1)")
-    backbone = WaffleIronBackbone(
-        SceneNeeds(StudentSettings.field_of_view, grids=tuple(grids)),
-        arguments.channels,
-        arguments.depth,
-        arguments.norm,
-        arguments.activation,
-        arguments.drop_path,
-        arguments.implementation,
-        arguments.remat,
-    )
-    return Student(
-        backbone,
-        out_features=arguments.out_features,
-        head_hidden=HEADS[arguments.head],
-        dtype=compute_dtype(arguments.dtype, sharding.platform()),
-    )
+    names = ("channels", "depth", "norm", "activation", "drop_path", "implementation", "remat")
+    settings = {name: getattr(arguments, name) for name in names}
+    backbone = WaffleIronBackbone(SceneNeeds(StudentSettings.field_of_view, grids=tuple(grids)), **settings)
+    dtype = compute_dtype(arguments.dtype, sharding.platform())
+    return Student(backbone, "distill", arguments.out_features, HEADS[arguments.head], dtype=dtype)
 
 
 def of_depth(student: Student, depth: int) -> Student:
@@ -136,17 +114,16 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: 
     sizes, num_rows = sizes_of(student, batch), batch.scene.size
     step, plan_bytes = bench_programs.training_step(student, batch)
     jax.block_until_ready(step())
-    peak_on_device = device_bytes()  # before other programs raise it
+    peak_on_device = timing.device_bytes()  # before other programs raise it
     first = max(student.backbone.depth, LOOPED)
-    looped = {
-        depth: bench_programs.training_step(of_depth(student, depth), batch)[0] for depth in (first, first + PLANES)
-    }
+    depths = (first, first + PLANES)
+    looped = {f"step_{depth}": bench_programs.training_step(of_depth(student, depth), batch)[0] for depth in depths}
     spatial, spatial_bytes = bench_programs.spatial_alone(student, batch)
     dense_grid = spatial.pop("spatial_dense")
     turns = [
         {
             "step": step,
-            **{f"step_{depth}": run for depth, run in looped.items()},
+            **looped,
             "forward": bench_programs.forward_pass(student, batch),
             "matmul_step": bench_programs.step_products(sizes, num_rows, student.dtype),
         },
@@ -155,69 +132,56 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: 
     ]
     # What is compared is in one rotation. The dense grid comes alone and last: beside it on CPU, whose gigabytes go to
     # the system each time, spatial mixing on cells took 0.18 to 0.70 s (2026-11-22).
-    raw = {name: value for programs in turns for name, value in interleave(programs, runs=runs).items()}
-    times = {
-        "forward_s": raw["forward"],
-        "step_s": raw["step"],
-        "layer_forward_s": _part(raw["layers_forward"]),
-        "layer_step_s": difference(raw[f"step_{first + PLANES}"], raw[f"step_{first}"], PLANES),
-        "layer_step_direct_s": _part(raw["layers_step"]),
-        "layer_matmul_s": raw["layer_matmul"],
-        "layer_matmul_step_s": raw["layer_matmul_step"],
-        "matmul_step_s": raw["matmul_step"],
-        "spatial_s": raw["spatial"],
-        "spatial_layer_s": _part(raw["spatial_planes"]),
-        **({"spatial_dense_s": raw["spatial_dense"]} if dense else {}),
-    }
-    show_times({name: (value, "") for name, value in times.items()})
+    raw = {name: value.seconds for programs in turns for name, value in timing.interleave(programs, runs=runs).items()}
+    short, long = (raw.pop(name) for name in looped)
+    seconds = {f"{name}_s": values / (PLANES if name in OF_THREE else 1) for name, values in raw.items()}
+    seconds["layer_step_s"] = (long - short) / PLANES  # turn by turn
+    times = {name: timing.Times(values) for name, values in seconds.items()}
+    timing.show_times({name: (value, "") for name, value in times.items()})
     medians = {name: value.median for name, value in times.items()}
     num_flops = flops(student_products(sizes), scenes.num_points, backward=True)
-    device = header(runs)
     result = {
-        **device,
-        "points": scenes.num_points,
+        **described(scenes, student, runs),
         "rows": num_rows,
-        "num_scenes": scenes.num_scenes,
-        "source": scenes.source,
-        **{name: getattr(student.backbone, name) for name in ("channels", "depth", "implementation", "remat")},
-        "dtype": jnp.dtype(student.dtype).name,
         "spatial_dense_s": None,
         **medians,
-        "layer_step_depths": [first, first + PLANES],
+        "layer_step_depths": list(depths),
         "spatial_share": medians["spatial_layer_s"] / medians["layer_step_direct_s"],
         **spatial_bytes,
         "peak_bytes": plan_bytes,
         "device_peak_bytes": peak_on_device,
         "points_per_s": scenes.num_points / medians["step_s"],
         "flops": num_flops,
-        "mfu": utilisation(num_flops, medians["step_s"], device["device"]),
-        "ranges_s": {name: [float(f"{edge:.4g}") for edge in (value.low, value.high)] for name, value in times.items()},
+        "mfu": utilisation(num_flops, medians["step_s"], jax.local_devices()[0].device_kind),
+        "ranges_s": timing.ranges(times),
     }
     show_result(result)
-    return rounded(result)
+    return timing.rounded(result)
 
 
-def _part(times: Times) -> Times:
-    return Times(times.seconds / PLANES)
+def described(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[str, Any]:
+    """What the result of a student on scenes begins with."""
+    return {
+        **timing.header(runs),
+        "points": scenes.num_points,
+        "num_scenes": scenes.num_scenes,
+        "source": scenes.source,
+        **{name: getattr(student.backbone, name) for name in ("channels", "depth", "implementation", "remat")},
+        "dtype": jnp.dtype(student.dtype).name,
+    }
 
 
 def compile_times(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds to trace and compile the step at two depths, in turn; nothing is run."""
-    try:
-        depths = [positive(depth) for depth in arguments.compile.split(",")]
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"--compile={arguments.compile} is not two depths, as in 12,48 ({error})") from error
-    if len(depths) != 2 or depths[0] == depths[1]:
+    depths = [int(depth) if depth.isdecimal() else 0 for depth in arguments.compile.split(",")]
+    if len(depths) != 2 or depths[0] == depths[1] or not min(depths):
         raise InputError(f"--compile={arguments.compile} is not two depths, as in 12,48")
     scenes = bench_scenes.get_scenes(arguments)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), scenes.batch._replace(images=None, pixels=None, labels=None)
-    )
+    batch = jax.eval_shape(lambda: scenes.batch._replace(images=None, pixels=None, labels=None))
     target = jax.ShapeDtypeStruct((*batch.scene.shape, arguments.out_features), jnp.float32)
     cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     seconds: dict[int, list[float]] = {depth: [] for depth in depths}
-    options = steps.compiler_options(jax.default_backend())
     try:
         for _ in range(arguments.runs + 1):  # the first turn warms up
             for depth in depths:
@@ -225,17 +189,17 @@ def compile_times(arguments: argparse.Namespace) -> dict[str, Any]:
                 start = time.perf_counter()
                 init, step = bench_programs.student_step(student)
                 state = jax.eval_shape(init, batch)
-                jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, target, batch).compile()
+                bench_programs.jit_step(step).lower(state, target, batch).compile()
                 seconds[depth].append(time.perf_counter() - start)
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
-    times = {depth: Times(np.array(values[1:])) for depth, values in seconds.items()}
-    show_times({f"compile, depth {depth}": (value, "") for depth, value in times.items()})
+    times = {depth: timing.Times(np.array(values[1:])) for depth, values in seconds.items()}
+    timing.show_times({f"compile, depth {depth}": (value, "") for depth, value in times.items()})
     ratio = times[depths[1]].median / times[depths[0]].median
     print(f"ratio {ratio:.3f}")
     compile_s = {str(depth): value.median for depth, value in times.items()}
-    result = {**header(arguments.runs), "channels": arguments.channels, "compile_s": compile_s, "compile_ratio": ratio}
-    return rounded(result)
+    result = {"channels": arguments.channels, "compile_s": compile_s, "compile_ratio": ratio}
+    return timing.rounded({**timing.header(arguments.runs), **result})
 
 
 def show_result(result: dict[str, Any]) -> None:

@@ -18,18 +18,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.bench.timing import (
-    Parser,
-    compiled_bytes,
-    device_bytes,
-    header,
-    interleave,
-    positive,
-    rounded,
-    show_times,
-    two_sizes,
-)
+from scalr_jax.bench import timing
 from scalr_jax.models import vit
+from scalr_jax.models.build import compute_dtype
 from scalr_jax.models.flops import teacher_flops
 from scalr_jax.models.vit import TEACHERS
 from scalr_jax.runtime.chips import utilisation
@@ -40,21 +31,21 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 def main(argv: list[str]) -> dict:
     """Measures, prints a table and returns the object of the last line."""
-    parser = Parser("-m scalr_jax.bench teacher", __doc__)
+    parser = timing.Parser("-m scalr_jax.bench teacher", __doc__)
     add_teacher_arguments(parser)
-    parser.add_argument("--images", type=positive, default=8)
-    parser.add_argument("--image_size", type=two_sizes, default=(224, 448), help="rows,columns")
+    parser.add_argument("--images", type=timing.positive, default=8)
+    parser.add_argument("--image_size", type=timing.two_sizes, default=(224, 448), help="rows,columns")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights and products")
-    parser.add_argument("--runs", type=positive, default=5)
+    parser.add_argument("--runs", type=timing.positive, default=5)
     arguments = parser.parse_args(argv)
     vit_config, params = teacher_of(arguments, arguments.image_size)
     images = jax.random.uniform(jax.random.key(1), (arguments.images, *arguments.image_size, 3))
     features = jax.jit(lambda params, images: vit.features(vit_config, params, images))
     compiled = features.lower(params, images).compile()
-    times = interleave({"forward_s": lambda: compiled(params, images)}, runs=arguments.runs)["forward_s"]
-    show_times({"forward_s": (times, f"{arguments.images} images of {arguments.image_size}")})
+    times = timing.interleave({"forward_s": lambda: compiled(params, images)}, runs=arguments.runs)["forward_s"]
+    timing.show_times({"forward_s": (times, f"{arguments.images} images of {arguments.image_size}")})
     num_flops = teacher_flops(vit_config, arguments.images, arguments.image_size)
-    device = header(arguments.runs)
+    device = timing.header(arguments.runs)
     result = {
         **device,
         "teacher": arguments.teacher,
@@ -65,13 +56,13 @@ def main(argv: list[str]) -> dict:
         "forward_s": times.median,
         "range_s": [times.low, times.high],
         "images_per_s": arguments.images / times.median,
-        "peak_bytes": compiled_bytes(compiled),
-        "device_peak_bytes": device_bytes(),
+        "peak_bytes": timing.compiled_bytes(compiled),
+        "device_peak_bytes": timing.device_bytes(),
         "flops": num_flops,
         "mfu": utilisation(num_flops, times.median, device["device"]),
     }
     print(f"{result['images_per_s']:.1f} images/s, {num_flops / times.median / 1e12:.3g} TFLOP/s")
-    return rounded(result)
+    return timing.rounded(result)
 
 
 def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,8 +75,7 @@ def teacher_of(arguments: argparse.Namespace, image_size: tuple[int, int]) -> tu
     """(config, params in the dtype that `arguments.dtype` names). Random, but for the packaged one."""
     if arguments.registers < 0:
         raise InputError(f"--registers={arguments.registers} must not be negative")
-    low = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    dtype = jnp.dtype(low if arguments.dtype == "auto" else arguments.dtype)
+    dtype = compute_dtype(arguments.dtype, jax.default_backend())
     if arguments.teacher == "demo":
         from scalr_jax.interop.teacher import load_demo_teacher
 

@@ -63,9 +63,9 @@ def _seconds(function: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def difference(larger: Times, smaller: Times, parts: int) -> Times:
-    """(larger - smaller) / parts, turn by turn."""
-    return Times((larger.seconds - smaller.seconds) / parts)
+def ranges(times: Mapping[str, Times], scale: float = 1.0) -> dict[str, list[float]]:
+    """The least and the most of each, times `scale`, to four digits."""
+    return {name: [float(f"{scale * edge:.4g}") for edge in (value.low, value.high)] for name, value in times.items()}
 
 
 def compiled_bytes(compiled: Compiled) -> int | None:

@@ -21,11 +21,11 @@ from scalr_jax.config import DataSettings, Settings
 from scalr_jax.data.build import scene_settings
 from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.data.readers.files import read_label_map
-from scalr_jax.data.scenes import Batch, SceneNeeds, SceneView, SceneVoxels
+from scalr_jax.data.scenes import Batch, SceneNeeds
 from scalr_jax.data.transforms import FEATURES, SceneSettings
+from scalr_jax.interop.model import empty_scene
 from scalr_jax.models import vit
 from scalr_jax.models.vit import TEACHERS, ViTConfig
-from scalr_jax.ops.voxels import LEVELS
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import loop as train
@@ -149,21 +149,14 @@ def choose_capacities(data: DataSettings, needs: SceneNeeds) -> Capacities:
 
 def make_batch(settings: SceneSettings, capacities: Capacities, mesh: Mesh) -> Batch:
     """Shapes of a batch, by packing no scene at all as a run packs its first."""
-    distill, needs = settings.task == "distill", settings.needs
-    counts = np.zeros((LEVELS, 2), int)
-    nothing = SceneView(
-        name="",
-        stream_index=0,
-        feats=np.zeros((0, len(FEATURES)), np.float32),
-        neighbors=np.zeros((0, needs.num_neighbors), np.int32),
-        planes=(),
-        image=np.zeros((*settings.image_size, 3), np.uint8) if distill else None,
-        pixels=np.zeros((0, 2), np.int32) if distill else None,
-        labels=None if distill else np.zeros(0, np.uint8),
-        voxels=None if needs.voxel_size is None else SceneVoxels(np.zeros((0, 3), np.float32), counts),
-    )
+    nothing = empty_scene(len(FEATURES), settings.needs)
+    if settings.task == "distill":
+        image = np.zeros((*settings.image_size, 3), np.uint8)
+        nothing = nothing._replace(image=image, pixels=np.zeros((0, 2), np.int32))
+    else:
+        nothing = nothing._replace(labels=np.zeros(0, np.uint8))
     place = sharding.batch_sharding(mesh)
-    shard = pack_shard((), capacities, nothing, needs.grids)
+    shard = pack_shard((), capacities, nothing, settings.needs.grids)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((mesh.size, *x.shape), x.dtype, sharding=place), shard)
 
 

@@ -29,19 +29,18 @@ PUBLISHED = "weights as their authors published them; the terms are those of tha
 
 def training_of(model_path: Path) -> tuple[dict | None, dict | None]:
     """(config, results) of the workdir `model_path`; None for what is not there. Paths are cut to their last part."""
-
-    def read(name: str) -> dict | None:
-        try:
-            return read_json(model_path / name, "")
-        except InputError:
-            return None
-
-    if not model_path.is_dir():
-        return None, None
-    config = read("config.json")
-    if config is not None and "export" in config:  # an export of an export
+    config = _read(model_path / "config.json")
+    if "export" in config:  # an export of an export
         return config.get("training"), config.get("results")
-    return config and _without_folders(config), read("results.json")
+    return _without_folders(config) or None, _read(model_path / "results.json") or None
+
+
+def _read(path: Path) -> dict:
+    """A JSON file's object; empty where it is not there or damaged."""
+    try:
+        return read_json(path, "")
+    except InputError:
+        return {}
 
 
 def _without_folders(settings: dict) -> dict:
@@ -58,32 +57,18 @@ def licence_of(model_path: Path, training: Mapping | None, given: str) -> str:
     if given:
         return given
     if training is None:
-        previous = _exported_licence(model_path)
-        return previous or f"not stated; {PUBLISHED}"
-    names = {
-        _dataset_of(name) for name in sensors.trained_sensors(training["data"]["dataset"], training["data"]["sensors"])
-    }
-    teacher = training["teacher"]["checkpoint"]
-    data = "; ".join(sorted({TERMS.get(name, name) for name in names}))
-    terms = [f"trained on: {data}"]
+        return str(_read(model_path / "config.json").get("licence") or f"not stated; {PUBLISHED}")
+    names = sensors.trained_sensors(training["data"]["dataset"], training["data"]["sensors"])
+    names = {"streets" if name in sensors.STREETS_INTENSITY else name for name in names}
+    terms = [f"trained on: {'; '.join(sorted({TERMS.get(name, name) for name in names}))}"]
     if training["task"] == "distill":
+        teacher = training["teacher"]["checkpoint"]
         terms.append(
-            f"teacher: {'the packaged one, Apache-2.0' if teacher == 'demo' else teacher + ', see its licence'}"
+            f"teacher: {'the packaged one, Apache-2.0' if teacher == 'demo' else f'{teacher}, see its licence'}"
         )
     if training["checkpoint"]:
         terms.append(f"begun from {training['checkpoint']}, see its licence")
     return f"not stated (--licence says it); {'; '.join(terms)}"
-
-
-def _dataset_of(sensor: str) -> str:
-    return "streets" if sensor in sensors.STREETS_INTENSITY else sensor
-
-
-def _exported_licence(model_path: Path) -> str:
-    try:
-        return str(read_json(model_path / "config.json", "").get("licence", ""))
-    except InputError:
-        return ""
 
 
 def write_card(folder: Path, card: Mapping, student: Student, *, name: str) -> None:
@@ -174,7 +159,7 @@ settings = json.loads(Path("FOLDER/config.json").read_text())["settings"]
 inputs, nearest = make_inputs(points, settings)   # points [N, 4]: x, y, z in metres, raw intensity
 ```
 
-`nearest` [N] says which row of an output each point gets (-1: none). The docstring of `scalr_jax/export_inputs.py`
+`nearest` [N] says which row of an output each point gets (-1: none). The docstring of `scalr_jax/export/inputs.py`
 lists every input, so that the preprocessing can be written in another language."""
 
 _INPUTS = 'inputs = {k: v for k, v in np.load("FOLDER/example.npz").items() if not k.startswith("output/")}'

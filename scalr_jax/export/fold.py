@@ -24,7 +24,9 @@ IDENTITY_VARIANCE = 1.0 - BATCH_NORM_EPS
 
 def norm_affine(norm: Mapping, stats: Mapping) -> tuple[np.ndarray, np.ndarray]:
     """(multiplier, shift) float64 such that a batch norm with its running statistics is x * multiplier + shift."""
-    scale, bias, mean, variance = (np.asarray(x, np.float64) for x in (*_pair(norm), stats["mean"], stats["variance"]))
+    scale, bias, mean, variance = (
+        np.asarray(x, np.float64) for x in (norm["scale"], norm["bias"], stats["mean"], stats["variance"])
+    )
     deviation = np.sqrt((variance + BATCH_NORM_EPS).astype(np.float32)).astype(np.float64)  # 1 of an identity, exactly
     multiplier = scale / deviation
     return multiplier, bias - mean * multiplier
@@ -36,9 +38,15 @@ def fold(variables: Variables) -> dict:
     _fold_embedding(params["embedding"], stats["embedding"])
     for kind, planes in params.get("backbone", {}).items():  # "groups", stacked, and "rest"
         for plane, layer in planes.items():
-            running = stats.get("backbone", {}).get(kind, {}).get(plane, {})
-            _fold_spatial(layer["spatial"], running.get("spatial"))
-            _fold_channel(layer["channel"], running.get("channel"))
+            running = stats.get("backbone", {}).get(kind, {}).get(plane)  # None: layer norms
+            spatial, channel, norm = layer["spatial"], layer["channel"], "batch" if running else "layer"
+            if running:
+                batch = spatial["norm"]["batch"], running["spatial"]["norm"]["batch"]
+                _set_norm(*batch, *norm_affine(*batch))
+            of_channel = running["channel"]["norm"]["batch"] if running else None
+            _into_linear(channel["norm"][norm], of_channel, channel["linear_1"])
+            _merge_scale(spatial, spatial, "kernel_2", "bias_2")
+            _merge_scale(channel, channel["linear_2"], "kernel", "bias")
     head = params.get("head", {})
     if "norm" in head:
         _into_linear(head["norm"], stats["head"]["norm"], head.get("hidden", head))
@@ -59,24 +67,9 @@ def _fold_embedding(params: dict, stats: dict) -> None:
         _set_norm(params[name], stats[name], np.ones_like(shift), shift)
 
 
-def _fold_spatial(params: dict, stats: dict | None) -> None:
-    if stats is not None:
-        norm, running = params["norm"]["batch"], stats["norm"]["batch"]
-        _set_norm(norm, running, *norm_affine(norm, running))
-    _merge_scale(params, params, "kernel_2", "bias_2")
-
-
-def _fold_channel(params: dict, stats: dict | None) -> None:
-    if stats is not None:
-        _into_linear(params["norm"]["batch"], stats["norm"]["batch"], params["linear_1"])
-    else:
-        _into_linear(params["norm"]["layer"], None, params["linear_1"])
-    _merge_scale(params, params["linear_2"], "kernel", "bias")
-
-
 def _into_linear(norm: dict, stats: dict | None, linear: dict) -> None:
     """A norm's multiplier and shift, or a layer norm's scale and bias, into the linear layer that follows."""
-    multiplier, shift = _pair(norm) if stats is None else norm_affine(norm, stats)
+    multiplier, shift = (norm["scale"], norm["bias"]) if stats is None else norm_affine(norm, stats)
     linear["bias"] = linear["bias"] + np.einsum("...i,...io->...o", shift, linear["kernel"])
     linear["kernel"] = multiplier[..., None] * linear["kernel"]
     _set_norm(norm, stats, np.ones_like(multiplier), np.zeros_like(shift))
@@ -92,10 +85,6 @@ def _set_norm(norm: dict, stats: dict | None, multiplier: np.ndarray, shift: np.
     norm["scale"], norm["bias"] = multiplier, shift
     if stats is not None:
         stats["mean"], stats["variance"] = np.zeros_like(shift), np.full_like(shift, IDENTITY_VARIANCE)
-
-
-def _pair(norm: Mapping) -> tuple[np.ndarray, np.ndarray]:
-    return norm["scale"], norm["bias"]
 
 
 def _as_type(tree: Mapping, dtype: DTypeLike) -> dict:

@@ -1,6 +1,6 @@
 """Exported folders: written whole or not at all, and read back.
 
-config.json   "settings" (what `scalr_jax.load` and `export_inputs` need), "files" (their SHA-256), "training",
+config.json   "settings" (what `scalr_jax.load` and `export.inputs` need), "files" (their SHA-256), "training",
               "results", "check", "licence"
 README.md     the same for people: the model card
 model.*       the weights or the program, by format (`FILES`)

@@ -26,6 +26,7 @@ in voxels, and the tables of `export.voxel_tables.voxel_tables`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -125,53 +126,83 @@ def sum_tree(order: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.concatenate(sums).astype(np.int32), np.array(begins, np.int64), roots.astype(np.int32)
 
 
+class Input(NamedTuple):
+    """One array that a program reads."""
+
+    dtype: type
+    shape: tuple[int | str, ...]  # names are counts that differ from scene to scene
+    filler: int | None = 0  # of rows of padding; None: each row's own number
+
+
+def input_table(needs: SceneNeeds, form: str, num_features: int) -> dict[str, Input]:
+    """Every input of an "onnx" or "stablehlo" program, by name."""
+    table = {"feats": Input(np.float32, ("N", num_features))}
+    if needs.voxel_size is not None:
+        return table | _voxel_inputs()
+    table["neighbors"] = Input(np.int32, ("N", needs.num_neighbors))
+    for p in PLANES:
+        table[f"cell_{p}"] = Input(np.int32, ("N",), -1)
+        table[f"inverse_count_{p}"] = Input(np.float32, (f"M_{p}",))
+        table[f"halo_taps_{p}"] = Input(np.int32, (f"H_{p}", 9), -1)
+        table[f"cell_taps_{p}"] = Input(np.int32, (f"M_{p}", 9), -1)
+        if form == "onnx":
+            table[f"sums_{p}"] = Input(np.int32, (f"Q_{p}", PARTS))
+            table[f"levels_{p}"] = Input(np.int64, (LEVELS + 1,))
+            table[f"roots_{p}"] = Input(np.int32, (f"M_{p}",))
+        else:
+            table[f"order_{p}"] = Input(np.int32, ("N",), None)
+    return table
+
+
+def _voxel_inputs() -> dict[str, Input]:
+    """A MinkUNet's, but the features: B and D count the blocks of pairs of `near` and of `down` and `up`."""
+    table = {
+        "offset": Input(np.float32, ("N", 3)),
+        "cell": Input(np.int32, ("N",), -1),
+        "order": Input(np.int32, ("N",), None),
+        "inverse_count": Input(np.float32, ("V_0",)),
+        "number": Input(np.int32, (voxels.LEVELS,)),
+        "neighbors": Input(np.int32, ("V_0", 27), -1),
+    }
+    for level in range(voxels.LEVELS):
+        table[f"near_source_{level}"] = Input(np.int32, (f"{BLOCK}*B_{level}",), -1)
+        table[f"near_element_{level}"] = Input(np.int32, (f"B_{level}",), 25)
+        table[f"near_slots_{level}"] = Input(np.int32, (f"V_{level}", 26), -1)
+        if level + 1 < voxels.LEVELS:
+            for way in ("down", "up"):
+                table[f"{way}_source_{level}"] = Input(np.int32, (f"{BLOCK}*D_{level}",), -1)
+            table[f"down_element_{level}"] = Input(np.int32, (f"D_{level}",), 7)
+            table[f"down_slots_{level}"] = Input(np.int32, (f"V_{level + 1}", 8), -1)
+            table[f"up_slots_{level}"] = Input(np.int32, (f"V_{level}", 1), -1)
+    return table
+
+
 def pad_inputs(inputs: Mapping[str, np.ndarray], settings: Mapping) -> dict[str, np.ndarray]:
     """The same with rows of padding, to sizes of a short list, so that a program is compiled a few times only.
 
     Padded rows come last and nothing that is not padding reads them; the first N rows of a result are the points'.
     """
-    num_points = len(inputs["feats"])
-    if "offset" in inputs:
-        return _pad_voxels(inputs)
-    cells, halo = (tuple(len(inputs[f"{taps}_taps_{p}"]) for p in PLANES) for taps in ("cell", "halo"))
-    capacities = round_up(Capacities(num_points, 1, cells, halo), needs_of(settings).grids)
-    padded = {name: _pad(inputs[name], capacities.points, 0) for name in ("feats", "neighbors")}
-    for k, p in enumerate(PLANES):
-        padded[f"cell_{p}"] = _pad(inputs[f"cell_{p}"], capacities.points, -1)
-        padded[f"inverse_count_{p}"] = _pad(inputs[f"inverse_count_{p}"], capacities.cells[k], 0)
-        padded[f"halo_taps_{p}"] = _pad(inputs[f"halo_taps_{p}"], capacities.halo[k], -1)
-        padded[f"cell_taps_{p}"] = _pad(inputs[f"cell_taps_{p}"], capacities.cells[k], -1)
-        last = np.arange(num_points, capacities.points, dtype=np.int32)
-        padded[f"order_{p}"] = np.concatenate([inputs[f"order_{p}"], last])
+    needs, (num_points, num_features) = needs_of(settings), inputs["feats"].shape
+    sizes: dict[int | str, int] = {}
+    if needs.voxel_size is None:
+        cells, halo = (tuple(len(inputs[f"{taps}_taps_{p}"]) for p in PLANES) for taps in ("cell", "halo"))
+        capacities = round_up(Capacities(num_points, 1, cells, halo), needs.grids)
+        for p, num_cells, num_halo in zip(PLANES, capacities.cells, capacities.halo, strict=True):
+            sizes |= {f"M_{p}": num_cells, f"H_{p}": num_halo}
+    else:
+        pairs = tuple(int((inputs[f"near_source_{level}"] >= 0).sum()) for level in range(voxels.LEVELS))
+        capacities = round_up(Capacities(num_points, 1, (), (), tuple(inputs["number"].tolist()), pairs), ())
+        for level, (rows, room) in enumerate(zip(capacities.voxels, capacities.pairs, strict=True)):
+            # 26 or 8 elements, each with a part of a block unused, and one block more: its last slot is the zero row.
+            near, down = room // BLOCK + 27, rows // BLOCK + 9
+            sizes |= {f"V_{level}": rows, f"B_{level}": near, f"D_{level}": down}
+            sizes |= {f"{BLOCK}*B_{level}": BLOCK * near, f"{BLOCK}*D_{level}": BLOCK * down}
+    sizes["N"] = capacities.points
+    padded = {}
+    for name, (_, shape, filler) in input_table(needs, "stablehlo", num_features).items():
+        array, rows = inputs[name], sizes.get(shape[0], len(inputs[name]))
+        pads = [(0, rows - len(array)), *[(0, 0)] * (array.ndim - 1)]
+        padded[name] = np.pad(array, pads, constant_values=filler or 0)
+        if filler is None:
+            padded[name][len(array) :] = np.arange(len(array), rows)
     return padded
-
-
-def _pad_voxels(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`pad_inputs` of a MinkUNet. A slot at the end of every list of pairs stays unused: it is the zero row."""
-    num_points = len(inputs["feats"])
-    pairs = tuple(int((inputs[f"near_source_{level}"] >= 0).sum()) for level in range(voxels.LEVELS))
-    need = Capacities(num_points, 1, (), (), tuple(inputs["number"].tolist()), pairs)
-    capacities = round_up(need, ())
-    points, rows = capacities.points, capacities.voxels
-    padded = {name: _pad(inputs[name], points, 0) for name in ("feats", "offset")} | {"number": inputs["number"]}
-    padded["cell"] = _pad(inputs["cell"], points, -1)
-    padded["order"] = np.concatenate([inputs["order"], np.arange(num_points, points, dtype=np.int32)])
-    padded["inverse_count"] = _pad(inputs["inverse_count"], rows[0], 0)
-    padded["neighbors"] = _pad(inputs["neighbors"], rows[0], -1)
-    for level in range(voxels.LEVELS):
-        near = capacities.pairs[level] // BLOCK + 27  # 26 elements, each with a part of a block unused, and one more
-        padded[f"near_source_{level}"] = _pad(inputs[f"near_source_{level}"], BLOCK * near, -1)
-        padded[f"near_element_{level}"] = _pad(inputs[f"near_element_{level}"], near, 25)
-        padded[f"near_slots_{level}"] = _pad(inputs[f"near_slots_{level}"], rows[level], -1)
-        if level + 1 < voxels.LEVELS:
-            down = rows[level] // BLOCK + 9
-            padded[f"down_source_{level}"] = _pad(inputs[f"down_source_{level}"], BLOCK * down, -1)
-            padded[f"up_source_{level}"] = _pad(inputs[f"up_source_{level}"], BLOCK * down, -1)
-            padded[f"down_element_{level}"] = _pad(inputs[f"down_element_{level}"], down, 7)
-            padded[f"down_slots_{level}"] = _pad(inputs[f"down_slots_{level}"], rows[level + 1], -1)
-            padded[f"up_slots_{level}"] = _pad(inputs[f"up_slots_{level}"], rows[level], -1)
-    return padded
-
-
-def _pad(array: np.ndarray, rows: int, value: float) -> np.ndarray:
-    return np.pad(array, [(0, rows - len(array)), *[(0, 0)] * (array.ndim - 1)], constant_values=value)

@@ -1,9 +1,9 @@
 """The student as an ONNX graph for onnxruntime: the `cells` form, built node by node from the parameters.
 
-Inputs are those of `export_inputs.py`; every count of rows is dynamic. Outputs are `features` [N, C] and, unless the
+Inputs are those of `export/inputs.py`; every count of rows is dynamic. Outputs are `features` [N, C] and, unless the
 model has no head, `distilled` [N, C_teacher] or `logits` [N, classes], float32.
 
-A cell's mean is a tree of gathers and sums of eight rows (`export_inputs.sum_tree` says why), a convolution gathers
+A cell's mean is a tree of gathers and sums of eight rows (`export.inputs.sum_tree` says why), a convolution gathers
 nine rows of a table whose last row is zero. Batch norms are a multiplier and a shift; what is one or zero, as after
 `--fold`, leaves no node.
 """
@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 from onnx import TensorProto, helper, numpy_helper
 
 from scalr_jax.export.fold import norm_affine
-from scalr_jax.export.inputs import HEADS, LEVELS, PARTS, PLANES
+from scalr_jax.export.inputs import HEADS, LEVELS, PLANES, input_table
 from scalr_jax.models.layers import LAYER_NORM_EPS
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.models.waffleiron import WaffleIronBackbone
@@ -31,7 +31,6 @@ from scalr_jax.runtime.errors import InputError
 
 OPSET, IR_VERSION = 20, 9  # the first opset with Gelu: onnxruntime from 1.17 on
 LARGEST_FILE = 2**31  # bytes: a limit of protocol buffers
-TYPES = {np.float32: TensorProto.FLOAT, np.int32: TensorProto.INT32, np.int64: TensorProto.INT64}
 
 
 class Graph:
@@ -128,7 +127,11 @@ def build_model(student: Student, variables: Variables, settings: Mapping) -> on
         name = HEADS[student.head]
         graph.add("Identity", _head(graph, x, variables), output=name)
         outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", student.out_features]))
-    inputs = _inputs(len(variables["params"]["embedding"]["norm"]["scale"]), backbone.needs.num_neighbors)
+    num_features = len(variables["params"]["embedding"]["norm"]["scale"])
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
+        for name, (dtype, shape, _) in input_table(backbone.needs, "onnx", num_features).items()
+    ]
     constants = [numpy_helper.from_array(array, name) for name, array in graph.constants.items()]
     content = helper.make_model(
         helper.make_graph(graph.nodes, "scalr_jax", inputs, outputs, constants),
@@ -139,23 +142,6 @@ def build_model(student: Student, variables: Variables, settings: Mapping) -> on
     helper.set_model_props(content, {"settings": json.dumps(dict(settings))})  # a file alone knows its preprocessing
     onnx.checker.check_model(content)
     return content
-
-
-def _inputs(num_features: int, num_neighbors: int) -> list[onnx.ValueInfoProto]:
-    """Names, types and shapes of `export.inputs`."""
-    shapes: dict[str, tuple[type, list]] = {
-        "feats": (np.float32, ["N", num_features]),
-        "neighbors": (np.int32, ["N", num_neighbors]),
-    }
-    for p in PLANES:
-        shapes[f"cell_{p}"] = (np.int32, ["N"])
-        shapes[f"inverse_count_{p}"] = (np.float32, [f"M_{p}"])
-        shapes[f"halo_taps_{p}"] = (np.int32, [f"H_{p}", 9])
-        shapes[f"cell_taps_{p}"] = (np.int32, [f"M_{p}", 9])
-        shapes[f"sums_{p}"] = (np.int32, [f"Q_{p}", PARTS])
-        shapes[f"levels_{p}"] = (np.int64, [LEVELS + 1])
-        shapes[f"roots_{p}"] = (np.int32, [f"M_{p}"])
-    return [helper.make_tensor_value_info(name, TYPES[dtype], shape) for name, (dtype, shape) in shapes.items()]
 
 
 def _layer(tree: Mapping, d: int, depth: int) -> dict:

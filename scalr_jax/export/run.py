@@ -45,14 +45,7 @@ from scalr_jax.export.inputs import HEADS, needs_of, pad_inputs, scene_inputs
 from scalr_jax.interop.exported import FILES, READABLE, checksums
 from scalr_jax.interop.model import student_of
 from scalr_jax.models.student import Student, Variables, outputs_of
-from scalr_jax.runtime.command_line import (
-    define_model,
-    exit_codes,
-    model_arguments,
-    parse_flags,
-    require,
-    use_cache,
-)
+from scalr_jax.runtime.command_line import define_model, exit_codes, model_arguments, parse_flags, require, use_cache
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import write_arrays
 
@@ -114,14 +107,8 @@ def export_model(
 ) -> float:
     """Writes `output` and returns the largest difference to the original (relative to its largest value, or to 1).
 
-    Args:
-      model: the model.
-      form: one of `FILES`.
-      output: the folder to write.
-      folded: fold batch norms and merge layer scales (`fold.py`).
-      overwrite: replace an exported folder that is there.
-      licence: of the weights, for the card.
-      source: the workdir or file that the model is from, whose config and results the card tells.
+    `form` is one of `FILES`; `source` is the workdir or file that the model is from, whose config and results the card
+    tells. The rest are the command's flags.
 
     Raises:
       InputError: `output` cannot be written, the exported model differs, or a package is missing.
@@ -161,12 +148,10 @@ def export_model(
             "files": checksums(folder),
             "check": {"max_difference": 0.0, "max_value": 0.0, "points": len(scene.feats)},
         }
-        export_card.write_card(
-            folder, card, student, name=output.name
-        )  # what loads an exported folder needs its settings
+        export_card.write_card(folder, card, student, name=output.name)  # loading needs the settings in it
         if form in READABLE:
             loaded = api.load(folder)
-            if _as_json(loaded.config.to_dict()) != _as_json(settings):
+            if json.dumps(loaded.config.to_dict(), sort_keys=True) != json.dumps(settings, sort_keys=True):
                 raise InputError(f"the settings of {folder} are not those of the model; nothing was written")
             found = reference(loaded.variables, scene)
         else:
@@ -232,10 +217,6 @@ def _write_program(folder: Path, form: str, student: Student, settings: Mapping,
         weights = flat_weights(variables)
         path.write_bytes(export_program(student, weights, settings["num_features"]))
         write_arrays(folder / "weights.npz", weights)
-
-
-def _as_json(settings: Mapping) -> str:
-    return json.dumps(settings, sort_keys=True)
 
 
 def _run_program(folder: Path, form: str, settings: Mapping, scene: SceneView) -> Outputs:

@@ -2,7 +2,7 @@
 
     program = jax.export.deserialize(bytearray(Path("EXPORT/model.stablehlo").read_bytes()))
     weights = dict(np.load("EXPORT/weights.npz"))
-    outputs = jax.jit(program.call)(weights, inputs)         # inputs of export_inputs.pad_inputs
+    outputs = jax.jit(program.call)(weights, inputs)         # inputs of export.inputs.pad_inputs
 
 Outputs are `features` [N, C] and, unless the model has no head, `distilled` or `logits`, float32, padded rows included.
 The counts of points and the sizes of tables are symbols: any size runs, and each is compiled once. Weights are an
@@ -12,7 +12,6 @@ argument, because as constants they would be folded at each compilation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.export
@@ -21,8 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from scalr_jax.data.scenes import Batch, Plane
-from scalr_jax.export.inputs import HEADS, PLANES
-from scalr_jax.export.voxel_tables import BLOCK
+from scalr_jax.export.inputs import HEADS, PLANES, input_table
 from scalr_jax.models.minkunet import GivenTables
 from scalr_jax.models.student import Student, Variables, outputs_of
 from scalr_jax.ops import sparse_conv
@@ -121,58 +119,11 @@ def _none_to(row: int, rows: Array) -> Array:
 
 def export_program(student: Student, weights: Mapping[str, np.ndarray], num_features: int) -> bytes:
     """The program, lowered for all platforms and serialised."""
-    needs = student.needs
-    shapes = _plane_shapes(needs.num_neighbors) if needs.voxel_size is None else _voxel_shapes()
-    num_points = next(iter(shapes.values())).shape[0]
-    inputs = {"feats": _float32(num_points, num_features), **shapes}
+    table, scope = input_table(student.needs, "stablehlo", num_features), jax.export.SymbolicScope()
+    inputs = {
+        name: jax.ShapeDtypeStruct(jax.export.symbolic_shape(", ".join(map(str, shape)), scope=scope), dtype)
+        for name, (dtype, shape, _) in table.items()
+    }
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
     exported = jax.export.export(jax.jit(make_program(student)), platforms=PLATFORMS)(abstract, inputs)
     return bytes(exported.serialize())
-
-
-def _int32(*shape: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)  # numbers and symbols
-
-
-def _float32(*shape: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def _voxel_shapes() -> dict[str, jax.ShapeDtypeStruct]:
-    """Every input of a program on voxels, but the features."""
-    names = [*(f"V_{level}" for level in range(LEVELS)), *(f"B_{level}" for level in range(LEVELS))]
-    names += [f"D_{level}" for level in range(LEVELS - 1)]
-    num_points, *sizes = jax.export.symbolic_shape(", ".join(["N", *names]))
-    rows, near, down = sizes[:LEVELS], sizes[LEVELS : 2 * LEVELS], sizes[2 * LEVELS :]
-    shapes = {
-        "offset": _float32(num_points, 3),
-        "cell": _int32(num_points),
-        "order": _int32(num_points),
-        "inverse_count": _float32(rows[0]),
-        "number": _int32(LEVELS),
-        "neighbors": _int32(rows[0], 27),
-    }
-    for level in range(LEVELS):
-        shapes[f"near_source_{level}"] = _int32(BLOCK * near[level])
-        shapes[f"near_element_{level}"] = _int32(near[level])
-        shapes[f"near_slots_{level}"] = _int32(rows[level], 26)
-        if level + 1 < LEVELS:
-            shapes[f"down_source_{level}"] = shapes[f"up_source_{level}"] = _int32(BLOCK * down[level])
-            shapes[f"down_element_{level}"] = _int32(down[level])
-            shapes[f"down_slots_{level}"] = _int32(rows[level + 1], 8)
-            shapes[f"up_slots_{level}"] = _int32(rows[level], 1)
-    return shapes
-
-
-def _plane_shapes(num_neighbors: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Every input of a program on planes, but the features."""
-    sizes = jax.export.symbolic_shape(", ".join(["N", *(f"{n}_{p}" for p in PLANES for n in ("M", "H"))]))
-    shapes = {"neighbors": _int32(sizes[0], num_neighbors)}
-    for k, p in enumerate(PLANES):
-        num_cells, num_halo = sizes[1 + 2 * k : 3 + 2 * k]
-        shapes[f"cell_{p}"] = _int32(sizes[0])
-        shapes[f"inverse_count_{p}"] = _float32(num_cells)
-        shapes[f"halo_taps_{p}"] = _int32(num_halo, 9)
-        shapes[f"cell_taps_{p}"] = _int32(num_cells, 9)
-        shapes[f"order_{p}"] = _int32(sizes[0])
-    return shapes

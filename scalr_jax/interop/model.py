@@ -46,16 +46,19 @@ def student_of(model: Mapping, **changes: object) -> Student:
     return make_student(settings, head=model["head"], out_features=model["out_features"], platform="cpu")
 
 
+def empty_scene(num_features: int, needs: SceneNeeds) -> SceneView:
+    """A scene without points."""
+    feats, neighbors = np.zeros((0, num_features), np.float32), np.zeros((0, needs.num_neighbors), np.int32)
+    voxels = SceneVoxels(np.zeros((0, 3), np.float32), np.zeros((LEVELS, 2), np.int64))
+    return SceneView("", 0, feats, neighbors, (), None, None, None, voxels=None if needs.voxel_size is None else voxels)
+
+
 def empty_batch(num_features: int, needs: SceneNeeds) -> Batch:
     """The smallest batch, all padding: what shapes of parameters are derived from."""
-    feats, neighbors = np.zeros((0, num_features), np.float32), np.zeros((0, needs.num_neighbors), np.int32)
-    scene = SceneView("", 0, feats, neighbors, (), None, None, None)
-    tables = [(2,) * len(needs.grids)] * 2
-    if needs.voxel_size is not None:
-        scene = scene._replace(voxels=SceneVoxels(np.zeros((0, 3), np.float32), np.zeros((LEVELS, 2), np.int64)))
-        tables += [(2,) * LEVELS] * 2
-    capacities = Capacities(2, 1, *tables)
-    return jax.tree.map(lambda x: x[None], pack_shard((), capacities, scene, needs.grids))
+    sizes, levels = (2,) * len(needs.grids), () if needs.voxel_size is None else (2,) * LEVELS
+    capacities = Capacities(2, 1, sizes, sizes, levels, levels)
+    shard = pack_shard((), capacities, empty_scene(num_features, needs), needs.grids)
+    return jax.tree.map(lambda x: x[None], shard)
 
 
 def shapes_of(student: Student, num_features: int) -> dict[str, dict[str, tuple[int, ...]]]:

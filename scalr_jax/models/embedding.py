@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.models.layers import BATCH_NORM_EPS, Linear, per_shard, to_rows, torch_uniform, unbiased, update_running
+from scalr_jax.models.layers import BATCH_NORM_EPS, Linear, per_shard, to_rows, torch_uniform, update_running
 from scalr_jax.ops.neighbors import neighbor_max
 from scalr_jax.runtime.sharding import whole
 
@@ -32,16 +32,18 @@ class _Statistics(nn.Module):
     channels: int
 
     @nn.compact
-    def __call__(self, mean: Array | None, variance: Array | None, count: Array | None) -> tuple[Array, Array]:
-        """Returns (multiplier, shift) [channels] such that the norm is x * multiplier + shift."""
+    def __call__(self, moments: tuple[Array, Array, Array] | None) -> tuple[Array, Array]:
+        """Returns (multiplier, shift) [channels] such that the norm is x * multiplier + shift.
+
+        `moments`: mean, variance and count of the batch; None: the running ones.
+        """
         scale = self.param("scale", nn.initializers.ones, (self.channels,))
         bias = self.param("bias", nn.initializers.zeros, (self.channels,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (self.channels,))
         running_variance = self.variable("batch_stats", "variance", jnp.ones, (self.channels,))
-        if mean is None or variance is None or count is None:
-            mean, variance = running_mean.value, running_variance.value
-        else:
-            update_running(self, running_mean, running_variance, mean, unbiased(variance, count))
+        mean, variance = (running_mean.value, running_variance.value) if moments is None else moments[:2]
+        if moments is not None:
+            update_running(self, running_mean, running_variance, moments)
         multiplier = scale * jax.lax.rsqrt(variance + BATCH_NORM_EPS)
         return multiplier, bias - mean * multiplier
 
@@ -67,9 +69,11 @@ class PointEmbedding(nn.Module):
     def __call__(self, feats: Array, neighbors: Array, mask: Array, *, train: bool) -> Array:
         num_features = feats.shape[-1]
         feats = jnp.where(mask[..., None], feats, 0.0)
-        mean, covariance, count = _moments(feats, mask) if train else (None, None, None)
-        variance = jnp.diag(covariance) if covariance is not None else None
-        scale, shift = _Statistics(num_features, name="norm")(mean, variance, count)
+        of_feats = None
+        if train:
+            mean, covariance, count = _moments(feats, mask)
+            of_feats = mean, jnp.diag(covariance), count
+        scale, shift = _Statistics(num_features, name="norm")(of_feats)
         points = Linear(self.channels, dtype=self.dtype, name="point")(to_rows(feats) * scale + shift)  # [D * P, C]
 
         offsets = per_shard(lambda f, n: f[n] - f[:, None], feats, neighbors)  # [D, P, K, F]
@@ -88,15 +92,15 @@ class PointEmbedding(nn.Module):
         statistics0 = _Statistics(num_features, name="neighbor_norm_0")
         statistics1 = _Statistics(self.channels, name="neighbor_norm_1")
         if moments is None:
-            multiplier, shift = statistics0(None, None, None)
+            multiplier, shift = statistics0(None)
             matrix = (scale * multiplier)[:, None] * kernel
-            multiplier1, shift1 = statistics1(None, None, None)
+            multiplier1, shift1 = statistics1(None)
         else:
             mean, covariance, count = moments  # over (point, neighbour) pairs
-            multiplier, shift = statistics0(mean * scale, jnp.diag(covariance) * scale**2, count)
+            multiplier, shift = statistics0((mean * scale, jnp.diag(covariance) * scale**2, count))
             matrix = (scale * multiplier)[:, None] * kernel
             hidden_mean = jnp.matmul(mean, matrix, precision="highest") + jnp.matmul(shift, kernel, precision="highest")
             hidden_variance = jnp.einsum("fc,fg,gc->c", matrix, covariance, matrix, precision="highest")
-            multiplier1, shift1 = statistics1(hidden_mean, hidden_variance, count)
+            multiplier1, shift1 = statistics1((hidden_mean, hidden_variance, count))
         bias = jnp.matmul(shift, kernel, precision="highest")
         return matrix * multiplier1, bias * multiplier1 + shift1

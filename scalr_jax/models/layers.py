@@ -56,17 +56,13 @@ def linear(x: Array, kernel: Array, bias: Array) -> Array:
     return x @ whole(kernel.astype(x.dtype)) + bias.astype(x.dtype)
 
 
-def _linear_forward(x: Array, kernel: Array, bias: Array):
-    return linear(x, kernel, bias), (x, kernel)
-
-
 def _linear_backward(residuals: tuple, gradient: Array):
     x, kernel = residuals
     kernel_gradient = jax.lax.dot_general(x, gradient, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return gradient @ whole(kernel.astype(x.dtype)).T, kernel_gradient, gradient.sum(0, dtype=jnp.float32)
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+linear.defvjp(lambda x, kernel, bias: (linear(x, kernel, bias), (x, kernel)), _linear_backward)
 
 
 def linear_weights(module: nn.Module, fan_in: int, features: int) -> tuple[Array, Array]:
@@ -97,15 +93,13 @@ class Linear(nn.Module):
         return linear(x.astype(self.dtype), kernel, bias)
 
 
-def unbiased(variance: Array, count: Array) -> Array:
-    return variance * count / jnp.maximum(count - 1, 1)
-
-
-def update_running(module: nn.Module, mean: Any, variance: Any, batch_mean: Array, batch_variance: Array) -> None:
-    """Move a batch norm's running statistics; a step without one valid row must not come here as NaN."""
+def update_running(module: nn.Module, mean: Any, variance: Any, moments: tuple[Array, Array, Array]) -> None:
+    """Move a batch norm's running statistics by a batch's mean, (biased) variance and count, which is at least 1."""
     if not module.is_initializing():
+        batch_mean, batch_variance, count = moments
+        unbiased = batch_variance * count / jnp.maximum(count - 1, 1)
         mean.value = (1 - MOMENTUM) * mean.value + MOMENTUM * batch_mean
-        variance.value = (1 - MOMENTUM) * variance.value + MOMENTUM * batch_variance
+        variance.value = (1 - MOMENTUM) * variance.value + MOMENTUM * unbiased
 
 
 def batch_statistics(
@@ -124,7 +118,7 @@ def batch_statistics(
         count = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
         mean = x.sum(axes) / count
         variance = jnp.where(mask[..., None], jnp.square(x - mean), 0.0).sum(axes) / count
-        update_running(module, running_mean, running_variance, mean, unbiased(variance, count))
+        update_running(module, running_mean, running_variance, (mean, variance, count))
     else:
         mean, variance = running_mean.value, running_variance.value
     return (mean, jax.lax.rsqrt(variance + BATCH_NORM_EPS)), scale, bias

@@ -11,7 +11,6 @@ or, by its distances, that and the neighbours ("trilinear").
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -62,17 +61,32 @@ def tables_of(
     )
 
 
+CONVOLUTIONS = {  # by name: kernel elements, and what they do to the rows of a level
+    "near": (27, sparse_conv.submanifold),
+    "down": (8, lambda x, level, kernel: sparse_conv.convolve(x, level.down, kernel)),  # to the rows of the next level
+    "up": (8, lambda x, level, kernel: sparse_conv.convolve(x, sparse_conv.exchange(level.down), kernel)),  # and back
+    "shortcut": (1, None),
+}
+
+
 class Convolution(nn.Module):
-    """`elements` matrices [C_in, features] without bias: 27 (3x3x3) or 8 (2x2x2)."""
+    """One of `CONVOLUTIONS` without bias, rows [D * V, C] -> [D * V', features]; products in `dtype`."""
 
     features: int
-    elements: int
+    kind: str
+    dtype: Any
 
     @nn.compact
-    def __call__(self, fan_in: int) -> Array:
+    def __call__(self, x: Array, level: sparse_conv.Level) -> Array:
+        elements, convolve = CONVOLUTIONS[self.kind]
         # He et al. 2015, by what leaves a row as in the published models.
-        scale = (2.0 / (self.elements * self.features)) ** 0.5
-        return whole(self.param("kernel", nn.initializers.normal(scale), (self.elements, fan_in, self.features)))
+        scale = (2.0 / (elements * self.features)) ** 0.5
+        shape = (elements, x.shape[-1], self.features)
+        kernel = whole(self.param("kernel", nn.initializers.normal(scale), shape))
+        if convolve is None:
+            return x.astype(self.dtype) @ kernel[0].astype(self.dtype)
+        x = x.astype(self.dtype).reshape(level.number.shape[0], -1, x.shape[-1])
+        return to_rows(per_shard(lambda x, level: convolve(x, level, kernel), x, level))
 
 
 class NormReLU(nn.Module):
@@ -97,12 +111,10 @@ class Block(nn.Module):
     def __call__(self, x: Array, level: sparse_conv.Level, mask: Array, *, train: bool) -> Array:
         shortcut = x
         if x.shape[-1] != self.features:
-            kernel = Convolution(self.features, 1, name="shortcut")(x.shape[-1])[0]
-            shortcut = x.astype(self.dtype) @ kernel.astype(self.dtype)
+            shortcut = Convolution(self.features, "shortcut", self.dtype, name="shortcut")(x, level)
             shortcut = NormReLU(relu=False, name="shortcut_norm")(shortcut.astype(jnp.float32), mask, train=train)
         for name, relu in (("1", True), ("2", False)):
-            kernel = Convolution(self.features, 27, name=f"conv_{name}")(x.shape[-1])
-            x = near(x.astype(self.dtype), level, kernel)
+            x = Convolution(self.features, "near", self.dtype, name=f"conv_{name}")(x, level)
             x = NormReLU(relu=relu, name=f"norm_{name}")(x, mask, train=train)
         return jax.nn.relu(x + shortcut)
 
@@ -127,21 +139,21 @@ class MinkUNet(nn.Module):
         levels = voxels.levels
         masks = [to_rows(jnp.arange(level.neighbors.shape[1]) < level.number[:, None]) for level in levels]
         x = to_rows(per_shard(cells.flatten, feats.astype(jnp.float32), voxels))
+
+        def convolve(x: Array, kind: str, features: int, name: str, level: int, to: int) -> Array:
+            x = Convolution(features, kind, self.dtype, name=name)(x, levels[level])
+            return NormReLU(name=f"{name}_norm")(x, masks[to], train=train)
+
         for name in ("stem", *(f"stem_{number}" for number in range(1, self.stem_convolutions))):
-            x = near(x.astype(self.dtype), levels[0], Convolution(self.stem, 27, name=name)(x.shape[-1]))
-            x = NormReLU(name=f"{name}_norm")(x, masks[0], train=train)
+            x = convolve(x, "near", self.stem, name, 0, 0)
         skips = []
         for stage in range(4):
             skips.append(x)
-            kernel = Convolution(x.shape[-1], 8, name=f"down_{stage}")(x.shape[-1])
-            x = coarser(x.astype(self.dtype), levels[stage], kernel)
-            x = NormReLU(name=f"down_{stage}_norm")(x, masks[stage + 1], train=train)
+            x = convolve(x, "down", x.shape[-1], f"down_{stage}", stage, stage + 1)
             x = self._blocks(x, stage, levels[stage + 1], masks[stage + 1], train)
         for stage in range(4, 8):
             depth = 7 - stage
-            kernel = Convolution(self.widths[stage], 8, name=f"up_{stage}")(x.shape[-1])
-            x = finer(x.astype(self.dtype), levels[depth], kernel)
-            x = NormReLU(name=f"up_{stage}_norm")(x, masks[depth], train=train)
+            x = convolve(x, "up", self.widths[stage], f"up_{stage}", depth, depth)
             x = jnp.concatenate([x, skips[depth]], axis=-1)
             x = self._blocks(x, stage, levels[depth], masks[depth], train)
         x = x.reshape(feats.shape[0], -1, x.shape[-1])
@@ -154,26 +166,6 @@ class MinkUNet(nn.Module):
         for number in range(self.blocks[stage]):
             x = Block(self.widths[stage], self.dtype, name=f"stage_{stage}_{number}")(x, level, mask, train=train)
         return x
-
-
-def near(x: Array, level: sparse_conv.Level, kernel: Array) -> Array:
-    """3x3x3 of rows [D * V, C]."""
-    return _of_shards(lambda x, level: sparse_conv.submanifold(x, level, kernel), x, level)
-
-
-def coarser(x: Array, level: sparse_conv.Level, kernel: Array) -> Array:
-    """2x2x2, from the rows of `level` to those of the next."""
-    return _of_shards(lambda x, level: sparse_conv.convolve(x, level.down, kernel), x, level)
-
-
-def finer(x: Array, level: sparse_conv.Level, kernel: Array) -> Array:
-    """The transpose, back to the rows of `level`."""
-    return _of_shards(lambda x, level: sparse_conv.convolve(x, sparse_conv.exchange(level.down), kernel), x, level)
-
-
-def _of_shards(function: Callable[[Array, sparse_conv.Level], Array], x: Array, level: sparse_conv.Level) -> Array:
-    x = x.reshape(level.number.shape[0], -1, x.shape[-1])
-    return to_rows(per_shard(function, x, level))
 
 
 class GivenTables(NamedTuple):
@@ -234,16 +226,13 @@ class MinkUNetBackbone:
         network = MinkUNet(
             BLOCKS[self.name], tuple(widths), stem, self.stem_convolutions, self.reading, dtype, name="backbone"
         )
-        tables, offset = self._tables(batch.voxels, batch.scene, batch.scene_points.shape[1])
-        x = network(batch.feats, tables, offset, train=train)
+        voxels = batch.voxels
+        if not isinstance(voxels, GivenTables):
+            assert voxels is not None, "a MinkUNet needs voxels"
+            assert self.needs.voxel_size is not None, "a MinkUNet needs voxels"
+            extent = extent_of(self.needs.field_of_view, self.needs.voxel_size)
+            tables = tables_of(voxels, batch.scene, extent, num_scenes=batch.scene_points.shape[1])
+            voxels = GivenTables(tables, voxels.coordinates % 1.0 - 0.5)
+        x = network(batch.feats, voxels.tables, voxels.offset, train=train)
         # Sizes were counted on the host from the same coordinates: no room for a voxel is a defect, and must not pass.
-        return jnp.where((tables.missing == 0).all(), x, jnp.nan)
-
-    def _tables(self, voxels: PackedVoxels[Array] | GivenTables | None, scene: Array, num_scenes: int) -> GivenTables:
-        if isinstance(voxels, GivenTables):
-            return voxels
-        assert voxels is not None, "a MinkUNet needs voxels"
-        assert self.needs.voxel_size is not None, "a MinkUNet needs voxels"
-        extent = extent_of(self.needs.field_of_view, self.needs.voxel_size)
-        tables = tables_of(voxels, scene, extent, num_scenes=num_scenes)
-        return GivenTables(tables, voxels.coordinates % 1.0 - 0.5)
+        return jnp.where((voxels.tables.missing == 0).all(), x, jnp.nan)

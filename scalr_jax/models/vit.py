@@ -268,15 +268,5 @@ TEACHERS = {
     "vitb14": ViTConfig(width=768, depth=12, num_heads=12, hidden=3072),
     "vitl14": ViTConfig(width=1024, depth=24, num_heads=16, hidden=4096),
     "vitg14": ViTConfig(width=1536, depth=40, num_heads=24, hidden=4096, ffn="swiglu"),
-    "vit7b16": ViTConfig(
-        patch_size=16,
-        width=4096,
-        depth=40,
-        num_heads=32,
-        hidden=8192,
-        ffn="swiglu",
-        num_registers=4,
-        positions="rotary",
-        norm_eps=1e-5,
-    ),
+    "vit7b16": ViTConfig(16, 4096, 40, 32, 8192, ffn="swiglu", num_registers=4, norm_eps=1e-5, positions="rotary"),
 }

@@ -60,10 +60,6 @@ def flatten_normalized(x: Array, mask: Array, statistics: Any, plane: Any, dtype
     return (table * plane.inverse_count[:, None]).astype(dtype)
 
 
-def _flatten_normalized_forward(x: Array, mask: Array, statistics: Any, plane: Any, dtype: Any, block: int):
-    return flatten_normalized(x, mask, statistics, plane, dtype, block), (x, mask, statistics, plane)
-
-
 def _flatten_normalized_backward(dtype: Any, block: int, residuals: tuple, gradient: Array):
     x, mask, statistics, plane = residuals
     plain = lambda x, statistics: cells.flatten(normalize(x, mask, statistics).astype(dtype), plane)  # noqa: E731
@@ -72,36 +68,31 @@ def _flatten_normalized_backward(dtype: Any, block: int, residuals: tuple, gradi
     return x_gradient, None, statistics_gradient, None
 
 
-flatten_normalized.defvjp(_flatten_normalized_forward, _flatten_normalized_backward)
+flatten_normalized.defvjp(lambda *inputs: (flatten_normalized(*inputs), inputs[:4]), _flatten_normalized_backward)
 
 
 class SpatialMix(nn.Module):
     """x [D * P, C], plane [D, ...], mask [D * P] -> [D * P, C], what is added to the residual stream.
 
-    `implementation`: "dense", "cells", or "windows" with a plane of `windows.make_windows`.
+    Its implementation is "dense", "cells", or "windows" with a plane of `windows.make_windows`.
     """
 
     grid: tuple[int, int]
-    norm: str
-    activation: str
-    implementation: str
+    backbone: WaffleIronBackbone
     dtype: Any
     block: int = 0  # rows worked on at a time; 0: all
 
     @nn.compact
     def __call__(self, x: Array, plane: Any, mask: Array, num_scenes: int, *, train: bool) -> Array:
         channels = x.shape[-1]
-        statistics, norm_scale, norm_bias = Norm(self.norm, name="norm")(x, mask, train=train)
+        statistics, norm_scale, norm_bias = Norm(self.backbone.norm, name="norm")(x, mask, train=train)
         init = torch_uniform(9)
         kernel1 = self.param("kernel_1", init, (9, channels))
         bias1 = self.param("bias_1", init, (channels,)).astype(self.dtype)
         kernel2 = self.param("kernel_2", init, (9, channels))
         bias2 = self.param("bias_2", init, (channels,)).astype(self.dtype)
         scale = self.param("scale", torch_uniform(1), (channels,)).astype(self.dtype)
-        activation = ACTIVATIONS[self.activation]
-
-        def mix_cells(points: Array, plane: Any) -> Array:
-            return mix_table(cells.flatten(points, plane), plane)
+        activation = ACTIVATIONS[self.backbone.activation]
 
         def mix_table(table: Array, plane: Any) -> Array:
             # The mean of a cell's points goes before the norm's scale and bias: on cells these cost nothing.
@@ -129,14 +120,18 @@ class SpatialMix(nn.Module):
 
         @save_only("cells", "halo")
         def mix(x: Array) -> Array:
-            block = block_of(x.shape[0], self.block)
-            if block and self.implementation == "cells":
+            block, implementation = block_of(x.shape[0], self.block), self.backbone.implementation
+            if block and implementation == "cells":
                 plane_0 = jax.tree.map(lambda leaf: leaf[0], plane)
                 return mix_table(flatten_normalized(x, mask, statistics, plane_0, self.dtype, block), plane_0)
             points = normalize(x, mask, statistics).astype(self.dtype).reshape(plane.cell.shape[0], -1, channels)
-            if self.implementation == "windows":
+            if implementation == "windows":
                 return to_rows(mix_windows(points, plane))
-            return to_rows(per_shard(mix_dense if self.implementation == "dense" else mix_cells, points, plane))
+            if implementation == "dense":
+                return to_rows(per_shard(mix_dense, points, plane))
+            return to_rows(
+                per_shard(lambda points, plane: mix_table(cells.flatten(points, plane), plane), points, plane)
+            )
 
         return mix(x)
 
@@ -148,22 +143,21 @@ class ChannelMix(nn.Module):
     products nor what their gradients would need are ever [P, C].
     """
 
-    norm: str
-    activation: str
+    backbone: WaffleIronBackbone
     dtype: Any
     block: int  # rows worked on at a time
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, keep: Array | None, *, train: bool) -> Array:
         channels = x.shape[-1]
-        statistics, norm_scale, norm_bias = Norm(self.norm, name="norm")(x, mask, train=train)
+        statistics, norm_scale, norm_bias = Norm(self.backbone.norm, name="norm")(x, mask, train=train)
         kernel1, bias1 = LinearWeights(channels, name="linear_1")(channels)
         kernel2, bias2 = LinearWeights(channels, name="linear_2")(channels)
         scale = self.param("scale", torch_uniform(1), (channels,))
         bias1 += jnp.matmul(norm_bias, kernel1, precision="highest")
         kernel1 = norm_scale[:, None] * kernel1
         kernel2, bias2 = kernel2 * scale, bias2 * scale
-        activation = ACTIVATIONS[self.activation]
+        activation = ACTIVATIONS[self.backbone.activation]
 
         @save_only("hidden")
         def mix(rows: tuple) -> Array:
@@ -209,80 +203,57 @@ class Layer(nn.Module):
     """One spatial and one channel mixing on one plane; the residual stream [D * P, C] is float32."""
 
     grid: tuple[int, int]
-    norm: str
-    activation: str
-    drop_path: float
-    implementation: str
+    backbone: WaffleIronBackbone
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Array, plane: Any, scene: Array, num_scenes: int, train: bool) -> Array:
-        mask = to_rows(scene < num_scenes)
-        settings: dict[str, Any] = {"norm": self.norm, "activation": self.activation, "dtype": self.dtype}
+        mask, drop_path = to_rows(scene < num_scenes), self.backbone.drop_path
         # In blocks on one CPU only: a loop over rows that lie on several devices would move them.
-        settings["block"] = ROW_BLOCK if scene.shape[0] == 1 and platform_of(scene) == "cpu" else 0
-        spatial = SpatialMix(self.grid, implementation=self.implementation, name="spatial", **settings)
+        block = ROW_BLOCK if scene.shape[0] == 1 and platform_of(scene) == "cpu" else 0
+        spatial = SpatialMix(self.grid, self.backbone, self.dtype, block, name="spatial")
         branch = spatial(x, plane, mask, num_scenes, train=train).astype(x.dtype)
-        keep = keep_scenes(self, scene, num_scenes, self.drop_path, train)
+        keep = keep_scenes(self, scene, num_scenes, drop_path, train)
         x += branch if keep is None else branch * keep[:, None]
-        keep = keep_scenes(self, scene, num_scenes, self.drop_path, train)
-        return ChannelMix(name="channel", **settings)(x, mask, keep, train=train)
+        keep = keep_scenes(self, scene, num_scenes, drop_path, train)
+        return ChannelMix(self.backbone, self.dtype, block, name="channel")(x, mask, keep, train=train)
 
 
 class Group(nn.Module):
     """One layer a plane, as the body of a scan: parameters `plane_0`, `plane_1`, ..."""
 
     grids: tuple[tuple[int, int], ...]
-    layer: dict
-    remat: str
+    backbone: WaffleIronBackbone
+    dtype: Any
     num_scenes: int
     train: bool
 
     @nn.compact
     def __call__(self, x: Array, planes: tuple, scene: Array):
-        layer = nn.remat(Layer, static_argnums=(4, 5)) if self.remat == "layer" else Layer
+        layer = nn.remat(Layer, static_argnums=(4, 5)) if self.backbone.remat == "layer" else Layer
         for d, grid in enumerate(self.grids):
-            x = layer(grid, name=f"plane_{d}", **self.layer)(x, planes[d], scene, self.num_scenes, self.train)
+            mix = layer(grid, self.backbone, self.dtype, name=f"plane_{d}")
+            x = mix(x, planes[d], scene, self.num_scenes, self.train)
         return x, None
 
 
 class WaffleIron(nn.Module):
-    """x [D * P, C], scene [D, P] -> [D * P, C].
+    """The layers of a backbone: x [D * P, C], scene [D, P] -> [D * P, C]."""
 
-    `remat`: "none", "layer" or "group" (what is computed again in the backward pass).
-    `implementation`: "cells" (occupied cells only), "windows" (the same as matrix products, for a TPU), "dense" (the
-    reference), "auto" (windows where the batch lies on a TPU, else cells).
-    """
-
-    depth: int
-    grids: tuple[tuple[int, int], ...]
-    norm: str = "layer"
-    activation: str = "relu"
-    drop_path: float = 0.0
-    implementation: str = "auto"
-    remat: str = "none"
+    backbone: WaffleIronBackbone
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, planes: tuple, scene: Array, num_scenes: int, *, train: bool) -> Array:
-        grids = tuple((h, w) for h, w in self.grids)
-        implementation = self.implementation
-        if implementation == "auto":
-            implementation = "windows" if platform_of(planes[0].cell) == "tpu" else "cells"
-        if implementation == "windows":
+        backbone = self.backbone.on(platform_of(planes[0].cell))
+        grids = backbone.needs.grids
+        if backbone.implementation == "windows":
             planes = tuple(windows.make_windows(plane, grid) for plane, grid in zip(planes, grids, strict=True))
-        layer = {
-            "norm": self.norm,
-            "activation": self.activation,
-            "drop_path": self.drop_path,
-            "implementation": implementation,
-            "dtype": self.dtype,
-        }
-        settings = {"layer": layer, "remat": self.remat, "num_scenes": num_scenes, "train": train}
-        num_groups, num_rest = divmod(self.depth, len(grids))
+        settings = {"backbone": backbone, "dtype": self.dtype, "num_scenes": num_scenes, "train": train}
+        num_groups, num_rest = divmod(backbone.depth, len(grids))
         x = x.astype(jnp.float32)
         if num_groups:
-            group = nn.remat(Group, prevent_cse=False) if self.remat == "group" else Group
+            group = nn.remat(Group, prevent_cse=False) if backbone.remat == "group" else Group
             scanned = nn.scan(
                 group,
                 variable_axes={"params": 0, "batch_stats": 0},
@@ -301,7 +272,12 @@ class WaffleIron(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class WaffleIronBackbone:
-    """Point embedding and WaffleIron: the hyperparameters, by their keys of `config.model`."""
+    """Point embedding and WaffleIron: the hyperparameters, by their keys of `config.model`.
+
+    `remat`: "none", "layer" or "group" (what is computed again in the backward pass).
+    `implementation`: "cells" (occupied cells only), "windows" (the same as matrix products, for a TPU), "dense" (the
+    reference), "auto" (windows where the batch lies on a TPU, else cells).
+    """
 
     needs: SceneNeeds  # neighbours and the grids of the planes
     channels: int
@@ -319,16 +295,13 @@ class WaffleIronBackbone:
     @classmethod
     def of(cls, settings: StudentSettings) -> WaffleIronBackbone:
         """The backbone of `config.model`."""
-        return cls(
-            SceneNeeds(settings.field_of_view, settings.num_neighbors, settings.grids),
-            settings.channels,
-            settings.depth,
-            settings.norm,
-            settings.activation,
-            settings.drop_path,
-            settings.implementation,
-            settings.remat,
-        )
+        needs = SceneNeeds(settings.field_of_view, settings.num_neighbors, settings.grids)
+        return cls(needs, **{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)[1:]})
+
+    def on(self, platform: str) -> WaffleIronBackbone:
+        """With the implementation that "auto" means on devices of `platform`."""
+        chosen = "windows" if platform == "tpu" else "cells"
+        return dataclasses.replace(self, implementation=chosen) if self.implementation == "auto" else self
 
     def layer_numbers(self, path: tuple[str, ...]) -> int | np.ndarray:
         """The embedding is 0, layer d of `WaffleIron` d + 1."""
@@ -343,15 +316,5 @@ class WaffleIronBackbone:
 
     def __call__(self, batch: Batch[Array], mask: Array, *, dtype: DTypeLike, train: bool) -> Array:
         x = PointEmbedding(self.channels, dtype, name="embedding")(batch.feats, batch.neighbors, mask, train=train)
-        layers = WaffleIron(
-            self.depth,
-            self.needs.grids,
-            self.norm,
-            self.activation,
-            self.drop_path,
-            self.implementation,
-            self.remat,
-            dtype,
-            name="backbone",
-        )
+        layers = WaffleIron(self, dtype, name="backbone")
         return layers(x, batch.planes, batch.scene, batch.scene_points.shape[1], train=train)

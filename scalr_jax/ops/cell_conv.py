@@ -58,10 +58,6 @@ def conv_taps(table: Array, taps: Array, transposed_taps: Array, kernel: Array) 
     return _gather_taps(table, taps, kernel)
 
 
-def _conv_taps_forward(table: Array, taps: Array, transposed_taps: Array, kernel: Array):
-    return _gather_taps(table, taps, kernel), (table, taps, transposed_taps, kernel)
-
-
 def _conv_taps_backward(residuals, gradient: Array):
     table, taps, transposed_taps, kernel = residuals
     table_gradient = _gather_taps(gradient, transposed_taps, kernel[::-1])
@@ -86,7 +82,10 @@ def _sum_taps(rows: Array, table: Array, taps: Array) -> Array:
     return jax.lax.scan(visit, None, taps.T, unroll=1 if platform_of(taps) == "cpu" else 9)[1]
 
 
-conv_taps.defvjp(_conv_taps_forward, _conv_taps_backward)
+conv_taps.defvjp(
+    lambda table, taps, back, kernel: (_gather_taps(table, taps, kernel), (table, taps, back, kernel)),
+    _conv_taps_backward,
+)
 
 
 def conv_dense(grid: Array, kernel: Array) -> Array:

@@ -66,16 +66,12 @@ def flatten(points: Array, plane: Tables) -> Array:
     return (sum_runs(points, plane) * plane.inverse_count[:, None]).astype(points.dtype)
 
 
-def _flatten_forward(points: Array, plane: Tables):
-    return flatten(points, plane), plane
-
-
 def _flatten_backward(plane: Tables, gradient: Array):
     scaled = gradient.astype(jnp.float32) * plane.inverse_count[:, None]
     return take_rows(scaled.astype(gradient.dtype), plane.cell), None
 
 
-flatten.defvjp(_flatten_forward, _flatten_backward)
+flatten.defvjp(lambda points, plane: (flatten(points, plane), plane), _flatten_backward)
 
 
 @jax.custom_vjp
@@ -84,15 +80,11 @@ def inflate(cells: Array, plane: Tables) -> Array:
     return take_rows(cells, plane.cell)
 
 
-def _inflate_forward(cells: Array, plane: Tables):
-    return inflate(cells, plane), plane
-
-
 def _inflate_backward(plane: Tables, gradient: Array):
     return sum_runs(gradient, plane).astype(gradient.dtype), None
 
 
-inflate.defvjp(_inflate_forward, _inflate_backward)
+inflate.defvjp(lambda cells, plane: (inflate(cells, plane), plane), _inflate_backward)
 
 
 def flatten_dense(points: Array, plane: Tables, *, grid: tuple[int, int], num_scenes: int) -> Array:

@@ -17,12 +17,6 @@ from jax.typing import DTypeLike
 Array = jax.Array
 
 
-def neighbor_max_reference(offsets: Array, matrix: Array, bias: Array, kernel: Array) -> Array:
-    """The plain form of `neighbor_max`, with everything in memory at once."""
-    hidden = jax.nn.relu(jnp.einsum("pkf,fc->pkc", offsets, matrix) + bias)
-    return jnp.einsum("pkc,cd->pkd", hidden, kernel).max(axis=1)
-
-
 def _hidden(offset: Array, matrix: Array, bias: Array, dtype: DTypeLike) -> Array:
     return jax.nn.relu(offset @ matrix + bias).astype(dtype)  # [P, C]
 
@@ -39,10 +33,8 @@ def _forward(offsets: Array, matrix: Array, bias: Array, kernel: Array, dtype: D
         better = value > best
         return (jnp.where(better, value, best), jnp.where(better, k, winner)), None
 
-    start = (
-        jnp.full((num_points, kernel.shape[1]), -jnp.inf, jnp.float32),
-        jnp.zeros((num_points, kernel.shape[1]), jnp.uint8),
-    )
+    shape = (num_points, kernel.shape[1])
+    start = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.uint8)
     steps = (jnp.arange(num_neighbors, dtype=jnp.uint8), offsets.swapaxes(0, 1))
     (best, winner), _ = jax.lax.scan(visit, start, steps)
     return best.astype(dtype), winner

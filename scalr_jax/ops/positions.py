@@ -15,7 +15,6 @@ from __future__ import annotations
 import numpy as np
 
 INTERPOLATIONS = ("dinov2", "size", "antialias")
-_DINOV2_OFFSET = 0.1
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
@@ -55,12 +54,9 @@ def resample_matrix(num_in: int, num_out: int, interpolation: str) -> np.ndarray
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"position_interpolation = {interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
     if interpolation == "antialias":
-        matrix = _antialiased(num_in, num_out)
-    elif interpolation == "size":
-        matrix = _clamped(num_in, num_out, num_in / num_out)
-    else:
-        matrix = _clamped(num_in, num_out, num_in / (num_out + _DINOV2_OFFSET))
-    return matrix.astype(np.float32)
+        return _antialiased(num_in, num_out).astype(np.float32)
+    offset = 0.1 if interpolation == "dinov2" else 0.0
+    return _clamped(num_in, num_out, num_in / (num_out + offset)).astype(np.float32)
 
 
 def rotary_periods(head_dim: int, base: float) -> tuple[float, ...]:

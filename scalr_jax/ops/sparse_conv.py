@@ -218,21 +218,17 @@ def _alone(function: Callable[..., Result], rows: Array, pairs: Pairs, *others: 
 
 def submanifold(rows: Array, level: Level, kernel: Array) -> Array:
     """3x3x3 on the occupied voxels. rows [V, C_in], kernel [27, C_in, C_out] -> [V, C_out] float32."""
-    return _product(rows, level.near, kernel, CENTRE)
-
-
-def convolve(rows: Array, pairs: Pairs, kernel: Array) -> Array:
-    """Every pair's input row times its kernel element, summed over the pairs of each output row.
-
-    rows [V_in, C_in]; kernel [T, C_in, C_out]. Returns [V_out, C_out] float32: products are made in the dtype of `rows`
-    and summed in float32. Its gradients gather as well.
-    """
-    return _product(rows, pairs, kernel, None)
+    return convolve(rows, level.near, kernel, CENTRE)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product(rows: Array, pairs: Pairs, kernel: Array, centre: int | None) -> Array:
-    """`convolve`, with each row paired with itself by the element `centre`, which is not in `pairs`."""
+def convolve(rows: Array, pairs: Pairs, kernel: Array, centre: int | None = None) -> Array:
+    """Every pair's input row times its kernel element, summed over the pairs of each output row.
+
+    rows [V_in, C_in]; kernel [T, C_in, C_out]. Returns [V_out, C_out] float32: products are made in the dtype of `rows`
+    and summed in float32. Its gradients gather as well. Each row is paired with itself, too, by the element `centre`,
+    which is then not in `pairs`.
+    """
     return _alone(functools.partial(_convolve, centre), rows, pairs, kernel)
 
 
@@ -271,11 +267,7 @@ def exchange(pairs: Pairs) -> Pairs:
     return Pairs(pairs.target, pairs.source, pairs.element, pairs.of_target, pairs.of_source)
 
 
-def _product_forward(rows: Array, pairs: Pairs, kernel: Array, centre: int | None):
-    return _product(rows, pairs, kernel, centre), (rows, pairs, kernel)
-
-
-def _product_backward(centre: int | None, residuals: tuple[Array, Pairs, Array], gradient: Array):
+def _convolve_backward(centre: int | None, residuals: tuple[Array, Pairs, Array], gradient: Array):
     of_rows, of_kernel = _alone(functools.partial(_gradients, centre), *residuals, gradient)
     return of_rows, None, of_kernel
 
@@ -297,7 +289,7 @@ def _gradients(centre: int | None, rows: Array, pairs: Pairs, kernel: Array, gra
     return of_rows.astype(rows.dtype), of_kernel.astype(kernel.dtype)
 
 
-_product.defvjp(_product_forward, _product_backward)
+convolve.defvjp(lambda *inputs: (convolve(*inputs), inputs[:3]), _convolve_backward)
 
 
 # ------------------------------------------------------------------------------------------------- back to the points
@@ -330,10 +322,6 @@ def read_trilinear(rows: Array, voxels: Voxels, weights: Array) -> Array:
     return total
 
 
-def _read_forward(rows: Array, voxels: Voxels, weights: Array):
-    return read_trilinear(rows, voxels, weights), (rows, voxels, weights)
-
-
 def _read_backward(residuals: tuple, gradient: Array):
     rows, voxels, weights = residuals
 
@@ -346,4 +334,4 @@ def _read_backward(residuals: tuple, gradient: Array):
     return total.astype(rows.dtype), None, jnp.zeros_like(weights)
 
 
-read_trilinear.defvjp(_read_forward, _read_backward)
+read_trilinear.defvjp(lambda *inputs: (read_trilinear(*inputs), inputs), _read_backward)

@@ -24,21 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from scalr_jax.ops.pallas.rows import (
-    MINOR,
-    SHIFT,
-    Links,
-    accumulate,
-    blocks_of,
-    channel_tile,
-    inside,
-    is_first,
-    make_links,
-    ones,
-    over_shards,
-    product,
-    tile_sizes,
-)
+from scalr_jax.ops.pallas import rows as sparse
 
 Array = jax.Array
 
@@ -50,24 +36,24 @@ class TapLinks(NamedTuple):
     """The links of halo cells to the occupied cells above, at and below them, and which halo cells touch."""
 
     sides: Array  # [D, blocks, 1, BLOCK] int32: LEFT where the row before is the cell to the left, RIGHT likewise
-    links: Links
+    links: sparse.Links
 
 
 def make_tap_links(halo_taps: Array, halo_index: Array, num_cells: int, columns: int) -> TapLinks:
     """halo_taps [D, H, 9], halo_index [D, H] of `scenes.Plane`; `columns` of the plane's grid."""
-    links = make_links(halo_taps[:, :, 1::3].swapaxes(1, 2), num_cells, margin=MARGIN)
+    links = sparse.make_links(halo_taps[:, :, 1::3].swapaxes(1, 2), num_cells, margin=MARGIN)
     before = jnp.pad(halo_index[:, :-1], ((0, 0), (1, 0)), constant_values=-2)
     left = (halo_index == before + 1) & (halo_index % columns != 0)
     right = jnp.pad(left[:, 1:], ((0, 0), (0, 1)))
-    own = tile_sizes(3, halo_index.shape[1], num_cells, MARGIN)[0]
-    sides = blocks_of(left * LEFT + right * RIGHT, own, MARGIN, fill=0)
+    own = sparse.tile_sizes(3, halo_index.shape[1], num_cells, MARGIN)[0]
+    sides = sparse.blocks_of(left * LEFT + right * RIGHT, own, MARGIN, fill=0)
     return TapLinks(sides[:, :, None].astype(jnp.int32), links)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def to_halo(cells: Array, kernel: Array, taps: TapLinks, num_halo: int) -> Array:
     """dF/dhalo: [D, M, C], [9, C] float32 -> [D, H, C] in the cells' dtype, accumulated in float32."""
-    return over_shards(functools.partial(_to_halo, num_halo), (cells, taps), kernel)
+    return sparse.over_shards(functools.partial(_to_halo, num_halo), (cells, taps), kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -76,17 +62,13 @@ def to_cells(halo: Array, kernel: Array, taps: TapLinks, num_cells: int) -> Arra
 
     The products with the kernel are rounded to the halo's dtype, three a row of the kernel at once.
     """
-    return over_shards(functools.partial(_to_cells, num_cells), (halo, taps), kernel).astype(halo.dtype)
+    return sparse.over_shards(functools.partial(_to_cells, num_cells), (halo, taps), kernel).astype(halo.dtype)
 
 
 def to_kernel(cells: Array, halo: Array, taps: TapLinks) -> Array:
     """dF/dkernel: [D, M, C], [D, H, C] -> [9, C] float32, the sum over all shards."""
-    parts = over_shards(_to_kernel, (cells, halo, taps))  # [D, 3, 3, 8, C]
+    parts = sparse.over_shards(_to_kernel, (cells, halo, taps))  # [D, 3, 3, 8, C]
     return parts.sum(axis=(0, 3)).reshape(9, -1)
-
-
-def _to_halo_forward(cells: Array, kernel: Array, taps: TapLinks, num_halo: int):
-    return to_halo(cells, kernel, taps, num_halo), (cells, kernel, taps)
 
 
 def _to_halo_backward(num_halo: int, residuals: tuple[Array, Array, TapLinks], gradient: Array):
@@ -94,11 +76,7 @@ def _to_halo_backward(num_halo: int, residuals: tuple[Array, Array, TapLinks], g
     return to_cells(gradient, kernel, taps, cells.shape[1]), to_kernel(cells, gradient, taps), None
 
 
-to_halo.defvjp(_to_halo_forward, _to_halo_backward)
-
-
-def _to_cells_forward(halo: Array, kernel: Array, taps: TapLinks, num_cells: int):
-    return to_cells(halo, kernel, taps, num_cells), (halo, kernel, taps)
+to_halo.defvjp(lambda *inputs: (to_halo(*inputs), inputs[:3]), _to_halo_backward)
 
 
 def _to_cells_backward(num_cells: int, residuals: tuple[Array, Array, TapLinks], gradient: Array):
@@ -106,7 +84,7 @@ def _to_cells_backward(num_cells: int, residuals: tuple[Array, Array, TapLinks],
     return to_halo(gradient, kernel, taps, halo.shape[1]), to_kernel(gradient, halo, taps), None
 
 
-to_cells.defvjp(_to_cells_forward, _to_cells_backward)
+to_cells.defvjp(lambda *inputs: (to_cells(*inputs), inputs[:3]), _to_cells_backward)
 
 
 def _shifts(x: Array, sides: Array) -> tuple[Array, Array, Array]:
@@ -127,20 +105,20 @@ def _with_margin(x: Array) -> Array:
 def _selected(index: jax.Ref, table: jax.Ref, window_index: Array, num_cells: int) -> Array:
     """The rows of a window that a block's links read, zero for the others: [block, channels] float32."""
     window = table.shape[0]
-    rows = inside(table[...], window_index * window, num_cells)
-    return product(ones(index[0, 0], window_index * window, window, rows.dtype), rows, 0)
+    rows = sparse.inside(table[...], window_index * window, num_cells)
+    return sparse.product(sparse.ones(index[0, 0], window_index * window, window, rows.dtype), rows, 0)
 
 
 def _to_halo_kernel(tiles, index, sides, kernel, table, out, sums, *, num_cells: int) -> None:
     i = pl.program_id(1)
     num_windows = pl.cdiv(num_cells, table.shape[0])
-    rows = _selected(index, table, (tiles[i] & MINOR) % num_windows, num_cells)
-    first = is_first(tiles)
+    rows = _selected(index, table, (tiles[i] & sparse.MINOR) % num_windows, num_cells)
+    first = sparse.is_first(tiles)
     for c in range(3):
-        accumulate(sums.at[c], rows * kernel[0, c : c + 1], first)
+        sparse.accumulate(sums.at[c], rows * kernel[0, c : c + 1], first)
     last_tile = pl.num_programs(1) - 1
 
-    @pl.when((i == last_tile) | (tiles[jnp.minimum(i + 1, last_tile)] >> SHIFT != tiles[i] >> SHIFT))
+    @pl.when((i == last_tile) | (tiles[jnp.minimum(i + 1, last_tile)] >> sparse.SHIFT != tiles[i] >> sparse.SHIFT))
     def _():
         left, _, right = sums[0], sums[1], sums[2]
         total = sums[1] + _shifts(left, sides[0])[0] + _shifts(right, sides[0])[2]
@@ -150,20 +128,20 @@ def _to_halo_kernel(tiles, index, sides, kernel, table, out, sums, *, num_cells:
 def _to_cells_kernel(tiles, index, sides, kernel, halo, out, *, num_halo: int) -> None:
     tile = tiles[pl.program_id(1)]
     num_blocks = pl.cdiv(num_halo, halo.shape[0])
-    rows = inside(halo[...], ((tile & MINOR) % num_blocks) * halo.shape[0], num_halo)
+    rows = sparse.inside(halo[...], ((tile & sparse.MINOR) % num_blocks) * halo.shape[0], num_halo)
     before, here, after = _shifts(_with_margin(rows), sides[0])
     rows = after * kernel[0, 0:1] + here * kernel[0, 1:2] + before * kernel[0, 2:3]
-    first_row = (tile >> SHIFT) * out.shape[0]
-    part = product(ones(index[0, 0], first_row, out.shape[0], halo.dtype), rows.astype(halo.dtype), 1)
-    accumulate(out, part, is_first(tiles))
+    first_row = (tile >> sparse.SHIFT) * out.shape[0]
+    part = sparse.product(sparse.ones(index[0, 0], first_row, out.shape[0], halo.dtype), rows.astype(halo.dtype), 1)
+    sparse.accumulate(out, part, sparse.is_first(tiles))
 
 
 def _to_kernel_kernel(tiles, index, sides, halo, table, out, *, num_cells: int, num_halo: int) -> None:
     i = pl.program_id(1)
     num_windows = pl.cdiv(num_cells, table.shape[0])
-    minor = tiles[i] & MINOR
+    minor = tiles[i] & sparse.MINOR
     rows = _selected(index, table, minor % num_windows, num_cells)
-    own = inside(halo[...], (tiles[i] >> SHIFT) * halo.shape[0], num_halo)
+    own = sparse.inside(halo[...], (tiles[i] >> sparse.SHIFT) * halo.shape[0], num_halo)
     before, here, after = _shifts(_with_margin(own), sides[0])
 
     @pl.when(i == 0)
@@ -176,17 +154,17 @@ def _to_kernel_kernel(tiles, index, sides, halo, table, out, *, num_cells: int, 
 
 def _specs(num_halo: int, num_cells: int, channels: int, *, block_major: bool) -> dict[str, pl.BlockSpec]:
     """How each array is cut; `block_major`: the tiles are those of `Links.by_block`."""
-    own, window = tile_sizes(3, num_halo, num_cells, MARGIN)
+    own, window = sparse.tile_sizes(3, num_halo, num_cells, MARGIN)
     num_minor = pl.cdiv(num_cells, window) if block_major else pl.cdiv(num_halo, own)
 
     def major(tiles, i):
-        return tiles[i] >> SHIFT
+        return tiles[i] >> sparse.SHIFT
 
     def minor(tiles, i):
-        return (tiles[i] & MINOR) % num_minor
+        return (tiles[i] & sparse.MINOR) % num_minor
 
     def row(tiles, i):
-        return (tiles[i] & MINOR) // num_minor
+        return (tiles[i] & sparse.MINOR) // num_minor
 
     block_at, window_at = (major, minor) if block_major else (minor, major)
     links = own + 2 * MARGIN
@@ -199,64 +177,40 @@ def _specs(num_halo: int, num_cells: int, channels: int, *, block_major: bool) -
     }
 
 
-def _call(kernel, out, in_specs, out_specs, arguments, num_tiles: Array, *, interpret: bool, scratch=()) -> Array:
-    """`kernel` over (tiles of channels, listed tiles). `arguments`: tiles, then one for each of `in_specs`."""
-    num_channels = out.shape[-1]
-    grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1,
-        grid=(pl.cdiv(num_channels, channel_tile(num_channels)), num_tiles),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        scratch_shapes=scratch,
-    )
-    params = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
-    call = pl.pallas_call(kernel, grid_spec=grid, out_shape=out, interpret=interpret, compiler_params=params)
-    return call(*arguments)
-
-
 def _to_halo(num_halo: int, sharded: tuple, kernel: Array, *, interpret: bool) -> Array:
     cells, (sides, links) = sharded
     num_cells, num_channels = cells.shape
-    channels = channel_tile(num_channels)
+    channels = sparse.channel_tile(num_channels)
     spec = _specs(num_halo, num_cells, channels, block_major=True)
-    return _call(
-        functools.partial(_to_halo_kernel, num_cells=num_cells),
-        jax.ShapeDtypeStruct((num_halo, num_channels), cells.dtype),
-        [spec[name] for name in ("index", "sides", "kernel", "cells")],
-        spec["halo"],
-        (links.by_block, links.rows, sides, kernel.reshape(3, 3, -1), cells),
-        links.num_by_block,
-        interpret=interpret,
-        scratch=[pltpu.VMEM((3, links.rows.shape[-1], channels), jnp.float32)],
+    of_tile = functools.partial(_to_halo_kernel, num_cells=num_cells)
+    in_specs = [spec[name] for name in ("index", "sides", "kernel", "cells")]
+    inputs = links.by_block, links.rows, sides, kernel.reshape(3, 3, -1), cells
+    sums = [pltpu.VMEM((3, links.rows.shape[-1], channels), jnp.float32)]
+    out = jax.ShapeDtypeStruct((num_halo, num_channels), cells.dtype)
+    return sparse.call(
+        of_tile, out, in_specs, spec["halo"], inputs, links.num_by_block, interpret=interpret, scratch=sums
     )
 
 
 def _to_cells(num_cells: int, sharded: tuple, kernel: Array, *, interpret: bool) -> Array:
     halo, (sides, links) = sharded
     num_halo, num_channels = halo.shape
-    spec = _specs(num_halo, num_cells, channel_tile(num_channels), block_major=False)
-    return _call(
-        functools.partial(_to_cells_kernel, num_halo=num_halo),
-        jax.ShapeDtypeStruct((num_cells, num_channels), jnp.float32),
-        [spec[name] for name in ("index", "sides", "kernel", "halo")],
-        spec["cells"],
-        (links.by_window, links.rows, sides, kernel.reshape(3, 3, -1), halo),
-        links.num_by_window,
-        interpret=interpret,
-    )
+    spec = _specs(num_halo, num_cells, sparse.channel_tile(num_channels), block_major=False)
+    of_tile = functools.partial(_to_cells_kernel, num_halo=num_halo)
+    in_specs = [spec[name] for name in ("index", "sides", "kernel", "halo")]
+    inputs = links.by_window, links.rows, sides, kernel.reshape(3, 3, -1), halo
+    out = jax.ShapeDtypeStruct((num_cells, num_channels), jnp.float32)
+    return sparse.call(of_tile, out, in_specs, spec["cells"], inputs, links.num_by_window, interpret=interpret)
 
 
 def _to_kernel(sharded: tuple, _: tuple, *, interpret: bool) -> Array:
     cells, halo, (sides, links) = sharded
     (num_cells, num_channels), num_halo = cells.shape, halo.shape[0]
-    channels = channel_tile(num_channels)
+    channels = sparse.channel_tile(num_channels)
     spec = _specs(num_halo, num_cells, channels, block_major=True)
-    return _call(
-        functools.partial(_to_kernel_kernel, num_cells=num_cells, num_halo=num_halo),
-        jax.ShapeDtypeStruct((3, 3, 8, num_channels), jnp.float32),
-        [spec[name] for name in ("index", "sides", "halo", "cells")],
-        pl.BlockSpec((3, 3, 8, channels), lambda c, i, tiles: (0, 0, 0, c)),
-        (links.by_block, links.rows, sides, halo, cells),
-        links.num_by_block,
-        interpret=interpret,
-    )
+    of_tile = functools.partial(_to_kernel_kernel, num_cells=num_cells, num_halo=num_halo)
+    in_specs = [spec[name] for name in ("index", "sides", "halo", "cells")]
+    out_spec = pl.BlockSpec((3, 3, 8, channels), lambda c, i, tiles: (0, 0, 0, c))
+    out = jax.ShapeDtypeStruct((3, 3, 8, num_channels), jnp.float32)
+    inputs = links.by_block, links.rows, sides, halo, cells
+    return sparse.call(of_tile, out, in_specs, out_spec, inputs, links.num_by_block, interpret=interpret)

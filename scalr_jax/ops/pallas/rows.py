@@ -14,7 +14,6 @@ pipeline fetches the right blocks. Sums are in float32 and in a fixed order. Flo
 precision, bfloat16 rows in one pass, which is exact as each row meets a single one.
 
 Every table and every value must be finite, padded rows included: zero times infinity is not zero.
-`select_rows_reference` and `sum_rows_reference` are the plain forms.
 """
 
 from __future__ import annotations
@@ -95,27 +94,10 @@ def _listed(touched: Array) -> tuple[Array, Array]:
     return jnp.sort(code, axis=1), touched.sum(axis=(1, 2), dtype=jnp.int32)
 
 
-def select_rows_reference(table: Array, index: Array) -> Array:
-    """The plain form: [D, R, C], [D, Q] -> [D, Q, C]."""
-    num_rows = table.shape[1]
-    index = jnp.where(index < 0, num_rows, index)
-    return jax.vmap(lambda t, i: jnp.take(t, i, axis=0, mode="fill", fill_value=0))(table, index)
-
-
-def sum_rows_reference(values: Array, index: Array, num_rows: int) -> Array:
-    """The plain form: [D, Q, C], [D, Q] -> [D, R, C] float32."""
-    index = jnp.where(index < 0, num_rows, index)
-    return jax.vmap(lambda v, i: jax.ops.segment_sum(v.astype(jnp.float32), i, num_rows))(values, index)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def select_rows(table: Array, links: Links, num_links: int) -> Array:
     """out[q] = table[index[q]]: [D, R, C] -> [D, num_links, C] in the table's dtype."""
     return over_shards(functools.partial(_select, num_links), (table, links))
-
-
-def _select_rows_forward(table: Array, links: Links, num_links: int):
-    return select_rows(table, links, num_links), (links, table[:, :, :0])
 
 
 def _select_rows_backward(num_links: int, residuals: tuple[Links, Array], gradient: Array):
@@ -124,7 +106,9 @@ def _select_rows_backward(num_links: int, residuals: tuple[Links, Array], gradie
     return sums.astype(table.dtype), None
 
 
-select_rows.defvjp(_select_rows_forward, _select_rows_backward)
+select_rows.defvjp(
+    lambda table, links, n: (select_rows(table, links, n), (links, table[..., :0])), _select_rows_backward
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -133,16 +117,12 @@ def sum_rows(values: Array, links: Links, num_rows: int) -> Array:
     return over_shards(functools.partial(_sum, num_rows), (values, links))
 
 
-def _sum_rows_forward(values: Array, links: Links, num_rows: int):
-    return sum_rows(values, links, num_rows), (links, values[:, :, :0])
-
-
 def _sum_rows_backward(num_rows: int, residuals: tuple[Links, Array], gradient: Array):
     links, values = residuals
     return select_rows(gradient.astype(values.dtype), links, values.shape[1]), None
 
 
-sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
+sum_rows.defvjp(lambda values, links, n: (sum_rows(values, links, n), (links, values[..., :0])), _sum_rows_backward)
 
 
 def over_shards(kernel: Callable[..., Array], sharded: tuple, replicated: Array | tuple = ()) -> Array:
@@ -227,45 +207,43 @@ def _select(num_links: int, sharded: tuple, _: tuple, *, interpret: bool) -> Arr
     """One shard: table [R, C] -> [Q, C]."""
     table, links = sharded
     block, window = tile_sizes(1, num_links, table.shape[0])
-    return _call(
-        functools.partial(_select_kernel, num_rows=table.shape[0]),
-        jax.ShapeDtypeStruct((num_links, table.shape[1]), table.dtype),
-        pl.BlockSpec((1, 1, 1, block), lambda c, i, tiles: (0, tiles[i] >> SHIFT, 0, 0)),
-        (window, block),
-        (links.by_block, links.rows, table),
-        num_tiles=links.num_by_block,
-        interpret=interpret,
-    )
+    kernel = functools.partial(_select_kernel, num_rows=table.shape[0])
+    out = jax.ShapeDtypeStruct((num_links, table.shape[1]), table.dtype)
+    index_spec = pl.BlockSpec((1, 1, 1, block), lambda c, i, tiles: (0, tiles[i] >> SHIFT, 0, 0))
+    in_specs, arguments = [index_spec, _minor_rows(window, out)], (links.by_block, links.rows, table)
+    return call(kernel, out, in_specs, _major_rows(block, out), arguments, links.num_by_block, interpret=interpret)
 
 
 def _sum(num_rows: int, sharded: tuple, _: tuple, *, interpret: bool) -> Array:
     """One shard: values [Q, C] -> [R, C] float32."""
     values, links = sharded
     block, window = tile_sizes(1, values.shape[0], num_rows)
-    return _call(
-        functools.partial(_sum_kernel, num_links=values.shape[0]),
-        jax.ShapeDtypeStruct((num_rows, values.shape[1]), jnp.float32),
-        pl.BlockSpec((1, 1, 1, block), lambda c, i, tiles: (0, tiles[i] & MINOR, 0, 0)),
-        (block, window),
-        (links.by_window, links.rows, values),
-        num_tiles=links.num_by_window,
-        interpret=interpret,
-    )
+    kernel = functools.partial(_sum_kernel, num_links=values.shape[0])
+    out = jax.ShapeDtypeStruct((num_rows, values.shape[1]), jnp.float32)
+    index_spec = pl.BlockSpec((1, 1, 1, block), lambda c, i, tiles: (0, tiles[i] & MINOR, 0, 0))
+    in_specs, arguments = [index_spec, _minor_rows(block, out)], (links.by_window, links.rows, values)
+    return call(kernel, out, in_specs, _major_rows(window, out), arguments, links.num_by_window, interpret=interpret)
 
 
-def _call(kernel, out, index_spec, rows_of_blocks, arguments, *, num_tiles: Array, interpret: bool) -> Array:
-    """`kernel` over (tiles of channels, listed tiles): a tile's minor index is the block of rows to read, its major
-    one the block to write. `rows_of_blocks`: how many rows the two have. `arguments`: tiles, index, rows."""
-    channels = channel_tile(out.shape[1])
+def _minor_rows(rows: int, out: jax.ShapeDtypeStruct) -> pl.BlockSpec:
+    """A tile's minor index is the block of rows to read, its major one (below) the block to write."""
+    return pl.BlockSpec((rows, channel_tile(out.shape[1])), lambda c, i, tiles: (tiles[i] & MINOR, c))
+
+
+def _major_rows(rows: int, out: jax.ShapeDtypeStruct) -> pl.BlockSpec:
+    return pl.BlockSpec((rows, channel_tile(out.shape[1])), lambda c, i, tiles: (tiles[i] >> SHIFT, c))
+
+
+def call(kernel, out, in_specs, out_specs, arguments, num_tiles: Array, *, interpret: bool, scratch=()) -> Array:
+    """`kernel` over (tiles of channels, listed tiles). `arguments`: tiles, then one for each of `in_specs`."""
+    num_channels = out.shape[-1]
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
-        grid=(pl.cdiv(out.shape[1], channels), num_tiles),
-        in_specs=[
-            index_spec,
-            pl.BlockSpec((rows_of_blocks[0], channels), lambda c, i, tiles: (tiles[i] & MINOR, c)),
-        ],
-        out_specs=pl.BlockSpec((rows_of_blocks[1], channels), lambda c, i, tiles: (tiles[i] >> SHIFT, c)),
+        grid=(pl.cdiv(num_channels, channel_tile(num_channels)), num_tiles),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        scratch_shapes=scratch,
     )
     params = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
-    call = pl.pallas_call(kernel, grid_spec=grid, out_shape=out, interpret=interpret, compiler_params=params)
-    return call(*arguments)
+    run = pl.pallas_call(kernel, grid_spec=grid, out_shape=out, interpret=interpret, compiler_params=params)
+    return run(*arguments)
