@@ -151,10 +151,7 @@ from IPython.display import Markdown
 from scalr_jax.evaluation.report import confusion_matrix, intersection_over_union
 
 truth = cache["distilled"][1][1]
-iou = {
-    name: intersection_over_union(confusion_matrix(truth, rows, num_classes))
-    for name, rows in predictions.items()
-}
+iou = {name: intersection_over_union(confusion_matrix(truth, rows, num_classes)) for name, rows in predictions.items()}
 miou = {name: np.nanmean(values) for name, values in iou.items()}
 lines = [f"| features | {' | '.join(train.class_names)} | mean |", "| --- " * (num_classes + 2) + "|"]
 for name, values in iou.items():

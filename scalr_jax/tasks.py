@@ -281,13 +281,7 @@ def make_evaluator(
 
 
 def _report(
-    settings: Settings,
-    workdir: Path,
-    validation: Dataset,
-    classifier: Classifier,
-    variables: Variables,
-    *,
-    label: str,
+    settings: Settings, workdir: Path, validation: Dataset, classifier: Classifier, variables: Variables, *, label: str
 ) -> dict:
     """Evaluates and writes results.json."""
     evaluator = make_evaluator(settings, classifier, variables, len(validation.class_names))

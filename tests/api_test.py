@@ -1,6 +1,5 @@
 """`scalr_jax.load`: settings from where they are, one result for every point, one sentence for what is missing."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -14,10 +13,11 @@ import scalr_jax
 from scalr_jax.data import sensors
 from scalr_jax.data.readers.files import read_label_map
 from scalr_jax.data.scenes import IGNORE
-from scalr_jax.data.streets.layout import CLASSES as STREET_CLASSES
 from scalr_jax.interop import waffleiron as interop
 from scalr_jax.interop.model import empty_batch
 from scalr_jax.runtime.errors import InputError
+from tests.support.checks import mentions
+from tests.support.datasets import Frames
 from tests.support.tiny_student import tiny_model, write_workdir
 
 EXPLICIT = {
@@ -190,18 +190,15 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
 
 
 def test_names_of_classes(tmp_path):
-    """Those of the dataset where there are as many, else those that the run's results have, else numbers."""
+    """Of a run its own, of a published file those of its sensor's dataset where there are as many, else numbers."""
     names = read_label_map("nuscenes").class_names
     path = published(tmp_path / "x.pth", "segment", len(names))
     assert scalr_jax.load(path, sensor="nuscenes", activation="relu").class_names == names
     assert scalr_jax.load(path, sensor="pandar64", activation="relu").class_names[:2] == ("class 0", "class 1")
     assert scalr_jax.load(published(tmp_path / "y.pth"), sensor="nuscenes").class_names == ()
-    streets = write_workdir(tmp_path / "streets", "probe", "segment", len(STREET_CLASSES), dataset="streets")
-    assert scalr_jax.load(streets).class_names == STREET_CLASSES
-    own = write_workdir(tmp_path / "own", "finetune", "segment", 3, dataset="folder")
-    assert scalr_jax.load(own, intensity=(0, 1)).class_names == ("class 0", "class 1", "class 2")
-    (own / "results.json").write_text(json.dumps({"iou": {"grass": 0.5, "stone": None, "sand": 0.1}}))
-    assert scalr_jax.load(own, intensity=(0, 1)).class_names == ("grass", "stone", "sand")
+    own = ("grass", "stone", "sand")
+    path = write_workdir(tmp_path / "own", "finetune", "segment", 3, dataset="folder", class_names=own)
+    assert scalr_jax.load(path).class_names == own
 
 
 def test_what_does_not_fit_is_told(distilled):
@@ -219,14 +216,13 @@ def test_a_workdir_of_several_sensors_asks_which(tmp_path):
     assert scalr_jax.load(path, sensor="pandargt").config.intensity == sensors.INTENSITY["pandargt"]
 
 
-def test_a_workdir_of_the_published_mixture_or_of_own_scans_asks_for_what_it_needs(tmp_path):
+def test_a_workdir_of_the_published_mixture_asks_for_its_sensor_and_one_of_own_scans_knows_it(tmp_path):
     path = write_workdir(tmp_path / "merged", "distill", "distill", 6, dataset="merged")
     with pytest.raises(ValueError, match=r"several sensors \(nuscenes, semantic_kitti, pandar64, pandargt\)"):
         scalr_jax.load(path)
-    path = write_workdir(tmp_path / "own", "distill", "distill", 6, dataset="folder")
-    with pytest.raises(ValueError, match=r"own scans .*intensity="):
-        scalr_jax.load(path)
-    assert scalr_jax.load(path, intensity=(1.0, 2.0)).config.intensity == (1.0, 2.0)
+    own = scalr_jax.load(write_workdir(tmp_path / "own", "distill", "distill", 6, dataset="folder"))
+    assert own.config.intensity == Frames().intensity(0)
+    assert scalr_jax.load(tmp_path / "own", intensity=(1.0, 2.0)).config.intensity == (1.0, 2.0)
 
 
 def test_folders_that_are_no_workdir(tmp_path):
@@ -235,12 +231,16 @@ def test_folders_that_are_no_workdir(tmp_path):
     (tmp_path / "distill" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="its folders distill"):
         scalr_jax.load(tmp_path)
-    (tmp_path / "distill" / "config.json").write_text(json.dumps({"data": 3}))
-    with pytest.raises(ValueError, match="is not the config of a run"):
+    with pytest.raises(InputError, match=mentions("distill/settings.json", "is missing", "--workdir")):
         scalr_jax.load(tmp_path / "distill")
-    (tmp_path / "distill" / "config.json").write_text(json.dumps({"task": "teacher", "data": {}, "model": {}}))
-    with pytest.raises(ValueError, match="a run of task 'teacher', which leaves no student"):
-        scalr_jax.load(tmp_path / "distill")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "waffleiron"}', b"\xff"])
+def test_a_damaged_settings_file_is_named(tmp_path, content):
+    path = write_workdir(tmp_path / "run", "distill", "distill", 6, dataset="semantic_kitti")
+    (path / "settings.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=mentions("run/settings.json", "copy the workdir again")):
+        scalr_jax.load(path)
 
 
 def test_data_workers_do_not_import_jax():

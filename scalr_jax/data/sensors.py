@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,7 +14,6 @@ from scalr_jax.data.readers.files import read_label_map
 from scalr_jax.data.readers.folder import Folder
 from scalr_jax.data.readers.pandaset import SENSORS as PANDASET
 from scalr_jax.data.scenes import IGNORE, Dataset, FieldOfView
-from scalr_jax.data.streets.layout import CLASSES as STREET_CLASSES
 from scalr_jax.data.streets.sensors import SENSORS as STREETS
 from scalr_jax.runtime.errors import InputError
 
@@ -83,19 +81,13 @@ def trained_sensors(dataset: str, chosen: Sequence[str]) -> list[str]:
     return found
 
 
-def known_intensities(data: Mapping[str, Any]) -> dict[str, tuple[float, float] | None]:
-    """Statistics by sensor, from `config.data` alone: None for one's own folder, which only the dataset says."""
-    given = tuple(data["intensity"])
-    known = {**INTENSITY, **STREETS_INTENSITY}
-    return {name: given or known.get(name) for name in trained_sensors(data["dataset"], data["sensors"])}
-
-
-def trained_intensities(data: DataSettings, dataset: Dataset) -> dict[str, tuple[float, float] | None]:
+def trained_intensities(data: DataSettings, dataset: Dataset) -> dict[str, tuple[float, float]]:
     """Statistics by sensor that a run on `dataset` normalises raw intensities by."""
     names = () if data.intensity else dataset_names(data)
     parts = dataset.datasets if isinstance(dataset, Joined) and len(names) > 1 else (dataset,)
     own = {name: part.intensity(0) for name, part in zip(names, parts, strict=False) if name == "folder"}
-    return known_intensities(dataclasses.asdict(data)) | own
+    known = {**INTENSITY, **STREETS_INTENSITY, **own}
+    return {name: data.intensity or known[name] for name in trained_sensors(data.dataset, data.sensors)}
 
 
 def label_map_of(data: DataSettings, dataset: Dataset) -> dict[str, str | None] | None:
@@ -126,9 +118,8 @@ def raw_labels(labels: np.ndarray, class_names: Sequence[str]) -> tuple[np.ndarr
     return labels.astype(np.uint32), None
 
 
-def known_classes(dataset: str, number: int, found: Sequence[str] = ()) -> tuple[str, ...]:
-    """A dataset's classes where it has so many, else those `found` elsewhere; () when neither are so many."""
-    name = "pandaset" if dataset in PANDASET else dataset
-    names = {"streets": STREET_CLASSES, **{known: read_label_map(known).class_names for known in LABEL_MAPS}}
-    fitting = (tuple(given) for given in (names.get(name, ()), found) if len(given) == number)
-    return next(fitting, ())
+def known_classes(sensor: str, number: int) -> tuple[str, ...]:
+    """The classes of a sensor's dataset, where they are so many; else ()."""
+    name = "pandaset" if sensor in PANDASET else sensor
+    names = read_label_map(name).class_names if name in LABEL_MAPS else ()
+    return tuple(names) if len(names) == number else ()

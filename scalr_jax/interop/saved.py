@@ -11,27 +11,24 @@ A run writes WORKDIR/settings.json when training starts. It holds what an export
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scalr_jax.config import DataSettings, StudentSettings, get_config
+from scalr_jax.config import DataSettings, StudentSettings
 from scalr_jax.data import sensors
 from scalr_jax.data.scenes import Dataset
 from scalr_jax.data.transforms import FEATURES
 from scalr_jax.interop.exported import is_export, read_export
-from scalr_jax.models.heads import segmentation_head
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.storage import write_json
+from scalr_jax.runtime.storage import read_json, write_json
 
 FILE = "settings.json"
-STUDENTS = ("distill", "probe", "finetune")  # tasks that leave one
+AGAIN = "copy the workdir again"
 PACKAGES = ("scalr_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -70,26 +67,19 @@ def read_saved(folder: Path) -> Saved:
         return Saved(*read_export(folder))
     if not (folder / "checkpoints").is_dir():
         raise InputError(_without_weights(folder))
-    settings = read_settings_of(folder)
-    if settings is not None:
-        return Saved(settings, load_variables(folder / "checkpoints"))
-    data, model = _read_config(folder)
-    variables = load_variables(folder / "checkpoints")
-    return Saved(_old_settings(folder, data, model, variables), variables)
+    return Saved(_read_settings(folder / FILE), load_variables(folder / "checkpoints"))
 
 
-def read_settings_of(workdir: Path) -> dict[str, Any] | None:
-    """settings.json of a workdir; None for a run from before there was one. Raises `InputError` when it is damaged."""
-    path = workdir / FILE
+def _read_settings(path: Path) -> dict[str, Any]:
+    """settings.json of a workdir. Raises `InputError` when it is missing or damaged."""
     if not path.is_file():
-        return None
-    try:
-        settings = json.loads(path.read_text())
-        missing = [key for key in ("name", "head", "out_features", "voxel_size", "intensities") if key not in settings]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); copy the workdir again") from None
-    if missing:
-        raise InputError(f"{path} lacks {', '.join(missing)}; copy the workdir again")
+        raise InputError(
+            f"{path} is missing: an older version trained this, or the file was not copied; run the training command "
+            "again with this --workdir, which writes it (a run that was finished trains no further)"
+        )
+    settings = read_json(path, AGAIN)
+    if missing := [key for key in ("name", "head", "out_features", "voxel_size", "intensities") if key not in settings]:
+        raise InputError(f"{path} lacks {', '.join(missing)}; {AGAIN}")
     return settings
 
 
@@ -108,42 +98,6 @@ def _without_weights(folder: Path) -> str:
     )
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`data` and `model` of a run's config.json, with defaults for younger keys. Raises `InputError` for others."""
-    path = folder / "config.json"
-    try:
-        written = json.loads(path.read_text())
-        data, model = ({**get_config()[part].to_dict(), **written[part]} for part in ("data", "model"))
-        task = written["task"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not the config of a run ({error!r}); copy the workdir again") from None
-    if task not in STUDENTS:
-        raise InputError(f"{folder} is a run of task {task!r}, which leaves no student")
-    return data, model
-
-
-def _old_settings(folder: Path, data: dict, model: dict, variables: Variables) -> dict[str, Any]:
-    """Settings of a workdir without settings.json, from its config.json, the weights' shapes and results.json."""
-    params = variables["params"]
-    head = segmentation_head(params)
-    out = params["head"] if head else params["head"]["out"]
-    number = out["bias"].shape[0]
-    evaluated = []  # the classes whose IoU results.json has, in order
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        evaluated = [str(name) for name in json.loads((folder / "results.json").read_text())["iou"]]
-    names = sensors.known_classes(data["dataset"], number, evaluated) if head else ()
-    return {
-        **model,
-        "head": head or "distill",
-        "head_hidden": 0 if head else model["head_hidden"],  # the distillation head's, which a probe has not
-        "out_features": number,
-        "num_features": len(FEATURES),
-        "voxel_size": data["voxel_size"],
-        "intensities": sensors.known_intensities(data),
-        "class_names": list(names),
-    }
-
-
 def choose_intensity(settings: Mapping[str, Any], path: Path, sensor: str | None) -> tuple[float, float]:
     """The intensity statistics to use: of `sensor`, or of the only one that the student was trained on.
 
@@ -155,9 +109,4 @@ def choose_intensity(settings: Mapping[str, Any], path: Path, sensor: str | None
     if len(trained) != 1:
         raise InputError(f"{path} was trained on several sensors ({', '.join(trained)}); give sensor=, one of them")
     (found,) = trained.values()
-    if found is None:
-        raise InputError(
-            f"{path} was trained on a folder of one's own scans before workdirs said its intensities; give "
-            "intensity=(mean, standard deviation), as in the folder's dataset.json or as the training printed it"
-        )
     return tuple(found)

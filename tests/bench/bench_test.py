@@ -15,7 +15,7 @@ from scalr_jax.bench import products, programs, published, scenes, timing
 from scalr_jax.bench.run import main
 from scalr_jax.interop.layout import published_batch
 from scalr_jax.models import flops, vit
-from scalr_jax.models.waffleiron import WaffleIron
+from scalr_jax.models.waffleiron import WaffleIron, WaffleIronBackbone
 from scalr_jax.runtime.chips import peak, utilisation
 from scalr_jax.train import optim, steps
 from tests.support.bench_batch import less_optimized, save_batch
@@ -202,7 +202,9 @@ def test_flops_of_layers_are_nearly_all_that_xla_counts(batch_file):
     """At 256 channels, norms, activations and spatial mixing are a few percent of a layer's operations."""
     loaded = scenes.load(batch_file)
     batch = jax.tree.map(jnp.asarray, loaded.batch)
-    model, rows = WaffleIron(small_student(channels=256).backbone), batch.scene.size
+    backbone, rows = small_student(channels=256).backbone, batch.scene.size
+    assert isinstance(backbone, WaffleIronBackbone)
+    model = WaffleIron(backbone)
     x = jnp.zeros((rows, 256))
 
     def apply(variables, x, batch):

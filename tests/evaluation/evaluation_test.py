@@ -15,6 +15,7 @@ from scalr_jax.data.pipeline import BuildScene
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
 from scalr_jax.data.scenes import IGNORE, Frame, SceneNeeds
+from scalr_jax.data.streets.layout import CLASSES
 from scalr_jax.data.transforms import make_scene, to_ego
 from scalr_jax.evaluation import report
 from scalr_jax.evaluation.segmentation import Evaluator, ScanClasses
@@ -34,7 +35,9 @@ RINGS = (8.0, 16.0)
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory):
     """The workdir of a probe of 8 channels on streets, with random weights."""
-    return write_workdir(tmp_path_factory.mktemp("probed") / "run", "probe", "segment", 12, dataset="streets")
+    return write_workdir(
+        tmp_path_factory.mktemp("probed") / "run", "probe", "segment", 12, dataset="streets", class_names=CLASSES
+    )
 
 
 def evaluation_config(street_cache, probed="", /, **changes):

@@ -15,6 +15,7 @@ from scalr_jax.config import CORRUPTIONS, SEVERITIES, get_config, read_settings,
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.released import open_released
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
+from scalr_jax.data.streets.layout import CLASSES
 from scalr_jax.data.streets.streets import Streets
 from scalr_jax.evaluation import robustness
 from scalr_jax.evaluation.segmentation import Evaluator
@@ -208,7 +209,7 @@ def test_an_unknown_corruption_is_refused_before_anything_is_evaluated(finished,
 
 def test_the_task_writes_its_files_and_goes_on(street_cache, tmp_path, capsys):
     """A whole run of a random student on eight devices, and the same on one: the same parts, byte for byte."""
-    probed = write_workdir(tmp_path / "probed", "probe", "segment", 12, dataset="streets")
+    probed = write_workdir(tmp_path / "probed", "probe", "segment", 12, dataset="streets", class_names=CLASSES)
     config = config_of("smoke")
     config.task, config.checkpoint = "robustness", str(probed)
     config.data.update(root=str(street_cache), split="train", num_scenes=3, points_per_shard=1_024, num_workers=0)

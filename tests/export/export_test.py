@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scalr_jax
+from scalr_jax.data.streets.layout import CLASSES
 from scalr_jax.export import run as export
 from scalr_jax.export.fold import fold
 from scalr_jax.export.inputs import LEVELS, make_inputs, pad_inputs, sum_tree
@@ -242,11 +243,12 @@ def test_the_tree_of_sums_adds_up_every_cell(counts, seed):
 def workdir(tmp_path_factory):
     """A run's folder with results, whose field of view and start are no defaults."""
     path = tmp_path_factory.mktemp("export") / "run"
-    write_workdir(path, "probe", "segment", 12, dataset="streets", sensors=("solid",))
-    config = json.loads((path / "config.json").read_text())
-    config["checkpoint"] = "/some/where/pretrain"
-    config["model"] |= {key: SETTINGS[key] for key in ("field_of_view", "grids")}
-    (path / "config.json").write_text(json.dumps(config))
+    write_workdir(path, "probe", "segment", 12, dataset="streets", sensors=("solid",), class_names=CLASSES)
+    view = {key: SETTINGS[key] for key in ("field_of_view", "grids")}
+    config, settings = (json.loads((path / name).read_text()) for name in ("config.json", "settings.json"))
+    config["model"] |= view
+    (path / "config.json").write_text(json.dumps({**config, "checkpoint": "/some/where/pretrain"}))
+    (path / "settings.json").write_text(json.dumps({**settings, **view}))
     (path / "results.json").write_text(json.dumps({"miou": 0.4321}))
     return path
 

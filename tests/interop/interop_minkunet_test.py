@@ -255,11 +255,11 @@ def test_kernel_elements_are_those_of_the_same_offset(layout):
 
     near, down, up = (rng.normal(size=(elements, 3, 3)).astype(np.float32) for elements in (27, 8, 8))
     found = sparse_conv.submanifold(jnp.asarray(x), level, jnp.asarray(near[element_order(layout, 27)]))
-    np.testing.assert_allclose(found, rows(convolve(layout, near, scene)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(found), rows(convolve(layout, near, scene)), rtol=1e-5, atol=1e-5)
     coarse = convolve(layout, down, scene, 2)
     found = sparse_conv.convolve(jnp.asarray(x), level.down, jnp.asarray(down[element_order(layout, 8)]))
     assert following.number == len(coarse)
-    np.testing.assert_allclose(found, rows(coarse), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(found), rows(coarse), rtol=1e-5, atol=1e-5)
     x, kernel = jnp.asarray(rows(coarse), jnp.float32), jnp.asarray(up[element_order(layout, 8)])
     back = sparse_conv.convolve(x, sparse_conv.exchange(level.down), kernel)
     np.testing.assert_allclose(back, rows(transpose(layout, up, coarse, scene)), rtol=1e-5, atol=1e-5)

@@ -6,12 +6,15 @@ from scalr_jax.data.scenes import Dataset, Frame
 
 
 class Frames(Dataset):
-    """Frame n has one point, at (n, n, n). A test says how many there are, and what else it asks for."""
+    """Frame n has one point, at (n, n, n). One, unless a test says how many there are."""
 
     class_names = ("thing",)
 
     def name(self, index):
         return f"frames/{index}"
+
+    def __len__(self):
+        return 1
 
     def frame(self, index, rng=None, *, camera=None):
         return Frame(self.name(index), np.full((1, 4), index), np.eye(4))

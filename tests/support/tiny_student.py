@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scalr_jax.config import get_config
+from scalr_jax.config import get_config, read_settings
 from scalr_jax.interop.model import empty_batch, student_of
+from scalr_jax.interop.saved import write_settings
 from scalr_jax.runtime.checkpoint import Checkpoints
+from tests.support.datasets import Frames
 
 
 def tiny_model(head, out_features, **changes):
@@ -22,17 +24,18 @@ def tiny_model(head, out_features, **changes):
     return model, jax.tree.map(lambda x: rng.uniform(0.1, 0.9, x.shape).astype(np.float32), shapes)
 
 
-def write_workdir(path, task, head, out_features, **data):
-    """A run's folder, as training leaves it."""
+def write_workdir(path, task, head, out_features, *, class_names=(), **data):
+    """A run's folder, as training leaves it. `class_names`: of its dataset; "class 0" and so on when it had none."""
     config = get_config()
     config.task, config.teacher.checkpoint = task, "demo"
     config.data.update(data)
     model, variables = tiny_model(head, out_features)
     config.model.update({key: model[key] for key in config.model if key in ("channels", "depth")})
-    if head != "distill":
-        config.model.head_hidden = 256  # of the distillation it began with: the demo's probes say so
     path.mkdir()
     (path / "config.json").write_text(config.to_json_best_effort())
+    settings, dataset = read_settings(config), Frames()
+    dataset.class_names = tuple(class_names)
+    write_settings(path, settings.model, settings.data, student_of(model), dataset)
     checkpoints = Checkpoints(path / "checkpoints", every=1, keep=1)
     checkpoints.save(1, jax.tree.map(jnp.asarray, variables), jnp.zeros(1), force=True)
     checkpoints.wait()

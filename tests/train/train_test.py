@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import scalr_jax
 from scalr_jax import tasks
 from scalr_jax.config import read_settings
 from scalr_jax.runtime import sharding
@@ -83,13 +84,17 @@ def test_resuming_is_bit_identical(whole_run, tmp_path, street_cache):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_finished_run_does_nothing_again(whole_run, street_cache):
+def test_a_finished_run_trains_no_further_and_gets_its_settings(whole_run, street_cache):
+    """As the workdir of an older version, which had no settings.json."""
     workdir, state = whole_run
+    (workdir / "settings.json").unlink(missing_ok=True)
+    with pytest.raises(InputError, match=mentions("settings.json", "--workdir")):
+        scalr_jax.load(workdir)
     before = losses(workdir)
-    again = distill(small_config(street_cache), workdir)
+    again = tasks.distill(read_settings(small_config(street_cache)), workdir)
     assert losses(workdir) == before
-    for a, b in zip(jax.tree.leaves(jax.device_get(again)), jax.tree.leaves(state), strict=True):
-        np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), state)
+    assert scalr_jax.load(workdir).config.channels == 16
 
 
 def test_a_workdir_of_another_config_is_refused(whole_run, street_cache):

@@ -216,7 +216,7 @@ def sentence_of(capsys, *arguments):
 def test_a_frame_of_the_run_itself(street_cache, tmp_path, capsys):
     """A workdir says which streets it was trained on; one of validation is drawn, image and labels included."""
     data = {"dataset": "streets", "root": str(street_cache), "image_size": (112, 224)}
-    path = write_workdir(tmp_path / "run", "probe", "segment", len(CLASSES), **data)
+    path = write_workdir(tmp_path / "run", "probe", "segment", len(CLASSES), class_names=CLASSES, **data)
     flags = ("--cache=none", f"--output={tmp_path}/out", "--index=1", "--num_queries=1", "--max_points=500")
     visualize.main(["visualize", f"--model={path}", *flags])
     text = capsys.readouterr().out.splitlines()[-1]
