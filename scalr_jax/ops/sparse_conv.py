@@ -120,7 +120,7 @@ def _unique(
     new = jnp.concatenate([jnp.ones(1, bool), (key[1:] != key[:-1]) | (z[1:] != z[:-1])]) & valid[order]
     rank = jnp.where(valid[order], jnp.minimum(jnp.cumsum(new) - 1, size), size).astype(jnp.int32)
     row = jnp.zeros_like(order).at[order].set(rank, unique_indices=True)
-    first = order[jnp.nonzero(new, size=size, fill_value=0)[0]]
+    first = jnp.zeros(size, jnp.int32).at[jnp.where(new, rank, size)].set(order, mode="drop")
     used = jnp.arange(size) < new.sum()
     table = jnp.where(used, scene[first], num_scenes), jnp.where(used[:, None], ijk[first], 0)
     return table, row, order
@@ -137,8 +137,7 @@ def _find_neighbors(scene: Array, ijk: Array, num_scenes: int, extent: Extent) -
     key = jnp.where(scene < num_scenes, _column(scene, ijk, extent), big)
     new = jnp.concatenate([jnp.ones(1, bool), key[1:] != key[:-1]])
     number = (jnp.cumsum(new) - 1).astype(jnp.int32)  # of the column
-    columns = key[jnp.nonzero(new, size=size, fill_value=size - 1)[0]]
-    columns = jnp.where(jnp.arange(size) < new.sum(), columns, big)
+    columns = jnp.full(size, big).at[jnp.where(new, number, size)].set(key, mode="drop")
     fine = jnp.where(scene < num_scenes, number * height + ijk[:, 2] + 1, big)
     steps = jnp.array([i * (extent[1] + 2) + j for i in (-1, 0, 1) for j in (-1, 0, 1)])
     near = jnp.where(scene[:, None] < num_scenes, key[:, None] + steps, big - 1)  # [V, 9]
@@ -146,22 +145,21 @@ def _find_neighbors(scene: Array, ijk: Array, num_scenes: int, extent: Extent) -
     occupied = columns[found] == near
     lowest = jnp.where(occupied, found * height + ijk[:, 2:], big - 1)  # z - 1, and one for the key
     at = jnp.searchsorted(fine, lowest.reshape(-1)).reshape(lowest.shape)
-    result = jnp.full((size, 9, 3), size, jnp.int32)
-    for k in range(3):
-        for later in range(3):
-            candidate = jnp.minimum(at + later, size - 1)
-            matches = occupied & (fine[candidate] == lowest + k) & (at + later < size)
-            result = result.at[:, :, k].set(jnp.where(matches, candidate, result[:, :, k]))
-    return result.reshape(size, 27).astype(jnp.int32)
+    result = [jnp.full((size, 9), size)] * 3
+    for later in range(3):
+        candidate = jnp.minimum(at + later, size - 1)
+        voxel = jnp.where(occupied & (at + later < size), fine[candidate], -1)
+        result = [jnp.where(voxel == lowest + k, candidate, found) for k, found in enumerate(result)]
+    return jnp.stack(result, axis=-1).reshape(size, 27).astype(jnp.int32)
 
 
 def _slots(valid: Array, num_slots: int, block: int) -> tuple[Array, Array, Array]:
     """Slots of pairs. valid [V, T] -> slot [V, T] (the last: none), element [Q / block], pairs without room []."""
     blocks = (valid.sum(axis=0) + block - 1) >> block.bit_length() - 1  # blocks are powers of two
-    ends = jnp.cumsum(blocks) * block
+    ends = jnp.tril(jnp.broadcast_to(blocks, 2 * blocks.shape)).sum(axis=1) * block  # few, and in one kernel
     slot = jnp.where(valid, ends - blocks * block + jnp.cumsum(valid, axis=0) - 1, num_slots - 1)
     without_room = (valid & (slot >= num_slots - 1)).sum(dtype=jnp.int32)
-    element = jnp.searchsorted(ends, jnp.arange(num_slots // block) * block, side="right")
+    element = (ends <= jnp.arange(0, num_slots, block)[:, None]).sum(axis=1)
     element = jnp.minimum(element, valid.shape[1] - 1).astype(jnp.int32)
     return jnp.minimum(slot, num_slots - 1).astype(jnp.int32), element, without_room
 

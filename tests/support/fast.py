@@ -4,5 +4,5 @@ import functools
 
 import jax
 
-FAST: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+FAST: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
 fast_jit = functools.partial(jax.jit, compiler_options=FAST)
