@@ -20,6 +20,8 @@ from tests.support.checks import mentions
 from tests.support.datasets import Frames
 from tests.support.tiny_student import tiny_model, write_workdir
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 EXPLICIT = {
     "intensity": (10.0, 5.0),
     "field_of_view": ((-16.0, -16.0, -4.0), (16.0, 16.0, 4.0)),
@@ -54,6 +56,7 @@ def probed(tmp_path_factory):
     return scalr_jax.load(path, activation="relu", **EXPLICIT)
 
 
+@pytest.mark.slow
 def test_every_point_gets_a_row(distilled, probed):
     points = random_points(500)
     assert distilled.embed(points).shape == (len(points), 8)

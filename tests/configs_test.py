@@ -64,6 +64,7 @@ def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), list(variants()))
 def test_every_config_builds_its_state(name, method):
     config = config_of(name, *method)
@@ -91,6 +92,7 @@ def test_every_config_takes_a_minkunet(name, method):
     assert room.pairs[0] >= (scenes * recipes.SCENE_PAIRS[0] if scenes else recipes.PACK_PAIRS[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["distill", "segment"])
 def test_a_minkunet34_has_the_published_size(head):
     config = config_of("probe/nuscenes", "scalr")

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.support.fast import fast_jit
 from tests.support.paths import GOLDEN
 
 
@@ -44,6 +45,15 @@ def _compilation_cache(shared_folder):
     """A program that several tests run is compiled once a session."""
     jax.config.update("jax_compilation_cache_dir", str(shared_folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="module")
+def fast_programs():
+    """Every program that the package compiles in this file is compiled with `FAST`: for files that test what comes out,
+    and neither speed nor what XLA makes of a program."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", fast_jit)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -60,6 +60,7 @@ def test_mistakes_exit_with_2_and_one_sentence(arguments, words, tmp_path):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -88,6 +89,7 @@ def test_a_wrong_config_is_one_sentence(changes, words, tmp_path, street_cache):
         run(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_bad_labels_and_weights_exit_with_2_and_one_sentence(tmp_path):
     """A probe on a checkpoint of another width; scans without a labelled point; labels outside the map."""
     write_workdir(tmp_path / "run", "probe", "segment", 19, dataset="semantic_kitti")

@@ -34,6 +34,7 @@ def _careless():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.mark.slow
 def test_every_stage_is_measured(root, capsys):
     bench.main([*SMALL, f"--root={root}"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -184,6 +184,7 @@ def test_flops_of_a_step_are_those_that_are_traced(batch_file):
     assert counted <= traced <= 1.01 * counted
 
 
+@pytest.mark.slow
 def test_products_of_a_step_are_all_there():
     """As traced, and as XLA counts them, which counts a loop once."""
     num_points = 256

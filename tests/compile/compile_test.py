@@ -36,6 +36,7 @@ from tests.support.small_student import small_student
 CONFIG_FILES = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how ml_collections loads them
 
 
+@pytest.mark.slow
 def test_shapes_are_those_of_a_run(tmp_path):
     """The batch made of nothing is the one that a run's pipeline makes, leaf by leaf."""
     config = config_of("smoke")
@@ -200,6 +201,7 @@ def split_steps():
     return {fsdp: run(fsdp) for fsdp in (1, 4)}
 
 
+@pytest.mark.slow
 def test_parameters_split_over_fsdp_make_the_same_step(split_steps):
     (_, params, loss), (_, split_params, split_loss) = split_steps[1], split_steps[4]
     assert split_loss == pytest.approx(loss, rel=1e-5)

@@ -79,6 +79,7 @@ def test_processes_see_the_streams_of_their_shards():
         assert [[step[i] for i in shards] for step in together] == apart
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_the_order():
     plain = run(dataset=Clouds(bad=(3,)))
     assert run(dataset=Clouds(bad=(3,)), num_workers=2) == plain
@@ -99,6 +100,7 @@ class Files(Clouds):
         return super().frame(index, rng)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_each_of_n_processes_reads_an_nth_of_the_bytes(number, tmp_path):
     """Four shards, two workers a process, one epoch: by count, and together every file once."""
@@ -140,6 +142,7 @@ def test_augmentation_differs_between_epochs():
     assert all(a.shape != b.shape or not np.array_equal(a, b) for a, b in frames.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 5, 9])
 def test_resume_is_exact(stop):
     """In the middle of an epoch, with a carried-over scene and bad frames, whatever the number of workers."""
@@ -182,6 +185,7 @@ def test_a_weighted_mixture_draws_in_proportion_and_each_frame_as_often_as_the_o
     assert all(len(f) < 2 or f[0].shape != f[1].shape or (f[0] != f[1]).any() for f in first.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, (2, 1, 1)])
 def test_a_mixture_is_the_same_for_any_processes_workers_and_resumption(weights):
     dataset = mixture(weights=weights)

@@ -16,6 +16,8 @@ from scalr_jax.models import vit
 from tests.support.paths import ROOT
 from tests.support.runs import config_of
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 IMAGE_SIZE = (112, 224)
 SMALL = {"patch_size": 8, "width": 32, "depth": 1, "num_heads": 2, "hidden": 64, "position_grid": (14, 28)}
 
@@ -25,6 +27,7 @@ def views(tmp_path_factory):
     return render_views(tmp_path_factory.mktemp("views"), 2, IMAGE_SIZE, 256, 0)
 
 
+@pytest.mark.slow
 def test_the_asset_is_small_and_its_features_are_spread():
     asset = ROOT / "scalr_jax/assets" / ASSET
     assert asset.stat().st_size <= 6e6
@@ -59,6 +62,7 @@ def test_a_teacher_of_ones_own_is_what_a_distillation_is_given(tmp_path):
     assert make_teacher(settings.teacher, settings.data.image_size, "cpu")[0] == vit_config
 
 
+@pytest.mark.slow
 def test_views_hold_no_sky_and_no_label(views):
     assert not any("label" in field for field in views._fields)
     assert (views.depth > 0).all()
@@ -66,6 +70,7 @@ def test_views_hold_no_sky_and_no_label(views):
     np.testing.assert_allclose(np.linalg.norm(views.normal, axis=-1), 1, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_mirroring_keeps_pixels_on_their_colour(views):
     batch = demo_teacher.make_batch(views, 6, np.random.default_rng(0))
     picked = batch.images[np.arange(6)[:, None], batch.pixels[..., 0], batch.pixels[..., 1]]
@@ -73,6 +78,7 @@ def test_mirroring_keeps_pixels_on_their_colour(views):
     assert correlation > 0.5
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_reaches_every_parameter(views):
     config = config_of("demo_teacher")
     weights = config.teacher_training.weights.to_dict()

@@ -29,6 +29,8 @@ from tests.support.raw_datasets import write_nuscenes, write_semantic_kitti
 from tests.support.runs import config_of, evaluator_of, open_split, scene_settings
 from tests.support.tiny_student import write_workdir
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 RINGS = (8.0, 16.0)
 
 
@@ -81,6 +83,7 @@ class Labelled(Frames):
 # ---- exactness
 
 
+@pytest.mark.slow
 def test_any_devices_packing_and_votes_give_the_same_confusion_matrix(street_cache, probed, tmp_path):
     """One scan or several a pack; eight devices, three of them without a scan, or one; no point is lost or doubled."""
     config = evaluation_config(street_cache, probed)

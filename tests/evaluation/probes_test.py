@@ -24,6 +24,8 @@ from tests.support.datasets import Frames
 from tests.support.runs import config_of, open_split
 from tests.support.tiny_student import write_workdir
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 TEACHER_WIDTH = 128  # the packaged one's
 
 
@@ -83,6 +85,7 @@ def test_a_probe_on_cached_features_equals_one_on_the_same_scenes(tmp_path, stre
     assert losses(tmp_path / "cached")[-1] < losses(tmp_path / "cached")[0]
 
 
+@pytest.mark.slow
 def test_a_cache_resumes_and_is_refused_for_another_student(tmp_path, street_cache, backbone, capsys):
     config = probe_config(street_cache, backbone)
     variables = load_variables(backbone / "checkpoints")
@@ -232,6 +235,7 @@ def test_prototype_images_are_found_by_the_classes_names(tmp_path):
         zero_shot.find_images(tmp_path / "none", names)
 
 
+@pytest.mark.slow
 def test_zero_shot_from_image_regions_and_from_a_folder(tmp_path, street_cache, backbone, capsys):
     from PIL import Image
 
@@ -273,7 +277,7 @@ def test_zero_shot_without_a_labelled_point_in_any_image(tmp_path, street_cache,
 def test_a_folder_without_settings_is_refused(tmp_path, street_cache, backbone):
     """Weights alone do not say which student they are of."""
     shutil.copytree(backbone / "checkpoints", tmp_path / "copy" / "checkpoints")
-    with pytest.raises(InputError, match=r"config\.json"):
+    with pytest.raises(InputError, match=mentions("copy/settings.json", "--workdir")):
         tasks.load_backbone(read_settings(probe_config(street_cache, tmp_path / "copy")))
 
 

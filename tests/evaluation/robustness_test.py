@@ -27,6 +27,8 @@ from tests.support.raw_datasets import write_nuscenes, write_semantic_kitti
 from tests.support.runs import config_of
 from tests.support.tiny_student import write_workdir
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 # Rows of the public benchmark table on nuScenes-C: clear mIoU, mIoU by corruption (means over severities), mCE, mRR.
 WAFFLEIRON = (76.07, (56.07, 73.93, 49.59, 59.46, 65.19, 33.12, 61.51, 44.01), 106.73, 72.78)
 MINKUNET_34 = (74.66, (62.96, 70.65, 55.48, 51.71, 62.01, 31.56, 59.64, 39.41), 112.20, 72.57)
@@ -207,6 +209,7 @@ def test_an_unknown_corruption_is_refused_before_anything_is_evaluated(finished,
     assert evaluator.calls == 0
 
 
+@pytest.mark.slow
 def test_the_task_writes_its_files_and_goes_on(street_cache, tmp_path, capsys):
     """A whole run of a random student on eight devices, and the same on one: the same parts, byte for byte."""
     probed = write_workdir(tmp_path / "probed", "probe", "segment", 12, dataset="streets", class_names=CLASSES)

@@ -22,6 +22,8 @@ from scalr_jax.runtime.errors import InputError
 from tests.support.checks import mentions
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 VIEW = ((-16.0, -16.0, -4.0), (16.0, 16.0, 4.0))
 
 
@@ -112,6 +114,7 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, atol=export.LARGEST_DIFFERENCE * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_a_program_has_the_students_outputs_and_a_card_whose_code_runs(tmp_path):
     """On a scan of another size than the one that it is checked on."""
     model = make_model()
@@ -130,6 +133,7 @@ def test_a_program_has_the_students_outputs_and_a_card_whose_code_runs(tmp_path)
     assert "(4096, 9)" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_program_that_reads_by_distance(tmp_path):
     """Also of a scan of one point."""
     model = make_model("segment", reading="trilinear", stem_convolutions=2)
@@ -140,6 +144,7 @@ def test_a_program_that_reads_by_distance(tmp_path):
     np.testing.assert_array_equal(found["logits"].argmax(-1), model.segment(points))
 
 
+@pytest.mark.slow
 def test_an_orbax_export_is_loaded_again(tmp_path):
     model = make_model("segment")
     export.export_model(model, "orbax", tmp_path / "weights")
@@ -154,6 +159,7 @@ def test_an_orbax_export_is_loaded_again(tmp_path):
         scalr_jax.load(tmp_path / "weights")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "folded"), [("onnx", False), ("torch", False), ("safetensors", False), ("orbax", True)]
 )

@@ -27,6 +27,8 @@ from scalr_jax.runtime.errors import InputError
 from tests.support.checks import assert_one_sentence, mentions, present
 from tests.support.tiny_student import tiny_model, write_workdir
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 SETTINGS = {
     "intensity": (10.0, 5.0),
     "field_of_view": ((-16.0, -16.0, -4.0), (16.0, 16.0, 4.0)),
@@ -123,6 +125,7 @@ def served(folder, points):
     return outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "name", "folded"), ROUND_TRIPS)
 def test_what_is_loaded_gives_the_same_outputs(models, tmp_path, form, name, folded):
     """On other scans than the one by which the export checked itself, and of two sizes."""
@@ -286,6 +289,7 @@ def code_of(readme):
     return present(re.search(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)).group(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "banned"), [("stablehlo", ("scalr_jax", "flax", "onnx")), ("onnx", ("scalr_jax", "jax"))]
 )
@@ -384,6 +388,7 @@ def test_overwrite_replaces_an_export_and_an_interrupted_one(models, tmp_path):
     assert sorted(path.name for path in output.iterdir()) == ["README.md", "checkpoint", "config.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "orbax"])
 def test_a_full_disk_leaves_nothing(workdir, tmp_path, form):
     """No file may be larger than 20 KiB."""

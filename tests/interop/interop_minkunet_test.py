@@ -24,6 +24,8 @@ from scalr_jax.runtime.errors import InputError
 from tests.support.checks import mentions
 from tests.support.fast import FAST
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 VIEW, SIZE = ((0.0, 0.0, 0.0), (12.0, 10.0, 6.0)), 0.5
 STEM, WIDTHS, BLOCKS, FEATURES, CLASSES = 4, (4, 6, 8, 8, 8, 6, 6, 5), (1, 2, 1, 1, 1, 1, 1, 1), 3, 7
 LAYOUTS = ("minkowski", "torchsparse")
@@ -265,6 +267,7 @@ def test_kernel_elements_are_those_of_the_same_offset(layout):
     np.testing.assert_allclose(back, rows(transpose(layout, up, coarse, scene)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_file_gives_the_published_network(layout, tmp_path):
     """Names and shapes are those of our own parameters, and the outputs those of the interpreter."""

@@ -17,6 +17,8 @@ from scalr_jax.runtime.errors import InputError
 from tests.support.checks import mentions
 from tests.support.paths import GOLDEN
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 LAYOUT = ("feat", "cell_ind", "occupied_cells", "neighbors_emb", "grids")
 ACTIVATION = {"probe_scalr": "relu", "probe_scalr_plus": "gelu"}
 FILES = ("student_scalr", "student_scalr_plus", "student_batchnorm", *ACTIVATION)
@@ -41,6 +43,7 @@ def scale_error(ours, theirs):
     return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("highest_precision")
 @pytest.mark.parametrize("name", ACTIVATION)
 def test_published_logits(golden, name):

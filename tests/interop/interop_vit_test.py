@@ -141,6 +141,7 @@ CASES = {  # kind: (heads, how Meta, timm, transformers interpolate)
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CASES)
 def test_every_kind_from_every_project(kind, tmp_path):
     """Three files of one model: the same parameters, and the features of a ViT in plain NumPy."""

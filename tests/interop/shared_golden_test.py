@@ -16,6 +16,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("highest_precision")
 @pytest.mark.parametrize("name", ["teacher_vit", "teacher_vit_swiglu"])
 def test_teachers(name):

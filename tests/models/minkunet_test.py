@@ -12,6 +12,8 @@ from scalr_jax.models import minkunet
 from scalr_jax.ops.voxels import count_levels, extent_of, sizes_for
 from tests.support.fast import FAST
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 VIEW = ((-3.2, -3.2, -1.6), (3.2, 3.2, 1.6))
 SMALL = minkunet.MinkUNet((1, 0, 0, 0, 1, 0, 0, 0), (4, 6, 8, 10, 8, 6, 6, 6), 4)
 SIZE, POINTS = 0.1, 200
@@ -74,6 +76,7 @@ def variables():
     return jax.tree.map(lambda x: x + rng.uniform(0.0, 0.2, x.shape).astype(np.float32), made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "millions"), [("minkunet18", 21.7), ("minkunet34", 37.9)])
 def test_as_many_parameters_as_published(name, millions):
     """Published are models of three colours with a stem of 5x5x5 and a last layer to 20 classes."""
@@ -86,6 +89,7 @@ def test_as_many_parameters_as_published(name, millions):
     assert round(total / 1e6, 1) == millions
 
 
+@pytest.mark.slow
 def test_packed_equals_apart(variables):
     members = [scene(seed, POINTS - 30 * seed) for seed in range(4)]
     feats, index = pack([members[:2], members[2:]], 2, 2 * POINTS + 17)
@@ -100,6 +104,7 @@ def test_packed_equals_apart(variables):
         )
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing_and_gradients_are_finite(variables):
     members = [scene(0), scene(1)]
 

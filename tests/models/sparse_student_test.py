@@ -30,6 +30,8 @@ from tests.support.fast import FAST
 from tests.support.random_scenes import FIELD_OF_VIEW
 from tests.support.runs import distill, losses, open_split, scene_settings, small_config
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 NARROW = {"model.name": "minkunet14", "model.minkunet.width": 0.1}
 
 
@@ -183,6 +185,7 @@ def test_finetuned_with_layer_decay(run, street_cache, tmp_path):
     jax.tree_util.tree_map_with_path(check, before, after)
 
 
+@pytest.mark.slow
 def test_another_student_is_refused(run, street_cache):
     workdir, _ = run
     changes = {**NARROW, "model.minkunet.width": 0.2, "task": "probe", "checkpoint": str(workdir)}
@@ -192,6 +195,7 @@ def test_another_student_is_refused(run, street_cache):
         tasks.load_backbone(read_settings(small_config(street_cache, task="probe", checkpoint=str(workdir))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -217,6 +221,7 @@ def test_voxels_too_many_for_their_keys_are_one_sentence(street_cache):
         scene_settings(config, task="distill", train=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reading", "enough"), [("nearest", False), ("trilinear", True)])
 def test_without_room_for_a_voxel_nothing_passes_as_a_result(scenes, street_cache, reading, enough):
     (scene, *_), _ = scenes
@@ -233,6 +238,7 @@ def test_without_room_for_a_voxel_nothing_passes_as_a_result(scenes, street_cach
     assert np.isfinite(out).all() == enough
 
 
+@pytest.mark.slow
 def test_only_sums_cross_a_device(street_cache):
     """Of gradients and batch norms, in the compiled gradient of eight shards on eight devices; no table, no rows."""
     config = small_config(street_cache, **NARROW)

@@ -14,6 +14,8 @@ from tests.support.fast import fast_jit
 from tests.support.random_scenes import GRIDS, pack, random_scene, stack
 from tests.support.small_student import init, small_student
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 KINDS = ("scalr", "batchnorm", "scalr_plus")
 
 
@@ -54,6 +56,7 @@ def test_published_outputs_of_padded_scenes(golden, kind):
     assert scale_error(out * valid, arrays["out_eval"] * valid) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("highest_precision")
 @pytest.mark.parametrize("implementation", ["cells", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,6 +91,7 @@ def test_published_training_step(golden, kind, implementation):
     assert np.abs(ours["embed.conv2.0.bias"]).max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["cells", "dense"])
 def test_padding_changes_nothing(implementation):
     """Output, gradients and running statistics in training, with and without padded rows; none is NaN."""
@@ -117,6 +121,7 @@ def test_padding_changes_nothing(implementation):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["cells", "dense"])
 def test_packed_equals_apart(implementation):
     scenes = [random_scene(seed, 20 + 7 * seed) for seed in range(3)]
@@ -151,6 +156,7 @@ def test_any_depth_has_its_layers(depth):
     assert size(depth) == depth * size(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["layer", "group"])
 def test_remat_changes_nothing(remat):
     batch = pack([random_scene(0)])

@@ -40,6 +40,7 @@ def make_params(config, seed=0):
     return jax.tree.map(lambda leaf: rng.normal(leaf.ndim < 3, 0.15, leaf.shape).astype(np.float32), shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_tokens(config):
     params = make_params(config)
@@ -148,6 +149,7 @@ def test_bfloat16_follows_the_parameters_and_keeps_the_stream_in_float32():
     np.testing.assert_allclose(full, features(SMALL, rounded, IMAGES), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "rotary"])
 def test_every_parameter_learns(name):
     config = VARIANTS[name]

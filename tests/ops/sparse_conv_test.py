@@ -14,6 +14,8 @@ from scalr_jax.ops import cells, sparse_conv
 from scalr_jax.ops.voxels import Sizes, count_levels, sizes_for
 from tests.support.fast import FAST
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 EXTENT, NUM_SCENES, NUM_POINTS, LEVELS = (8, 6, 4), 2, 160, 3
 SIZES = (Sizes(160, 28 * 256, 256), Sizes(64, 28 * 128, 128), Sizes(16, 28 * 128, 128))
 fast_jit = functools.partial(jax.jit, compiler_options=FAST)
@@ -155,6 +157,7 @@ def compare(kind, depth, level, index, x, kernel):
         np.testing.assert_allclose(mine, theirs, atol=tolerance * max(1.0, np.abs(theirs).max(initial=0.0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_equal_to_dense_convolutions(name):
     check(*CASES[name])
@@ -166,6 +169,7 @@ def test_equal_to_dense_convolutions_at_random(number, seed):
     check(*case(number, seed), seed=seed)
 
 
+@pytest.mark.slow
 def test_counts_say_what_is_needed_and_without_room_it_is_said():
     coordinates, scene = CASES["many"]
     inside = np.clip(coordinates, 0, np.array(EXTENT) - 1)

@@ -67,6 +67,7 @@ def check_agreement(positions, seed):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1.0, float(jnp.abs(b).max())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_windows_equal_dense_on_adversarial_occupancy(name):
     check_agreement(ADVERSARIAL[name], 1)
@@ -154,6 +155,7 @@ def test_the_tiles_of_a_large_table_fit_their_list():
     assert 3 * -(-100_000 // own) * -(-5_000 // window) <= rows.MAX_TILES
 
 
+@pytest.mark.slow
 def test_bfloat16_convolutions_round_as_the_plain_form():
     """Within two bfloat16 roundings (2^-8 each) of the sum of the terms: of a row of three products, and of the result.
 
@@ -175,6 +177,7 @@ def test_bfloat16_convolutions_round_as_the_plain_form():
         assert np.all(np.abs(ours - plain) <= terms * 2.0**-7)
 
 
+@pytest.mark.slow
 def test_a_student_on_a_mesh_equals_the_plain_form():
     """Two shards on two devices, through shard_map, against `cells` on one: outputs and gradients in training."""
     scenes = [random_scene(0), random_scene(1)]

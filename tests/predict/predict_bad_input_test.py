@@ -82,6 +82,7 @@ def test_two_scans_of_one_name(models, tmp_path):
         scan_inputs.list_scans(tmp_path / "scans")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_half_written(models, tmp_path):
     scan = write_bin(tmp_path / "scan.bin", make_points(20_000))
     done = command(

@@ -233,6 +233,7 @@ def test_settings_of_an_output_folder_are_json(models, folder, tmp_path):
     assert found["grids"] == [[16, 16], [16, 8], [16, 8]]
 
 
+@pytest.mark.slow
 def test_a_second_process_does_not_compile(models, tmp_path):
     """What the first process compiled is found by the second, which adds nothing."""
     scan = write_bin(tmp_path / "scan.bin", make_points())

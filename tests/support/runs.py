@@ -59,9 +59,10 @@ def evaluator_of(config, classifier, variables, num_classes, **more):
 def distill(config, workdir):
     """A distillation of the training split, without the results that the task writes."""
     settings = read_settings(config)
-    dataset = open_split(config, "train", cache=workdir)
+    dataset, task = open_split(config, "train", cache=workdir), tasks.distillation(settings)
     with tasks.claimed(settings, workdir):
-        return train(settings.training, workdir, dataset, tasks.distillation(settings))
+        tasks.save_settings(settings, workdir, task.student, dataset)
+        return train(settings.training, workdir, dataset, task)
 
 
 def lines(workdir):

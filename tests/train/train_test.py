@@ -25,6 +25,7 @@ def whole_run(tmp_path_factory, street_cache):
     return workdir, jax.device_get(state)
 
 
+@pytest.mark.slow
 def test_training_writes_what_the_design_says(whole_run):
     workdir, state = whole_run
     assert sorted(losses(workdir)) == [1, 2, 3, 4, 5, 6]
@@ -45,6 +46,7 @@ def test_training_writes_what_the_design_says(whole_run):
     assert not names & {"blocks", "patch_embed", "cls"}  # the teacher is not in the state
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_is_bit_identical(whole_run, tmp_path, street_cache):
     state = distill(small_config(street_cache), tmp_path)
     assert losses(tmp_path) == losses(whole_run[0])
@@ -52,6 +54,7 @@ def test_the_same_run_twice_is_bit_identical(whole_run, tmp_path, street_cache):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_resuming_is_bit_identical(whole_run, tmp_path, street_cache):
     """Stopped after step 3's checkpoint and step 4's log line, then run again with another number of workers."""
     config = small_config(street_cache)
@@ -84,6 +87,7 @@ def test_resuming_is_bit_identical(whole_run, tmp_path, street_cache):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_finished_run_trains_no_further_and_gets_its_settings(whole_run, street_cache):
     """As the workdir of an older version, which had no settings.json."""
     workdir, state = whole_run
@@ -97,12 +101,14 @@ def test_a_finished_run_trains_no_further_and_gets_its_settings(whole_run, stree
     assert scalr_jax.load(workdir).config.channels == 16
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_config_is_refused(whole_run, street_cache):
     config = small_config(street_cache, **{"optimizer.learning_rate": 0.5, "model.channels": 8})
     with pytest.raises(InputError, match=r"model\.channels: 16 saved, 8 now; optimizer\.learning_rate"):
         distill(config, whole_run[0])
 
 
+@pytest.mark.slow
 def test_tables_that_were_too_small_are_raised_in_the_same_workdir(whole_run, tmp_path, street_cache):
     """The run stops with the scene and the key, and goes on when that is raised: the result is that of larger ones."""
     given = lambda halo: {"data.cells_per_shard": (3000,) * 3, "data.halo_per_shard": (halo,) * 3}  # noqa: E731
@@ -114,6 +120,7 @@ def test_tables_that_were_too_small_are_raised_in_the_same_workdir(whole_run, tm
     np.testing.assert_allclose(list(same[0].values()), list(same[1].values()), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole_run, tmp_path, street_cache, caplog):
     import shutil
 
@@ -132,9 +139,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole_run, tmp
         np.testing.assert_array_equal(a, b)
 
 
-def test_probe_leaves_the_backbone_as_it_was(whole_run, tmp_path, street_cache):
+@pytest.fixture
+def one_device(monkeypatch):
+    """Meshes of one device, for which programs compile and run faster."""
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, devices=jax.devices()[:1]))
+
+
+@pytest.mark.slow
+def test_probe_leaves_the_backbone_as_it_was(whole_run, tmp_path, street_cache, one_device):
     config = small_config(street_cache, **{"task": "probe", "checkpoint": str(whole_run[0]), "num_steps": 4})
-    config.data.points_per_shard = 16_384
+    config.mesh.data, config.data.points_per_shard = 1, 16_384
     results = tasks.probe(read_settings(config), tmp_path)
     assert 0 <= results["miou"] <= 1
     assert json.loads((tmp_path / "results.json").read_text()) == results
@@ -147,10 +162,9 @@ def test_probe_leaves_the_backbone_as_it_was(whole_run, tmp_path, street_cache):
     assert np.abs(probed["params"]["head"]["kernel"]).max() > 0
 
 
-def test_finetuning_with_all_that_belongs_to_it(whole_run, tmp_path, street_cache, monkeypatch):
+@pytest.mark.slow
+def test_finetuning_with_all_that_belongs_to_it(whole_run, tmp_path, street_cache, one_device):
     """Every parameter is trained, the first layers the least; what is evaluated and loaded is the average."""
-    make_mesh = sharding.make_mesh  # of one device, which compiles and runs faster
-    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, devices=jax.devices()[:1]))
     config = small_config(street_cache, **{"task": "finetune", "checkpoint": str(whole_run[0]), "num_steps": 3})
     config.mesh.data = 1
     config.data.update(points_per_shard=16_384, label_fraction=0.5, polarmix=("car",), augmentation="consistent")
@@ -169,6 +183,7 @@ def test_finetuning_with_all_that_belongs_to_it(whole_run, tmp_path, street_cach
     assert 0 < 2 * first < max(jax.tree.leaves(last))
 
 
+@pytest.mark.slow
 def test_no_gather_or_scatter_crosses_a_device(street_cache, tmp_path):
     """In the compiled step of eight devices the only collectives are reductions, none as large as activations."""
     import re
@@ -209,6 +224,7 @@ def test_no_gather_or_scatter_crosses_a_device(street_cache, tmp_path):
         assert num_points not in sizes, shape
 
 
+@pytest.mark.slow
 def test_resuming_on_another_number_of_devices_is_refused(whole_run, street_cache):
     """Scenes belong to shards by their number modulo D, so another D would be another run."""
     from scalr_jax.runtime.checkpoint import Checkpoints
@@ -220,19 +236,23 @@ def test_resuming_on_another_number_of_devices_is_refused(whole_run, street_cach
     checkpoints.close()
 
 
-def test_the_last_checkpoints_and_one_every_so_many_steps_are_kept(tmp_path, street_cache):
+@pytest.mark.slow
+def test_the_last_checkpoints_and_one_every_so_many_steps_are_kept(tmp_path, street_cache, one_device):
     config = small_config(street_cache, num_steps=5, checkpoint_every_steps=1, keep_checkpoints=1, keep_every_steps=3)
+    config.mesh.data = 1
     distill(config, tmp_path)
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 5]
 
 
-def test_the_average_of_the_weights(tmp_path, street_cache):
+@pytest.mark.slow
+def test_the_average_of_the_weights(tmp_path, street_cache, one_device):
     """By its formula, batch statistics included; exact over a resume; what a checkpoint is loaded as."""
     from scalr_jax.train import loop as module
     from scalr_jax.train.state import variables_of
 
     decay, seen = 0.5, []
     config = small_config(street_cache, **{"optimizer.ema": decay, "num_steps": 3, "checkpoint_every_steps": 1})
+    config.mesh.data = 1
     original = module.make_program
 
     def watched(*args):

@@ -143,6 +143,7 @@ def drawn(streets, tmp_path_factory):
     return folder / "out", [path.name for path in files]
 
 
+@pytest.mark.slow
 def test_all_pictures_are_drawn(drawn):
     folder, names = drawn
     assert names == ["pca.png", "correlation_0.png", "correlation_1.png", "prediction.png", "viewer.html"]
@@ -213,6 +214,7 @@ def sentence_of(capsys, *arguments):
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_frame_of_the_run_itself(street_cache, tmp_path, capsys):
     """A workdir says which streets it was trained on; one of validation is drawn, image and labels included."""
     data = {"dataset": "streets", "root": str(street_cache), "image_size": (112, 224)}
@@ -226,6 +228,7 @@ def test_a_frame_of_the_run_itself(street_cache, tmp_path, capsys):
     assert layout["updatemenus"][0]["buttons"][-1]["label"] == "label"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -24,6 +24,7 @@ def rendered():
     return [street_sensors.render(seed, "beams32", SIZE, targets=True) for seed in range(12)]
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bytes(rendered):
     again = street_sensors.render(3, "beams32", SIZE)
     assert all(np.array_equal(getattr(again, field), getattr(rendered[3], field)) for field in FIELDS)
