@@ -226,6 +226,7 @@ def test_data_that_cannot_be_meant(tmp_path, task, data, message):
         open_split(config, "train", cache=tmp_path)
 
 
+@pytest.mark.slow
 def test_given_intensities_are_those_of_every_frame(street_cache):
     """Raw ones, as published MinkUNets take them, also of joined datasets and of some frames."""
     config = defaults.get_config()

@@ -129,6 +129,7 @@ def test_a_validation_set_without_labels_is_refused_before_training(task, tmp_pa
     assert len(open_split(config, "train", cache=tmp_path)) == 3
 
 
+@pytest.mark.slow
 def test_one_truncated_scan_is_skipped_and_many_stop(tmp_path, street_cache):
     """A cut cache file is named; with two of them more than 1 % of the frames are bad."""
     root = tmp_path / "streets"

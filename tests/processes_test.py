@@ -176,6 +176,7 @@ def test_sigterm_to_one_process_stops_all_at_one_step_and_the_same_command_resum
         assert f'{{"event": "resume", "step": {step}}}' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_processes_with_different_configs_both_stop(start, tmp_path):
     port = free_port()
     rates = ("0.001", "0.002")

@@ -209,6 +209,7 @@ def test_parameters_split_over_fsdp_make_the_same_step(split_steps):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_devices_send_no_activations(split_steps, fsdp):
     """No collective has an axis of points, cells, halo cells or tokens, of one shard or of all; what is reduced is the

@@ -26,6 +26,8 @@ from tests.support.cell_planes import (
     packed_plane,
 )
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 
 @jax.jit
 def mixed_cells(points, plane, kernel1, bias, kernel2):

@@ -25,6 +25,8 @@ from tests.support.predict_runs import (
 )
 from tests.support.scan_writers import make_table, write_pcd, write_ply
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
@@ -65,6 +67,7 @@ def test_one_scan_in_every_output_format(models, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_features_and_distilled_features(models, tmp_path):
     points = make_points()
     scan = write_bin(tmp_path / "scan.bin", points)

@@ -10,6 +10,8 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import losses
 from tests.support.checks import mentions
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 
 def test_published_distillation_loss(golden):
     arrays = golden("distill_loss")

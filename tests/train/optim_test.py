@@ -22,6 +22,8 @@ from tests.support.checks import mentions
 from tests.support.random_scenes import FIELD_OF_VIEW
 from tests.support.tiny_student import tiny_model
 
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
 NEEDS = SceneNeeds(FIELD_OF_VIEW)
 BACKBONE = WaffleIronBackbone(NEEDS, channels=2, depth=2)
 

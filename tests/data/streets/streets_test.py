@@ -40,6 +40,7 @@ def test_seeds_of_splits_and_streams_are_disjoint():
             split_seed(split, index, seed)
 
 
+@pytest.mark.slow
 def test_scan_and_image_agree_on_the_class(rendered):
     agreed = []
     for scene in rendered:
