@@ -87,7 +87,8 @@ def trained_intensities(data: DataSettings, dataset: Dataset) -> dict[str, tuple
     parts = dataset.datasets if isinstance(dataset, Joined) and len(names) > 1 else (dataset,)
     own = {name: part.intensity(0) for name, part in zip(names, parts, strict=False) if name == "folder"}
     known = {**INTENSITY, **STREETS_INTENSITY, **own}
-    return {name: data.intensity or known[name] for name in trained_sensors(data.dataset, data.sensors)}
+    found = {name: data.intensity or known[name] for name in trained_sensors(data.dataset, data.sensors)}
+    return {name: (mean, deviation) for name, (mean, deviation) in found.items()}
 
 
 def label_map_of(data: DataSettings, dataset: Dataset) -> dict[str, str | None] | None:

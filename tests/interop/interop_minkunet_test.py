@@ -264,7 +264,7 @@ def test_kernel_elements_are_those_of_the_same_offset(layout):
     np.testing.assert_allclose(np.asarray(found), rows(coarse), rtol=1e-5, atol=1e-5)
     x, kernel = jnp.asarray(rows(coarse), jnp.float32), jnp.asarray(up[element_order(layout, 8)])
     back = sparse_conv.convolve(x, sparse_conv.exchange(level.down), kernel)
-    np.testing.assert_allclose(back, rows(transpose(layout, up, coarse, scene)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(back), rows(transpose(layout, up, coarse, scene)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ class Frames(Dataset):
     def name(self, index):
         return f"frames/{index}"
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 1
 
     def frame(self, index, rng=None, *, camera=None):
