@@ -4,7 +4,7 @@
     predicted = linear(features / |features|), one linear map a target, thrown away afterwards
     loss      = weighted sum over targets + decorrelation of the unit features
 
-Targets are geometry, colour and object extent (`data/street_views.py`); no semantic label. Continuous targets are
+Targets are geometry, colour and object extent (`data/streets/views.py`); no semantic label. Continuous targets are
 cut into bins and predicted by softmax: then the features separate what differs, by straight cuts. The decorrelation
 (after Bardes et al., "VICReg") keeps the mean of the unit features at zero and their channels apart, so that the
 cosine, which is all that distillation sees, is not spent on one constant direction.
