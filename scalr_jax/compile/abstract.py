@@ -1,4 +1,4 @@
-"""A training step of shapes alone: what `compile/run.py` lowers, made by the functions that train, without data or weights.
+"""A training step of shapes alone: what `compile/run.py` lowers, by the functions that train, without data.
 
 A run derives from its data what is assumed here: sizes of the cell tables that the config leaves open are the published
 mixture's for so many points (`recipes.PACK_CELLS`), the number of classes is the label map's, and the teacher's

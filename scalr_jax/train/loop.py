@@ -129,7 +129,7 @@ def _make_pipeline(
 
 
 class Program(NamedTuple):
-    """What is compiled, and where its state lies: all that `scalr_jax.compile` needs, made without a device or an array."""
+    """What is compiled, and where its state lies: all that `compile` needs, made without a device or an array."""
 
     fresh: Callable  # batch -> TrainState
     state: TrainState  # abstract, with shardings
