@@ -204,8 +204,10 @@ def probe(settings: Settings, workdir: Path) -> dict:
         validation = open_dataset(settings, workdir, "validation")
         num_classes = num_classes_of(settings, dataset)
         if settings.probe.method == "knn":
-            data = student_of(settings, "none", 0), dataset, saved.variables, num_classes
-            classifier, variables = nearest_neighbors(settings.probe, settings.training, *data)
+            student = student_of(settings, "none", 0)
+            classifier, variables = nearest_neighbors(
+                settings.probe, settings.training, student, dataset, saved.variables, num_classes
+            )
         else:
             classifier, variables = _zero_shot(settings, dataset, saved.variables)
         return _report(settings, workdir, validation, classifier, variables, label=settings.probe.method)
@@ -263,8 +265,8 @@ def _segment(settings: Settings, workdir: Path, *, label: str, frozen: bool, ini
         if isinstance(student.backbone, CachedFeatures) and initial is not None:
             student = student.clone(backbone=student.backbone.backbone)
             key, dtype = cache_key(record_of(settings), dataset, initial), settings.probe.cache_dtype
-            cache = workdir / "features", dataset, initial
-            dataset = make_cache(settings.training, student, *cache, key=key, dtype=dtype)
+            folder = workdir / "features"
+            dataset = make_cache(settings.training, student, folder, dataset, initial, key=key, dtype=dtype)
         state = train(settings.training, workdir, dataset, task)
         return _report(settings, workdir, validation, student, variables_of(state), label=label)
 

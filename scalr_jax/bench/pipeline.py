@@ -243,14 +243,15 @@ def plain_scene(
 def plain_batch(scenes: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
     """Scenes as published: points padded with zeros to the longest of the batch, then stacked."""
     longest = max(len(scene[0]) for scene in scenes)
-
-    def padded(array: np.ndarray, axis: int | None) -> np.ndarray:
-        if axis is None:
-            return array
-        return np.pad(array, [(0, longest - size if d == axis else 0) for d, size in enumerate(array.shape)])
-
-    axes = (0, 0, 1, None, 0)  # that of points in feats, neighbours, cells, image, pixels
-    return [np.stack([padded(scene[k], axis) for scene in scenes]) for k, axis in enumerate(axes)]
+    columns: list[list[np.ndarray]] = [[], [], [], [], []]
+    for feats, neighbors, cells, image, pixels in scenes:
+        padding = longest - len(feats)
+        columns[0].append(np.pad(feats, ((0, padding), (0, 0))))
+        columns[1].append(np.pad(neighbors, ((0, padding), (0, 0))))
+        columns[2].append(np.pad(cells, ((0, 0), (0, padding))))
+        columns[3].append(image)
+        columns[4].append(np.pad(pixels, ((0, padding), (0, 0))))
+    return [np.stack(column) for column in columns]
 
 
 def _print_table(name: str, result: dict) -> None:

@@ -255,12 +255,10 @@ def _vote_scene(
     """
     labels, raw = labels_of(frame), to_ego(frame.points, frame.to_ego)
     ranges = np.linalg.norm(raw, axis=1)
-    feats = make_features(raw, frame.points[:, 3], intensity)
-    raw = augment(raw, rng)
-    if settings.augmentation == "published":
+    published, original, raw = settings.augmentation == "published", raw, augment(raw, rng)
+    feats = make_features(original if published else raw, frame.points[:, 3], intensity)
+    if published:
         feats[:, 1:3] = feats[:, 1:3] @ rotation(rng.uniform(-np.pi, np.pi))
-    else:
-        feats = make_features(raw, frame.points[:, 3], intensity)
     kept = voxelize(raw, settings.voxel_size)
     kept = kept[in_view(raw[kept], settings.needs)]
     scene = _finish(frame.name, index, raw[kept], feats[kept], settings.needs)._replace(labels=labels[kept])

@@ -98,8 +98,7 @@ def test_the_distillation_step_has_kernels_and_no_scatter(mesh):
     assert "scatter" not in counts
     # Two lists in two orders a plane, once a step and not once a layer.
     assert counts["sort"] == 12
-    (source,) = sources(text, "sort")
-    assert source.endswith("backbone/sort")
+    assert sources(text, "sort") == ["Student/backbone/sort"]
     # What is left of gathers: the neighbours' features, once a step, and the teacher's four tokens a point.
     assert not [name for name in sources(text, "gather") if "backbone" in name]
 

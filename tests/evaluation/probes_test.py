@@ -14,14 +14,13 @@ from scalr_jax.config import read_settings, record_of
 from scalr_jax.data.scenes import IGNORE, SceneView
 from scalr_jax.evaluation import features, nearest_neighbors, zero_shot
 from scalr_jax.interop.teacher import make_teacher
-from scalr_jax.runtime import sharding
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train.loop import train
 from scalr_jax.train.state import variables_of
 from tests.support.checks import mentions, present
 from tests.support.datasets import Frames
-from tests.support.runs import config_of, open_split
+from tests.support.runs import config_of, on_one_device, open_split
 from tests.support.tiny_student import write_workdir
 
 pytestmark = pytest.mark.usefixtures("fast_programs")
@@ -177,8 +176,7 @@ def test_the_bank_is_balanced_and_does_not_depend_on_the_order():
 def test_the_knn_probe_is_the_same_on_one_device_and_on_eight(tmp_path, street_cache, backbone, monkeypatch):
     changes = {"probe.method": "knn", "probe.bank_per_class": 40, "probe.num_neighbors": 5}
     eight = tasks.probe(read_settings(probe_config(street_cache, backbone, **changes)), tmp_path / "eight")
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, devices=jax.devices()[:1]))
+    on_one_device(monkeypatch)
     changes["mesh.data"] = 1
     one = tasks.probe(read_settings(probe_config(street_cache, backbone, **changes)), tmp_path / "one")
     assert one["miou"] == pytest.approx(eight["miou"], abs=1e-4)

@@ -13,6 +13,7 @@ import streets
 from PIL import Image
 
 from scalr_jax.runtime.errors import InputError
+from tests.support.runs import on_one_device
 
 
 def test_every_part_starts_from_an_earlier_one(tmp_path):
@@ -67,7 +68,7 @@ def test_a_student_is_distilled_and_probed(tmp_path, street_cache, monkeypatch):
 
     for name, value in {"_load": shrunk, "use_cache": str, "NUM_SCENES": 8, "WIDTHS": (16,), "PROBE_STEPS": 2}.items():
         monkeypatch.setattr(streets, name, value)
-    one_device(monkeypatch)
+    on_one_device(monkeypatch)
     folder = tmp_path / "seed_0"
     folder.mkdir()
     (folder / "streets").symlink_to(street_cache)
@@ -79,15 +80,6 @@ def test_a_student_is_distilled_and_probed(tmp_path, street_cache, monkeypatch):
     assert all(part["seconds"] > 0 for part in found.values())
     streets.main()  # everything is done
     assert json.loads((folder / "results.json").read_text())["parts"] == found
-
-
-def one_device(monkeypatch):
-    import jax
-
-    from scalr_jax.runtime import sharding
-
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, devices=jax.devices()[:1]))
 
 
 def test_the_report_takes_the_best_rate_and_the_mean_over_seeds(tmp_path):

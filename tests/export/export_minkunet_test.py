@@ -55,15 +55,6 @@ def scan(number, seed=1):
     return np.concatenate([xyz, rng.uniform(0, 20, (number, 1))], axis=1).astype(np.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _careless():
-    """Programs are compiled quickly and run slowly: they are small, and there are many."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def test_the_tables_are_those_of_the_definition():
     rng = np.random.default_rng(0)
     extent, coordinates = (20, 13, 9), rng.uniform(-2, 14, (700, 3))  # some outside

@@ -69,15 +69,6 @@ def make_model(name, seed=0):
     return scalr_jax.Model(config, jax.tree_util.tree_map_with_path(draw, variables))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _careless():
-    """Programs are compiled quickly and run slowly: they are small, and there are many."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def models():
     return {name: make_model(name) for name in STUDENTS}

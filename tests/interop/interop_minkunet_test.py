@@ -22,7 +22,6 @@ from scalr_jax.ops.voxels import count_levels, extent_of, sizes_for
 from scalr_jax.predict import run as predict
 from scalr_jax.runtime.errors import InputError
 from tests.support.checks import mentions
-from tests.support.fast import FAST
 
 pytestmark = pytest.mark.usefixtures("fast_programs")
 
@@ -211,7 +210,7 @@ def voxels():
     coordinates = points()[1] / SIZE
     packed = PackedVoxels(coordinates, sizes_for(count_levels(np.floor(coordinates[0]))))
     make = functools.partial(minkunet.tables_of, extent=extent_of(VIEW, SIZE), num_scenes=1)
-    return jax.jit(make, compiler_options=FAST)(packed, np.zeros(coordinates.shape[:2], np.int32))
+    return jax.jit(make)(packed, np.zeros(coordinates.shape[:2], np.int32))
 
 
 def find(path):
@@ -293,7 +292,7 @@ def test_a_file_gives_the_published_network(layout, tmp_path):
     wanted = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), feats, voxels())
     assert jax.tree.map(lambda x: (x.shape, x.dtype), backbone) == jax.tree.map(lambda x: (x.shape, x.dtype), wanted)
 
-    program = jax.jit(functools.partial(model.apply, train=False), compiler_options=FAST)
+    program = jax.jit(functools.partial(model.apply, train=False))
     rows = program(backbone, feats, voxels())
     head = variables["params"]["head"]
     found = np.asarray(rows) @ head["kernel"] + head["bias"]

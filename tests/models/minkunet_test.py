@@ -10,7 +10,7 @@ import pytest
 from scalr_jax.data.scenes import PackedVoxels
 from scalr_jax.models import minkunet
 from scalr_jax.ops.voxels import count_levels, extent_of, sizes_for
-from tests.support.fast import FAST
+from tests.support.fast import fast_jit
 
 pytestmark = pytest.mark.usefixtures("fast_programs")
 
@@ -61,7 +61,7 @@ def forward(variables, feats, index, num_scenes, train):
     return out.reshape(*index.shape, -1), voxels.missing
 
 
-compiled = jax.jit(forward, static_argnums=(3, 4), compiler_options=FAST)
+compiled = fast_jit(forward, static_argnums=(3, 4))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def variables():
     def init(feats, index):
         return SMALL.init(jax.random.key(0), feats, voxels_of(feats, index, 1), train=False)
 
-    made = jax.jit(init, compiler_options=FAST)(feats, index)
+    made = jax.jit(init)(feats, index)
     rng = np.random.default_rng(0)  # norms that do something
     return jax.tree.map(lambda x: x + rng.uniform(0.0, 0.2, x.shape).astype(np.float32), made)
 
@@ -108,7 +108,7 @@ def test_packed_equals_apart(variables):
 def test_padding_changes_nothing_and_gradients_are_finite(variables):
     members = [scene(0), scene(1)]
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     @jax.value_and_grad
     def loss(params, feats, index):
         out, _ = forward({**variables, "params": params}, feats, index, 2, True)
@@ -129,7 +129,7 @@ def test_points_far_outside_count_as_the_border(variables):
     near, far = scene(0), scene(0)
     near[0, 2:], far[0, 2:] = (3.19, 0.0, 0.0), (900.0, 0.0, 0.0)
     far[0, :2], near[0, :2] = 0.5, 0.5
-    cell = jax.jit(lambda feats, index: voxels_of(feats, index, 1).cell, compiler_options=FAST)
+    cell = jax.jit(lambda feats, index: voxels_of(feats, index, 1).cell)
     np.testing.assert_array_equal(*(cell(*pack([[points]], 1, POINTS)) for points in (near, far)))
 
 

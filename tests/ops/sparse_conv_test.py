@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 
 from scalr_jax.ops import cells, sparse_conv
 from scalr_jax.ops.voxels import Sizes, count_levels, sizes_for
-from tests.support.fast import FAST
+from tests.support.fast import FAST, fast_jit
 
 pytestmark = pytest.mark.usefixtures("fast_programs")
 
 EXTENT, NUM_SCENES, NUM_POINTS, LEVELS = (8, 6, 4), 2, 160, 3
 SIZES = (Sizes(160, 28 * 256, 256), Sizes(64, 28 * 128, 128), Sizes(16, 28 * 128, 128))
-fast_jit = functools.partial(jax.jit, compiler_options=FAST)
 make = fast_jit(functools.partial(sparse_conv.make_levels, sizes=SIZES, num_scenes=NUM_SCENES, extent=EXTENT))
 
 

@@ -3,10 +3,13 @@
 import importlib.util
 import json
 
+import jax
+
 from scalr_jax import tasks
 from scalr_jax.config import read_settings
 from scalr_jax.data import build
 from scalr_jax.models.build import make_backbone
+from scalr_jax.runtime import sharding
 from scalr_jax.train.loop import train
 from tests.support.paths import ROOT
 
@@ -49,6 +52,12 @@ def scene_settings(config, *, task, train, fixed=False):
     settings = read_settings(config)
     needs = make_backbone(settings.model).needs
     return build.scene_settings(settings.data, needs, task=task, train=train, fixed=fixed)
+
+
+def on_one_device(monkeypatch):
+    """Makes meshes of one device from here on, for which programs compile and run faster."""
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, devices=jax.devices()[:1]))
 
 
 def evaluator_of(config, classifier, variables, num_classes, **more):

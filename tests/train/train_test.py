@@ -14,7 +14,7 @@ from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train.loop import train
 from tests.support.checks import mentions
-from tests.support.runs import distill, lines, losses, open_split, scene_settings, small_config
+from tests.support.runs import distill, lines, losses, on_one_device, open_split, scene_settings, small_config
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +141,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole_run, tmp
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """Meshes of one device, for which programs compile and run faster."""
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, devices=jax.devices()[:1]))
+    on_one_device(monkeypatch)
 
 
 @pytest.mark.slow
@@ -190,7 +188,6 @@ def test_no_gather_or_scatter_crosses_a_device(street_cache, tmp_path):
 
     from scalr_jax.data.packing import choose_capacities
     from scalr_jax.data.pipeline import Pipeline
-    from scalr_jax.runtime import sharding
     from scalr_jax.train import optim, steps
     from scalr_jax.train.state import init_state
 
