@@ -195,7 +195,7 @@ Any number of points runs, and each is compiled once: `pad_inputs(inputs, settin
 the first N rows of an output are then the points'. Matrix products have the platform's default precision.
 
 {_PREPROCESSING}""",
-    "onnx": f"""`{FILES["onnx"]}` runs in onnxruntime; the number of points is free:
+    "onnx": f"""`{FILES["onnx"]}` runs in onnxruntime 1.20 and newer; the number of points is free:
 
 ```python
 from pathlib import Path

@@ -41,9 +41,10 @@ class Graph:
         self.constants: dict[str, np.ndarray] = {}
 
     def add(self, operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        """Adds a node of one output and returns the output's name."""
+        """Adds a node of one output and returns the output's name, which is the node's too: onnxruntime before 1.22
+        fuses gathers under names that it makes of theirs, and refuses the file where two are alike."""
         output = output or f"{operator.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, inputs, [output], **attributes))
+        self.nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
         return output
 
     def constant(self, name: str, array: ArrayLike) -> str:
@@ -94,12 +95,22 @@ def serialize(student: Student, variables: Variables, settings: Mapping) -> byte
 
 
 def open_session(model: Path | bytes, *, threads: int = 0) -> onnxruntime.InferenceSession:
-    """An onnxruntime session on the CPU, of a file or its bytes; `threads` 0: as many as there are cores."""
+    """An onnxruntime session on the CPU, of a file or its bytes; `threads` 0: as many as there are cores.
+
+    Raises InputError when this onnxruntime cannot load it.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
     content = model if isinstance(model, bytes) else str(model)
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no base of their own
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(
+            f"onnxruntime {onnxruntime.__version__} cannot load the exported model ({reason}); "
+            "pip install --upgrade onnxruntime, or take --format=stablehlo"
+        ) from error
 
 
 def build_model(student: Student, variables: Variables, settings: Mapping) -> onnx.ModelProto:

@@ -241,5 +241,8 @@ def _need_packages(form: str) -> None:
     try:
         for package in needed.get(form, ()):
             importlib.import_module(package)
-    except ImportError as error:
-        raise InputError(f'--format={form} needs the export extra, pip install "scalr_jax[export]" ({error})') from None
+    except Exception as error:  # also what packages raise that do not fit each other's versions
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f'--format={form} needs the export extra, pip install "scalr_jax[export]" ({reason})'
+        ) from None

@@ -194,6 +194,31 @@ def test_a_folded_graph_has_no_norms_left(models):
     assert gone | {"embedding/norm/multiplier", "embedding/norm/shift"} == names[0] - names[1]
 
 
+@pytest.mark.parametrize("name", STUDENTS)
+def test_nodes_have_names_of_their_own(models, name):
+    """onnxruntime before 1.22 does not load a file whose nodes have none."""
+    from scalr_jax.export.onnx import build_model
+
+    model = models[name]
+    nodes = build_model(model.student, jax.device_get(model.variables), model.config.to_dict()).graph.node
+    assert all(node.name for node in nodes)
+    assert len({node.name for node in nodes}) == len(nodes)
+
+
+def test_a_runtime_that_cannot_load_the_file_is_one_sentence(workdir, tmp_path, capsys, monkeypatch):
+    from scalr_jax.export import onnx as export_onnx
+
+    monkeypatch.setattr(export_onnx.Graph, "add", unknown_operators(export_onnx.Graph.add))
+    monkeypatch.setattr("onnx.checker.check_model", lambda _: None)
+    match = f"onnxruntime {export_onnx.onnxruntime.__version__} cannot load"
+    fails(capsys, match, f"--model={workdir}", "--format=onnx", f"--output={tmp_path / 'a'}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def unknown_operators(add):
+    return lambda graph, operator, *inputs, **kinds: add(graph, f"{operator}Of2099", *inputs, **kinds)
+
+
 @pytest.mark.tpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
 def test_the_stablehlo_program_compiles_for_a_tpu(models, tmp_path, topology):
@@ -344,9 +369,14 @@ def test_mistakes_are_one_sentence(workdir, tmp_path, capsys, arguments, match):
 
 
 @pytest.mark.parametrize(("form", "package"), [("onnx", "onnxruntime"), ("stablehlo", "flatbuffers")])
-def test_a_missing_package_names_its_extra(workdir, tmp_path, capsys, monkeypatch, form, package):
+def test_a_missing_or_wrong_package_names_its_extra(workdir, tmp_path, capsys, monkeypatch, form, package):
+    arguments = f"--model={workdir}", f"--format={form}", f"--output={tmp_path}/a"
     monkeypatch.setitem(sys.modules, package, None)
-    fails(capsys, 'pip install "scalr_jax[export]"', f"--model={workdir}", f"--format={form}", f"--output={tmp_path}/a")
+    fails(capsys, 'pip install "scalr_jax[export]"', *arguments)
+    monkeypatch.delitem(sys.modules, package)
+    (tmp_path / f"{package}.py").write_text("raise TypeError('Descriptors cannot be created directly.\\nMore.')")
+    monkeypatch.syspath_prepend(tmp_path)
+    fails(capsys, "Descriptors cannot be created directly", *arguments)
 
 
 def test_another_model_is_refused(models, tmp_path, monkeypatch):
