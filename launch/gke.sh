@@ -14,6 +14,7 @@
 # TPU, TOPOLOGY    the labels gke-tpu-accelerator and gke-tpu-topology of the node pools, as in tpu-v6e-slice and 8x8
 # SLICES           node pools of that topology to train on together (default: 1)
 # CHIPS_PER_HOST   TPU chips of a node (default: 4)
+# RUN_AS           number of the user and group that the pods run as, who must own WORKDIR's folder (default: 1000)
 # VOLUME_CLAIM     a ReadWriteMany PersistentVolumeClaim, mounted at MOUNT (default: /shared), for data and workdir
 # CONFIG, WORKDIR  the flags of these names; WORKDIR under MOUNT
 # MAX_RESTARTS     how many times a run that failed is started again (default: 10); preemptions do not count
@@ -46,6 +47,7 @@ esac
 [[ ${WORKDIR:-} == "$MOUNT"/* ]] || fail "set WORKDIR to a folder under $MOUNT, where the volume is, as in $MOUNT/run"
 [[ ${SLICES:=1} =~ ^[1-9][0-9]*$ ]] || fail "SLICES=$SLICES is not a number of slices"
 [[ ${CHIPS_PER_HOST:=4} =~ ^[1-9][0-9]*$ ]] || fail "CHIPS_PER_HOST=$CHIPS_PER_HOST is not a number of chips"
+[[ ${RUN_AS:=1000} =~ ^[1-9][0-9]*$ ]] || fail "RUN_AS=$RUN_AS is not the number of a user other than root"
 [[ ${MAX_RESTARTS:=10} =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS is not a number"
 chips=$((${TOPOLOGY//x/ * }))
 ((chips % CHIPS_PER_HOST == 0)) || fail "the $chips chips of TOPOLOGY=$TOPOLOGY are not a multiple of CHIPS_PER_HOST=$CHIPS_PER_HOST"
@@ -53,7 +55,7 @@ HOSTS=$((chips / CHIPS_PER_HOST))
 ((SLICES == 1 || HOSTS > 1)) || fail "several slices need slices of several hosts: TOPOLOGY=$TOPOLOGY is one host"
 
 # Texts are filled in as JSON, which YAML reads, so that no value can be more than a value.
-export NAME IMAGE TPU TOPOLOGY SLICES CHIPS_PER_HOST HOSTS VOLUME_CLAIM MOUNT CONFIG WORKDIR MAX_RESTARTS
+export NAME IMAGE TPU TOPOLOGY SLICES CHIPS_PER_HOST HOSTS VOLUME_CLAIM MOUNT CONFIG WORKDIR MAX_RESTARTS RUN_AS
 yaml=$(python3 -c '
 import json, os, string, sys
 values = {key: value if value.isdigit() else json.dumps(value) for key, value in os.environ.items()}

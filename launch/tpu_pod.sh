@@ -19,7 +19,8 @@
 # SLICES            how many slices of that type (default: 1)
 # SPOT              1: cheaper, and preempted when others need them
 # CREATE_FLAGS      more flags of `gcloud compute tpus queued-resources create`, as in "--reserved --network=NAME"
-# REPOSITORY        the Git URL that workers clone; REVISION what they check out (default: this checkout's commit)
+# REPOSITORY        the Git URL that workers clone, without a password or token (launch/README.md)
+# REVISION          the commit that they check out (default: this checkout's)
 # SETUP             a command for each worker before all else, as one that mounts the shared storage
 # INSTALL           what installs the package in the clone (default: uv and a virtual environment .venv)
 # CONFIG, WORKDIR   the flags of these names; WORKDIR on storage that all workers share
@@ -76,6 +77,9 @@ fi
 [[ -n ${ACCELERATOR_TYPE:-} ]] || fail "set ACCELERATOR_TYPE to the kind and size of a slice, as in v5p-128"
 [[ -n ${RUNTIME_VERSION:-} ]] || fail "set RUNTIME_VERSION to the TPU's software, as in v2-alpha-tpuv5; --help lists them"
 [[ -n ${REPOSITORY:-} ]] || fail "set REPOSITORY to the Git URL from which the workers clone this project"
+# It becomes a part of commands, here and on the workers, which everybody on these machines can read.
+[[ ! $REPOSITORY =~ ^https?://[^/]*@|://[^/]*:[^/]*@|\? ]] || fail "REPOSITORY holds a user, password or token, which \
+process lists would show: leave it out, and give the workers a Git credential helper in SETUP (launch/README.md)"
 [[ -n ${CONFIG:-} ]] || fail "set CONFIG to a config file, as in CONFIG=configs/smoke.py"
 [[ ${WORKDIR:-} == /* ]] || fail "set WORKDIR to a full path on storage that all workers share, as in /shared/run"
 [[ ${SLICES:=1} =~ ^[1-9][0-9]*$ ]] || fail "SLICES=$SLICES is not a number of slices"

@@ -7,7 +7,9 @@ and an exit code here; SIGTERM becomes a step after which all processes stop.
 from __future__ import annotations
 
 import ctypes
+import ipaddress
 import json
+import os
 import signal
 import socket
 import threading
@@ -58,7 +60,9 @@ def start(
     )
     if len(missing) == len(given):
         try:
-            jax.distributed.initialize(**limits)
+            jax.distributed.initialize(
+                coordinator_bind_address=_listening(os.environ.get("JAX_COORDINATOR_ADDRESS", "")), **limits
+            )
         except ValueError as error:
             if "should be defined" in str(error) or "must be defined" in str(error):
                 return  # no cluster: alone
@@ -69,6 +73,7 @@ def start(
         if not 0 <= process_id < num_processes:
             raise InputError(f"--process_id={process_id} is not between 0 and --num_processes={num_processes} - 1")
         _await_coordinator(address, process_id, connect_seconds)
+        limits["coordinator_bind_address"] = _listening(address)
         jax.distributed.initialize(address, num_processes, process_id, **limits)
     _at_abort(1, LOST)
 
@@ -89,6 +94,26 @@ def _await_coordinator(address: str, process_id: int, seconds: int) -> None:
                     "there, and is the port open?"
                 ) from error
             time.sleep(0.5)
+
+
+def _listening(address: str) -> str | None:
+    """Where process 0 listens: on the `address` (host:port) that was given, where JAX would listen on all interfaces.
+
+    None, which leaves it to JAX, where it is not known which interface leads there: no address, one that is not this
+    machine's (behind NAT), or a name that this machine alone takes for itself (127.0.1.1 in Debian's /etc/hosts).
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        (family, _, _, _, place), *_ = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        found = str(place[0])
+        with socket.socket(family) as probe:
+            probe.bind((found, 0))
+    except (OSError, ValueError):
+        return None
+    elsewhere = ipaddress.ip_address(found).is_loopback and host.strip("[]") not in ("localhost", found)
+    if elsewhere or "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
+        return None
+    return f"[{found}]:{port}" if ":" in found else f"{found}:{port}"
 
 
 def _at_abort(code: int, message: str) -> None:

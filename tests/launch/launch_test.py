@@ -116,6 +116,11 @@ def test_a_missing_setting_is_named_in_one_sentence(name, missing, untouchable):
         ("gke.sh", {"TOPOLOGY": "2x3", "CHIPS_PER_HOST": "4"}, "6 chips"),
         ("gke.sh", {"TOPOLOGY": "2x2x1", "SLICES": "2"}, "several hosts"),
         ("gke.sh", {"WORKDIR": "/elsewhere/run"}, "under /shared"),
+        ("gke.sh", {"RUN_AS": "0"}, "RUN_AS=0"),
+        ("tpu_pod.sh", {"REPOSITORY": "https://s3cret@example.org/a.git"}, "SETUP"),
+        ("tpu_pod.sh", {"REPOSITORY": "https://me:s3cret@example.org/a.git"}, "SETUP"),
+        ("tpu_pod.sh", {"REPOSITORY": "ssh://me:s3cret@example.org/a.git"}, "SETUP"),
+        ("tpu_pod.sh", {"REPOSITORY": "https://example.org/a.git?token=s3cret"}, "SETUP"),
         ("slurm.sbatch", {"SLURM_GPUS_PER_TASK": "1"}, "--gpus-per-node"),
         ("slurm.sbatch", {"SLURM_GPUS_ON_NODE": "4"}, "--ntasks-per-node=4"),
     ],
@@ -125,6 +130,13 @@ def test_a_wrong_setting_is_refused(name, wrong, words, untouchable):
     assert result.returncode == 2
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
+    assert "s3cret" not in result.stdout + result.stderr
+
+
+def test_a_repository_may_be_read_as_a_user_without_a_password(untouchable):
+    for repository in ("ssh://git@example.org/a.git", "git@example.org:a.git"):
+        settings = {**SETTINGS["tpu_pod.sh"], "REPOSITORY": repository}
+        assert repository in launch("tpu_pod.sh", "--dry-run", tools=untouchable, **settings).stdout
 
 
 # ---- TPU slices
@@ -387,6 +399,9 @@ def test_jobset_is_valid(settings, slices, hosts):
     (container,) = pod["containers"]
     assert container["args"] == ["--config.data.root=/shared/a b", '--config.x="\\']
     assert {"name": "WORKDIR", "value": "/shared/run"} in container["env"]
+    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == 1000
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == settings.get("TOPOLOGY", "4x4x8")
 
 
@@ -418,7 +433,7 @@ def test_a_setting_cannot_be_more_than_a_value():
     document = jobset(IMAGE='x"\n                  securityContext: {privileged: true}  # $HOME')
     check_jobset(document)
     container = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
-    assert "securityContext" not in container
+    assert "privileged" not in container["securityContext"]
     assert container["image"].endswith("# $HOME")
 
 
@@ -441,6 +456,8 @@ def test_what_the_dockerfile_copies_is_all_that_a_run_needs(tmp_path):
             else:
                 shutil.copy(ROOT / source, tmp_path / target)
     assert (tmp_path / "launch/worker.sh").stat().st_mode & 0o111
+    user = [line for line in (LAUNCH / "Dockerfile").read_text().splitlines() if line.startswith("USER")]
+    assert user == ["USER 1000:1000"]  # a number: Kubernetes cannot tell whether a name is root
     command = [sys.executable, "-m", "scalr_jax.main", "--config=configs/smoke.py", f"--workdir={tmp_path}/run"]
     result = subprocess.run(
         [*command, "--config.task=nothing"],  # the config is read, and refused before anything is computed

@@ -34,6 +34,17 @@ def other_process(code):
     return process
 
 
+def test_a_file_may_be_read_by_whom_umask_says(tmp_path):
+    """Those of a folder that others share, as rendered streets."""
+    before = os.umask(0o027)
+    try:
+        write_arrays(tmp_path / "new" / "a.npz", {"a": np.zeros(1)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new" / "a.npz").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o750
+
+
 def test_a_killed_writer_leaves_the_old_file_and_the_next_one_writes(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"old": 1})
