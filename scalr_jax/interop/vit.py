@@ -22,6 +22,7 @@ from flax.traverse_util import unflatten_dict
 
 from scalr_jax.interop import torch_file
 from scalr_jax.interop.model import flat_shapes
+from scalr_jax.interop.transformers_config import read_beside
 from scalr_jax.models import vit
 from scalr_jax.runtime.errors import InputError
 
@@ -133,7 +134,9 @@ def load_dinov2(path: str | Path, *, num_heads: int | None = None) -> tuple[vit.
     Args:
       path: a `.pth` of Meta's (the weights, or a training checkpoint that holds them under `teacher`), or a
         `.safetensors` with timm's or transformers' names.
-      num_heads: None takes heads of 64 channels, as all of DINO and DINOv2 have; DINOv3's own files say it.
+      num_heads: None takes heads of 64 channels, as all of DINO and DINOv2 have; DINOv3's own files say it, and so
+        does the config.json that transformers writes. Where that is beside the file, its activation, its epsilon and
+        the base of its rotary periods hold, too.
 
     Returns:
       What `scalr_jax.models.vit.features` takes. `position_interpolation` is that of the code the file comes from
@@ -208,24 +211,27 @@ def _config(
     hidden = shape("blocks/mlp/linear_2/kernel")[1]
     outputs = sum(len(weights[str(name)]) for name in first["blocks/mlp/linear_1/kernel"])
     periods = weights.get("rope_embed.periods")
-    rotary = "positions" not in chosen
+    rotary, gated = "positions" not in chosen, outputs == 2 * hidden
+    beside = read_beside(Path(path), gated=gated) if "embeddings.cls_token" in weights else {}
+    said = beside.pop("num_heads", None)
+    num_heads = said if num_heads is None else num_heads
     config = {
         "patch_size": patch_size,
         "width": width,
         "depth": len({match[0] for match in (re.search(r"(blocks|layer)\.\d+\.", name) for name in weights) if match}),
         "num_heads": _num_heads(width, num_heads, periods, rotary, path),
         "hidden": hidden,
-        "ffn": "swiglu" if outputs == 2 * hidden else "mlp",
+        "ffn": "swiglu" if gated else "mlp",
         "num_registers": shape("registers")[1] if has_registers else 0,
         "layer_scale": first["blocks/scale_1"][0] in weights,
     }
     if not rotary:
         config["position_grid"] = _grid(shape("positions")[1], path)
         config["position_interpolation"] = _interpolation(weights, config, path)
-        return vit.ViTConfig(**config)
+        return vit.ViTConfig(**{**config, **beside})
     if periods is not None:  # Meta's files hold them rounded to bfloat16; timm and transformers compute them
         config["rotary_periods"] = tuple(periods.astype(float).tolist())
-    return vit.ViTConfig(**config, positions="rotary", norm_eps=1e-5)
+    return vit.ViTConfig(**{**config, "positions": "rotary", "norm_eps": 1e-5, **beside})
 
 
 def _num_heads(width: int, given: int | None, periods: Any, rotary: bool, path: str | Path) -> int:

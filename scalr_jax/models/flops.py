@@ -70,6 +70,6 @@ def teacher_flops(config: ViTConfig, num_images: int, image_size: tuple[int, int
     tokens = num_tokens(config, image_size)
     patches = tokens - 1 - config.num_registers
     c = config.width
-    mlp = (3 if config.ffn == "swiglu" else 2) * c * config.hidden
+    mlp = (2 if config.ffn == "mlp" else 3) * c * config.hidden
     block = 2 * tokens * (4 * c * c + mlp) + 4 * tokens * tokens * c
     return num_images * (2 * patches * config.patch_size**2 * 3 * c + config.depth * block)

@@ -13,6 +13,7 @@ depth. The CLS token's own position is part of `cls`. Norms, softmax and the res
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -37,7 +38,7 @@ class ViTConfig:
     depth: int = 12
     num_heads: int = 6
     hidden: int = 1536  # channels between the two linear layers of the MLP (SwiGLU: of each of the two halves)
-    ffn: str = "mlp"  # mlp (exact GELU), swiglu
+    ffn: str = "mlp"  # mlp, swiglu, geglu: see `Mlp`
     num_registers: int = 0
     layer_scale: bool = True
     norm_eps: float = 1e-6  # DINOv3: 1e-5
@@ -58,7 +59,7 @@ class ViTConfig:
         if self.width % self.num_heads:
             raise ValueError(f"width = {self.width} is not a multiple of num_heads = {self.num_heads}")
         for name, known in (
-            ("ffn", ("mlp", "swiglu")),
+            ("ffn", ("mlp", "swiglu", "geglu")),
             ("positions", ("learned", "rotary")),
             ("position_interpolation", INTERPOLATIONS),
             ("dtype", ("params", "float32", "bfloat16")),
@@ -171,7 +172,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """mlp: linear(gelu(linear(x))), exact GELU; swiglu: linear(silu(a) * b), [a, b] = linear(x). [B, tokens, C]."""
+    """mlp: linear(gelu(linear(x))), exact GELU; swiglu, geglu: linear(act(a) * b), [a, b] = linear(x), with SiLU or
+    GELU. [B, tokens, C]."""
 
     config: ViTConfig
     dtype: Any
@@ -179,11 +181,12 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width, hidden = x.shape[-1], self.config.hidden
-        if self.config.ffn == "swiglu":
-            a, b = jnp.split(Dense(2 * hidden, self.dtype, name="linear_1")(x), 2, axis=-1)
-            x = jax.nn.silu(a) * b
+        gelu = partial(jax.nn.gelu, approximate=False)
+        if self.config.ffn == "mlp":
+            x = gelu(Dense(hidden, self.dtype, name="linear_1")(x))
         else:
-            x = jax.nn.gelu(Dense(hidden, self.dtype, name="linear_1")(x), approximate=False)
+            a, b = jnp.split(Dense(2 * hidden, self.dtype, name="linear_1")(x), 2, axis=-1)
+            x = (jax.nn.silu if self.config.ffn == "swiglu" else gelu)(a) * b
         return Dense(width, self.dtype, name="linear_2")(x)
 
 

@@ -27,15 +27,16 @@ def warmup_cosine(t: Array, *, warmup: float, total: float, final: float) -> Arr
 
 
 def warmup_rsqrt_cooldown(t: Array, *, warmup: float, cooldown: float, timescale: float, total: float) -> Array:
-    """Linear warm-up, 1/sqrt(1 + (t - warmup)/timescale), linear cool-down from step `cooldown` on (ScaLR+).
+    """Linear warm-up, 1/sqrt(1 + (t - warmup)/timescale), linear cool-down after step `cooldown` (ScaLR+).
 
-    As released, the cool-down starts from 1/sqrt(1 + cooldown/timescale), counted from step 0.
+    As released: step `cooldown` itself is still the inverse root's, and the cool-down starts from
+    1/sqrt(1 + cooldown/timescale), counted from step 0.
     """
     steps = total - cooldown
     inverse_root = jax.lax.rsqrt(1 + jnp.maximum(t - warmup, 0.0) / timescale)
     last = (1 + cooldown / timescale) ** -0.5
     linear = last * jnp.maximum(steps - (t - cooldown) - 1, 0.0) / max(steps - 1, 1)
-    return jnp.where(t < warmup, t / max(warmup, 1), jnp.where(t < cooldown, inverse_root, linear))
+    return jnp.where(t < warmup, t / max(warmup, 1), jnp.where(t <= cooldown, inverse_root, linear))
 
 
 def make_schedule(settings: OptimizerSettings, total: float) -> Callable[[Array], Array]:

@@ -1,6 +1,7 @@
 """Published ViTs give the published numbers, whatever project's names their weights have."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -176,6 +177,33 @@ def test_other_interpolations(interpolation, tmp_path):
     config = dataclasses.replace(config, position_interpolation=interpolation)
     expected, _ = numpy_vit.forward(weights, make_images("dinov2"), num_heads=2, interpolation=interpolation)
     assert scale_error(features(config, params, make_images("dinov2")), expected) < 1e-5
+
+
+def test_what_transformers_writes_beside_the_weights_holds(tmp_path):
+    """A gated DINOv3 with GELU, whose weights look like those with SiLU."""
+    weights, images, path = numpy_vit.random_weights("dinov3_plus"), make_images("dinov3"), tmp_path / "m.safetensors"
+    safetensors.numpy.save_file(to_transformers(weights, "dinov3_plus"), path)
+    plain, params = load_dinov2(path)
+    assert (plain.ffn, plain.num_heads) == ("swiglu", 2)
+    said = {"model_type": "dinov3_vit", "hidden_act": "gelu", "num_attention_heads": 1, "layer_norm_eps": 1e-3}
+    (tmp_path / "config.json").write_text(json.dumps({**said, "rope_theta": 50.0}))
+    config, _ = load_dinov2(path)
+    assert config == dataclasses.replace(plain, ffn="geglu", num_heads=1, norm_eps=1e-3, rotary_base=50.0)
+    (tmp_path / "config.json").write_text(json.dumps({**said, "model_type": "dinov2"}))
+    assert load_dinov2(path)[0].ffn == "swiglu"  # transformers' DINOv2 does not ask for it where the MLP is gated
+    computed = weights | {"rope_embed.periods": 100.0 ** (np.arange(16) / 16)}
+    expected, _ = numpy_vit.forward(computed, images, num_heads=2, gate="gelu")
+    assert scale_error(features(dataclasses.replace(plain, ffn="geglu"), params, images), expected) < 1e-5
+
+
+@pytest.mark.parametrize("said", [{"hidden_act": "relu"}, {"hidden_act": ["silu"]}, {"layer_norm_eps": "small"}, None])
+def test_a_config_that_is_not_understood_is_refused(said, tmp_path):
+    safetensors.numpy.save_file(
+        to_transformers(numpy_vit.random_weights("dinov3"), "dinov3"), tmp_path / "m.safetensors"
+    )
+    (tmp_path / "config.json").write_text(json.dumps(said and {"model_type": "dinov3_vit", **said}))
+    with pytest.raises(InputError, match=r"config\.json"):
+        load_dinov2(tmp_path / "m.safetensors")
 
 
 def test_periods_are_the_files_or_computed(tmp_path):

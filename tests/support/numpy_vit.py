@@ -61,7 +61,7 @@ def random_weights(kind, *, width=128, depth=2, hidden=96, table=5, seed=0):
     return weights
 
 
-def forward(weights, images, *, num_heads, interpolation="dinov2"):
+def forward(weights, images, *, num_heads, interpolation="dinov2", gate="silu"):
     """images [B, h, w, 3] in 0..1 -> (x_pre_norm, x), both [B, tokens, C] float64."""
     w = {name: value.astype(np.float64) for name, value in weights.items()}
     eps = 1e-5 if "storage_tokens" in w else 1e-6
@@ -88,7 +88,7 @@ def forward(weights, images, *, num_heads, interpolation="dinov2"):
         b = {k.removeprefix(f"blocks.{n}."): v for k, v in w.items() if k.startswith(f"blocks.{n}.")}
         y = attention(b, norm(x, b["norm1.weight"], b["norm1.bias"], eps), num_heads, w, (rows, columns))
         x = x + b.get("ls1.gamma", 1) * y
-        x = x + b.get("ls2.gamma", 1) * mlp(b, norm(x, b["norm2.weight"], b["norm2.bias"], eps))
+        x = x + b.get("ls2.gamma", 1) * mlp(b, norm(x, b["norm2.weight"], b["norm2.bias"], eps), gate)
     return x, norm(x, w["norm.weight"], w["norm.bias"], eps)
 
 
@@ -101,15 +101,18 @@ def linear(b, name, x):
     return x @ b[f"{name}.weight"].T + b[f"{name}.bias"]
 
 
-def mlp(b, x):
+def gelu(x):
+    return x * 0.5 * (1 + erf(x / math.sqrt(2)))
+
+
+def mlp(b, x, activation):
     if "mlp.fc1.weight" in b:
-        x = linear(b, "mlp.fc1", x)
-        return linear(b, "mlp.fc2", x * 0.5 * (1 + erf(x / math.sqrt(2))))
+        return linear(b, "mlp.fc2", gelu(linear(b, "mlp.fc1", x)))
     if "mlp.w12.weight" in b:
         gate, up = np.split(linear(b, "mlp.w12", x), 2, -1)
     else:
         gate, up = linear(b, "mlp.w1", x), linear(b, "mlp.w2", x)
-    return linear(b, "mlp.w3", gate / (1 + np.exp(-gate)) * up)
+    return linear(b, "mlp.w3", (gelu(gate) if activation == "gelu" else gate / (1 + np.exp(-gate))) * up)
 
 
 def attention(b, x, num_heads, w, grid):

@@ -39,6 +39,16 @@ def test_published_schedules(golden):
     np.testing.assert_allclose(ours, arrays["warmup_rsqrt_cooldown"], rtol=1e-6, atol=1e-6)
 
 
+def test_the_cool_down_begins_after_its_step():
+    """As released; also where the step comes from a share of the schedule and is rounded."""
+    settings = OptimizerSettings(schedule="rsqrt", learning_rate=1.0, warmup_share=1 / 65)
+    for steps in (1, 7, 6_887):
+        rate = optim.make_schedule(settings, 65.0 * steps)
+        before, after = (float(rate(jnp.float32(63 * steps + late))) for late in (0, 1e-3 * steps))
+        assert before == pytest.approx((1 + 62 / 0.45) ** -0.5, rel=1e-6)
+        assert after < (1 + 63 / 0.45) ** -0.5
+
+
 def test_schedules_stay_at_their_end():
     assert optim.warmup_cosine(jnp.float32(999), warmup=1, total=10, final=0.1) == pytest.approx(0.1)
     assert optim.warmup_rsqrt_cooldown(jnp.float32(999), warmup=1, cooldown=8, timescale=2, total=10) == 0
