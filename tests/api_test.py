@@ -188,7 +188,7 @@ def test_a_workdir_has_its_settings(tmp_path):
 def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
     path = write_workdir(tmp_path / "run", "distill", "distill", 6, dataset="semantic_kitti")
     shutil.rmtree(path / "checkpoints" / "1" / "state")
-    with pytest.raises(InputError, match=r"checkpoints/1 is damaged \(.+\); copy it again, or move it away"):
+    with pytest.raises(InputError, match=mentions("checkpoints", "step 1", "state/_METADATA is missing", "copy")):
         scalr_jax.load(path)
 
 

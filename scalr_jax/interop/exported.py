@@ -12,7 +12,7 @@ from scalr_jax.interop.published import read_content
 from scalr_jax.interop.torch_file import read_weights_file
 from scalr_jax.runtime.checkpoint import load_weights
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.storage import checksum, read_json
+from scalr_jax.runtime.storage import changes, read_json
 
 VERSION = 1  # of the folder's layout
 FILES = {
@@ -22,7 +22,6 @@ FILES = {
     "onnx": "model.onnx",
     "orbax": "checkpoint",
 }
-CARD = ("config.json", "README.md")
 READABLE = ("torch", "safetensors", "orbax")  # by `scalr_jax.load`; the others are programs
 
 
@@ -75,19 +74,9 @@ def read_export(folder: Path) -> tuple[dict, dict]:
     return settings, variables
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file in `folder`, by its path there; the card apart, which may be edited."""
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: checksum(path) for name, path in files.items() if name not in CARD}
-
-
 def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
     """Raises InputError unless the files that were exported (none in folders from before "files") are there as then."""
-    found = checksums(folder) if expected else {}
-    missing = [name for name in expected if name not in found]
-    changed = [name for name in expected if name in found and found[name] != expected[name]]
-    wrong = [f"{name} is missing" for name in missing] + [f"{name} is damaged or was changed" for name in changed]
-    if wrong:
+    if wrong := changes(folder, expected):
         more = f" (and {len(wrong) - 3} more files)" if len(wrong) > 3 else ""
         raise InputError(f"{folder}: {', '.join(wrong[:3])}{more}; copy the folder again, or export it again")
 

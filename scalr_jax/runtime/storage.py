@@ -116,6 +116,20 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksums(folder: Path, but: Collection[str] = ()) -> dict[str, str]:
+    """SHA-256 of each file in `folder`, by its path there; `but`: paths that are left out."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: checksum(path) for name, path in files.items() if name not in but}
+
+
+def changes(folder: Path, expected: Mapping[str, Any]) -> list[str]:
+    """The files of `folder` that are not as their SHA-256 in `expected`: "NAME is missing" or "NAME is damaged or was
+    changed". Other files may be there."""
+    missing = [name for name in expected if not (folder / name).is_file()]
+    changed = [name for name in expected if name not in missing and checksum(folder / name) != expected[name]]
+    return [f"{name} is missing" for name in missing] + [f"{name} is damaged or was changed" for name in changed]
+
+
 def differences(
     saved: Mapping[str, Any],
     now: Mapping[str, Any],
