@@ -27,10 +27,8 @@ MERGED = ("nuscenes", "semantic_kitti", "pandar64", "pandargt")  # what `data.da
 SENSORS = ("beams32", "beams64", "solid", "pandar64", "pandargt")
 AUGMENTATIONS = ("published", "consistent", "none")
 BACKBONES = ("waffleiron", "minkunet14", "minkunet18", "minkunet34")
-CORRUPTIONS = (
-    *("fog", "wet_ground", "snow", "motion_blur", "beam_missing", "crosstalk"),
-    *("incomplete_echo", "cross_sensor"),
-)
+CORRUPTIONS: tuple[str, ...] = ("fog", "wet_ground", "snow", "motion_blur", "beam_missing", "crosstalk")
+CORRUPTIONS += ("incomplete_echo", "cross_sensor")
 SEVERITIES = ("light", "moderate", "heavy")
 FEATURES = ("augmented", "fixed", "cached")  # of a probe
 INTERPOLATIONS = ("auto", "dinov2", "size", "antialias")
@@ -138,6 +136,13 @@ class TeacherSettings:
     feature: str = key("x_pre_norm", "tokens before or after the last norm", choices=("x_pre_norm", "x"))
     position_interpolation: str = key("auto", "auto: as the file's project", choices=INTERPOLATIONS)
     num_heads: int | None = key(None, "attention heads; None: of 64 channels each", low=1)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """`config.loss`."""
+
+    scenes_per_group: int = key(0, "mean over groups of n scenes, then over groups; 0: over all points", low=0)
 
 
 @dataclass(frozen=True)
@@ -266,6 +271,7 @@ class Settings:
     data: DataSettings
     model: StudentSettings
     teacher: TeacherSettings
+    loss: LossSettings
     optimizer: OptimizerSettings
     probe: ProbeSettings
     evaluate: EvaluateSettings
@@ -389,12 +395,5 @@ def _frame_problems(settings: Settings) -> Iterator[str]:
         yield f"data.validation_frames = {data.validation_frames} (expected: other frames than data.frames)"
 
 
-HEAD = """\
-# Config keys
-
-Set a key with `--config.data.num_workers=4`, or in a config file that starts from `scalr_jax.config.get_config()`. One
-with a star may differ when a run is resumed. Written by `python -m scalr_jax.config > docs/config.md`.
-"""
-
 if __name__ == "__main__":
-    print(HEAD + keys.markdown({"": RunSettings, **SECTIONS}), end="")
+    print(keys.markdown({"": RunSettings, **SECTIONS}), end="")

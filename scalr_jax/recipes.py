@@ -5,6 +5,11 @@ batch), the last incomplete batch of an epoch left out. Every step holds exactly
 (`data.scenes_per_step`), whose capacities are set for one device; on D devices divide `data.points_per_shard`,
 `scenes_per_shard`, `cells_per_shard` and `halo_per_shard` by D (D must divide the batch).
 
+The published loss is a mean over each GPU's points, then over GPUs. These configs follow one GPU, on which each point
+weighs alike: `loss.scenes_per_group = 0`, and 172,175 updates (ScaLR's pretraining; 172,200 on eight GPUs). For n GPUs
+set it to 8 / n: on eight each scene weighs alike. docs/parity.md says what that changes, docs/weights.md how a file
+tells.
+
 Published runs used mixed precision, ScaLR float16 and ScaLR+ bfloat16; here it is bfloat16 on accelerators.
 """
 
@@ -40,6 +45,7 @@ def pretraining(method: str, channels: int = 768) -> Config:
     config = _student(method, channels)
     config.task = "distill"
     config.data.dataset = "merged"
+    config.loss.scenes_per_group = 0  # as on one GPU; 1: on eight
     _batch(config, BATCH_SIZE, VIEW_CELLS, VIEW_HALO)
     frames = sum(TRAIN_FRAMES.values())
     config.optimizer.update(learning_rate=2e-3, weight_decay=0.03)

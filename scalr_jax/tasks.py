@@ -69,12 +69,18 @@ def student_of(settings: Settings, head: str, out_features: int, *, frozen: bool
     return make_student(settings.model, head=head, out_features=out_features, platform=platform, frozen_backbone=frozen)
 
 
+def step_options(settings: Settings) -> dict[str, int]:
+    """What every training step is told."""
+    group, size = settings.loss.scenes_per_group, settings.optimizer.batch_size
+    return {"seed": settings.run.seed, "batch_size": size, "scenes_per_group": group}
+
+
 def distillation(settings: Settings, teacher: tuple[ViTConfig, Any] | None = None) -> Task:
     """The distillation of `config.teacher`, or of (architecture, parameters or their shapes)."""
     teacher = teacher or make_teacher(settings.teacher, settings.data.image_size, sharding.platform())
     student = student_of(settings, "distill", teacher[0].width)
-    options: dict = {"seed": settings.run.seed, "batch_size": settings.optimizer.batch_size}
-    step = partial(steps.make_distill_step, student, teacher[0], which=settings.teacher.feature, **options)
+    which = settings.teacher.feature
+    step = partial(steps.make_distill_step, student, teacher[0], which=which, **step_options(settings))
     return Task("distill", "distill", student, None, step, teacher[1])
 
 
@@ -88,8 +94,7 @@ def segmentation(settings: Settings, num_classes: int, *, label: str, frozen: bo
         student = student.clone(backbone=CachedFeatures(student.backbone, shapes))
     scene_task = "features" if isinstance(student.backbone, CachedFeatures) else "segment"
     trainable = ("head",) if frozen else None
-    options: dict = {"seed": settings.run.seed, "batch_size": settings.optimizer.batch_size, "trainable": trainable}
-    step = partial(steps.make_segment_step, student, **options)
+    step = partial(steps.make_segment_step, student, trainable=trainable, **step_options(settings))
     return Task(label, scene_task, student, trainable, step, None, initial, num_classes, fixed)
 
 

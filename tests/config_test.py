@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from scalr_jax import config as table
-from scalr_jax.config import HEAD, RunSettings, all_keys, get_config, read_settings
+from scalr_jax.config import RunSettings, all_keys, get_config, read_settings
 from scalr_jax.data.readers.pandaset import SENSORS as PANDASET
 from scalr_jax.data.streets.sensors import SENSORS as STREETS
 from scalr_jax.evaluation import corruptions
@@ -34,7 +34,7 @@ def test_defaults_are_allowed_and_come_back():
 
 
 def test_the_documentation_is_the_table():
-    assert DOCS.read_text() == HEAD + keys.markdown({"": RunSettings, **table.SECTIONS})
+    assert DOCS.read_text() == keys.markdown({"": RunSettings, **table.SECTIONS})
 
 
 def test_choices_are_those_of_the_code():

@@ -144,9 +144,16 @@ def _takes(hint: Any, allowed: Allowed) -> str:
     return f"{kind}, {allowed}" if str(allowed) else kind
 
 
+HEAD = """\
+# Config keys
+
+Set a key with `--config.data.num_workers=4`, or in a config file that starts from `scalr_jax.config.get_config()`. One
+with a star may differ when a run is resumed. Written by `python -m scalr_jax.config > docs/config.md`."""
+
+
 def markdown(sections: Mapping[str, type]) -> str:
-    """A table of keys for each section."""
-    text = []
+    """docs/config.md: a table of keys for each section."""
+    text = [HEAD]
     for name, table in sections.items():
         title = f"config.{name}" if name else "config"
         text.append(f"\n## {title}\n\n| key | default | takes | meaning |\n| --- | --- | --- | --- |")

@@ -2,12 +2,16 @@
 
 distillation: mean over pairs of || p/|p| - q/|q| ||_2   (ScaLR, equation 1: not squared)
 segmentation: cross-entropy + Lovasz-softmax over the classes present (Berman et al., CVPR 2018)
+
+With `groups` of scenes (train/groups.py) each is the mean over the groups of the same.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from scalr_jax.train.groups import Groups, lovasz_by_group
 
 Array = jax.Array
 EPS = 1e-12  # as torch.nn.functional.normalize
@@ -26,17 +30,19 @@ def safe_norm(x: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
 
 
-def masked_mean(values: Array, mask: Array) -> Array:
+def masked_mean(values: Array, mask: Array, groups: Groups | None = None) -> Array:
+    if groups is not None:
+        return jnp.sum(jnp.where(mask, values, 0.0) * groups.share.reshape(mask.shape))
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
 
 
-def distillation(student: Array, teacher: Array, mask: Array) -> Array:
+def distillation(student: Array, teacher: Array, mask: Array, groups: Groups | None = None) -> Array:
     """student, teacher [..., C], mask [...] -> scalar: mean distance of the unit vectors over all valid rows."""
     difference = normalize(student, mask) - normalize(jax.lax.stop_gradient(teacher), mask)
-    return masked_mean(safe_norm(difference), mask)
+    return masked_mean(safe_norm(difference), mask, groups)
 
 
-def best_constant(teacher: Array, mask: Array, *, iterations: int = 4) -> Array:
+def best_constant(teacher: Array, mask: Array, groups: Groups | None = None, *, iterations: int = 4) -> Array:
     """The distillation loss of the best constant prediction for these pairs: what a collapsed student reaches.
 
     The unit vector c that minimises the mean distance to the teacher's unit vectors, by Weiszfeld's iteration from
@@ -44,20 +50,21 @@ def best_constant(teacher: Array, mask: Array, *, iterations: int = 4) -> Array:
     """
     q = normalize(teacher, mask)
     axes = tuple(range(q.ndim - 1))
-    distance = weight = mask.astype(jnp.float32)
+    share = mask if groups is None else groups.share
+    distance = weight = share.astype(jnp.float32)
     for _ in range(iterations):
         direction = jnp.sum(q * weight[..., None], axis=axes)
         constant = direction / jnp.maximum(safe_norm(direction), EPS)
         distance = safe_norm(q - constant)
-        weight = mask / jnp.maximum(distance, 1e-3)
-    return masked_mean(distance, mask)
+        weight = share / jnp.maximum(distance, 1e-3)
+    return masked_mean(distance, mask, groups)
 
 
-def cross_entropy(logits: Array, labels: Array, mask: Array) -> Array:
+def cross_entropy(logits: Array, labels: Array, mask: Array, groups: Groups | None = None) -> Array:
     """logits [..., classes] float32, labels [...] int32 -> scalar mean over `mask`."""
     log_probability = jax.nn.log_softmax(jnp.where(mask[..., None], logits, 0.0))
     picked = jnp.take_along_axis(log_probability, jnp.where(mask, labels, 0)[..., None], axis=-1)[..., 0]
-    return -masked_mean(picked, mask)
+    return -masked_mean(picked, mask, groups)
 
 
 def lovasz_softmax(logits: Array, labels: Array, mask: Array) -> Array:
@@ -80,8 +87,9 @@ def lovasz_softmax(logits: Array, labels: Array, mask: Array) -> Array:
     return masked_mean(values, present)
 
 
-def segmentation(logits: Array, labels: Array, mask: Array) -> tuple[Array, Array]:
+def segmentation(logits: Array, labels: Array, mask: Array, groups: Groups | None = None) -> tuple[Array, Array]:
     """Cross-entropy and Lovasz-softmax of [..., classes] logits, as two scalars; `mask` excludes label 255."""
     flat = logits.reshape(-1, logits.shape[-1]).astype(jnp.float32)
     labels, mask = labels.reshape(-1), mask.reshape(-1)
-    return cross_entropy(flat, labels, mask), lovasz_softmax(flat, labels, mask)
+    entropy = cross_entropy(flat, labels, mask, groups)
+    return entropy, lovasz_softmax(flat, labels, mask) if groups is None else lovasz_by_group(flat, labels, groups)

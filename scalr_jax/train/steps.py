@@ -20,6 +20,7 @@ from scalr_jax.models import vit
 from scalr_jax.models.student import Classifier, Student, Variables
 from scalr_jax.ops.bilinear import sample_tokens
 from scalr_jax.train import losses
+from scalr_jax.train.groups import make_groups
 from scalr_jax.train.state import AveragedState, TrainState, split
 
 Array = jax.Array
@@ -108,13 +109,24 @@ def _make_step(
 
 
 def make_student_step(
-    student: Student, optimizer: optax.GradientTransformation, schedule: Schedule, *, seed: int, batch_size: int
+    student: Student,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    *,
+    seed: int,
+    batch_size: int,
+    scenes_per_group: int = 0,
 ) -> Step:
-    """What follows the teacher: step(state, target, batch), target [D, P, C_teacher]."""
+    """What follows the teacher: step(state, target, batch), target [D, P, C_teacher].
+
+    scenes_per_group: of the loss, `config.loss`.
+    """
 
     def measure(output: Array, target: Array, batch: Batch[Array]) -> tuple[Array, Metrics]:
         mask = batch.scene < batch.scene_points.shape[1]  # [D, P]
-        return losses.distillation(output, target, mask), {"loss_constant": losses.best_constant(target, mask)}
+        groups = make_groups(batch.scene, batch.scene_points, mask, scenes_per_group)
+        constant = losses.best_constant(target, mask, groups)
+        return losses.distillation(output, target, mask, groups), {"loss_constant": constant}
 
     return _make_step(student, optimizer, schedule, measure, seed=seed, batch_size=batch_size)
 
@@ -128,9 +140,11 @@ def make_distill_step(
     seed: int,
     batch_size: int,
     which: str,
+    scenes_per_group: int = 0,
 ) -> Step:
     """The step of a distillation; `which` names the teacher's feature."""
-    step = make_student_step(student, optimizer, schedule, seed=seed, batch_size=batch_size)
+    options: dict = {"seed": seed, "batch_size": batch_size, "scenes_per_group": scenes_per_group}
+    step = make_student_step(student, optimizer, schedule, **options)
     return lambda state, teacher, batch: step(state, teacher_features(vit_config, teacher, batch, which=which), batch)
 
 
@@ -142,6 +156,7 @@ def make_segment_step(
     seed: int,
     batch_size: int,
     trainable: tuple[str, ...] | None,
+    scenes_per_group: int = 0,
 ) -> Step:
     """Cross-entropy + Lovasz on the trainable top-level parameters (None: all); there is no teacher (None)."""
 
@@ -149,7 +164,8 @@ def make_segment_step(
         labels = batch.labels
         assert labels is not None
         mask = (batch.scene < batch.scene_points.shape[1]) & (labels != IGNORE)
-        entropy, lovasz = losses.segmentation(logits, labels, mask)
+        groups = make_groups(batch.scene, batch.scene_points, mask, scenes_per_group)
+        entropy, lovasz = losses.segmentation(logits, labels, mask, groups)
         accuracy = losses.masked_mean(logits.argmax(-1) == labels, mask)
         return entropy + lovasz, {"cross_entropy": entropy, "accuracy": accuracy}
 
