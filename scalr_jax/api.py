@@ -46,7 +46,7 @@ class Model:
 
     Attributes:
       config: the model config, what `interop.save_torch_checkpoint` takes, with `intensity`, `voxel_size` and, where
-        they are known, `class_names`.
+        they are known, `class_names` and `training` (of a published file: `updates`, and `gpus` of a pretraining).
       variables: {"params", "batch_stats"}, on the default device.
       student: the Flax module, whose variables these are.
       class_names: of a segmentation model, "class 0", ... where they are not known; else ().
@@ -170,6 +170,8 @@ def _load_published(path: Path, sensor: str | None, given: Mapping, activation: 
         settings["intensity"] = sensors.INTENSITY[sensor]
     if sensor is not None and {"field_of_view", "grids"} & set(missing):
         settings["field_of_view"], settings["grids"] = sensors.published_view(sensor, settings)
+    if found.training:
+        settings["training"] = dict(found.training)
     return settings, found.variables
 
 

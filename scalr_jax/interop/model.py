@@ -27,6 +27,7 @@ class Published(NamedTuple):
     variables: dict  # {"params", "batch_stats"} of NumPy arrays
     data: Mapping = {}  # keys of `config.data` that the weights were trained with, where these are known
     unsaid: tuple[str, ...] = ()  # of intensity, field_of_view, grids, activation: what a user has to say
+    training: Mapping = {}  # `updates` and `gpus`, where the file says them
 
     def model_with(self, activation: str | None, name: str) -> dict:
         """`model` with an activation. Raises `InputError` where neither the file nor the caller says it."""

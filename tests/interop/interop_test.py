@@ -12,6 +12,7 @@ import safetensors.numpy
 from scalr_jax.interop import waffleiron as interop
 from scalr_jax.interop.layout import apply_published_layout, published_batch
 from scalr_jax.interop.model import student_of
+from scalr_jax.interop.published import read_published
 from scalr_jax.interop.torch_file import read_weights_file, write_torch_file
 from scalr_jax.runtime.errors import InputError
 from tests.support.checks import mentions
@@ -136,6 +137,24 @@ def test_the_container_says_what_a_plain_convolution_is(tmp_path):
         assert (model.head, model.norm, model.activation) == (head, "batch", "relu")
         bias = variables["params"]["head"]["out"]["bias"] if head == "distill" else variables["params"]["head"]["bias"]
         np.testing.assert_array_equal(bias, weights["module.classif.bias"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "training"),
+    [
+        ({"warmup_end": 3_500, "max_iter": 172_200, "factor_min": 0.005}, {"updates": 172_200, "gpus": "8"}),
+        ({"max_iter": 172_175}, {"updates": 172_175, "gpus": "fewer than 8"}),
+        ({"max_it": 447_720}, {"updates": 447_720, "gpus": "8"}),  # ScaLR+
+        ({"max_iter": 70_320}, {"updates": 70_320}),
+        ({"max_iter": "172200"}, {}),
+        (None, {}),
+    ],
+)
+def test_the_scheduler_says_how_many_gpus_it_was(tmp_path, schedule, training):
+    content = read_weights_file(checkpoint("student_scalr"))
+    scheduler = {"base_lrs": [0.002], "last_epoch": 9, "lr_lambdas": [schedule]}
+    write_torch_file(tmp_path / "a.pth", {**content, "scheduler": scheduler})
+    assert read_published(tmp_path / "a.pth").training == training
 
 
 def test_safetensors(tmp_path):
