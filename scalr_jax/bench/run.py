@@ -19,12 +19,12 @@ Exit codes: 0 done; 2 bad arguments or input (one sentence on stderr); 1 a defec
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Callable
 
 from scalr_jax.runtime.command_line import exit_codes
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import json_text
 
 NAMES = ("student", "step", "teacher", "pipeline", "predict", "published")
 
@@ -52,4 +52,4 @@ def report(measure: Callable[[list[str]], dict], arguments: list[str]) -> None:
             raise InputError(
                 f"the device's memory is too small ({line}); use --remat=group, fewer --channels or less --depth"
             ) from error
-    print(json.dumps(result), flush=True)
+    print(json_text(result), flush=True)

@@ -32,7 +32,6 @@ Exit codes: 0 it fits; 2 it does not, or bad arguments (one sentence on stderr);
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -46,6 +45,7 @@ from scalr_jax.config import Settings, read_settings
 from scalr_jax.runtime.chips import ENVIRONMENT, Topology, parse_topology, tpu_devices
 from scalr_jax.runtime.command_line import exit_codes, parse_flags, require
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import json_text
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a config file.", flag_values=FLAGS)
@@ -129,7 +129,7 @@ def run(arguments: list[str]) -> dict:
     if FLAGS.text and text:
         Path(FLAGS.text).write_text(text)
     show(result, f"{FLAGS.slices} x {topology.name}, mesh.fsdp = {settings.mesh.fsdp}")
-    print(json.dumps(result), flush=True)
+    print(json_text(result), flush=True)
     return result
 
 

@@ -135,7 +135,8 @@ def make_features(xyz: np.ndarray, intensity: np.ndarray, statistics: tuple[floa
     """[N, F] float32: (intensity - mean) / std, x, y, z, distance to the origin (metres)."""
     mean, std = statistics
     columns = [(intensity[:, None] - mean) / std, xyz, np.linalg.norm(xyz, axis=1, keepdims=True)]
-    return np.concatenate(columns, axis=1).astype(np.float32)
+    with np.errstate(over="ignore"):  # a huge intensity becomes infinite, and training skips the scene and says so
+        return np.concatenate(columns, axis=1).astype(np.float32)
 
 
 def find_neighbors(xyz: np.ndarray, num_neighbors: int) -> np.ndarray:

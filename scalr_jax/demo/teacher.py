@@ -13,7 +13,6 @@ cosine, which is all that distillation sees, is not spent on one constant direct
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ from scalr_jax.data.streets.views import Views, render_views
 from scalr_jax.interop.teacher import ASSET, save_teacher
 from scalr_jax.models import vit
 from scalr_jax.ops.bilinear import sample_tokens
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import json_text
 from scalr_jax.train.losses import normalize
 from scalr_jax.train.optim import make_schedule
 
@@ -85,7 +86,9 @@ def train_teacher(settings: Settings, workdir: Path) -> Path:
             state, moments, metrics = step(state, moments, batch)
             if n % run.log_every_steps == 0 or n == run.num_steps:
                 values = {name: round(float(value), 4) for name, value in metrics.items()}
-                log.write(json.dumps({"step": n, "seconds": time.monotonic() - started, **values}) + "\n")
+                if not np.isfinite(values["loss"]):
+                    raise InputError(f"the loss of step {n} is not finite; lower optimizer.learning_rate")
+                log.write(json_text({"step": n, "seconds": time.monotonic() - started, **values}) + "\n")
                 print(f"teacher: step {n}/{run.num_steps}, {time.monotonic() - started:.0f} s, {values}", flush=True)
     path = workdir / ASSET
     save_teacher(path, vit_config, state["vit"])

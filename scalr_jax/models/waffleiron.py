@@ -256,7 +256,7 @@ class WaffleIron(nn.Module):
             group = nn.remat(Group, prevent_cse=False) if backbone.remat == "group" else Group
             scanned = nn.scan(
                 group,
-                variable_axes={"params": 0, "batch_stats": 0},
+                variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,  # type: ignore[arg-type]
                 length=num_groups,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
-from scalr_jax.runtime.storage import written_whole
+from scalr_jax.runtime.storage import json_text, written_whole
 
 PROGRESS_SECONDS = 3.0
 
@@ -62,14 +63,16 @@ class MetricWriter:
                 lines.append(json.loads(text))
         kept = [line for line in lines if line.get("step", 0) <= step] + [{"event": "resume", "step": step}]
         with written_whole(self._path) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+            file.write("".join(json_text(line) + "\n" for line in kept).encode())
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One JSON object, {"step": ..., "train/loss": ...}, and a line of progress when some seconds have passed."""
+        """One JSON object, {"step": ..., "train/loss": ...}, without the values that are not finite, and a line of
+        progress when some seconds have passed."""
         if not self._active:
             return
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json_text({"step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -80,10 +83,13 @@ class MetricWriter:
 
     def _line(self, step: int, values: dict[str, float], now: float) -> str:
         left = (now - self._started) / max(step - self._first_step, 1) * (self._num_steps - step)
-        parts = [f"{self._label} step {step}/{self._num_steps}".strip(), f"loss {values['train/loss']:.4f}"]
+        loss = f"loss {values['train/loss']:.4f}" if "train/loss" in values else "loss not finite"
+        parts = [f"{self._label} step {step}/{self._num_steps}".strip(), loss]
         if "train/loss_constant" in values:
             parts.append(f"(constant {values['train/loss_constant']:.4f})")
         parts += [f"{values['train/points_per_s']:,.0f} points/s", f"fill {100 * values['train/point_fill']:.0f} %"]
+        if values.get("train/skipped_steps"):
+            parts.append(f"{values['train/skipped_steps']:.0f} steps skipped")
         return "  ".join([*parts, f"{format_seconds(left)} left"])
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
 import socket
@@ -46,10 +47,23 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(file.fileno())
 
 
+def json_text(values: object, indent: int | None = None) -> str:
+    """A JSON text, with null for numbers that are not finite: JSON has no others, and Python would write NaN."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {key: plain(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(values), indent=indent, allow_nan=False)
+
+
 def write_json(path: Path, values: object, indent: int | None = 2) -> None:
-    """Writes a JSON file whole."""
+    """Writes a JSON file whole, with null for numbers that are not finite."""
     with written_whole(path) as file:
-        file.write((json.dumps(values, indent=indent) + "\n").encode())
+        file.write((json_text(values, indent) + "\n").encode())
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from scalr_jax.config import TrainSettings
@@ -32,6 +33,7 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.logging import MetricWriter
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import AveragedState, TrainState, init_state, start_average
+from scalr_jax.train.watch import Made, Watch, explain
 
 
 class Task(NamedTuple):
@@ -92,7 +94,7 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
     # The loop. Its order matters: read, step, save what the step finished, log.
     number, stopped = int(state.step), False
     source = prefetch(iter(pipeline.steps(capacities, sample[0], positions.tolist())), settings.data.prefetch)
-    log = _Log(writer, capacities, mesh.size, run.log_every_steps)
+    log, watch = _Log(writer, capacities, mesh.size, run.log_every_steps), Watch()
     # Whatever ends the loop, a save that was begun is finished.
     closing = contextlib.closing
     with distributed.Preemption() as preemption, closing(writer), closing(checkpoints), closing(source):
@@ -105,6 +107,9 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
             stopped = preemption.reached(number)
             global_positions = sharding.put_batch(item.positions.astype(np.int32), mesh)
             last = number == run.num_steps or stopped
+            if (bad := watch.add(Made(number, item, metrics), last=last)) is not None:
+                variables = {"params": state.params, "batch_stats": state.batch_stats}
+                raise InputError(explain(bad, task.student, variables, sharding.put_batch(bad.item.batch, mesh)))
             checkpoints.save(number, state, global_positions, force=last)
             # Where a resumed run begins, so does its next line.
             log.add(number, metrics, item.bad_frames, now=last or number % run.checkpoint_every_steps == 0)
@@ -112,6 +117,11 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
     if number < run.num_steps:
         raise distributed.Preempted(
             f"{task.label} stopped as asked after step {number} of {run.num_steps}; the same command resumes"
+        )
+    if not optax.tree.get(state.opt_state, "count"):
+        raise InputError(
+            f"each of the {run.num_steps} steps in {workdir} was skipped because of values that are not finite; lower "
+            "optimizer.learning_rate, or look at the data, and train in another --workdir"
         )
     return state
 
@@ -189,7 +199,7 @@ def _start_from(state: TrainState, initial: Variables, shardings: Any) -> TrainS
 
 
 class _Log:
-    """Gathers metrics on the device and writes their means every few steps."""
+    """Gathers metrics on the device and writes their means every few steps, of the steps that were not skipped."""
 
     def __init__(self, writer: MetricWriter, capacities: Capacities, num_shards: int, every: int):
         self._writer, self._every = writer, every
@@ -202,7 +212,10 @@ class _Log:
         if step % self._every and not now:
             return
         rows = jax.device_get(self._pending)
-        mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+        kept = [row for row in rows if not row["skipped_steps"]]
+        read = {key: rows if key in ("points", "scenes") else kept or rows for key in rows[0]}
+        mean = {key: float(np.mean([row[key] for row in of])) for key, of in read.items()}
+        mean["skipped_steps"] = len(rows) - len(kept)
         seconds = time.monotonic() - self._since
         points, scenes = mean.pop("points"), mean.pop("scenes")
         mean |= {"points_per_s": points * len(rows) / seconds, "scenes_per_step": scenes}

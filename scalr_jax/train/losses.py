@@ -24,10 +24,10 @@ def normalize(x: Array, mask: Array) -> Array:
 
 
 def safe_norm(x: Array) -> Array:
-    """Euclidean norm of the last axis, with gradient zero (not NaN) at zero."""
+    """Euclidean norm of the last axis, with gradient zero (not NaN) at zero. NaN stays NaN."""
     square = jnp.sum(jnp.square(x), axis=-1)
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+    zero = square == 0
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
 
 
 def masked_mean(values: Array, mask: Array, groups: Groups | None = None) -> Array:

@@ -55,13 +55,15 @@ def teacher_features(vit_config: vit.ViTConfig, params: dict, batch: Batch[Array
 
 
 def averaged(step: Callable, decay: float) -> Callable:
-    """The same step(state, teacher, batch) on an `AveragedState`: average += (1 - decay) * (weights - average)."""
+    """The same step(state, teacher, batch) on an `AveragedState`: average += (1 - decay) * (weights - average), and
+    nothing in a step that was skipped."""
 
     def new_step(state: AveragedState, teacher: dict, batch: Batch[Array]) -> tuple[AveragedState, Metrics]:
         state, metrics = step(state, teacher, batch)
+        share = jnp.where(metrics["skipped_steps"] > 0, 0.0, 1.0 - decay)
         params = {name: state.params[name] for name in state.average["params"]}
         now = {"params": params, "batch_stats": state.batch_stats}
-        average = jax.tree.map(lambda mean, new: mean + (1.0 - decay) * (new - mean), state.average, now)
+        average = jax.tree.map(lambda mean, new: mean + share * (new - mean), state.average, now)
         return dataclasses.replace(state, average=average), metrics
 
     return new_step
@@ -80,6 +82,9 @@ def _make_step(
     """One optimiser step on the trainable top-level parameters (None: all).
 
     measure(output [D, P, C], target, batch) -> (loss, more metrics), with what the step gets as `target`.
+
+    Where the loss, the gradients or what the step makes of the weights is not finite, the weights, statistics and
+    moments stay as they were, and the metric `skipped_steps` is 1 instead of 0.
     """
 
     def step(state: TrainState, target: Any, batch: Batch[Array]) -> tuple[TrainState, Metrics]:
@@ -97,11 +102,17 @@ def _make_step(
 
         (loss, (batch_stats, extra)), gradients = jax.value_and_grad(loss_of, has_aux=True)(chosen)
         updates, opt_state = optimizer.update(gradients, state.opt_state, chosen)
-        chosen = jax.tree.map(lambda p, u: p - learning_rate * u, chosen, updates)
+        moved = jax.tree.map(lambda p, u: p - learning_rate * u, chosen, updates)
+        gradient_norm, weight_norm = optax.tree.norm(gradients), optax.tree.norm((moved, batch_stats))
+        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(weight_norm)
+        before = (chosen, state.batch_stats, state.opt_state)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (moved, batch_stats, opt_state), before)
+        chosen, batch_stats, opt_state = after
         params = {k: chosen.get(k, frozen.get(k)) for k in state.params}
         num_scenes = jnp.sum(batch.scene_points > 0, dtype=jnp.int32)
-        metrics = {"loss": loss, "learning_rate": learning_rate, "gradient_norm": optax.tree.norm(gradients)}
+        metrics = {"loss": loss, "learning_rate": learning_rate, "gradient_norm": gradient_norm}
         metrics |= {"points": batch.scene_points.sum(), "scenes": num_scenes, **extra}
+        metrics["skipped_steps"] = jnp.where(finite, 0, 1)
         state = dataclasses.replace(state, step=state.step + 1, scenes_seen=state.scenes_seen + num_scenes)
         return dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state), metrics
 

@@ -1,0 +1,186 @@
+"""Values that are not finite: the step that meets them changes nothing, and twenty in a row stop the run."""
+
+import dataclasses
+import json
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scalr_jax import tasks
+from scalr_jax.config import OptimizerSettings, read_settings
+from scalr_jax.data.packing import Capacities, pack_shard, stack_shards
+from scalr_jax.data.pipeline import Step
+from scalr_jax.data.scenes import Frame, SceneNeeds
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import json_text
+from scalr_jax.train import losses, optim, steps
+from scalr_jax.train.loop import Task, train
+from scalr_jax.train.state import init_state, start_average
+from scalr_jax.train.watch import BEHIND, IN_A_ROW, Made, Watch, first_not_finite
+from tests.support.checks import mentions
+from tests.support.datasets import Frames
+from tests.support.random_scenes import GRIDS, random_scene
+from tests.support.runs import config_of, lines, on_one_device
+from tests.support.small_student import init, small_student
+
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
+
+@pytest.fixture(scope="module")
+def batch():
+    scenes = [random_scene(0), random_scene(1, 30)]
+    shard = pack_shard(scenes, Capacities(96, 2, (72, 72, 72), (512, 128, 128)), scenes[0], GRIDS)
+    batch = jax.tree.map(jnp.asarray, stack_shards([shard]))
+    return batch._replace(planes=batch.planes[:1])  # one plane: each layer is a group
+
+
+@pytest.fixture(scope="module")
+def training(batch):
+    """A state with an average, good targets, and the jitted step(state, (targets, learning rate), batch)."""
+    student = small_student(norm="batch", grids=GRIDS[:1], depth=1)
+    optimizer = optim.make_optimizer(OptimizerSettings(), student.backbone)
+    fresh = jax.jit(lambda b: init_state(student, b, optimizer, None, jax.random.key(0)))(batch)
+    state = start_average(fresh, tuple(fresh.params))
+
+    def step(state, given, batch):
+        target, rate = given
+        made = steps.make_student_step(student, optimizer, lambda _: rate, seed=0, batch_size=2)
+        return steps.averaged(made, 0.5)(state, target, batch)
+
+    targets = jax.random.normal(jax.random.key(1), (*batch.scene.shape, student.out_features))
+    return state, targets, jax.jit(step)
+
+
+@pytest.mark.parametrize("wrong", ["input", "teacher", "rate"])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(wrong, training, batch):
+    state, targets, step = training
+    given = (targets.at[0, 3, 0].set(jnp.nan) if wrong == "teacher" else targets, 1e35 if wrong == "rate" else 1e-3)
+    bad = batch._replace(feats=batch.feats.at[0, 5, 0].set(3e38)) if wrong == "input" else batch
+    good, metrics = step(state, (targets, 1e-3), batch)
+    assert metrics["skipped_steps"] == 0
+    after, metrics = step(good, given, bad)
+    assert metrics["skipped_steps"] == 1
+    assert (int(after.step), int(after.scenes_seen)) == (2, 4)
+    for name in ("params", "batch_stats", "opt_state", "average"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(good, name))
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), good.params, state.params)
+    assert max(jax.tree.leaves(moved)) > 0
+    assert step(after, (targets, 1e-3), batch)[1]["skipped_steps"] == 0  # and training goes on
+
+
+def test_a_norm_of_nan_is_nan_and_of_zero_has_no_gradient():
+    rows = jnp.array([[3.0, 4.0], [0.0, 0.0], [np.nan, 1.0]])
+    np.testing.assert_array_equal(losses.safe_norm(rows), [5.0, 0.0, np.nan])
+    np.testing.assert_array_equal(jax.grad(lambda x: losses.safe_norm(x).sum())(rows[1]), [0.0, 0.0])
+
+
+@pytest.mark.parametrize(("pattern", "stops"), [((20,), 20), ((19, 1, 20), 40), ((19, 1, 19), None)])
+def test_twenty_in_a_row_stop(pattern, stops):
+    """`pattern`: skipped, made, skipped ... in a row. The newest steps are looked at when nothing follows."""
+    skipped = [k % 2 == 0 for k, number in enumerate(pattern) for _ in range(number)]
+    watch, found = Watch(), []
+    for number, flag in enumerate(skipped, 1):
+        made = Made(number, Step(*[None] * 5), {"skipped_steps": np.int32(flag)})  # type: ignore[arg-type]
+        found.append(watch.add(made, last=number == len(skipped)))
+    assert [made.number for made in found if made] == ([stops] if stops else [])
+    assert all(made is None for made in found[: IN_A_ROW + BEHIND - 2 - (stops == IN_A_ROW) * (BEHIND - 1)])
+
+
+def test_the_first_layer_that_is_not_finite_is_found(batch):
+    """In the embedding, in one group of a loop, and in the head."""
+    student = small_student(grids=GRIDS[:1], depth=2, remat="group")
+    variables = init(student, batch)
+
+    def spoiled(*names, group: Any = ...):
+        params = jax.tree.map(lambda x: x, variables["params"])
+        here = params
+        for name in names[:-1]:
+            here = here[name]
+        here[names[-1]] = here[names[-1]].at[group].set(jnp.nan)
+        return first_not_finite(student, {**variables, "params": params}, batch)
+
+    assert first_not_finite(student, variables, batch) is None
+    assert spoiled("embedding", "point", "kernel") == "embedding/point"
+    assert spoiled("head", "out", "kernel") == "head/out"
+    layer = ("backbone", "groups", "plane_0", "spatial")
+    assert spoiled(*layer, "kernel_1", group=1) == f"{'/'.join(layer)} of group 2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Wild(Frames):
+    """Six small scans, whose intensity is huge, and finite, after the first few."""
+
+    tame: int
+
+    class_names = ("a", "b")
+
+    def __len__(self):
+        return 6
+
+    def frame(self, index, rng=None, *, camera=None):
+        own = np.random.default_rng(index)
+        points = own.uniform(-6, 6, (60, 4)) * [1, 1, 0.2, 1]
+        points[:, 3] = 1 if index < self.tame else 3e38
+        return Frame(self.name(index), points, np.eye(4), labels=own.integers(0, 2, 60).astype(np.uint8))
+
+
+class Plain(nn.Module):
+    """A student that is one linear layer, so that a whole run takes a second."""
+
+    needs = SceneNeeds(((-8.0, -8.0, -2.0), (8.0, 8.0, 2.0)), 0, ((8, 8),))
+    backbone = None
+
+    @nn.compact
+    def __call__(self, batch, *, train):
+        return nn.Dense(2, name="head")(batch.feats)
+
+
+def finetune(dataset, workdir, **changes):
+    config = config_of("smoke")
+    config.update(task="finetune", num_steps=40, log_every_steps=5, checkpoint_every_steps=10)
+    config.data.update(points_per_shard=128, scenes_per_shard=2, scenes_per_step=2, num_workers=0, max_points=60)
+    config.update_from_flattened_dict(changes)
+    settings = read_settings(config)
+    student: Any = Plain()
+    step = partial(steps.make_segment_step, student, seed=0, batch_size=2, trainable=None)
+    with tasks.claimed(settings, workdir):
+        return train(settings.training, workdir, dataset, Task("tiny", "segment", student, None, step, num_classes=2))
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    on_one_device(monkeypatch)
+
+
+def test_a_run_on_wild_scans_stops_naming_them_and_the_layer(one_device, tmp_path):
+    wild = Wild(tame=0)
+    with pytest.raises(InputError, match=mentions("frames/", "20 steps", "step 20", "every layer", "3e+38")):
+        finetune(wild, tmp_path)
+    logged = lines(tmp_path)
+    assert sum(line["train/skipped_steps"] for line in logged) == 20
+    assert not any("train/loss" in line for line in logged)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_run_that_learned_nothing_is_refused_also_when_it_is_started_again(one_device, tmp_path):
+    for _ in range(2):
+        with pytest.raises(InputError, match=mentions(tmp_path, "each of the 5 steps", "optimizer.learning_rate")):
+            finetune(Wild(tame=0), tmp_path, num_steps=5)
+
+
+def test_some_wild_scans_are_skipped_and_counted(one_device, tmp_path):
+    state = finetune(Wild(tame=5), tmp_path, num_steps=12)
+    logged = lines(tmp_path)
+    assert 0 < sum(line["train/skipped_steps"] for line in logged) < 12
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert all(np.isfinite(line["train/loss"]) for line in logged)
+
+
+def test_json_has_null_where_a_number_is_not_finite():
+    text = json_text({"a": float("nan"), "b": [1.5, float("inf"), np.float64("nan")], "c": {"d": (1, "x")}})
+    assert json.loads(text) == {"a": None, "b": [1.5, None, None], "c": {"d": [1, "x"]}}
