@@ -1,4 +1,6 @@
-"""Does a scan fit what a model was trained on? One sentence for each way in which it does not. NumPy alone."""
+"""Can a lidar have seen these points, and do they fit what a model was trained on? One sentence for each way in which
+they do not. NumPy alone.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from scalr_jax.data.whole_scan import find_usable
-
+FARTHEST = 10_000.0  # metres along an axis: points beyond are no echo of a lidar
+LARGEST_INTENSITY = 1e8  # no sensor counts so far
+MAX_FAR = 0.03  # the share of points that may lie `FAR` away
+FAR, FAR_MEDIAN, NOTABLE_MEDIAN = 3_000.0, 1_000.0, 300.0  # metres: refused; of the median distance: refused, told
 # Over the frames of nuScenes, KITTI, PandaSet and generated streets (2026-11-23) the mean lies within 0.4 trained
 # deviations and the deviation between 0.73 and 1.56 times the trained one; at least 91 % of the points are in view, and
 # the ground at -1.6 to -2.0 m. A nuScenes scan read with 4 instead of 5 columns has 59 % in view.
@@ -18,8 +22,50 @@ MIN_IN_VIEW = 0.8
 GROUND = (-3.2, -0.6)  # metres
 
 
+def find_usable(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which points [N, 4] have finite coordinates, and which of them can go through a network, as [N] bool each."""
+    located = np.asarray(np.isfinite(points[:, :3]).all(axis=1))
+    near = (np.abs(points[:, :3]) < FARTHEST).all(axis=1)
+    return located, located & near & (np.abs(points[:, 3]) < LARGEST_INTENSITY)
+
+
+def count_unusable(points: np.ndarray) -> str:
+    """How many of the points [N, 4] cannot go through a network, by reason: "3 of 50 points are NaN or infinite"."""
+    located, usable = find_usable(points)
+    near = (np.abs(points[:, :3]) < FARTHEST).all(axis=1)
+    counts = {
+        "are NaN or infinite": ~located,
+        "lie beyond 10 km": located & ~near,
+        "have an intensity that is no finite number, or beyond 1e8": located & near & ~usable,
+    }
+    found = [f"{mask.sum():,} of {len(points):,} points {reason}" for reason, mask in counts.items() if mask.any()]
+    return " and ".join(found)
+
+
+def check_place(points: np.ndarray) -> tuple[str | None, str | None]:
+    """Half a sentence when no lidar at the origin can have seen the points [N, 3+] (metres), and another one when they
+    are far away for one. None where nothing is wrong, or no point is finite."""
+    some = points[:: len(points) // 4_096 + 1, :3].astype(np.float64)
+    xyz = some[np.isfinite(some).all(axis=1)]
+    if not len(xyz):
+        return None, None
+    far, distance = float((np.abs(xyz) > FAR).any(axis=1).mean()), float(np.median(np.linalg.norm(xyz, axis=1)))
+    if far <= MAX_FAR and distance < NOTABLE_MEDIAN:
+        return None, None
+    middle = np.median(xyz, axis=0)
+    at = ", ".join(f"{axis} = {value:.3g}" for axis, value in zip("xyz", middle, strict=True))
+    spread = np.median(np.linalg.norm(xyz - middle, axis=1))
+    if together := spread < NOTABLE_MEDIAN < np.linalg.norm(middle):
+        text = f"coordinates in a map's frame ({at}): subtract the sensor's position, before they become float32"
+    else:
+        text = f"half of the points are farther away than {distance:.3g} m, and {far:.0%} than {FAR:,.0f} m along an "
+        text += "axis: give metres in the lidar's frame (are these millimetres or centimetres?)"
+    refused = far > MAX_FAR or distance > FAR_MEDIAN
+    return (text, None) if refused else (None, f"they look like {text}" if together else text)
+
+
 def check_scan(points: np.ndarray, settings: Mapping[str, Any]) -> dict[str, str]:
-    """What does not fit: one sentence by kind ("finite", "usable", "intensity", "view", "ground"), or nothing.
+    """What does not fit: one sentence by kind ("finite", "usable", "place", "intensity", "view", "ground"), or nothing.
 
     points: [N, 4] float32, in the frame of the training data: x, y, z in metres and raw intensity. settings:
     `intensity` and `field_of_view`, as in `Model.config`.
@@ -31,13 +77,12 @@ def check_scan(points: np.ndarray, settings: Mapping[str, Any]) -> dict[str, str
             f"{(~located).sum():,} of {len(points):,} points have coordinates that are no finite numbers, and get "
             "features 0 and class 255"
         )
-    if number := int((located & ~usable).sum()):
-        found["usable"] = (
-            f"{number:,} of {len(points):,} points have an intensity that is no finite number, or lie 10 km away, and "
-            "get the result of the nearest other point"
-        )
+    if (located & ~usable).any():
+        found["usable"] = f"{count_unusable(points[located])}, and get the result of the nearest other point"
     if not usable.any():
         return found
+    if text := check_place(points)[1]:
+        found["place"] = text
     if text := _check_intensity(points[usable, 3].astype(np.float64), *settings["intensity"]):
         found["intensity"] = text
     low, high = (np.asarray(corner) for corner in settings["field_of_view"])

@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pykdtree.kdtree import KDTree
 
+from scalr_jax.data.scan_checks import FARTHEST, check_place, count_unusable, find_usable
 from scalr_jax.data.scenes import Frame, SceneNeeds, SceneView
 from scalr_jax.data.transforms import SceneSettings, make_scene
 from scalr_jax.runtime.errors import BadFrameError, InputError
 
-FARTHEST = 10_000.0  # metres along an axis: points beyond are no echo of a lidar
-
 
 def check_points(points: ArrayLike) -> np.ndarray:
-    """The points as [N, 4] float32: x, y, z in metres and raw intensity. Raises InputError when they are none."""
+    """The points as [N, 4] float32: x, y, z in metres and raw intensity. Raises InputError when they are none, or far
+    away for a lidar at the origin."""
     points = np.asarray(points)
     if points.ndim != 2 or points.shape[1] != 4 or points.dtype.kind not in "fiu":
         raise InputError(
@@ -26,14 +26,10 @@ def check_points(points: ArrayLike) -> np.ndarray:
         )
     if len(points) == 0:
         raise InputError("points have shape (0, 4): the scan is empty")
-    with np.errstate(over="ignore"):
+    if problem := check_place(points)[0]:
+        raise InputError(problem)
+    with np.errstate(over="ignore", invalid="ignore"):
         return points.astype(np.float32)
-
-
-def find_usable(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which points [N, 4] have finite coordinates, and which of them can go through a network, as [N] bool each."""
-    located = np.asarray(np.isfinite(points[:, :3]).all(axis=1))
-    return located, located & np.isfinite(points[:, 3]) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1)
 
 
 def whole_scan(
@@ -50,16 +46,14 @@ def whole_scan(
     located, usable = find_usable(points)
     settings = SceneSettings(task="segment", train=False, needs=needs, voxel_size=voxel_size, augmentation="none")
     if not usable.any():
-        raise InputError(f"0 of {len(points)} points are finite; write or copy the scan again, or leave it out")
+        raise InputError(f"{count_unusable(points)}; write or copy the scan again, or leave it out")
     frame = Frame("the scan", points[usable], np.eye(4))
     try:
         scene = make_scene(frame, 0, intensity, settings, np.random.default_rng(0))
     except BadFrameError as error:
         found = str(error).removeprefix(f"{frame.name}: ")
-        raise InputError(
-            f"{found} ({usable.sum()} of {len(points)} points are finite); shift or scale the points into it, or leave "
-            "the scan out"
-        ) from None
+        bad = f" ({unusable})" if (unusable := count_unusable(points)) else ""
+        raise InputError(f"{found}{bad}; shift or scale the points into it, or leave the scan out") from None
     nearest = np.full(len(points), -1, np.int64)
     nearest[usable] = scene.upsample  # type: ignore[assignment]
     others = np.flatnonzero(located & ~usable)

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: a notebook's own plots keep their backend
 from matplotlib.lines import Line2D
 
+from scalr_jax.data.scan_checks import FARTHEST
 from scalr_jax.data.scenes import IGNORE
-from scalr_jax.data.whole_scan import FARTHEST
 from scalr_jax.runtime.storage import written_whole
 
 BACKGROUND = "#10141c"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from scalr_jax.data import transforms
-from scalr_jax.data.scan_checks import ground_height
+from scalr_jax.data.scan_checks import check_place, ground_height
 from scalr_jax.data.scenes import Dataset, Frame
 from scalr_jax.ops.voxels import count_levels
 from scalr_jax.prepare.summary import VOXEL_SIZE, Report, Seen, format_report, summarize
@@ -89,6 +89,9 @@ def look(dataset: Dataset, index: int, frame: Frame, rng: np.random.Generator) -
     if len(frame.points) == 0:
         raise BadFrameError(f"{frame.name}: the scan has no points")
     xyz = transforms.to_ego(frame.points, frame.to_ego)
+    refused, told = check_place(xyz)
+    if refused:
+        raise BadFrameError(f"{frame.name}: {refused}")
     intensity = frame.points[:, 3].astype(np.float64)
     radius = np.linalg.norm(xyz, axis=1)
     voxels = transforms.one_a_voxel(frame, VOXEL_SIZE, rng)
@@ -108,5 +111,6 @@ def look(dataset: Dataset, index: int, frame: Frame, rng: np.random.Generator) -
         moments=np.array([len(xyz), intensity.sum(), (intensity**2).sum(), intensity.min(), intensity.max()]),
         statistics=dataset.intensity(index),
         ground=ground_height(xyz),
+        place=told,
         labels=None if frame.labels is None else np.bincount(frame.labels, minlength=256),
     )

@@ -35,13 +35,13 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
+from scalr_jax.data.manifest import FORMAT, IMAGE_FORMATS
 from scalr_jax.data.readers.folder import Folder
 from scalr_jax.data.readers.records import is_prepared
 from scalr_jax.data.readers.scan_inputs import open_reader
 from scalr_jax.data.scenes import Dataset
 from scalr_jax.data.streets.streets import Streets
 from scalr_jax.prepare import session as record_run
-from scalr_jax.prepare import source as record_source
 from scalr_jax.prepare.source import Images, Source
 from scalr_jax.prepare.writing import AGAIN, plan_shards
 from scalr_jax.runtime.command_line import exit_codes, parse_flags, require
@@ -49,6 +49,7 @@ from scalr_jax.runtime.errors import InputError
 
 DATASETS = ("nuscenes", "semantic_kitti", "pandaset", "pandar64", "pandargt", "folder", "streets")
 VOXEL_SIZE = 0.1  # metres, as published; with another data.voxel_size a loader finds the voxels itself
+MAX_IMAGE_SIZE = 8_192  # rows or columns, as of data.image_size
 SENSORS = {"pandaset": "pandar64", "pandar64": "pandar64", "pandargt": "pandargt", "streets": "beams32"}
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
@@ -59,7 +60,7 @@ flags.DEFINE_list("split", [], "Splits to write.", flag_values=FLAGS)
 flags.DEFINE_string("sensor", "", "Of pandaset and streets.", flag_values=FLAGS)
 flags.DEFINE_boolean("labels", False, "Also store whole scans and labels.", flag_values=FLAGS)
 flags.DEFINE_list("image_size", [], "Rows, columns.", flag_values=FLAGS)
-flags.DEFINE_enum("image_format", None, record_source.FORMATS, "How images are stored.", flag_values=FLAGS)
+flags.DEFINE_enum("image_format", None, IMAGE_FORMATS, "How images are stored.", flag_values=FLAGS)
 flags.DEFINE_integer("num_processes", 2, "Processes that write.", 1, flag_values=FLAGS)
 flags.DEFINE_integer("frames_per_shard", 128, "Frames of one file.", 1, flag_values=FLAGS)
 flags.DEFINE_integer("num_scenes", 64, "Of streets.", 1, flag_values=FLAGS)
@@ -73,8 +74,9 @@ def image_choice() -> Images:
         size = tuple(int(number) for number in FLAGS.image_size)
     except ValueError:
         size = (0,)
-    if size and (len(size) != 2 or min(size) < 1):
-        raise InputError(f"--image_size={','.join(FLAGS.image_size)} must be rows,columns, as in 224,448")
+    if size and (len(size) != 2 or min(size) < 1 or max(size) > MAX_IMAGE_SIZE):
+        given = ",".join(FLAGS.image_size)
+        raise InputError(f"--image_size={given} must be rows,columns, as in 224,448, at most {MAX_IMAGE_SIZE} each")
     if FLAGS.dataset == "streets":  # rendered at this size
         return Images(FLAGS.image_format or "original")
     if size and FLAGS.image_format == "original":
@@ -133,9 +135,9 @@ def open_source(split: str, images: Images) -> Source:
     return source
 
 
-def write_records() -> None:
+def write_records(images: Images) -> None:
     """Looks, tells what it will take, writes what is missing, finishes, names what was left out."""
-    images, folder, dataset = image_choice(), Path(FLAGS.output), FLAGS.dataset
+    folder, dataset = Path(FLAGS.output), FLAGS.dataset
     if dataset in ("pandaset", "pandar64", "pandargt"):  # its two lidars have a folder each
         folder, dataset = folder / sensor(), "pandaset"
     sources = open_sources(images)
@@ -161,7 +163,7 @@ def write_records() -> None:
         reader = next(iter(sources.values())).dataset
         manifest = {
             **choices,
-            "format": record_run.records.FORMAT,
+            "format": FORMAT,
             "scalr_jax": importlib.metadata.version("scalr_jax"),
             "source": str(FLAGS.root),
             "intensity": reader.intensity(0),
@@ -198,6 +200,7 @@ def run(arguments: list[str]) -> None:
     parse_flags(FLAGS, arguments, __doc__)
     if not (FLAGS.verify and FLAGS.output):
         require(FLAGS, "dataset", "root", "output", example="--dataset=nuscenes --root=RAW --output=DIR")
+    images = image_choice()
     if FLAGS.verify:
         verify()
     elif FLAGS.inspect:
@@ -205,7 +208,7 @@ def run(arguments: list[str]) -> None:
 
         inspect_dataset(open_raw((FLAGS.split or ["train"])[0], labels=FLAGS.labels), Path(FLAGS.output))
     else:
-        write_records()
+        write_records(images)
 
 
 def main(arguments: list[str]) -> None:

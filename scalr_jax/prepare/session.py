@@ -16,16 +16,17 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
+from scalr_jax.data.manifest import FORMAT, MANIFEST, Part, read_manifest, read_part
 from scalr_jax.data.readers import records
 from scalr_jax.data.readers.records import SETTINGS
 from scalr_jax.prepare import builders
 from scalr_jax.prepare import source as record_source
 from scalr_jax.prepare.source import Source
-from scalr_jax.prepare.writing import PARTS, Part, Progress, Shard, write_shards
+from scalr_jax.prepare.writing import PARTS, Progress, Shard, write_shards
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
 from scalr_jax.runtime.storage import checksum, differences, locked, read_json, remove_partial, write_json
 
@@ -49,7 +50,7 @@ def run_settings(choices: dict, sources: Mapping[str, Source], frames_per_shard:
     for split, source in sources.items():
         names = "\n".join(source.name(i) for i in range(len(source)))
         splits[split] = {"frames": len(source), "names": hashlib.sha256(names.encode()).hexdigest()[:16]}
-    settings = {**choices, "format": records.FORMAT, "frames_per_shard": frames_per_shard, "splits": splits}
+    settings = {**choices, "format": FORMAT, "frames_per_shard": frames_per_shard, "splits": splits}
     return json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
 
 
@@ -60,7 +61,7 @@ def claimed(folder: Path, settings: dict) -> Iterator[dict[str, Part]]:
     Raises InputError: another run holds it, it is complete, was begun with other settings, or holds something else.
     """
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if there and not {SETTINGS, records.MANIFEST, LOCK} & set(there):
+    if there and not {SETTINGS, MANIFEST, LOCK} & set(there):
         raise InputError(f"{folder} is not empty (it has {there[0]}) and was not begun by prepare; give a new --output")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK, "wait for it or stop it"):
@@ -92,7 +93,7 @@ def _finished(folder: Path, settings: dict) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     complete, found = records.is_prepared(folder), settings
     if complete:
-        manifest = records.read_manifest(folder)
+        manifest = read_manifest(folder)
         found = manifest["settings"]
         parts = {part["file"]: part for split in manifest["splits"].values() for part in split["shards"]}
     elif (folder / SETTINGS).exists():
@@ -102,7 +103,7 @@ def _finished(folder: Path, settings: dict) -> dict[str, Part]:
             f"{folder} was begun with other settings or other raw files ({different}); "
             "repeat the command that began it, give another --output, or delete the folder"
         )
-    own = [cast("Part", read_json(path, AGAIN)) for path in sorted((folder / PARTS).glob("*.json"))]
+    own = [read_part(path, AGAIN) for path in sorted((folder / PARTS).glob("*.json"))]
     parts |= {part["file"]: part for part in own}
     whole = {name: part for name, part in parts.items() if records.file_size(folder / name) == part["bytes"]}
     if not complete:
@@ -194,7 +195,7 @@ def finish(
         splits[name] = {"described": table, "shards": own}
         layout[name] = ([part["records"] for part in own], sum(part["bytes"] for part in own))
     builders.write_tfds_files(folder, layout, manifest)
-    write_json(folder / records.MANIFEST, {**manifest, "splits": splits}, indent=None)
+    write_json(folder / MANIFEST, {**manifest, "splits": splits}, indent=None)
     shutil.rmtree(folder / PARTS)
     (folder / SETTINGS).unlink(missing_ok=True)
 
@@ -202,7 +203,7 @@ def finish(
 def verify(folder: Path, progress: Progress = lambda size: None) -> str:
     """Compares every file's bytes with what was written; `progress` gets their numbers. Returns a sentence about what
     was found; raises InputError that names files which are missing or differ, and says what to do."""
-    manifest = records.read_manifest(folder)
+    manifest = read_manifest(folder)
     wrong, parts = [], [part for split in manifest["splits"].values() for part in split["shards"]]
     for part in parts:
         path = folder / part["file"]

@@ -19,7 +19,6 @@ from scalr_jax.prepare.builders import to_bytes
 from scalr_jax.runtime.errors import BadFrameError, NothingVisibleError
 
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}  # 4:4:4
-FORMATS = ("original", "jpeg", "raw")
 
 
 class Images(NamedTuple):

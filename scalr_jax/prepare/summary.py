@@ -39,6 +39,7 @@ class Seen(NamedTuple):
     moments: np.ndarray  # [5] of the intensity: count, sum, sum of squares, min, max
     statistics: tuple[float, float]  # configured mean and standard deviation
     ground: float | None  # metres
+    place: str | None  # what is odd about where the points are
     labels: np.ndarray | None  # [256] counts
 
 
@@ -62,7 +63,8 @@ def summarize(dataset: Dataset, seen: Sequence[Seen], bad: Mapping[str, str]) ->
         "published_view_covers": round(covered(voxels, *PUBLISHED_VIEW), 4),
         "labels": _labels(dataset, seen),
     }
-    return report | {"warnings": _warnings(report, dataset.warnings)}
+    places = [frame.place for frame in seen if frame.place][:1]
+    return report | {"warnings": _warnings(report, [*dataset.warnings, *places])}
 
 
 def spread(values: Sequence[int]) -> dict[str, int]:

@@ -16,10 +16,11 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
+from scalr_jax.data.manifest import Part
 from scalr_jax.prepare import builders
 from scalr_jax.prepare.source import Source
 from scalr_jax.runtime.errors import BadFrameError, InputError
@@ -29,21 +30,6 @@ WRITER_OPTIONS = "group_size:1,uncompressed"  # images do not compress, and Zstd
 PARTS = "parts"
 AGAIN = "free space on the disk and run the same command again: finished files are kept"
 Progress = Callable[[int], object]  # gets the number of frames (or bytes) done since it was last called
-
-
-class Part(TypedDict):
-    """What is in one finished shard; lists have an entry a frame but for the last two."""
-
-    file: str
-    bytes: int
-    sha256: str
-    records: int
-    names: list[str]
-    scan_files: list[str]
-    scans: list[bool]  # whether the whole scan is stored
-    cameras: list[list[int]]  # which views are
-    bad: list[str]  # sentences about frames that are left out
-    problems: list[str]  # sentences about images that are left out
 
 
 class Shard(NamedTuple):

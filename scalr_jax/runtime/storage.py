@@ -20,6 +20,9 @@ from absl import logging
 from scalr_jax.runtime.errors import InputError
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
+LFS = b"version https://git-lfs.github.com/spec/"  # begins a pointer that Git LFS leaves in place of a file
+MAX_DEPTH = 50  # of lists and objects in a JSON file
+LFS_SENTENCE = "it is a Git LFS pointer, not the file itself; fetch that with git lfs pull"
 
 
 @contextlib.contextmanager
@@ -76,13 +79,40 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError, which ends with the `remedy`, when there is none."""
     try:
         content = json.loads(path.read_text())
+        if _is_deeper(content, MAX_DEPTH):
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
-        raise InputError(f"{path}: not valid JSON ({str(error)[:200]}); {remedy}") from error
+        raise InputError(f"{path}: not valid JSON ({reason(error, path)}); {remedy}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: must be one JSON object, in braces; {remedy}")
     return content
+
+
+def _is_deeper(content: object, depth: int) -> bool:
+    """Whether lists and objects are nested deeper than that, so that no recursion through them would end well."""
+    level = [content]
+    for _ in range(depth + 1):
+        holders = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, list | dict))
+        level = [value for part in holders for value in part]
+    return bool(level)
+
+
+def reason(error: BaseException, path: Path | None = None) -> str:
+    """Why a file cannot be read, in a few words: the error's own, or that `path` is a pointer of Git LFS."""
+    if path is not None and is_lfs_pointer(path):
+        return LFS_SENTENCE
+    if isinstance(error, OverflowError | MemoryError):
+        return "it announces more than memory holds"
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves where the file itself was not fetched."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(len(LFS)) == LFS
+    return False
 
 
 def check_writable(path: Path) -> None:

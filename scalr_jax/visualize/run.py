@@ -46,9 +46,9 @@ from absl import flags
 
 from scalr_jax.data.readers import scan_inputs
 from scalr_jax.data.readers.records import Records, is_prepared
+from scalr_jax.data.scan_checks import FARTHEST
 from scalr_jax.data.scenes import IGNORE, Frame
 from scalr_jax.data.streets.sensors import SENSORS as STREETS
-from scalr_jax.data.whole_scan import FARTHEST
 from scalr_jax.evaluation.report import confusion_matrix, results_of
 from scalr_jax.figures.colors import choose_queries, color_by_axes, cosine_similarity, fit_color_axes
 from scalr_jax.figures.pictures import Panel, draw_panels, draw_predictions, draw_with_image

@@ -29,8 +29,11 @@ def _loaded_once():
         (["--input=empty"], "empty: no scan in this folder"),
         (["--input=parent"], "its folders empty, scans have some|its folders scans have some"),
         (["--input=zero.bin"], "zero.bin: the scan has no points"),
-        (["--input=far.bin"], "0 points are left in the field of view.*; shift or scale the points into it"),
-        (["--input=nan.bin"], "nan.bin: 0 of 301 points are finite; write or copy the scan again"),
+        (["--input=out.bin"], "0 points are left in the field of view.*; shift or scale the points into it"),
+        (["--input=far.bin"], "far.bin: coordinates in a map's frame .x = 5e.03.*subtract the sensor's position"),
+        (["--input=nan.bin"], "nan.bin: 301 of 301 points are NaN or infinite; write or copy the scan again"),
+        (["--input=dark.bin"], "dark.bin: 301 of 301 points have an intensity that is no finite number"),
+        (["--input=doubles.bin"], "doubles.bin: the scan reads as float64, and 4 columns of"),
         (["--input=scan.txt"], "a scan is a file that ends in .bin, .npy, .pcd, .ply"),
         (["--input=00.pkl.gz"], "PandaSet's <scene>/lidar/NN.pkl.gz"),
         (["--output=a.csv"], "no output format .csv; there are .npz, .npy, .label, .ply, .png"),
@@ -46,7 +49,7 @@ def _loaded_once():
         (["--sector=1"], "--sector=1 must be 2 numbers"),
         (["--sector=100,101"], "none of 301 points lies between"),
         (["--intensity=1,2,3"], "--intensity=1,2,3 must be 2 numbers"),
-        (["--columns=5"], "6000|bytes are not whole points of 5"),
+        (["--columns=5"], "scan.bin: the scan reads as 4 columns, and 5 columns"),
         (["--columns=7"], "a .bin file has 3, 4, 5, 6 columns"),
         (["--sensor=velodyne"], "sensor = 'velodyne' is none of nuscenes"),
         (["--sector=nan,40"], "--sector=nan,40 must be 2 numbers"),
@@ -62,6 +65,9 @@ def test_one_sentence_for_what_is_wrong(models, tmp_path, monkeypatch, capsys, f
     monkeypatch.chdir(tmp_path)
     write_bin(tmp_path / "scan.bin", make_points(301))
     write_bin(tmp_path / "nan.bin", np.full((301, 4), np.nan))
+    make_points(301).astype(np.float64).tofile(tmp_path / "doubles.bin")
+    write_bin(tmp_path / "dark.bin", np.where(np.arange(4) < 3, make_points(301), np.float32(3e38)))
+    write_bin(tmp_path / "out.bin", make_points(301) + np.array([50, 0, 0, 0], np.float32))
     write_bin(tmp_path / "far.bin", make_points(301) + np.array([5000, 0, 0, 0], np.float32))
     write_bin(tmp_path / "scans" / "0.bin", make_points())
     write_bin(tmp_path / "parent" / "scans" / "0.bin", make_points())

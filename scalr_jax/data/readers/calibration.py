@@ -21,7 +21,9 @@ CAMERA_KEYS = ("intrinsics", "fx", "fy", "cx", "cy", "size", "distortion", "lida
 DISTORTIONS = (4, 5, 8)  # k1 k2 p1 p2 [k3 [k4 k5 k6]]
 MAX_CENTRE_SHIFT = 0.25  # of the principal point from the image's middle, as a share of its size
 VIEW_ANGLES = (5.0, 160.0)  # degrees that a pinhole camera may see across
-MAX_DISTANCE = 30.0  # metres between lidar and camera
+MAX_DISTANCE, NOTABLE_DISTANCE = 30.0, 6.0  # metres between lidar and camera: refused, asked about
+BACKWARDS = -0.5  # cosine between a camera's view and the student's x axis, below which it looks backwards
+REAR_NAMES = ("back", "rear")  # in the names of cameras that should
 UPRIGHT = 0.5  # cosine between the image's up and the world's, below which a camera is asked about
 BODY_TO_CAMERA = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])  # x forward, y left, z up ->
 
@@ -103,6 +105,26 @@ def explain_nothing_visible(points: np.ndarray, camera: Camera, min_depth: float
     return f"read another way, lidar_to_camera would show {count} points: {reading}"
 
 
+def check_mounting(camera: Camera, to_student: np.ndarray, *, alone: bool) -> list[str]:
+    """Sentences about a mounting that looks wrong but may be meant. `alone`: there is no other camera."""
+    texts = [text] if (text := check_upright(camera, to_student)) else []
+    distance, name = float(np.linalg.norm(camera.lidar_to_camera[:3, 3])), camera.name.lower()
+    if distance > NOTABLE_DISTANCE:
+        texts.append(
+            f"camera {camera.name}: lidar_to_camera puts it {distance:.1f} m from the lidar; is its translation in "
+            "metres, not centimetres?"
+        )
+    ahead = float((to_student[:3, :3] @ camera.lidar_to_camera[2, :3])[0])  # of its viewing direction, along x
+    rear = any(word in name for word in REAR_NAMES)
+    if not texts and (alone or rear or "front" in name) and (-ahead if rear else ahead) < BACKWARDS:
+        way = "forwards, along +x" if rear else "backwards, along -x"
+        texts.append(
+            f"camera {camera.name}: by lidar_to_camera it looks {way} of the student's frame; check its rotation, and "
+            "to_student if the lidar's x axis does not point forward, unless it really is mounted like that"
+        )
+    return texts
+
+
 def check_upright(camera: Camera, to_student: np.ndarray) -> str | None:
     """None, or a sentence when the world's up is not up in the image, as it is in a camera that stands upright."""
     up = to_student[2, :3]  # the student's z axis in the lidar's frame
@@ -138,7 +160,9 @@ def read_camera(name: str, entry: object, problems: list[str]) -> Camera | None:
     if size is not None and lens is not None:
         _check_lens(where, lens, size, problems)
     if matrix is not None and (distance := np.linalg.norm(matrix[:3, 3])) > MAX_DISTANCE:
-        problems.append(f"{where}: lidar_to_camera puts the camera {distance:.0f} m from the lidar; give metres")
+        problems.append(
+            f"{where}: lidar_to_camera puts the camera {distance:.0f} m from the lidar; give metres, not centimetres"
+        )
     if len(problems) > before or size is None or lens is None or matrix is None or distortion is None:
         return None
     return Camera(name, lens, size, matrix, tuple(distortion))

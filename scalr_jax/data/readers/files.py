@@ -9,17 +9,20 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from scalr_jax.data.headerless import COLUMNS, other_labels, other_reading
+from scalr_jax.data.scan_checks import check_place, count_unusable, find_usable
 from scalr_jax.data.scenes import IGNORE, RANDOM, Frame
 from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.storage import LFS, LFS_SENTENCE, reason
 
-MAX_BAD_FRACTION = 0.03  # of a scan's points that may be NaN or infinite; they are dropped, more is a bad frame
+MAX_BAD_FRACTION = 0.03  # of a scan's points that may be unusable; they are dropped, more is a bad frame
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad files
 LABEL_MAPS = Path(__file__).parents[1] / "label_maps"
 # Held around `numpy.load`, which several threads of the pipeline call: it reads headers with `ast.literal_eval`, and in
@@ -43,10 +46,13 @@ def read_label_map(dataset: str) -> LabelMap:
     return LabelMap(tuple(content["classes"]), dict(labels.values()), {i: c for i, (_, c) in labels.items()})
 
 
-def map_labels(labels: np.ndarray, class_of_id: dict[int, int], num_points: int, path: Path) -> np.ndarray:
+def map_labels(
+    labels: np.ndarray, class_of_id: Mapping[int, int], num_points: int, path: Path, remedy: str = "copy the file again"
+) -> np.ndarray:
     """A dataset's label numbers [N] -> classes [N] uint8, 255 where ignored.
 
-    Raises BadFrameError: another number of labels than points, or a label that the map does not know.
+    Raises BadFrameError: another number of labels than points, or a label that the map does not know (then with the
+    `remedy`).
     """
     if len(labels) != num_points:
         raise BadFrameError(
@@ -54,45 +60,71 @@ def map_labels(labels: np.ndarray, class_of_id: dict[int, int], num_points: int,
         )
     values, inverse = np.unique(labels, return_inverse=True)
     if unknown := [int(value) for value in values if int(value) not in class_of_id]:
-        raise BadFrameError(f"{path}: labels {unknown[:5]} are in no class of the label map; copy the file again.")
+        raise BadFrameError(f"{path}: labels {unknown[:5]} are in no class of the label map; {remedy}.")
     return np.array([class_of_id[int(value)] for value in values], np.uint8)[inverse]
+
+
+def read_labels(
+    path: Path, dtype: str, class_of_id: Mapping[int, int], num_points: int, remedy: str = "copy the file again"
+) -> tuple[np.ndarray, np.ndarray]:
+    """A headerless file of labels -> classes [N] uint8, and its numbers [N]: of "<u4" the lower half is the label, the
+    upper one counts instances; of "u1" all. Raises BadFrameError as `map_labels`, also for numbers of another type."""
+    content, width = read_bytes(path), np.dtype(dtype).itemsize
+    raw = np.frombuffer(content, dtype, len(content) // width)
+    labels = raw & 0xFFFF if width == 4 else raw
+    classes, problem = np.empty(0, np.uint8), None
+    try:
+        if len(content) % width:
+            raise BadFrameError(f"{path}: {len(content)} bytes are not whole labels of {width}; copy the file again.")
+        classes = map_labels(labels, class_of_id, num_points, path, remedy)
+        if width < 4 or labels.any() or not raw.any():  # else floats or big-endian numbers, that look like label 0
+            return classes, raw
+    except BadFrameError as error:
+        problem = error
+    if other := other_labels(content, np.dtype(dtype), num_points, class_of_id):
+        problem = BadFrameError(f"{path}: the file {other}; labels are little-endian uint{8 * width}, write them so.")
+    if problem is not None:
+        raise problem
+    return classes, raw
 
 
 def read_bytes(path: Path) -> bytes:
     """A file's content. Raises BadFrameError when it is missing or cannot be read."""
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise BadFrameError(f"{path}: cannot be read ({error.strerror}).") from error
+    if content.startswith(LFS):
+        raise BadFrameError(f"{path}: {LFS_SENTENCE}.")
+    return content
 
 
 def read_json(path: Path) -> Any:
     """A JSON file's content. Raises BadFrameError when it is missing or damaged."""
     try:
         return json.loads(read_bytes(path))
-    except ValueError as error:  # also UnicodeDecodeError
-        raise BadFrameError(f"{path}: not valid JSON ({error}); copy the file again.") from error
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
+        raise BadFrameError(f"{path}: not valid JSON ({reason(error)}); copy the file again.") from error
 
 
 def read_floats(path: Path, columns: int) -> np.ndarray:
-    """A headerless file of little-endian float32 rows -> [N, columns].
+    """A headerless scan of little-endian float32 rows -> [N, columns].
 
-    Raises BadFrameError: missing, empty, or not a whole number of rows.
+    Raises BadFrameError: missing, empty, not a whole number of rows, or numbers that are plausible as another type or
+    in other columns only.
     """
-    raw = read_array(path, np.dtype("<f4"))
-    if len(raw) == 0 or len(raw) % columns:
+    content = read_bytes(path)
+    if not content:
+        raise BadFrameError(f"{path}: the scan has no points, the file is empty; copy it again, or leave it out.")
+    other = other_reading(content, columns)
+    if other or len(content) % (4 * columns):
+        fitting = ", ".join(str(number) for number in COLUMNS if len(content) % (4 * number) == 0) or "no other number"
+        what = f"the scan {other}" if other else f"{len(content)} bytes are not whole points ({fitting} would fit)"
         raise BadFrameError(
-            f"{path}: {4 * len(raw)} bytes are not a whole scan of {4 * columns} bytes a point; copy the file again."
+            f"{path}: {what}, and {columns} columns of little-endian float32 are expected; set the number of columns "
+            "where there is a setting, or write or copy the file again."
         )
-    return raw.reshape(-1, columns)
-
-
-def read_array(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A headerless file of numbers -> [n]. Raises BadFrameError when it is missing or cut within a number."""
-    raw = read_bytes(path)
-    if len(raw) % dtype.itemsize:
-        raise BadFrameError(f"{path}: {len(raw)} bytes are not whole {dtype} values; copy the file again.")
-    return np.frombuffer(raw, dtype)
+    return np.frombuffer(content, "<f4").reshape(-1, columns)
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -111,7 +143,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     except FileNotFoundError as error:
         raise BadFrameError(f"{path}: no such image; copy it, or leave this camera out.") from error
     except UNREADABLE as error:
-        raise BadFrameError(f"{path}: unreadable image ({error}); copy the file again.") from error
+        raise BadFrameError(f"{path}: unreadable image ({reason(error, path)}); copy the file again.") from error
 
 
 def decode_image(content: bytes, name: str, *, at_least: tuple[int, int] | None = None) -> np.ndarray:
@@ -129,24 +161,24 @@ def decode_image(content: bytes, name: str, *, at_least: tuple[int, int] | None 
         raise BadFrameError(f"{name}: unreadable image ({error}); prepare the dataset again.") from error
 
 
-def finite_points(points: np.ndarray, path: Path) -> np.ndarray:
-    """Which points [N, 4] have finite coordinates and intensity, as [N] bool.
+def usable_points(points: np.ndarray, path: Path) -> np.ndarray:
+    """Which points [N, 4] have finite coordinates within 10 km and a finite intensity, as [N] bool.
 
     Raises BadFrameError: more than 3 % have not.
     """
-    good = np.asarray(np.isfinite(points).all(axis=1))
-    num_bad = len(points) - int(good.sum())
-    if num_bad > MAX_BAD_FRACTION * len(points):
+    good = find_usable(points)[1]
+    if len(points) - good.sum() > MAX_BAD_FRACTION * len(points):
         raise BadFrameError(
-            f"{path}: {num_bad} of {len(points)} points are NaN or infinite (at most {MAX_BAD_FRACTION:.0%} may be); "
-            "copy the file again."
+            f"{path}: {count_unusable(points)} (at most {MAX_BAD_FRACTION:.0%} may be so); copy the file again."
         )
     return good
 
 
 def without_bad(frame: Frame, path: Path) -> Frame:
-    """The frame without points that have no finite coordinates or intensity. Raises BadFrameError as above."""
-    good = finite_points(frame.points, path)
+    """A lidar's frame without unusable points. Raises BadFrameError as above, and in another frame than a lidar's."""
+    if problem := check_place(frame.points)[0]:
+        raise BadFrameError(f"{path}: {problem}.")
+    good = usable_points(frame.points, path)
     arrays = {key: getattr(frame, key) for key in ("points", "labels", "instances", "beams")}
     kept = {key: array[good] for key, array in arrays.items() if array is not None}
     return frame._replace(**kept, num_dropped=frame.num_dropped + len(good) - int(good.sum()))

@@ -22,6 +22,7 @@ from scalr_jax.data.readers import calibration, files, folder_settings
 from scalr_jax.data.readers.calibration import Camera
 from scalr_jax.data.readers.raw import RawDataset
 from scalr_jax.data.readers.scan_files import SUFFIXES, load_array, read_scan
+from scalr_jax.data.scan_checks import find_usable
 from scalr_jax.data.scenes import Frame
 from scalr_jax.runtime.errors import BadFrameError, InputError
 
@@ -30,7 +31,6 @@ LABELS = (".label", ".npy", ".bin")
 SPLITS = ("train", "validation", "all")
 LAYOUT = "<root>/<scene>/scans/*.bin (or .npy, .pcd, .ply), or <root>/scans"
 MEASURED_SCANS = 20  # read to measure the intensity, when dataset.json does not say it
-FARTHEST = 1000.0  # metres: the median distance of a scan's points is far below
 
 
 class _Entry(NamedTuple):
@@ -52,8 +52,8 @@ class Folder(RawDataset[_Entry]):
       labels: list only scans with labels, and read them.
 
     Attributes:
-      statistics: mean, standard deviation of the intensity: dataset.json's, or measured over 20 scans of all scenes;
-        (0, 1) without intensity.
+      statistics: mean, standard deviation of the intensity: dataset.json's, or measured over those of 20 scans of all
+        scenes that have one; (0, 1) without intensity.
       warnings: sentences about what looks wrong but may be meant.
 
     Raises:
@@ -89,10 +89,12 @@ class Folder(RawDataset[_Entry]):
         self._choose_entries(self._found)
         if not self._entries:
             raise self._nothing(f"{len(self._found)} scans", self._expected())
-        self._has_intensity, self.statistics = self._measure_intensity()
+        self._has_intensity, self.statistics, self.warnings = self._measure_intensity()
         cameras_once = {id(camera): camera for own in self._calibrations.values() for camera in own.values()}
-        texts = [calibration.check_upright(camera, self.settings.to_student) for camera in cameras_once.values()]
-        self.warnings = tuple(dict.fromkeys(text for text in texts if text))
+        for camera in cameras_once.values():
+            alone = len(self.known_cameras) == 1
+            self.warnings += tuple(calibration.check_mounting(camera, self.settings.to_student, alone=alone))
+        self.warnings = tuple(dict.fromkeys(self.warnings))
 
     def name(self, index: int) -> str:
         """As "folder/<scene>/<name of the scan>"."""
@@ -132,9 +134,9 @@ class Folder(RawDataset[_Entry]):
         labels = self._read_labels(entry, len(points))[echo] if self.labels else None
         dropped = len(points) - int(echo.sum())
         scan = Frame(name, points[echo], self.settings.to_student, labels=labels, num_dropped=dropped)
-        scan = files.without_bad(scan, entry.scan)
-        _check_place(scan.points, entry.scan)
-        return scan
+        if not len(scan.points):
+            raise BadFrameError(f"{entry.scan}: no point of the scan has an echo (all are NaN or 0); leave it out.")
+        return files.without_bad(scan, entry.scan)
 
     def _image_path(self, entry: _Entry, camera: str) -> Path:
         return entry.images[camera]
@@ -152,15 +154,20 @@ class Folder(RawDataset[_Entry]):
     def _read_labels(self, entry: _Entry, num_points: int) -> np.ndarray:
         path = entry.labels
         assert path is not None
-        if path.suffix == ".label":
-            raw = files.read_array(path, np.dtype("<u4")) & 0xFFFF  # the upper half numbers the instance
-        elif path.suffix == ".bin":
-            raw = files.read_array(path, np.dtype("u1"))
-        else:
+        remedy = f"add it to labels in {self.root / folder_settings.FILE}, null for ignored, or write the file again"
+        if path.suffix == ".npy":
             raw = load_array(path)
             if raw.ndim != 1 or raw.dtype.kind not in "iu":
                 raise BadFrameError(f"{path}: labels must be one integer a point, shape [N]; write it again.")
-        return files.map_labels(raw, dict(self.settings.class_of_id), num_points, path)
+            largest = int(np.iinfo(raw.dtype).max) if raw.dtype.kind == "u" else None
+            return files.map_labels(raw, self._known_labels(largest), num_points, path, remedy)
+        dtype, largest = ("<u4", 0xFFFF) if path.suffix == ".label" else ("u1", 0xFF)
+        return files.read_labels(path, dtype, self._known_labels(largest), num_points, remedy)[0]
+
+    def _known_labels(self, minus_one: int | None) -> Mapping[int, int]:
+        """The class of each label number; `minus_one` is what -1 becomes in a file of unsigned numbers."""
+        known = self.settings.class_of_id
+        return known if minus_one is None or -1 not in known else {minus_one: known[-1], **known}
 
     # ------------------------------------------------------------------------------------------------ what is there
 
@@ -205,27 +212,31 @@ class Folder(RawDataset[_Entry]):
             return "no image is named like its scan in a folder of a camera"
         return ""
 
-    def _measure_intensity(self) -> tuple[bool, tuple[float, float]]:
-        """Whether the files have one, and its mean and standard deviation; the same for every split."""
-        step = -(-len(self._all) // MEASURED_SCANS) or 1
-        values, has_intensity, error = [], False, None
-        for entry in self._all[::step]:
+    def _measure_intensity(self) -> tuple[bool, tuple[float, float], tuple[str, ...]]:
+        """Whether the files have one, its mean and standard deviation, and a warning about scans without; the same for
+        every split."""
+        sample = self._all[:: -(-len(self._all) // MEASURED_SCANS) or 1]
+        values, without, error = [], [], None
+        for entry in sample:
             try:
                 scan = read_scan(entry.scan, columns=self.settings.columns)
             except BadFrameError as bad:
                 error = bad
                 continue
-            error, has_intensity = None, scan.has_intensity
-            if self.settings.intensity or not has_intensity:
-                break
-            values.append(scan.points[np.isfinite(scan.points).all(axis=1), 3].astype(np.float64))
-        if error is not None and not values:
+            intensity = scan.points[find_usable(scan.points)[1], 3].astype(np.float64)
+            if scan.has_intensity and intensity.any():
+                values.append(intensity)
+            else:
+                without.append(str(entry.scan.relative_to(self.root)))
+        if error is not None and not values and not without:
             raise InputError(f"no scan can be read; the last one: {error}")
-        if self.settings.intensity or not has_intensity:
-            return has_intensity, self.settings.intensity or (0.0, 1.0)
+        if not values:
+            return False, self.settings.intensity or (0.0, 1.0), ()
         pooled = np.concatenate(values)
-        mean, std = (float(pooled.mean()), float(pooled.std())) if len(pooled) else (0.0, 1.0)
-        return True, (mean, std if std > 1e-9 else 1.0)
+        mean, std = float(pooled.mean()), float(pooled.std())
+        warning = f"{len(without)} of {len(sample)} scans looked at have no intensity, or 0 for every point, and the "
+        warning += f"student gets 0 there: {', '.join(without[:5])}{', ...' if len(without) > 5 else ''}"
+        return True, self.settings.intensity or (mean, std if std > 1e-9 else 1.0), (warning,) if without else ()
 
 
 def _find_scenes(root: Path) -> dict[str, Path]:
@@ -249,15 +260,3 @@ def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
             raise InputError(f"{folder}: {found[path.stem].name} and {name} have one name; remove one of them.")
         found[path.stem] = path
     return found
-
-
-def _check_place(points: np.ndarray, path: Path) -> None:
-    """Raises BadFrameError for points [N, 4] that no lidar at the origin can have seen."""
-    if len(points) == 0:
-        raise BadFrameError(f"{path}: no point of the scan has an echo (all are NaN or 0); leave it out.")
-    distance = float(np.median(np.linalg.norm(points[:, :3], axis=1)))
-    if distance > FARTHEST:
-        raise BadFrameError(
-            f"{path}: half of the points are farther than {distance:.0f} m from the origin; scans must be in metres "
-            "and in the lidar's frame, not in a map's."
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -127,8 +128,8 @@ def _read_classes(entry: Mapping[str, object], problems: list[str]) -> tuple[tup
     if not isinstance(labels, dict):
         problems.append('labels must be an object from numbers to classes, {"10": "car", "0": null}')
         return classes, {}
-    if bad := [key for key in labels if not (key.isascii() and key.isdecimal() and len(key) < 10)]:
-        problems.append(f"labels: {', '.join(map(repr, bad[:5]))} must be whole numbers")
+    if bad := [key for key in labels if not re.fullmatch("-1|[0-9]{1,9}", key)]:
+        problems.append(f"labels: {', '.join(map(repr, bad[:5]))} must be whole numbers, or -1")
     named = {json.dumps(name) for name in labels.values() if name is not None and name not in classes}
     if named:
         problems.append(f"labels: {', '.join(sorted(named)[:5])} must be null or one of classes")

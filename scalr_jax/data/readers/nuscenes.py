@@ -117,7 +117,7 @@ class NuScenes(RawDataset[_Entry]):
 
     def _read_labels(self, entry: _Entry, num_points: int) -> np.ndarray:
         path = self.root / str(entry.labels)
-        return files.map_labels(files.read_array(path, np.dtype("u1")), self._class_of_id, num_points, path)
+        return files.read_labels(path, "u1", self._class_of_id, num_points)[0]
 
     def _pair(self, frame: Frame, entry: _Entry, camera: str) -> Frame:
         if camera not in entry.images:

@@ -172,7 +172,7 @@ class PandaSet(RawDataset[_Entry]):
         points = np.stack([np.asarray(table[column], np.float64)[mine] for column in "xyzi"], axis=1)
         if not len(points):
             raise BadFrameError(f"{path}: no point of sensor {self.lidar}; copy the file again.")
-        good = files.finite_points(points, path)
+        good = files.usable_points(points, path)
         times = np.asarray(table["t"], np.float64)[mine][good] if "t" in table else None  # seconds
         labels = self._read_labels(entry, mine)[good] if self.labels else None
         to_sensor, beams = self._find_sensor(entry, points[good], times)

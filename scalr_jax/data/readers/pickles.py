@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from scalr_jax.runtime.errors import BadFrameError
+from scalr_jax.runtime.storage import LFS, LFS_SENTENCE
 from scalr_jax.runtime.unpickler import ForbiddenError, MalformedError, RecordingUnpickler, is_record, need, stand_ins
 
 MAX_BYTES = 1 << 30  # a PandaSet scan is about 10 MB unpacked; more than this is not a scan but an attack on memory
@@ -84,6 +85,8 @@ def _read_bytes(path: Path) -> bytes:
         raise BadFrameError(f"{path}: empty file; copy it again.")
     if len(data) > MAX_BYTES:
         raise BadFrameError(f"{path}: more than {MAX_BYTES} bytes unpacked, which is no scan.")
+    if data.startswith(LFS):
+        raise BadFrameError(f"{path}: {LFS_SENTENCE}.")
     if data[:1] != b"\x80":  # protocols 2 and newer say so in their first byte
         raise BadFrameError(f"{path}: neither gzip nor a pickle of protocol 2 to 5; copy the file again.")
     return data

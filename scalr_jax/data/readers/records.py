@@ -19,15 +19,12 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
+from scalr_jax.data.manifest import MANIFEST, Part, read_manifest
 from scalr_jax.data.readers import files
 from scalr_jax.data.scenes import RANDOM, Dataset, Frame, Voxels
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from scalr_jax.runtime.storage import read_json
 
-Manifest = dict[str, Any]  # the JSON of records.json
-MANIFEST = "records.json"  # written last: a folder that has it is complete
 SETTINGS = "prepare.json"  # there until then
-FORMAT = 1  # of the manifest and the records
 MAX_OPEN = 128  # files a process keeps open
 READER_OPTIONS = "readahead_buffer_size:0"  # random access
 REMEDY = "run scalr_jax.prepare with --verify, and then as before to write it again"
@@ -46,20 +43,6 @@ def is_begun(root: str | Path) -> bool:
 def file_size(path: Path) -> int | None:
     """Bytes; None where there is no such file."""
     return path.stat().st_size if path.is_file() else None
-
-
-def read_manifest(root: str | Path) -> Manifest:
-    """The manifest of a prepared folder. Raises InputError when it is missing, damaged or of another format."""
-    path = Path(root) / MANIFEST
-    if not path.is_file():
-        raise InputError(
-            f"{root}: not prepared to the end (no {MANIFEST}); run the prepare command, it goes on where it stopped"
-        )
-    manifest = read_json(path, "prepare into a new folder")
-    found = manifest.get("format")
-    if found != FORMAT:
-        raise InputError(f"{path}: format {found!r}, and this version of scalr_jax reads {FORMAT}; prepare again")
-    return manifest
 
 
 class Records(Dataset):
@@ -92,7 +75,7 @@ class Records(Dataset):
     ) -> None:
         self.root, self.split, self.labels = Path(root), split, labels
         manifest = read_manifest(root)
-        self.metadata = {key: value for key, value in manifest.items() if key != "splits"}
+        self.metadata: dict[str, Any] = {key: value for key, value in manifest.items() if key != "splits"}
         mean, std = manifest["intensity"]
         self._statistics, self.class_names = (float(mean), float(std)), tuple(manifest["class_names"])
         self.cameras = () if labels else tuple(manifest["cameras"])
@@ -238,13 +221,13 @@ class Records(Dataset):
 
 
 def _find_places(
-    shards: list[dict], labels: bool, scenes: Sequence[str] | None, frames: Sequence[int] | None
+    shards: list[Part], labels: bool, scenes: Sequence[str] | None, frames: Sequence[int] | None
 ) -> np.ndarray:
     """Where each chosen frame is, as one array: every data worker gets a copy. A name is "dataset/scene/frame"."""
     places = []
     for number, shard in enumerate(shards):
         record = 0
-        columns = (shard[key] for key in ("names", "scan_files", "cameras", "scans"))
+        columns = shard["names"], shard["scan_files"], shard["cameras"], shard["scans"]
         for name, scan_file, cameras, has_scan in zip(*columns, strict=True):
             parts = name.split("/")
             wanted = scenes is None or parts[1] in scenes

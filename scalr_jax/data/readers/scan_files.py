@@ -19,14 +19,19 @@ from typing import NamedTuple
 import numpy as np
 import plyfile
 
+from scalr_jax.data.headerless import COLUMNS
 from scalr_jax.data.readers import files
 from scalr_jax.data.readers.pcd import read_pcd
 from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.storage import reason
 
 SUFFIXES = (".bin", ".npy", ".pcd", ".ply")
-COLUMNS = (3, 4, 5, 6)  # of a .bin file
 INTENSITY_NAMES = ("intensity", "i", "scalar_intensity", "remission", "reflectance", "reflectivity")  # the first wins
 AGAIN = "write or copy the file again"
+UNREADABLE = (  # what NumPy and plyfile raise for bad files
+    *(OSError, ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError),
+    *(MemoryError, OverflowError, RecursionError),  # sizes that no memory or integer holds
+)
 
 
 class Scan(NamedTuple):
@@ -51,7 +56,7 @@ def read_scan(path: str | Path, *, columns: int | None = None) -> Scan:
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: a scan is a file that ends in {', '.join(SUFFIXES)}; convert this one")
     if suffix == ".bin":
-        table = _read_bin(path, columns or 4)
+        table = _by_name(files.read_floats(path, columns or 4))
     else:
         table = {".npy": _read_npy, ".pcd": _read_pcd, ".ply": _read_ply}[suffix](path)
     scan = _assemble(path, table)
@@ -60,24 +65,13 @@ def read_scan(path: str | Path, *, columns: int | None = None) -> Scan:
     return scan
 
 
-def _read_bin(path: Path, columns: int) -> Mapping[str, np.ndarray]:
-    raw = files.read_array(path, np.dtype("<f4"))
-    if len(raw) % columns:
-        fitting = ", ".join(str(number) for number in COLUMNS if len(raw) % number == 0) or "no other number"
-        raise BadFrameError(
-            f"{path}: {4 * len(raw)} bytes are not whole points of {columns} float32 columns ({fitting} would fit); "
-            "set the number of columns, or copy the file again."
-        )
-    return dict(zip(("x", "y", "z", "intensity"), raw.reshape(-1, columns).T, strict=False))
-
-
 def load_array(path: Path) -> np.ndarray:
     """A .npy file's array, mapped. Raises BadFrameError."""
     try:
         with files.NUMPY_LOAD:
             array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that lies allocates nothing
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, MemoryError, tokenize.TokenError) as error:
-        raise BadFrameError(f"{path}: unreadable .npy file ({_brief(error)}); {AGAIN}.") from error
+    except UNREADABLE as error:
+        raise BadFrameError(f"{path}: unreadable .npy file ({reason(error, path)}); {AGAIN}.") from error
     if not isinstance(array, np.ndarray):
         raise BadFrameError(f"{path}: an archive of several arrays; save one array, with numpy.save.")
     return array
@@ -93,14 +87,19 @@ def _read_npy(path: Path) -> Mapping[str, np.ndarray]:
             f"{path}: an array of shape {array.shape} and dtype {array.dtype}, and numbers [N, 3 or more] are needed: "
             f"x, y, z, intensity{'; it looks transposed' if turned else ''}; save the scan again."
         )
-    return dict(zip(("x", "y", "z", "intensity"), array.T, strict=False))
+    return _by_name(array)
+
+
+def _by_name(rows: np.ndarray) -> Mapping[str, np.ndarray]:
+    """The first columns of rows [N, 3 or more]."""
+    return dict(zip(("x", "y", "z", "intensity"), rows.T, strict=False))
 
 
 def _read_pcd(path: Path) -> Mapping[str, np.ndarray]:
     try:
         return read_pcd(files.read_bytes(path), lambda names: _choose(path, names))
     except (ValueError, IndexError) as error:
-        raise BadFrameError(f"{path}: damaged .pcd file: {_brief(error)}; {AGAIN}.") from error
+        raise BadFrameError(f"{path}: damaged .pcd file: {reason(error)}; {AGAIN}.") from error
 
 
 def _read_ply(path: Path) -> Mapping[str, np.ndarray]:
@@ -108,8 +107,8 @@ def _read_ply(path: Path) -> Mapping[str, np.ndarray]:
         vertices = plyfile.PlyData.read(str(path))["vertex"].data
     except KeyError:
         raise BadFrameError(f'{path}: a .ply file without the element "vertex"; write the points as one.') from None
-    except (OSError, plyfile.PlyParseError, ValueError, TypeError, OverflowError, MemoryError) as error:
-        raise BadFrameError(f"{path}: unreadable .ply file ({_brief(error)}); {AGAIN}.") from error
+    except (plyfile.PlyParseError, *UNREADABLE) as error:
+        raise BadFrameError(f"{path}: unreadable .ply file ({reason(error, path)}); {AGAIN}.") from error
     numbers = [name for name in vertices.dtype.names or () if vertices.dtype[name].kind in "fiu"]
     return {name: vertices[name] for name in _choose(path, numbers)}
 
@@ -135,7 +134,3 @@ def _assemble(path: Path, table: Mapping[str, np.ndarray]) -> Scan:
         for k, column in enumerate(columns):
             points[:, k] = column
     return Scan(points, len(columns) == 4)
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

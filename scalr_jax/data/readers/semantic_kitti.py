@@ -117,8 +117,7 @@ class SemanticKITTI(RawDataset[_Entry]):
     def _read_labels(self, entry: _Entry, num_points: int) -> tuple[np.ndarray, np.ndarray]:
         """Classes [N] uint8, and instances [N] uint32: the upper half numbers them, the lower half is the class."""
         path = self._folder(entry.sequence) / "labels" / f"{entry.number}.label"
-        raw = files.read_array(path, np.dtype("<u4"))
-        return files.map_labels(raw & 0xFFFF, self._label_map.class_of_id, num_points, path), raw
+        return files.read_labels(path, "<u4", self._label_map.class_of_id, num_points)
 
     def _image_path(self, entry: _Entry, camera: str) -> Path:
         return self._base / entry.sequence / camera / f"{entry.number}.png"

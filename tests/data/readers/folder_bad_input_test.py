@@ -1,5 +1,7 @@
 """One's own data: every mistake in dataset.json is said, damaged frames are named, a wrong matrix is recognised."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from scalr_jax import config as defaults
 from scalr_jax.data.readers import calibration
 from scalr_jax.data.readers.folder import Folder
 from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.storage import LFS
 from tests.support import raw_datasets as raw
 from tests.support import scan_writers as writers
 from tests.support.checks import mentions
@@ -39,6 +42,30 @@ def test_a_matrix_read_the_wrong_way_is_warned_about(root, matrix, message):
     assert message in Folder(root).describe()
     with pytest.raises(BadFrameError, match=rf"200 points .* \d+ points.*{message}"):
         Folder(root).frame(0)
+
+
+HALF_TURN = np.diag([-1.0, -1, 1, 1])  # about the lidar's z axis
+
+
+@pytest.mark.parametrize(
+    ("name", "matrix", "message"),
+    [
+        ("front", MATRIX @ HALF_TURN, "looks backwards"),
+        ("cam0", MATRIX @ HALF_TURN, "looks backwards"),
+        ("rear_left", MATRIX, "looks forwards"),
+        ("rear_left", MATRIX @ HALF_TURN, None),
+        ("front", MATRIX + 9 * np.eye(4, k=3), mentions("9", "centimetres")),
+    ],
+)
+def test_a_camera_that_looks_the_other_way_or_is_far_off(root, name, matrix, message):
+    for path in root.glob("*/front"):
+        path.rename(path.with_name(name))
+    raw.rewrite_settings(root, cameras={name: {**raw.FOLDER_CAMERA, "lidar_to_camera": matrix.tolist()}})
+    warnings = Folder(root).warnings
+    assert len(warnings) == (message is not None)
+    assert all(re.search(message, text) for text in warnings)
+    raw.rewrite_settings(root, cameras={k: {**raw.FOLDER_CAMERA, "lidar_to_camera": matrix.tolist()} for k in "ab"})
+    assert any("looks" in text for text in Folder(root, cameras=()).warnings) is False
 
 
 def test_an_upright_camera_is_not_warned_about(root):
@@ -165,7 +192,17 @@ def spoil(path, rows, columns):
         ("scans/000.bin", lambda p: spoil(p, 200, 3), "no point of the scan has an echo"),
         ("scans/000.bin", lambda p: writers.write_bin(p, raw.points_ahead(200) + 5e6), "map"),
         ("labels/000.label", lambda p: cut(p, 796), "199 .* 200"),
-        ("labels/000.label", lambda p: p.write_bytes(b"\x09\0\0\0" * 200), r"labels \[9\]"),
+        (
+            "labels/000.label",
+            lambda p: p.write_bytes(b"\x09\0\0\0" * 200),
+            mentions("labels [9]", "add it to labels", "dataset.json"),
+        ),
+        ("labels/000.label", lambda p: (np.arange(200) % 2).astype("<f4").tofile(p), "reads as float32"),
+        ("labels/000.label", lambda p: (np.arange(200) % 2).astype(">u4").tofile(p), "reads as big-endian uint32"),
+        ("labels/000.label", lambda p: (np.arange(200) % 2).astype("u1").tofile(p), "reads as uint8"),
+        ("scans/000.bin", lambda p: raw.points_ahead(200).astype("<f8").tofile(p), "reads as float64"),
+        ("scans/000.bin", lambda p: writers.write_bin(p, 1000 * raw.points_ahead(200)), "millimetres"),
+        ("scans/000.bin", lambda p: p.write_bytes(LFS + b"v1\noid sha256:0\n"), "Git LFS"),
         ("front/000.png", lambda p: cut(p, 60), "unreadable image"),
         ("front/000.png", lambda p: raw.write_image(p, (200, 100)), "for 400 x 200"),
         ("front/000.png", lambda p: p.unlink(), "no such image"),
@@ -181,6 +218,30 @@ def test_a_damaged_file_is_named_in_one_sentence(root, file, damage, message):
     assert file in text
     assert text.endswith(".")
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("ending", [".label", ".bin", ".npy"])
+def test_minus_one_can_be_mapped(root, ending):
+    """As uint32, as uint8, and signed or not in a .npy file."""
+    raw.rewrite_settings(root, labels={"0": "car", "1": "road", "-1": None})
+    numbers = np.arange(200) % 3 - 1
+    for dtype in {".label": ["<i4"], ".bin": ["i1"], ".npy": ["i4", "u2"]}[ending]:
+        for path in root.glob("a/labels/*"):
+            path.unlink()
+        path = root / "a/labels" / f"000{ending}"
+        np.save(path, numbers.astype(dtype)) if ending == ".npy" else numbers.astype(dtype).tofile(path)
+        np.testing.assert_array_equal(Folder(root, labels=True).frame(0).labels, np.where(numbers < 0, 255, numbers))
+
+
+def test_scans_without_intensity_are_named_and_do_not_decide(root):
+    points = raw.points_ahead(200)
+    for k, path in enumerate(sorted(root.glob("*/scans/*.bin"))):
+        np.save(path.with_suffix(".npy"), points[:, :3] if k == 0 else points * np.float32(k != 1))
+        path.unlink()
+    dataset = Folder(root, cameras=())
+    np.testing.assert_allclose(dataset.statistics, (points[:, 3].mean(), points[:, 3].std()), rtol=1e-5)
+    (warning,) = dataset.warnings
+    assert re.search(mentions("2 of 4 scans", "a/scans/000.npy", "a/scans/001.npy"), warning)
 
 
 def test_wrong_label_files(root):
