@@ -180,8 +180,11 @@ def _checked(settings: dict) -> ConfigDict:
 
     def numbers(name: str, rows: int, columns: int, kind: type) -> Any:
         try:
-            array = np.asarray(settings[name], kind).reshape(rows, columns)
-        except (TypeError, ValueError):
+            array = np.asarray(settings[name], float).reshape(rows, columns)
+            if kind is int:
+                whole = array.clip(-1e9, 1e9).astype(int)  # the limits of both are config's
+                array = whole if (whole == array).all() else np.full_like(whole, -1)
+        except (TypeError, ValueError, OverflowError):
             array = np.full((rows, columns), -1)  # no mean and deviation, corners or grids
         return tuple(tuple(row) for row in array.tolist())
 

@@ -116,7 +116,7 @@ class StudentSettings:
     segmentation_head: str = key("segment", "batch norm and linear, or linear alone", choices=("segment", "linear"))
     drop_path: float = key(0.0, "share of residual branches that are dropped in training", low=0, below=1)
     field_of_view: tuple[Point, Point] = key(
-        ((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0)), "lowest, highest corner, metres"
+        ((-64.0, -64.0, -8.0), (64.0, 64.0, 8.0)), "lowest, highest corner, metres", low=-10_000.0, high=10_000.0
     )
     grids: tuple[Grid, Grid, Grid] = key(
         ((256, 256), (256, 32), (256, 32)), "rows, columns of xy, xz, yz", low=1, high=8192

@@ -27,7 +27,7 @@ from scalr_jax.data.scenes import Dataset, Frame
 from scalr_jax.data.transforms import labels_of, to_ego
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
 from scalr_jax.runtime.logging import PROGRESS_SECONDS
-from scalr_jax.runtime.storage import read_json, write_json
+from scalr_jax.runtime.storage import read_json, reason, write_json
 
 GAP = 0.5  # metres, the voxels of `connected`
 MIN_POINTS = 6  # of an instance
@@ -61,9 +61,14 @@ class _Files(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def _open(folder: Path) -> _Files:
-    with files.NUMPY_LOAD:
-        labels, start = (np.load(folder / name) for name in ("labels.npy", "start.npy"))
-        points = np.load(folder / "points.npy", mmap_mode="r")
+    try:
+        with files.NUMPY_LOAD:
+            labels, start = (np.load(folder / name) for name in ("labels.npy", "start.npy"))
+            points = np.load(folder / "points.npy", mmap_mode="r")
+        if points.shape != (start[-1], 4) or len(start) != len(labels) + 1:
+            raise ValueError(f"{len(points)} points, {len(labels)} labels and {len(start)} places do not fit")
+    except (IndexError, *files.UNREADABLE_ARRAYS) as error:
+        raise InputError(f"{folder}: damaged ({reason(error)}); remove it to cut the instances again") from error
     of_class = {int(label): np.flatnonzero(labels == label) for label in np.unique(labels)}
     return _Files(points, start, of_class)
 

@@ -45,7 +45,8 @@ def count_unusable(points: np.ndarray) -> str:
 def check_place(points: np.ndarray) -> tuple[str | None, str | None]:
     """Half a sentence when no lidar at the origin can have seen the points [N, 3+] (metres), and another one when they
     are far away for one. None where nothing is wrong, or no point is finite."""
-    some = points[:: len(points) // 4_096 + 1, :3].astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        some = points[:: len(points) // 4_096 + 1, :3].astype(np.float64)
     xyz = some[np.isfinite(some).all(axis=1)]
     if not len(xyz):
         return None, None
@@ -58,8 +59,11 @@ def check_place(points: np.ndarray) -> tuple[str | None, str | None]:
     if together := spread < NOTABLE_MEDIAN < np.linalg.norm(middle):
         text = f"coordinates in a map's frame ({at}): subtract the sensor's position, before they become float32"
     else:
+        guess = (
+            "are these millimetres or centimetres?" if distance < 1e6 else "another type of numbers, or a damaged file?"
+        )
         text = f"half of the points are farther away than {distance:.3g} m, and {far:.0%} than {FAR:,.0f} m along an "
-        text += "axis: give metres in the lidar's frame (are these millimetres or centimetres?)"
+        text += f"axis: give metres in the lidar's frame ({guess})"
     refused = far > MAX_FAR or distance > FAR_MEDIAN
     return (text, None) if refused else (None, f"they look like {text}" if together else text)
 

@@ -31,7 +31,7 @@ from scalr_jax.models.student import Student, Variables, without_head
 from scalr_jax.runtime import distributed, sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.logging import Progress
-from scalr_jax.runtime.storage import differences, flatten, read_json, write_json, written_whole
+from scalr_jax.runtime.storage import differences, flatten, read_json, reason, write_json, written_whole
 
 AGAIN = "remove the folder, and the features are computed again"
 # Settings that change neither scenes nor features.
@@ -113,8 +113,10 @@ class FeatureCache:
             features = np.array(mapped, np.float32)
         except FileNotFoundError:
             raise BadFrameError(f"{path} is missing: the frame was bad when the features were computed") from None
-        except (ValueError, EOFError, OSError) as error:
-            raise BadFrameError(f"{path} cannot be read ({error}); remove it, and it is computed again") from error
+        except files.UNREADABLE_ARRAYS as error:
+            raise BadFrameError(
+                f"{path} cannot be read ({reason(error)}); remove it, and it is computed again"
+            ) from error
         none = np.zeros((len(features), 0), np.int32)
         return SceneView(f"cached/{record}", position, features, none, (), None, None, labels)
 

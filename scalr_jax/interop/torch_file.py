@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import LFS_SENTENCE, is_lfs_pointer
 from scalr_jax.runtime.unpickler import ForbiddenError, MalformedError, Record, RecordingUnpickler, need, stand_ins
 
 MAX_PICKLE_BYTES = 1 << 28  # the description of the largest published checkpoint takes a few MB
@@ -73,6 +74,8 @@ def read_weights_file(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file; give the path of a .pth, .pt or .safetensors checkpoint")
+    if is_lfs_pointer(path):
+        raise InputError(f"{path}: {LFS_SENTENCE}")
     with path.open("rb") as file:
         head = file.read(16)
     if head.startswith(b"PK\x03\x04"):

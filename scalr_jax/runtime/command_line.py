@@ -158,6 +158,10 @@ def sentence_of(error: BaseException, *, interrupted: str = "", full: str = SPAC
         return f"interrupted; {interrupted}" if interrupted else "interrupted"
     if isinstance(error, InputError | BadFrameError):
         return one_sentence(error)
+    if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):  # NumPy's; XLA's
+        return (
+            f"not enough memory ({one_sentence(error)[:200] or 'none is left'}); ask for smaller sizes or less at once"
+        )
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"{one_sentence(error)}; {full}"
     if isinstance(error, OSError) and (error.filename is not None or error.errno is not None):

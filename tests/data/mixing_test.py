@@ -242,3 +242,15 @@ def test_semantic_kitti_numbers_its_objects(tmp_path):
     assert frame.instances is not None
     assert set(np.unique(frame.instances)) == {(7 << 16) + k for k in (0, 10, 40, 252, 81)}
     assert len(present(frame.instances)) == len(present(frame.labels)) == len(frame.points)
+
+
+def test_a_damaged_bank_is_one_sentence(tmp_path):
+    np.save(tmp_path / "points.npy", np.zeros((9, 4), np.float32))
+    np.save(tmp_path / "labels.npy", np.zeros(1, np.uint8))
+    for start, match in (([0, 5], "do not fit"), ([], "damaged")):
+        np.save(tmp_path / "start.npy", np.array(start, int))
+        with pytest.raises(InputError, match=mentions(tmp_path, match, "remove it")):
+            instances._open(tmp_path)
+    (tmp_path / "points.npy").write_bytes(b"\x93NUMPY\x01\0\x76\0{'descr': '<f4', 'fortran_order': False, ")
+    with pytest.raises(InputError, match="remove it"):
+        instances._open(tmp_path)

@@ -14,6 +14,8 @@ from tests.support.checks import assert_one_sentence
         (["--dataset=nuscenes", "--root=/nowhere", "--output=y"], "/nowhere/v1.0-mini: no such folder"),
         (["--dataset=nuscenes", "--root=x", "--output=y", "--image_size=224"], "must be rows,columns, as in 224,448"),
         (["--dataset=nuscenes", "--root=x", "--output=y", "--image_size=a,b"], "must be rows,columns"),
+        (["--dataset=streets", "--root=x", "--output=y", "--image_size=5", "--inspect"], "must be rows,columns"),
+        (["--dataset=streets", "--root=x", "--output=y", "--image_size=100000,9"], "at most 8192"),
         (
             ["--dataset=nuscenes", "--root=x", "--output=y", "--image_size=1,2", "--image_format=original"],
             "leave out --image_size",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from scalr_jax.runtime.command_line import exit_codes, numbers, parse_flags, require
+from scalr_jax.runtime.command_line import exit_codes, numbers, parse_flags, require, sentence_of
 from scalr_jax.runtime.errors import BadFrameError, InputError
 
 COMMANDS = ("prepare", "predict", "export", "visualize", "compile")
@@ -92,3 +92,18 @@ def test_a_config_that_cannot_be_loaded_is_named(tmp_path, capsys):
             command.main(["compile", f"--config={path}", "--topology=v5e:2x2"])
         assert stopped.value.code == 2
         assert words in ended(capsys)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 298. GiB for an array with shape (200000, 200000)"),
+        MemoryError(),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627776 bytes."),
+    ],
+)
+def test_too_little_memory_is_one_sentence(error):
+    sentence = sentence_of(error)
+    assert sentence is not None
+    assert sentence.startswith("not enough memory (")
+    assert sentence_of(RuntimeError("a defect")) is None

@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import json
 import threading
+import tokenize
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,10 @@ from scalr_jax.runtime.storage import LFS, LFS_SENTENCE, reason
 
 MAX_BAD_FRACTION = 0.03  # of a scan's points that may be unusable; they are dropped, more is a bad frame
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad files
+UNREADABLE_ARRAYS = (  # what NumPy raises for bad .npy and .npz files, and plyfile
+    *(OSError, ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError, zipfile.BadZipFile),
+    *(MemoryError, OverflowError, RecursionError),  # sizes that no memory or integer holds
+)
 LABEL_MAPS = Path(__file__).parents[1] / "label_maps"
 # Held around `numpy.load`, which several threads of the pipeline call: it reads headers with `ast.literal_eval`, and in
 # CPython before 3.11.8 and 3.12.2 that raises SystemError now and then when two threads do so (python/cpython#106905).

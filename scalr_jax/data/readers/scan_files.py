@@ -11,7 +11,6 @@ got no echo, coordinates in the file's frame.
 
 from __future__ import annotations
 
-import tokenize
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -28,10 +27,6 @@ from scalr_jax.runtime.storage import reason
 SUFFIXES = (".bin", ".npy", ".pcd", ".ply")
 INTENSITY_NAMES = ("intensity", "i", "scalar_intensity", "remission", "reflectance", "reflectivity")  # the first wins
 AGAIN = "write or copy the file again"
-UNREADABLE = (  # what NumPy and plyfile raise for bad files
-    *(OSError, ValueError, EOFError, SyntaxError, TypeError, tokenize.TokenError),
-    *(MemoryError, OverflowError, RecursionError),  # sizes that no memory or integer holds
-)
 
 
 class Scan(NamedTuple):
@@ -70,7 +65,7 @@ def load_array(path: Path) -> np.ndarray:
     try:
         with files.NUMPY_LOAD:
             array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that lies allocates nothing
-    except UNREADABLE as error:
+    except files.UNREADABLE_ARRAYS as error:
         raise BadFrameError(f"{path}: unreadable .npy file ({reason(error, path)}); {AGAIN}.") from error
     if not isinstance(array, np.ndarray):
         raise BadFrameError(f"{path}: an archive of several arrays; save one array, with numpy.save.")
@@ -107,7 +102,7 @@ def _read_ply(path: Path) -> Mapping[str, np.ndarray]:
         vertices = plyfile.PlyData.read(str(path))["vertex"].data
     except KeyError:
         raise BadFrameError(f'{path}: a .ply file without the element "vertex"; write the points as one.') from None
-    except (plyfile.PlyParseError, *UNREADABLE) as error:
+    except (plyfile.PlyParseError, *files.UNREADABLE_ARRAYS) as error:
         raise BadFrameError(f"{path}: unreadable .ply file ({reason(error, path)}); {AGAIN}.") from error
     numbers = [name for name in vertices.dtype.names or () if vertices.dtype[name].kind in "fiu"]
     return {name: vertices[name] for name in _choose(path, numbers)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from scalr_jax.data.scenes import RANDOM, Dataset, Frame
 from scalr_jax.data.streets.layout import CLASSES
 from scalr_jax.data.streets.sensors import SENSORS, render
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from scalr_jax.runtime.storage import write_arrays
+from scalr_jax.runtime.storage import reason, write_arrays
 
 VERSION = 2  # raise it whenever a rendered byte changes
 SPLITS = ("train", "validation", "teacher")
@@ -127,8 +126,10 @@ class Streets(Dataset):
                 arrays = {field: archive[field] for field in FIELDS}
         except FileNotFoundError:
             raise BadFrameError(f"{path} is missing: call render_missing() first") from None
-        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
-            raise BadFrameError(f"{path} cannot be read ({error}); delete it to have it rendered again") from error
+        except (KeyError, *files.UNREADABLE_ARRAYS) as error:
+            raise BadFrameError(
+                f"{path} cannot be read ({reason(error)}); delete it to have it rendered again"
+            ) from error
         scan = Frame(self.name(index), arrays["points"], np.eye(4), labels=arrays["labels"])
         if camera is None:
             return scan

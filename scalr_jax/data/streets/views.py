@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scalr_jax.data.readers.files import UNREADABLE_ARRAYS
 from scalr_jax.data.streets import streets
 from scalr_jax.data.streets.builder import make_street
 from scalr_jax.data.streets.sensors import SENSORS, photograph, pose
-from scalr_jax.runtime.storage import write_arrays
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import reason, write_arrays
 
 CAMERAS_PER_STREET = 3
 
@@ -42,8 +44,11 @@ def render_views(root: Path, num_streets: int, image_size: tuple[int, int], num_
         path = root / f"views-{h}x{w}-{num_pixels}-seed{seed}-v{streets.VERSION}-{index:05d}.npz"
         if not path.exists():
             write_arrays(path, _render_street(index, image_size, num_pixels, seed)._asdict())
-        with path.open("rb") as file, np.load(file) as arrays:
-            parts.append(Views(*(arrays[field] for field in Views._fields)))
+        try:
+            with path.open("rb") as file, np.load(file) as arrays:
+                parts.append(Views(*(arrays[field] for field in Views._fields)))
+        except (KeyError, *UNREADABLE_ARRAYS) as error:
+            raise InputError(f"{path} cannot be read ({reason(error)}); delete it to have it rendered again") from error
         if time.monotonic() - said > streets.PROGRESS_SECONDS:
             said = time.monotonic()
             print(f"views: {index + 1}/{num_streets} streets", flush=True)
