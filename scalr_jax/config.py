@@ -76,6 +76,7 @@ class DataSettings:
     max_points: int = key(20_000, "points of a scene: the nearest to a random one", low=1)
     image_size: tuple[int, int] = key((224, 448), "rows, columns: whole patches", low=1, high=8192)
     antialias: bool = key(True, "False: resize images as torchvision 0.12 did, which ScaLR used")
+    image_dtype: str = key("uint8", "of resized images; float32: not rounded", choices=("uint8", "float32"))
     scaled_decode: bool = key(False, "prepared records: decode JPEG at 1/2, 1/4 or 1/8 where that is large enough")
     augmentation: str = key("published", "how training scans are turned and scaled", choices=AUGMENTATIONS)
     polarmix: tuple[str, ...] = key((), "probe, finetune: swap half turns of scans, add these objects")

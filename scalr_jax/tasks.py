@@ -231,7 +231,8 @@ def _zero_shot(settings: Settings, dataset: Dataset, variables: Variables) -> tu
             f"{settings.teacher.checkpoint!r} is {teacher[0].width} wide; give the one it was distilled from"
         )
     _check_teacher(Path(checkpoint) / "config.json", settings.teacher)
-    images = Images(settings.data.image_size, settings.data.antialias, settings.run.seed)
+    data = settings.data
+    images = Images(data.image_size, data.antialias, settings.run.seed, data.image_dtype)
     student = student_of(settings, "distill", width).clone(head_hidden=hidden)
     return zero_shot(settings.probe, student, teacher, settings.teacher.feature, dataset, variables, images)
 
@@ -350,7 +351,7 @@ def _open_evaluation(settings: Settings, workdir: Path) -> tuple[Evaluator, Data
 def robustness(settings: Settings, workdir: Path) -> dict:
     """What the run in `config.checkpoint` loses under `config.evaluate.corruptions`; see docs/robustness.md."""
     evaluator, dataset, variables = _open_evaluation(settings, workdir)
-    free = [row.name for row in all_keys() if row.resume]
+    free = [*(row.name for row in all_keys() if row.resume), "data.image_dtype"]  # parts that exist do not know it
     key = robust.part_key(record_of(settings), checksum(variables, head=True), free)
     with claimed(settings, workdir):
         results = robust.measure(settings.evaluate, settings.data, workdir, evaluator, dataset, key)

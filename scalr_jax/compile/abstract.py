@@ -151,7 +151,7 @@ def make_batch(settings: SceneSettings, capacities: Capacities, mesh: Mesh) -> B
     """Shapes of a batch, by packing no scene at all as a run packs its first."""
     nothing = empty_scene(len(FEATURES), settings.needs)
     if settings.task == "distill":
-        image = np.zeros((*settings.image_size, 3), np.uint8)
+        image = np.zeros((*settings.image_size, 3), settings.image_dtype)
         nothing = nothing._replace(image=image, pixels=np.zeros((0, 2), np.int32))
     else:
         nothing = nothing._replace(labels=np.zeros(0, np.uint8))

@@ -101,7 +101,8 @@ def scene_settings(
             )
     augmentation, size = "none" if fixed else data.augmentation, data.image_size
     return SceneSettings(
-        task, train, needs, data.voxel_size, data.max_points, size, data.antialias, augmentation, fixed
+        *(task, train, needs, data.voxel_size, data.max_points, size),
+        *(data.antialias, data.image_dtype, augmentation, fixed),
     )
 
 
@@ -186,9 +187,9 @@ def _records(data: DataSettings, split: str, name: str, folder: Path, *, labels:
     if name not in (found["dataset"], found["sensor"]):
         held = f"{found['dataset']} {found['sensor']}"
         raise InputError(f"{folder} holds records of {held}, not of {name}; correct data.root")
-    if found["image_size"] and not data.antialias:
-        problem = "images were resized with antialiasing, and data.antialias = False"
-        raise InputError(f"{folder}: {problem}; prepare originals")
+    if found["image_size"] and not (data.antialias and data.image_dtype == "uint8"):
+        key = f"data.image_dtype = {data.image_dtype!r}" if data.antialias else "data.antialias = False"
+        raise InputError(f"{folder}: images were resized with antialiasing and rounded, and {key}; prepare originals")
     return dataset
 
 

@@ -211,7 +211,7 @@ def pack_shard(
 def _with_optional(batch: Batch, scenes: Sequence[SceneView], capacities: Capacities, template: SceneView) -> Batch:
     """The batch with the fields that `template` has: images with pixels, voxels, labels."""
     if template.image is not None and template.pixels is not None:
-        images = np.zeros((capacities.scenes, *template.image.shape), np.uint8)
+        images = np.zeros((capacities.scenes, *template.image.shape), template.image.dtype)
         for i, scene in enumerate(scenes):
             assert scene.image is not None, "a scene without an image among scenes with one"
             images[i] = scene.image

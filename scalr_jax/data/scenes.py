@@ -147,7 +147,7 @@ class SceneView(NamedTuple):
     feats: np.ndarray  # [N, F] float32
     neighbors: np.ndarray  # [N, K] int32
     planes: tuple[ScenePlane, ...]
-    image: np.ndarray | None  # [h, w, 3] uint8, resized
+    image: np.ndarray | None  # [h, w, 3] uint8, or float32 in 0..255, resized
     pixels: np.ndarray | None  # [N, 2] int32 in the resized image
     labels: np.ndarray | None  # [N] uint8
     error: str | None = None  # why the frame is bad; everything else is then empty
@@ -204,7 +204,7 @@ class Batch(NamedTuple, Generic[A]):
     scene_points: A  # [D, S] int32: points of each scene, 0 for an empty slot
     neighbors: A  # [D, P, K] int32
     planes: tuple[Plane[A], ...]
-    images: A | None = None  # [D, S, h, w, 3] uint8
+    images: A | None = None  # [D, S, h, w, 3] uint8, or float32 in 0..255
     pixels: A | None = None  # [D, P, 2] int32
     labels: A | None = None  # [D, P] int32
     voxels: PackedVoxels[A] | None = None  # for a MinkUNet; `planes` is then ()

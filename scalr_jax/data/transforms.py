@@ -36,6 +36,7 @@ class SceneSettings:
     max_points: int = 20_000
     image_size: tuple[int, int] = (224, 448)
     antialias: bool = True
+    image_dtype: str = "uint8"  # "uint8", or "float32": not rounded
     augmentation: str = "published"  # "published", "consistent" or "none"
     fixed: bool = False  # the same random choices in every epoch
     mixing: Mix | None = None  # of training scans for segmentation
@@ -154,17 +155,20 @@ def find_neighbors(xyz: np.ndarray, num_neighbors: int) -> np.ndarray:
     return others
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.ndarray:
-    """Bilinear resize of [h, w, 3] uint8 to `size` (rows, columns), without cropping."""
+def resize_image(image: np.ndarray, size: tuple[int, int], *, antialias: bool, dtype: str = "uint8") -> np.ndarray:
+    """Bilinear resize of [h, w, 3] uint8 to `size` (rows, columns), without cropping; "float32" is not rounded, 0 to
+    255."""
     if image.shape[:2] == tuple(size):
-        return image
+        return image.astype(dtype, copy=False)
     if antialias:
-        return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+        planes = [image] if dtype == "uint8" else np.moveaxis(image.astype(np.float32), -1, 0)
+        resized = [Image.fromarray(plane).resize((size[1], size[0]), Image.Resampling.BILINEAR) for plane in planes]
+        return np.asarray(resized[0]) if dtype == "uint8" else np.stack(list(map(np.asarray, resized)), axis=-1)
     rows, columns = (_sample_axis(image.shape[axis], size[axis]) for axis in (0, 1))
     out = image.astype(np.float32)
     out = out[rows[0]] * (1 - rows[2])[:, None, None] + out[rows[1]] * rows[2][:, None, None]
     out = out[:, columns[0]] * (1 - columns[2])[None, :, None] + out[:, columns[1]] * columns[2][None, :, None]
-    return np.rint(out).astype(np.uint8)
+    return np.rint(out).astype(np.uint8) if dtype == "uint8" else out
 
 
 def _sample_axis(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -207,7 +211,7 @@ def _distillation_scene(
     feats = make_features(xyz, frame.points[kept, 3], intensity)
     ratio = np.array(settings.image_size) / np.array(frame.image_shape or frame.image.shape[:2])
     pixels = np.floor(np.floor(frame.pixels[kept]) * ratio).astype(np.int32)  # the published readers floor first
-    image = resize_image(frame.image, settings.image_size, antialias=settings.antialias)
+    image = resize_image(frame.image, settings.image_size, antialias=settings.antialias, dtype=settings.image_dtype)
     return _finish(frame.name, index, xyz, feats, settings.needs)._replace(image=image, pixels=pixels)
 
 

@@ -177,7 +177,8 @@ def draw_correlations(
         assert scene.image is not None and scene.pixels is not None, "a distillation scene has an image"  # noqa: PT018
         drawn.append(folder / f"correlation_{len(drawn)}.png")
         folder.mkdir(parents=True, exist_ok=True)
-        draw_with_image(drawn[-1], xyz, title, panel, scene.image, scene.pixels, everywhere, query=query)
+        image = scene.image.astype(np.uint8)
+        draw_with_image(drawn[-1], xyz, title, panel, image, scene.pixels, everywhere, query=query)
         if len(drawn) == number:
             break
     return drawn

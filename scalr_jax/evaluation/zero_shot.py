@@ -60,6 +60,10 @@ class Images(NamedTuple):
     size: tuple[int, int]  # rows, columns
     antialias: bool
     seed: int  # of the frames' cameras
+    dtype: str = "uint8"
+
+    def resized(self, image: np.ndarray) -> np.ndarray:
+        return resize_image(image, self.size, antialias=self.antialias, dtype=self.dtype)
 
 
 def fit_logistic(features: np.ndarray, labels: np.ndarray, num_classes: int, strength: float) -> tuple:
@@ -155,7 +159,7 @@ def _from_folder(
             image = files.read_image(path)
         except BadFrameError as error:
             raise InputError(str(error)) from None
-        yield np.asarray(mean_of(tokens_of(resize_image(image, images.size, antialias=images.antialias)))), label
+        yield np.asarray(mean_of(tokens_of(images.resized(image)))), label
 
 
 def find_images(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
@@ -223,7 +227,6 @@ def _from_labels(dataset: Dataset, images: Images, tokens_of: Callable[..., Arra
         number = 1 << max(10, int(seen.sum() - 1).bit_length())  # few sizes, few programs
         padded = np.zeros((number, 2), np.int32)
         padded[: len(pixels)] = pixels
-        image = resize_image(frame.image, images.size, antialias=images.antialias)
-        features = np.asarray(unit_features(tokens_of(image), padded))[: len(pixels)]
+        features = np.asarray(unit_features(tokens_of(images.resized(frame.image)), padded))[: len(pixels)]
         for label in np.unique(frame.labels[seen]):
             yield features[frame.labels[seen] == label].mean(axis=0), int(label)

@@ -104,6 +104,21 @@ def test_resize_without_antialiasing_is_plain_bilinear():
     assert antialiased[0] > 10
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+def test_a_resized_image_may_stay_float(antialias):
+    """It rounds to the bytes, and a ramp of odd steps has its exact means."""
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    options = {"size": (14, 28), "antialias": antialias}
+    rounded, exact = (transforms.resize_image(image, **options, dtype=dtype) for dtype in ("uint8", "float32"))
+    assert exact.dtype == np.float32
+    assert np.abs(exact - rounded).max() < 1.01  # Pillow rounds after each of the two axes
+    assert np.abs(exact - np.rint(exact)).mean() > 0.1
+    ramp = np.repeat(np.arange(16, dtype=np.uint8).reshape(1, 16, 1), 3, axis=2).repeat(4, axis=0)
+    half = transforms.resize_image(ramp, (4, 8), antialias=antialias, dtype="float32")
+    np.testing.assert_allclose(half[0, 1:-1, 0], np.arange(2.5, 14, 2), atol=1e-5)
+    assert transforms.resize_image(image, (40, 60), antialias=antialias, dtype="float32").dtype == np.float32
+
+
 def frame(num_points=200, **changes):
     rng = np.random.default_rng(0)
     points = rng.uniform(-5, 5, (num_points, 4)) * [1, 1, 0.2, 1]

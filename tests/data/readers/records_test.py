@@ -206,7 +206,10 @@ def test_what_a_config_asks_for_must_be_what_is_prepared(tiny, tmp_path):
     config = make_config(small, dataset="semantic_kitti", image_size=(28, 56), antialias=False)
     with pytest.raises(InputError, match="antialias"):
         open_split(config, "train", cache=tmp_path)
-    config.task, config.data.antialias = "probe", True
+    config.data.antialias, config.data.image_dtype = True, "float32"
+    with pytest.raises(InputError, match=r"data\.image_dtype"):
+        open_split(config, "train", cache=tmp_path)
+    config.task, config.data.image_dtype = "probe", "uint8"
     with pytest.raises(InputError, match="--labels"):
         open_split(config, "train", cache=tmp_path)
     with pytest.raises(InputError, match=mentions("whole scans", "--labels")):
