@@ -30,6 +30,7 @@ from scalr_jax.interop.saved import choose_intensity, read_saved
 from scalr_jax.models.build import make_student
 from scalr_jax.models.student import Variables
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.finite import check_outputs
 
 SEGMENTATION_HEADS = ("segment", "mlp", "linear")
 MODELS = "a workdir of distill, probe or finetune, an exported folder, or a published .pth or .safetensors"
@@ -64,21 +65,22 @@ class Model:
         backbone = self.student.clone(head="none")
         self._embed = jax.jit(lambda variables, batch: backbone.apply(variables, batch, train=False))
         self._head = jax.jit(self.apply)
-        self._classes = jax.jit(lambda variables, batch: self.apply(variables, batch).argmax(-1))
+        self._classes = jax.jit(lambda variables, batch: _classes(self.apply(variables, batch)))
 
     def apply(self, variables: Variables, batch: Batch) -> Any:
         """The pure function underneath: variables and a `scenes.Batch` -> the head's output [D, P, C_out] float32."""
         return self.student.apply(variables, batch, train=False)
 
     def embed(self, points: ArrayLike) -> np.ndarray:
-        """The backbone's features [N, C] float32. Raises ValueError for points that are none."""
-        return self._run(self._embed, points, fill=0.0)
+        """The backbone's features [N, C] float32. Raises ValueError for points that are none, or whose
+        features are not finite."""
+        return self._run(self._embed, points, "features", fill=0.0)
 
     def distilled(self, points: ArrayLike) -> np.ndarray:
         """Features in the teacher's space [N, C_teacher] float32; ValueError for a segmentation model."""
         if self.config.head != "distill":
             raise InputError(f"this model has head {self.config.head!r} and no features in a teacher's space")
-        return self._run(self._head, points, fill=0.0)
+        return self._run(self._head, points, "distilled features", fill=0.0)
 
     def segment(self, points: ArrayLike) -> np.ndarray:
         """Class ids [N] int32; ValueError for a model that was only distilled."""
@@ -86,22 +88,28 @@ class Model:
             raise InputError(
                 f"this model has head {self.config.head!r} and no classes; load a probed or fine-tuned one"
             )
-        return self._run(self._classes, points, fill=IGNORE)
+        return self._run(self._classes, points, "logits", fill=IGNORE)
 
     def check(self, points: ArrayLike) -> dict[str, str]:
         """What of the points does not fit the training data, one sentence by kind; see `scan_checks.check_scan`."""
         return check_scan(check_points(points), self.config)
 
-    def _run(self, function: Any, points: ArrayLike, *, fill: float) -> np.ndarray:
-        """`function`'s rows of the kept points, spread over all points."""
+    def _run(self, function: Any, points: ArrayLike, what: str, *, fill: float) -> np.ndarray:
+        """`function`'s rows of the kept points, spread over all points. Raises InputError where they are not finite."""
         needs, config = self.student.needs, self.config
         scene, nearest = whole_scan(check_points(points), needs, config.intensity, config.voxel_size)
         shard = pack_shard([scene], static_capacities(scene, needs.grids), scene, needs.grids)
         batch = jax.tree.map(lambda x: jnp.asarray(x)[None], shard)
         rows = np.asarray(function(self.variables, batch))[0]
+        check_outputs(rows[: len(scene.feats)], what)
         out = rows[nearest]
         out[nearest < 0] = fill
         return out
+
+
+def _classes(logits: jax.Array) -> jax.Array:
+    """The class of each row, -1 where its logits [..., classes] are not finite (argmax of NaN would be the first)."""
+    return jnp.where(jnp.isfinite(logits.max(-1)), logits.argmax(-1), -1)
 
 
 def load(
@@ -128,7 +136,8 @@ def load(
       activation: "relu" or "gelu", for published downstream files that do not say it.
 
     Raises:
-      ValueError: one sentence: what is wrong with the file or which of these arguments is needed.
+      ValueError: one sentence: what is wrong with the file (also weights that are not finite), or which argument is
+        needed.
     """
     path = Path(path)
     if not path.exists():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -30,9 +31,11 @@ from scalr_jax.data.scenes import Batch, Dataset, SceneNeeds, SceneView
 from scalr_jax.models.student import Student, Variables, without_head
 from scalr_jax.runtime import distributed, sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.finite import narrowed
 from scalr_jax.runtime.logging import Progress
 from scalr_jax.runtime.storage import differences, flatten, read_json, reason, write_json, written_whole
 
+FLOAT32 = "give --config.probe.cache_dtype=float32"
 AGAIN = "remove the folder, and the features are computed again"
 # Settings that change neither scenes nor features.
 FREE_DATA = ("num_workers", "prefetch", "split", "augmentation", "points_per_shard", "scenes_per_shard")
@@ -70,17 +73,31 @@ def each_scene(
     variables = jax.device_put(without_head(variables), sharding.replicated(mesh))
 
     def apply(variables: Variables, batch: Batch) -> tuple:
-        return backbone.apply(variables, batch, train=False), (batch.scene_points > 0).sum()
+        rows: Any = backbone.apply(variables, batch, train=False)
+        bad = (batch.scene < batch.scene_points.shape[1]) & ~jnp.isfinite(rows).all(axis=-1)
+        return rows, jnp.stack([(batch.scene_points > 0).sum(), bad.sum()])
 
     compute = jax.jit(apply, out_shardings=(sharding.batch_sharding(mesh), sharding.replicated(mesh)))
     of_shard = (itertools.count(shard, mesh.size) for shard in pipeline.shards)
     positions = [next(n for n in numbers if n >= len(dataset) or not skip(n)) for numbers in of_shard]
     for item in prefetch(iter(pipeline.steps(capacities, sample[0], positions)), settings.data.prefetch):
-        features, num_scenes = compute(variables, sharding.put_batch(item.batch, mesh))
-        if int(num_scenes) == 0:  # no process has a scene left
+        features, counts = compute(variables, sharding.put_batch(item.batch, mesh))
+        num_scenes, num_bad = np.asarray(counts)
+        if num_scenes == 0:  # no process has a scene left
             return
+        check_outputs(num_bad, item.scenes)
         for scenes, rows in zip(item.scenes, sharding.local_rows(features), strict=True):
             yield from split_rows(scenes, rows)
+
+
+def check_outputs(num_bad: int, scenes: Sequence[Sequence[SceneView]]) -> None:
+    """Raises InputError when the model's output is not finite for some points of a step, on every process."""
+    if num_bad:
+        names = ", ".join(scene.name for packed in scenes for scene in packed)
+        raise InputError(
+            f"the model's output is not finite for {num_bad} points of {names}; its weights (config.checkpoint) are "
+            "damaged, or training diverged"
+        )
 
 
 def split_rows(scenes: Sequence[SceneView], rows: np.ndarray) -> Iterator[tuple[SceneView, np.ndarray]]:
@@ -150,7 +167,7 @@ def make_cache(
     missing = each_scene(settings, student, dataset, variables, skip=lambda n: cache.path(n).exists())
     for scene, features in missing:
         number, path = scene.stream_index, cache.path(scene.stream_index)
-        arrays = {path.with_suffix(".labels.npy"): np.asarray(scene.labels), path: features.astype(dtype)}
+        arrays = {path.with_suffix(".labels.npy"): np.asarray(scene.labels), path: narrowed(features, dtype, FLOAT32)}
         for target, array in arrays.items():
             with written_whole(target) as file:
                 np.save(file, array, allow_pickle=False)

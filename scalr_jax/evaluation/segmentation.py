@@ -21,11 +21,10 @@ from scalr_jax.data.build import scene_settings
 from scalr_jax.data.packing import Capacities, derive_capacities, flat, given_tables, largest, sizes
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import Dataset, SceneView
-from scalr_jax.evaluation.features import split_rows
+from scalr_jax.evaluation.features import check_outputs, split_rows
 from scalr_jax.evaluation.report import confusion_matrix
 from scalr_jax.models.student import Classifier, Variables
 from scalr_jax.runtime import distributed, sharding
-from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.logging import Progress
 from scalr_jax.train import steps
 
@@ -116,12 +115,7 @@ class Evaluator:
                 num_scenes, without_class = np.asarray(counts)
                 if num_scenes == 0:  # on no process is one left
                     break
-                if without_class:
-                    names = ", ".join(scene.name for scenes in item.scenes for scene in scenes)
-                    raise InputError(
-                        f"the model's output is not finite for {without_class} points of {names}; its weights "
-                        "(config.checkpoint) are damaged, or training diverged"
-                    )
+                check_outputs(without_class, item.scenes)
                 rows = sharding.local_rows(rows)  # [D_local, P] classes, or [D_local, P, classes] probabilities
                 for ballot, scenes, packed in zip(ballots, item.scenes, rows, strict=True):
                     for scene, kept in split_rows(scenes, packed):

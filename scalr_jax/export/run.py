@@ -47,6 +47,7 @@ from scalr_jax.interop.model import student_of
 from scalr_jax.models.student import Student, Variables, outputs_of
 from scalr_jax.runtime.command_line import define_model, exit_codes, model_arguments, parse_flags, require, use_cache
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.finite import check_outputs
 from scalr_jax.runtime.storage import checksums, write_arrays
 
 LARGEST_DIFFERENCE = 1e-4
@@ -111,7 +112,8 @@ def export_model(
     tells. The rest are the command's flags.
 
     Raises:
-      InputError: `output` cannot be written, the exported model differs, or a package is missing.
+      InputError: `output` cannot be written, the model's outputs are not finite, the exported model's differ, or a
+        package is missing.
     """
     if form not in FILES:
         raise InputError(f"format = {form!r} is none of {', '.join(FILES)}")
@@ -130,6 +132,8 @@ def export_model(
     scene, _ = whole_scan(example_scan(settings), student.needs, settings["intensity"], settings["voxel_size"])
     reference = make_reference(cast(Any, student))  # which is hashable
     wanted = reference(original, scene)
+    for name, rows in wanted.items():
+        check_outputs(rows, name)
     with new_folder(output, overwrite=overwrite) as folder:
         if form in READABLE:
             write_weights(folder, form, student, variables)
@@ -156,7 +160,7 @@ def export_model(
             found = reference(loaded.variables, scene)
         else:
             found = _run_program(folder, form, settings, scene)
-        absolute = max(float(np.abs(found[name] - rows).max()) for name, rows in wanted.items())
+        absolute = float(np.max([np.abs(found[name] - rows).max() for name, rows in wanted.items()]))  # NaN if one is
         largest = max(float(np.abs(rows).max()) for rows in wanted.values())
         difference = absolute / max(1.0, largest)
         if not difference <= LARGEST_DIFFERENCE:  # NaN neither

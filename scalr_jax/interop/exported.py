@@ -12,6 +12,7 @@ from scalr_jax.interop.published import read_content
 from scalr_jax.interop.torch_file import read_weights_file
 from scalr_jax.runtime.checkpoint import load_weights
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.finite import check_weights
 from scalr_jax.runtime.storage import changes, read_json
 
 VERSION = 1  # of the folder's layout
@@ -60,6 +61,7 @@ def read_export(folder: Path) -> tuple[dict, dict]:
         if form == "orbax":
             variables = load_weights(path)
             check_shapes(student_of(settings), settings["num_features"], variables, str(path))
+            check_weights(variables, str(path))
         else:
             container, content = "model_point" if head == "distill" else "net", read_weights_file(path)
             found = read_content({container: content.get(container, content)}, str(path))

@@ -28,6 +28,7 @@ from scalr_jax.interop.model import NORM, Published, extra_weights
 from scalr_jax.models.minkunet import BLOCKS, scaled_widths
 from scalr_jax.ops.voxels import NEIGHBORS
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.finite import check_weights
 
 CHILDREN = tuple(itertools.product((0, 1), repeat=3))
 PUBLISHED_FEATURES = {  # by layout and number
@@ -176,12 +177,14 @@ def convert(weights: Mapping[str, np.ndarray], network: Network, name: str) -> d
     "head" as `network.head` says.
 
     Raises:
-      InputError: begins with `name` and lists every weight that is missing, extra or of another shape.
+      InputError: begins with `name` and lists every weight that is missing, extra, of another shape or not finite.
     """
     unused = set(network.unused)
     if network.head == "none":
         unused |= {key for key in weights if key.startswith(_HEADS)}
     table = weight_table(network)
+    known = {row.theirs for row in table}
+    check_weights({key: weights[key] for key in known & weights.keys()}, name)
     problems, flat = [], {}
     for row in table:
         array, shapes = weights.get(row.theirs), _theirs_shapes(row, network.layout)
@@ -191,7 +194,7 @@ def convert(weights: Mapping[str, np.ndarray], network: Network, name: str) -> d
             problems.append(f"{row.theirs} has {array.shape}, needs {shapes[0]}")
         else:
             flat[row.ours] = _to_ours(array, row, network.layout)
-    problems += extra_weights(weights, {row.theirs for row in table} | unused)
+    problems += extra_weights(weights, known | unused)
     if problems:
         model = network.name or "a MinkUNet"
         raise InputError(f"{name} does not fit {model}, nothing was loaded: {'; '.join(problems)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -18,6 +19,10 @@ from scalr_jax.ops.voxels import LEVELS
 from scalr_jax.runtime.errors import InputError
 
 NORM = (("scale", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("variance", "running_var"))  # ours, PyTorch's
+
+
+# What DistributedDataParallel (also doubled), torch.compile, FSDP and checkpointing put into names.
+WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 class Published(NamedTuple):
@@ -72,6 +77,22 @@ def shapes_of(student: Student, num_features: int) -> dict[str, dict[str, tuple[
 def flat_shapes(tree: Mapping) -> dict[str, tuple[int, ...]]:
     """Shapes of a tree of arrays or their shapes, by path."""
     return {keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in tree_leaves_with_path(tree)}
+
+
+def unwrapped(content: Mapping, name: str) -> dict:
+    """A file's content with the names that weights have in the model itself, at its top and in its containers.
+
+    Raises `InputError` that begins with `name` when two weights become one.
+    """
+
+    def plain(part: Mapping, where: str = "") -> dict:
+        found = {WRAPPERS.sub("", key) if isinstance(key, str) else key: value for key, value in part.items()}
+        if len(found) != len(part):
+            raise InputError(f"{name} holds weights{where} twice, with and without module. or _orig_mod.; keep one")
+        return found
+
+    inside = {key: plain(x, f" under {key}") if isinstance(x, Mapping) else x for key, x in content.items()}
+    return plain(inside)
 
 
 def extra_weights(weights: Mapping[str, np.ndarray], known: Collection[str]) -> list[str]:

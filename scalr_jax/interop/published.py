@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from scalr_jax.interop import minkunet, waffleiron
-from scalr_jax.interop.model import Published
+from scalr_jax.interop.model import Published, unwrapped
 from scalr_jax.interop.torch_file import read_weights_file
 
 # By the updates of ScaLR's 25 and ScaLR+'s 65 epochs, 55,100 frames each in batches of 8: with eight GPUs the last
@@ -21,6 +21,7 @@ def read_published(path: str | Path) -> Published:
 
 def read_content(content: Mapping, name: str) -> Published:
     """`read_published` of a file's content. One of neither backbone is told what it lacks to be a WaffleIron."""
+    content = unwrapped(content, name)
     found = (minkunet if minkunet.recognises(content) else waffleiron).read(content, name)
     return found._replace(training=read_training(content))
 

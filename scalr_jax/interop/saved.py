@@ -25,6 +25,7 @@ from scalr_jax.interop.exported import is_export, read_export
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.finite import check_weights
 from scalr_jax.runtime.storage import read_json, write_json
 
 FILE = "settings.json"
@@ -61,13 +62,16 @@ def read_saved(folder: Path) -> Saved:
     """The student of a workdir or of an exported folder.
 
     Raises:
-        InputError: the folder is neither, keeps no weights, or its files are damaged or of another version.
+        InputError: the folder is neither, keeps no weights, its files are damaged or of another version, or weights
+            are not finite.
     """
     if is_export(folder):
         return Saved(*read_export(folder))
     if not (folder / "checkpoints").is_dir():
         raise InputError(_without_weights(folder))
-    return Saved(_read_settings(folder / FILE), load_variables(folder / "checkpoints"))
+    settings, variables = _read_settings(folder / FILE), load_variables(folder / "checkpoints")
+    check_weights(variables, f"the newest checkpoint in {folder}")
+    return Saved(settings, variables)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

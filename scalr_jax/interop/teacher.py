@@ -15,10 +15,13 @@ import safetensors.numpy
 from flax import traverse_util
 
 from scalr_jax.config import TeacherSettings
+from scalr_jax.interop.model import flat_shapes
+from scalr_jax.interop.safetensors_file import read_safetensors
 from scalr_jax.interop.vit import load_dinov2
 from scalr_jax.models import vit
 from scalr_jax.models.build import compute_dtype
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.finite import check_weights
 from scalr_jax.runtime.storage import written_whole
 
 ASSET = "demo_teacher.safetensors"
@@ -58,17 +61,27 @@ def load_demo_teacher() -> tuple[vit.ViTConfig, dict]:
 
 
 def load_teacher(path: str | Path) -> tuple[vit.ViTConfig, dict]:
-    """What `save_teacher` wrote: the ViT's config and its parameters, float32 NumPy arrays."""
-    with safetensors.safe_open(str(path), framework="numpy") as file:
-        fields = json.loads(file.metadata()["vit_config"])
-        flat = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
-    for name, value in fields.items():
-        fields[name] = tuple(value) if isinstance(value, list) else value
-    return vit.ViTConfig(**fields), traverse_util.unflatten_dict(flat, sep="/")
+    """What `save_teacher` wrote: the ViT's config and its parameters, float32 NumPy arrays. Raises `InputError`."""
+    flat, metadata = read_safetensors(Path(path))
+    check_weights(flat, str(path))
+    try:
+        fields = json.loads(metadata["vit_config"])
+        for name, value in fields.items():
+            fields[name] = tuple(value) if isinstance(value, list) else value
+        config = vit.ViTConfig(**fields)
+        patch = (config.patch_size, config.patch_size)
+        expected = flat_shapes(jax.eval_shape(lambda: vit.init(config, jax.random.key(0), patch)))
+    except Exception as error:  # what a config of another kind raises cannot be listed
+        raise InputError(f"{path} is no teacher of a run of config.task = teacher ({error!r}); give another") from None
+    found = flat_shapes(flat)
+    if wrong := sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)):
+        raise InputError(f"{path} does not fit its vit_config in {', '.join(wrong[:3])}; copy it again")
+    return config, traverse_util.unflatten_dict({name: x.astype(np.float32) for name, x in flat.items()}, sep="/")
 
 
 def save_teacher(path: str | Path, vit_config: vit.ViTConfig, params: Any) -> None:
-    """Writes parameters as float16 safetensors, with the config as JSON in the file's metadata."""
+    """Writes parameters as float16 safetensors, the config as JSON in the metadata. Raises `InputError` for NaN."""
     flat = {name: np.asarray(x, np.float16) for name, x in traverse_util.flatten_dict(params, sep="/").items()}
+    check_weights(flat, str(path))
     with written_whole(Path(path)) as file:
         file.write(safetensors.numpy.save(flat, {"vit_config": json.dumps(dataclasses.asdict(vit_config))}))

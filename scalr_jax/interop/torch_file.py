@@ -1,29 +1,33 @@
 """PyTorch's checkpoint files (`.pth`, `.pt`) and `.safetensors`, as nested dicts of NumPy arrays, without PyTorch.
 
 A `.pth` is a zip: `NAME/data.pkl`, a pickle that describes the contents, and `NAME/data/KEY`, the raw storages that its
-tensors are views of. Loading runs nothing (runtime/unpickler.py): every name that weights and the usual leftovers of
-training need stands in `_STAND_INS` and becomes a record; the records are turned into arrays afterwards.
+tensors are views of. Before PyTorch 1.6 it was pickles one after the other (a magic number, a version, the machine, the
+contents, the keys of the storages), then each storage: its number of elements in eight bytes, and they. Loading runs
+nothing (runtime/unpickler.py): every name that weights and the usual leftovers of training need stands in `_STAND_INS`
+and becomes a record; the records are turned into arrays afterwards.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from scalr_jax.interop.safetensors_file import read_safetensors
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import LFS_SENTENCE, is_lfs_pointer
 from scalr_jax.runtime.unpickler import ForbiddenError, MalformedError, Record, RecordingUnpickler, need, stand_ins
 
 MAX_PICKLE_BYTES = 1 << 28  # the description of the largest published checkpoint takes a few MB
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before PyTorch 1.6
+_LEGACY_VERSION = 1001
 
 # PyTorch's storage classes and their dtypes; all files are little-endian.
 _STORAGES = {
@@ -39,6 +43,9 @@ _STORAGES = {
     "BoolStorage": np.dtype("?"),
 }
 
+_LIGHTNING = tuple(f"{name}.utilities.parsing" for name in ("pytorch_lightning", "lightning.pytorch"))
+_LIGHTNING += tuple(f"{name}.utilities.data" for name in ("lightning_fabric", "lightning.fabric"))
+
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32")
 
 # Every (module, name) that a checkpoint may mention. Learning rates computed with NumPy leave NumPy scalars behind
@@ -49,10 +56,12 @@ _STAND_INS = stand_ins(
         ("collections", "OrderedDict"): "dict",
         ("collections", "Counter"): "dict",
         ("torch._utils", "_rebuild_tensor_v2"): "tensor",
+        ("torch._utils", "_rebuild_tensor"): "tensor",  # of PyTorch 0.3
         ("torch._utils", "_rebuild_parameter"): "parameter",
         ("torch", "Size"): "tuple",
         ("torch", "device"): "device",
         ("argparse", "Namespace"): "namespace",
+        **{(module, "AttributeDict"): "dict" for module in _LIGHTNING},
         **{("torch", name): f"torch.{name}" for name in _DTYPES},
         **{(f"numpy.{core}.multiarray", "scalar"): "scalar" for core in ("core", "_core")},
         ("numpy", "dtype"): "dtype",
@@ -65,7 +74,7 @@ def read_weights_file(path: str | Path) -> dict:
     """The contents of a checkpoint: nested dicts with NumPy arrays (read-only) for tensors, plain Python for the rest.
 
     Args:
-      path: a `.pth` or `.pt` as PyTorch 1.6 and newer write it, or a `.safetensors`; told apart by their contents.
+      path: a `.pth` or `.pt` of any PyTorch from 0.2 on, or a `.safetensors`; told apart by their contents.
 
     Raises:
       InputError: no such file, not a checkpoint, damaged, or a pickle that names what no weights need. One sentence
@@ -79,27 +88,20 @@ def read_weights_file(path: str | Path) -> dict:
     with path.open("rb") as file:
         head = file.read(16)
     if head.startswith(b"PK\x03\x04"):
-        return _read_zip(path)
+        return _refused(path, _read_zip)
     if head[8:9] == b"{":  # after eight bytes of length
-        return _read_safetensors(path)
+        return read_safetensors(path)[0]
     if head.startswith(_LEGACY_MAGIC[: len(head)]) and len(head) > 2:
-        raise InputError(f"{path} is in PyTorch's format from before 1.6; load and save it again with a newer PyTorch")
-    raise InputError(f"{path} is not a checkpoint: neither PyTorch's zip nor safetensors")
+        return _refused(path, _read_legacy)
+    if head == b"version https://":
+        raise InputError(f"{path} is a Git-LFS pointer, not the file; fetch it with git lfs pull")
+    raise InputError(f"{path} is not a checkpoint: neither PyTorch's nor safetensors")
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def _refused(path: Path, read: Callable[[Path], dict]) -> dict:
+    """What `read` reads of a file. Whatever is wrong with it becomes one InputError."""
     try:
-        return safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is truncated or damaged ({error}); copy it again") from None
-    except KeyError as error:
-        raise InputError(f"{path} holds values of dtype {error}, which NumPy does not have") from None
-
-
-def _read_zip(path: Path) -> dict:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _Archive(path, archive).contents()
+        return read(path)
     except ForbiddenError as error:
         problem = f"is refused: its pickle names {error}, which no weights need; nothing of it was run"
     except MalformedError as error:
@@ -111,51 +113,85 @@ def _read_zip(path: Path) -> dict:
     raise InputError(f"{path} {problem}")
 
 
+def _read_zip(path: Path) -> dict:
+    with zipfile.ZipFile(path) as archive:
+        pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+        need(len(pickles) == 1, "the zip holds no data.pkl")
+        root = pickles[0].removesuffix("data.pkl")
+        if f"{root}byteorder" in archive.namelist():
+            need(_entry(archive, f"{root}byteorder", limit=16) == b"little", "it is big-endian")
+        text = _entry(archive, pickles[0], limit=MAX_PICKLE_BYTES)
+        records = _Unpickler(io.BytesIO(text)).load()
+        storages = f"{root}data"
+        return _Converter(lambda found: _entry(archive, f"{storages}/{found.key}", limit=found.bytes)).file(records)
+
+
+def _entry(archive: zipfile.ZipFile, name: str, *, limit: int) -> bytes:
+    try:
+        entry = archive.getinfo(name)
+    except KeyError:
+        raise MalformedError(f"the zip lacks {name}") from None
+    need(entry.compress_type == zipfile.ZIP_STORED, f"{name} is compressed, which PyTorch never does")
+    need(entry.file_size <= limit, f"{name} has {entry.file_size} bytes where at most {limit} are expected")
+    return archive.read(entry)
+
+
+def _read_legacy(path: Path) -> dict:
+    content = memoryview(path.read_bytes())
+    file = io.BytesIO(content[:MAX_PICKLE_BYTES])
+    _, version, machine = (_Unpickler(file).load() for _ in range(3))
+    need(version == _LEGACY_VERSION, f"it is of version {version!r}")
+    need(isinstance(machine, dict) and machine.get("little_endian") is True, "it is big-endian")
+    unpickler = _Unpickler(file)
+    records, keys = unpickler.load(), _Unpickler(file).load()
+    start, data = file.tell(), {}
+    need(isinstance(keys, list) and set(keys) == set(unpickler.storages), "its storages are not those of its tensors")
+    for storage in (unpickler.storages[key] for key in keys):
+        need(start + 8 + storage.bytes <= len(content), "it is truncated; copy it again")
+        number, start = int.from_bytes(content[start : start + 8], "little"), start + 8
+        need(number == storage.size, f"storage {storage.key} has {number} elements where {storage.size} are expected")
+        data[storage.key], start = content[start : start + storage.bytes], start + storage.bytes
+    return _Converter(lambda storage: data[storage.key]).file(records)
+
+
 class _Storage:
-    """A storage named by the pickle, read from the zip when a tensor needs it."""
+    """A storage named by the pickle, read when a tensor needs it."""
 
     def __init__(self, key: str, dtype: np.dtype, size: int) -> None:
-        self.key, self.dtype, self.size = key, dtype, size
+        self.key, self.dtype, self.size, self.bytes = key, dtype, size, size * dtype.itemsize
 
 
 class _Unpickler(RecordingUnpickler):
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file, _STAND_INS)
+        self.storages: dict[str, _Storage] = {}
+
     def persistent_load(self, pid: Any) -> _Storage:
-        need(isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage", "an unknown persistent id")
-        _, storage, key, _, size = pid
+        need(isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage", "an unknown persistent id")
+        _, storage, key, _, size, *view = pid
+        need(view in ([], [None]), "a storage that is a view of another")
         kind = getattr(storage, "kind", None)
         need(isinstance(storage, type) and kind in _STORAGES, "a storage of unknown type")
         need(isinstance(key, str) and isinstance(size, int) and size >= 0, "a storage without key or size")
-        return _Storage(key, _STORAGES[str(kind)], size)
+        found = _Storage(key, _STORAGES[str(kind)], size)
+        first = self.storages.setdefault(key, found)
+        need((first.dtype, first.size) == (found.dtype, size), f"two storages are called {key}")
+        return first
 
 
-class _Archive:
-    """An open checkpoint: its pickle's records are turned into arrays here."""
+class _Converter:
+    """Turns a pickle's records into arrays; `read` gives the bytes of a storage."""
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
-        self.path, self.archive = path, archive
-        pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
-        need(len(pickles) == 1, "the zip holds no data.pkl")
-        self.root = pickles[0].removesuffix("data.pkl")
-        self.data: dict[str, bytes] = {}
+    def __init__(self, read: Callable[[_Storage], bytes | memoryview]) -> None:
+        self.read = read
+        self.data: dict[str, bytes | memoryview] = {}
         self.done: dict[int, Any] = {}
 
-    def contents(self) -> dict:
-        byte_order = f"{self.root}byteorder"
-        if byte_order in self.archive.namelist():
-            need(self.bytes(byte_order, limit=16) == b"little", "it is big-endian")
-        text = self.bytes(f"{self.root}data.pkl", limit=MAX_PICKLE_BYTES)
-        value = self.plain(_Unpickler(text, _STAND_INS).load(), depth=0)
+    def file(self, records: Any) -> dict:
+        """A file's contents."""
+        value = self.plain(records, depth=0)
         need(isinstance(value, dict), f"it holds a {type(value).__name__} where a dict of weights is needed")
         return value
-
-    def bytes(self, name: str, *, limit: int) -> bytes:
-        try:
-            entry = self.archive.getinfo(name)
-        except KeyError:
-            raise MalformedError(f"the zip lacks {name}") from None
-        need(entry.compress_type == zipfile.ZIP_STORED, f"{name} is compressed, which PyTorch never does")
-        need(entry.file_size <= limit, f"{name} has {entry.file_size} bytes where at most {limit} are expected")
-        return self.archive.read(entry)
 
     def plain(self, value: Any, depth: int) -> Any:
         """Records to arrays and plain containers. Shared objects are turned once; cycles are too deep."""
@@ -207,10 +243,9 @@ class _Archive:
         need(count <= storage.size and (count == 0 or last < storage.size), "a tensor larger than its storage")
         dtype = storage.dtype
         if storage.key not in self.data:
-            data = self.bytes(f"{self.root}data/{storage.key}", limit=storage.size * dtype.itemsize)
-            self.data[storage.key] = data
+            self.data[storage.key] = self.read(storage)
         data = self.data[storage.key]
-        need(len(data) == storage.size * dtype.itemsize, f"data/{storage.key} is shorter than its tensors")
+        need(len(data) == storage.bytes, f"data/{storage.key} is shorter than its tensors")
         if count == 0:
             return np.zeros(shape, dtype)
         flat = np.frombuffer(data, dtype)[offset:]

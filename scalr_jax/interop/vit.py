@@ -21,10 +21,11 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from scalr_jax.interop import torch_file
-from scalr_jax.interop.model import flat_shapes
+from scalr_jax.interop.model import flat_shapes, unwrapped
 from scalr_jax.interop.transformers_config import read_beside
 from scalr_jax.models import vit
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.finite import check_weights
 
 Parts = tuple[str | None, ...]  # file names (or None) that, concatenated along the outputs, are one parameter
 Layout = dict[str, tuple[Parts, ...]]  # path of a parameter -> its possible parts; "{n}" is the block
@@ -145,9 +146,9 @@ def load_dinov2(path: str | Path, *, num_heads: int | None = None) -> tuple[vit.
 
     Raises:
       InputError: not a readable checkpoint, no ViT, heads that the file does not say, or weights that are missing,
-        unknown or of another shape: all are listed, with both shapes.
+        unknown, of another shape (all are listed, with both shapes) or not finite.
     """
-    weights = _weights(torch_file.read_weights_file(path), path)
+    weights = _weights(unwrapped(torch_file.read_weights_file(path), str(path)), path)
     chosen = {target: _choose(alternatives, weights) for target, alternatives in _layout(weights).items()}
     config = _config(weights, chosen, num_heads, path)
     shapes = jax.eval_shape(lambda: vit.init(config, jax.random.key(0), (config.patch_size, config.patch_size)))
@@ -269,7 +270,7 @@ def _interpolation(weights: dict[str, np.ndarray], config: dict, path: str | Pat
 def _check(
     weights: dict[str, np.ndarray], chosen: dict[str, Parts], leaves: dict, config: vit.ViTConfig, path: str | Path
 ) -> None:
-    """Raises one InputError that lists every weight that is missing, unknown or of another shape."""
+    """Raises one InputError that lists every weight that is missing, unknown or of another shape, or not finite."""
     needed = {}
     for target, shape in leaves.items():
         stacked = target.startswith("blocks/")
@@ -295,6 +296,8 @@ def _check(
     if problems:
         listed = "\n  ".join(problems)
         raise InputError(f"{path} does not fit a ViT of {config.depth} blocks, {config.width} wide:\n  {listed}")
+    used = [name for name in {*needed, "rope_embed.periods"} & weights.keys() if not name.endswith("_mask")]
+    check_weights({name: _masked(weights, name) for name in used}, str(path))
 
 
 def _file_shape(target: str, shape: tuple[int, ...], parts: Parts, config: vit.ViTConfig) -> tuple[int, ...]:

@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from scalr_jax.config import get_config
 from scalr_jax.data.scenes import PLANE_AXES
-from scalr_jax.interop.model import NORM, Published, extra_weights, shapes_of, student_of
+from scalr_jax.interop.model import NORM, Published, extra_weights, shapes_of, student_of, unwrapped
 from scalr_jax.interop.torch_file import read_weights_file, write_torch_file
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.finite import check_weights
 
-CONTAINERS = ("model_point", "model_points", "net")
+CONTAINERS = ("model_point", "model_points", "net")  # of the published code
+WRAPPED = ("state_dict", "model_state_dict", "model", "module")  # of Lightning and others
+FIRST = "embed.conv1.weight"
 UNSAID = ("intensity", "field_of_view", "grids")  # by any file
 
 
@@ -151,14 +155,24 @@ def read(content: Mapping, name: str) -> Published:
 
 
 def published_weights(content: Mapping, name: str) -> tuple[dict[str, np.ndarray], str]:
-    """The student's weights inside a published file and the key they stood under ("" for the file itself)."""
-    container = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), "")
+    """The student's weights inside a published file and the one of `CONTAINERS` they stood under ("" for none).
+
+    Where their names begin with a prefix ("model." in a file of Lightning), others are of other models, and are told.
+    """
+    container = next((key for key in (*CONTAINERS, *WRAPPED) if isinstance(content.get(key), Mapping)), "")
     content = content[container] if container else content
     arrays = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, np.ndarray)}
     if not arrays:
         hint = next(filter(None, (_hint(part) for part in content.values() if isinstance(part, Mapping))), "")
         raise InputError(f"{name} holds no weights, neither under {', '.join(CONTAINERS)} nor at its top{hint}")
-    return {key.removeprefix("module."): value for key, value in arrays.items()}, container
+    prefixes = [key.removesuffix(FIRST) for key in arrays if f".{key}".endswith(f".{FIRST}")]
+    if len(prefixes) > 1:
+        raise InputError(f"{name} holds {len(prefixes)} students, under {', '.join(prefixes)}; keep one of them")
+    prefix = "".join(prefixes)
+    weights = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+    if others := sorted({key.split(".")[0] for key in arrays if not key.startswith(prefix)}):
+        logging.warning("%s: weights of %s are no part of the student under %s", name, ", ".join(others), prefix)
+    return weights, next((key for key in CONTAINERS if key in (container, *prefix.split("."))), "")
 
 
 def infer_model(weights: Mapping[str, np.ndarray], name: str, *, container: str = "") -> dict:
@@ -167,11 +181,11 @@ def infer_model(weights: Mapping[str, np.ndarray], name: str, *, container: str 
     `container` is the key the weights stood under: a plain convolution is a distillation head under `model_point`, and
     WaffleIron's segmentation head under `net`. There is no `activation` where the file does not say it.
     """
-    first = weights.get("embed.conv1.weight")
+    first = weights.get(FIRST)
     layers = [re.match(r"waffleiron\.spatial_mix\.(\d+)\.", key) for key in weights]
     depth = 1 + max((int(match.group(1)) for match in layers if match), default=-1)
     if first is None or first.ndim < 2 or not 0 < depth <= len(weights):
-        what = "embed.conv1.weight" if first is None or first.ndim < 2 else "waffleiron.spatial_mix.N"
+        what = FIRST if first is None or first.ndim < 2 else "waffleiron.spatial_mix.N"
         raise InputError(
             f"{name} holds no WaffleIron student (no {what} among its {len(weights)} weights){_hint(weights)}"
         )
@@ -205,9 +219,11 @@ def _hint(weights: Mapping) -> str:
 
 
 def convert_weights(weights: Mapping[str, np.ndarray], student: Student, name: str) -> dict:
-    """PyTorch weights by name -> {"params", "batch_stats"}. All that is missing, extra or misshapen is listed."""
+    """PyTorch weights by name -> {"params", "batch_stats"}. Lists what is missing, extra, misshapen or not finite."""
     table = weight_table(student)
-    shapes = shapes_of(student, weights["embed.conv1.weight"].shape[1])
+    known = {weight.theirs for weight in table}
+    check_weights({key: weights[key] for key in known & weights.keys()}, name)
+    shapes = shapes_of(student, weights[FIRST].shape[1])
     problems, rows = [], {}
     for weight in table:
         array, expected = weights.get(weight.theirs), shapes[weight.kind][weight.ours]
@@ -222,7 +238,7 @@ def convert_weights(weights: Mapping[str, np.ndarray], student: Student, name: s
         if converted.shape != expected:
             problems.append(f"{weight.theirs} has {array.shape}, needs {theirs_shape(expected, weight)}")
         rows.setdefault(f"{weight.kind}/{weight.ours}", []).append(converted)
-    problems += extra_weights(weights, {weight.theirs for weight in table})
+    problems += extra_weights(weights, known)
     if problems:
         raise InputError(
             f"{name} does not fit a student of {student.backbone.depth} layers, {student.backbone.channels} wide, "
@@ -242,7 +258,7 @@ def load_torch_checkpoint(path: str | Path, *, activation: str | None = None) ->
       InputError: not a readable checkpoint, another model, weights that are missing, extra or of another shape (all
         are listed), or a file that does not say its activation and `activation` ("relu" or "gelu") is not given.
     """
-    found = read(read_weights_file(path), str(path))
+    found = read(unwrapped(read_weights_file(path), str(path)), str(path))
     model = get_config().model.unlock()
     model.update(found.model_with(activation, str(path)))
     return model, found.variables

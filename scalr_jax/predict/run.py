@@ -49,6 +49,7 @@ from scalr_jax.figures import colors as correlation
 from scalr_jax.predict.outputs import FORMATS, Prediction, check_formats, write
 from scalr_jax.runtime import command_line
 from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.finite import narrowed
 from scalr_jax.runtime.storage import check_writable, differences, locked, read_json, write_arrays, write_json
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def predict(model: Model, points: np.ndarray, what: str, *, sector: tuple[float,
     """`what` ("features", "distilled" or "labels") of points [N, 4]: [N, C] float32 or class ids [N] int32.
 
     Outside the `sector` (from, to in degrees about z, 0 along x and 90 along y) it is 0 or 255. Raises `InputError` for
-    points that are none, too few in the field of view, or a model without `what`.
+    points that are none, too few in the field of view, outputs that are not finite, or a model without `what`.
     """
     function = {"features": model.embed, "distilled": model.distilled, "labels": model.segment}[what]
     if sector is None:
@@ -190,13 +191,13 @@ def _run_one(model: Model, what: str, scan: Path, paths: list[Path], warn: _Warn
         points = scan_inputs.student_points(frame)
         warn.add(scan.name, model.check(points))
         rows = predict(model, points, what, sector=_sector())
+        kept = rows if what == "labels" else narrowed(rows, FLAGS.dtype, "give --dtype=float32")
     except (BadFrameError, InputError) as error:
         raise InputError(command_line.named(scan, error)) from error
     colored = any(path.suffix in (".ply", ".png") for path in paths)
     colors_of_points = colors(rows) if colored else np.empty((0, 3), np.uint8)
-    rows = rows if what == "labels" else rows.astype(FLAGS.dtype)
     for path in paths:
-        write(Prediction(frame.name, points, what, rows, colors_of_points, model.class_names), path)
+        write(Prediction(frame.name, points, what, kept, colors_of_points, model.class_names), path)
     return len(points)
 
 

@@ -6,10 +6,9 @@ only remembers its arguments and its state; any other name is refused. Loading t
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 
 class ForbiddenError(Exception):
@@ -52,8 +51,8 @@ def stand_ins(kinds: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], typ
 class RecordingUnpickler(pickle.Unpickler):
     """Loads records: `allowed`, from `stand_ins`, has every name that the pickle may mention."""
 
-    def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], type[Record]]) -> None:
-        super().__init__(io.BytesIO(data))
+    def __init__(self, file: IO[bytes], allowed: Mapping[tuple[str, str], type[Record]]) -> None:
+        super().__init__(file)
         self._allowed = allowed
 
     def find_class(self, module_name: str, global_name: str, /) -> type[Record]:

@@ -390,11 +390,23 @@ def test_another_model_is_refused(models, tmp_path, monkeypatch):
 
         return change
 
-    for factor in (1.05, np.nan):
+    for form, factor, match in (
+        ("safetensors", 1.05, "differ"),
+        ("safetensors", np.nan, "embed.final.bias"),
+        ("orbax", np.nan, "params/embedding/final/bias"),
+    ):
         monkeypatch.setattr(export, "fold", spoiled(factor))
-        with pytest.raises(InputError, match="differ"):
-            export.export_model(models["probed"], "safetensors", tmp_path / "a" / "b", folded=True)
+        with pytest.raises(InputError, match=match):
+            export.export_model(models["probed"], form, tmp_path / "a" / "b", folded=True)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_finite_outputs_is_not_exported(models, tmp_path):
+    large = copy.copy(models["probed"])
+    large.variables = jax.tree.map(lambda leaf: leaf * 1e30, large.variables)
+    with pytest.raises(InputError, match=mentions("features", "not finite")):
+        export.export_model(large, "safetensors", tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_overwrite_replaces_an_export_and_an_interrupted_one(models, tmp_path):

@@ -426,6 +426,16 @@ def test_all_that_differs_is_listed(layout, missing, narrow, transposed, tmp_pat
     assert message.count(";") == 3
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_that_are_not_finite_are_refused(layout):
+    state = state_dict(layout)
+    name = next(name for name in state if name.endswith("kernel"))
+    state[name][0, 0, 0] = np.inf
+    network, weights = find_network(state, "x.pth")
+    with pytest.raises(InputError, match=mentions("x.pth", name, 1)):
+        convert(weights, network, "x.pth")
+
+
 def test_other_models_are_refused(tmp_path):
     state, path = state_dict("minkowski"), tmp_path / "net.pth"
     assert "5x5x5" in reading(path, state | {"conv0p1s1.kernel": np.zeros((125, 3, 4), np.float32)})

@@ -5,13 +5,14 @@ import pickle
 import re
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from scalr_jax.interop import waffleiron as interop
 from scalr_jax.interop.layout import apply_published_layout, published_batch
-from scalr_jax.interop.model import student_of
+from scalr_jax.interop.model import student_of, unwrapped
 from scalr_jax.interop.published import read_published
 from scalr_jax.interop.torch_file import read_weights_file, write_torch_file
 from scalr_jax.runtime.errors import InputError
@@ -165,6 +166,65 @@ def test_safetensors(tmp_path):
     expected, same = load("student_scalr_plus")
     assert model.to_dict() == expected.to_dict()
     np.testing.assert_array_equal(variables["params"]["head"]["out"]["kernel"], same["params"]["head"]["out"]["kernel"])
+
+
+def plain_weights():
+    weights, _ = state_dict(checkpoint("student_scalr_plus"))
+    return {name.removeprefix("module."): array for name, array in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "container"),
+    [
+        (lambda name: f"module.module.{name}", "model_point"),
+        (lambda name: f"_orig_mod.{name}", "model_point"),
+        (lambda name: f"module._orig_mod.{name}", "model_point"),
+        (lambda name: name.replace("embed.", "embed._orig_mod.").replace("mix.0.", "mix.0._orig_mod."), "model_point"),
+        (lambda name: f"model.{name}", "state_dict"),
+        (lambda name: f"model_point.module.{name}", "state_dict"),
+        (lambda name: f"model._orig_mod.{name}", "state_dict"),
+        (lambda name: name, "model_state_dict"),
+    ],
+)
+def test_what_wraps_a_student_is_taken_off(wrap, container):
+    """As Lightning, torch.compile and DistributedDataParallel (twice) leave it: the same student."""
+    plain = plain_weights()
+    content = {container: {wrap(name): array for name, array in plain.items()}, "epoch": 1}
+    found, under = interop.published_weights(unwrapped(content, "x.pth"), "x.pth")
+    assert found.keys() == plain.keys()
+    assert all(found[name] is plain[name] for name in plain)
+    assert under == ("model_point" if "model_point" in (container, wrap("").split(".")[0]) else "")
+
+
+def test_what_lies_beside_a_wrapped_student(tmp_path, caplog):
+    """Other models are told, two students are refused, and so is a weight with and without its wrapper."""
+    wrapped = {f"model.{name}": array for name, array in plain_weights().items()}
+    wrapped["criterion.weight"] = np.ones(2, np.float32)
+    write_torch_file(tmp_path / "x.pth", {"state_dict": wrapped})
+    model, variables = interop.load_torch_checkpoint(tmp_path / "x.pth")
+    expected, same = load("student_scalr_plus")
+    assert model.to_dict() == expected.to_dict()
+    jax.tree.map(np.testing.assert_array_equal, variables, same)
+    assert "criterion" in caplog.text
+    for more, parts in (
+        ({f"ema.{name}": array for name, array in plain_weights().items()}, ("model.", "ema.")),
+        ({name.replace("model.", "model.module."): array for name, array in wrapped.items()}, ("state_dict", "twice")),
+    ):
+        write_torch_file(tmp_path / "x.pth", {"state_dict": wrapped | more})
+        with pytest.raises(InputError, match=mentions("x.pth", *parts)):
+            interop.load_torch_checkpoint(tmp_path / "x.pth")
+
+
+class AttributeDict(dict):
+    """As Lightning's."""
+
+
+def test_lightnings_hyperparameters_are_read(tmp_path):
+    pickled = pickle.dumps({"hyper_parameters": AttributeDict(lr=0.1)}, protocol=2)
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        pickled = pickled.replace(__name__.encode(), b"pytorch_lightning.utilities.parsing")
+        archive.writestr("archive/data.pkl", pickled)
+    assert read_weights_file(tmp_path / "x.pth") == {"hyper_parameters": {"lr": 0.1}}
 
 
 def test_the_activation_is_asked_for():

@@ -2,10 +2,11 @@
 
 import argparse
 import collections
-import io
+import json
 import os
 import pickle
 import re
+import struct
 import zipfile
 from pathlib import Path
 
@@ -76,6 +77,18 @@ def write_zip(path, pickled, storages=(), **options):
     return path
 
 
+def legacy_file(contents, *, machine=None, version=1001, sizes=()):
+    """A file as PyTorch wrote it before 1.6; `sizes`: numbers of elements to write instead of the storages'."""
+    storages = []
+    text = torch_file._pickled(contents, storages).replace(b"tQ", b"NtQ")  # a storage's id ends with None: no view
+    machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}} | (machine or {})
+    head = b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, version, machine))
+    keys = pickle.dumps([str(key) for key in range(len(storages))], protocol=2)
+    sizes = sizes or [array.size for array in storages]
+    data = (struct.pack("<q", size) + array.tobytes() for size, array in zip(sizes, storages, strict=True))
+    return head + pickle.PROTO + b"\x02" + text + pickle.STOP + keys + b"".join(data)
+
+
 def tensor_pickle(*, size=6, offset=0, shape=(2, 3), strides=(3, 1), storage="FloatStorage", key="0"):
     """{"x": tensor} with the given view of a storage, as opcodes."""
     parts = torch_file._pickled
@@ -105,6 +118,47 @@ def test_files_written_by_pytorch(golden):
     assert contents["epoch"] >= 0
     for name, value in contents["model_point"].items():
         np.testing.assert_array_equal(value, weights["param/" + name.removeprefix("module.")])
+
+
+def test_files_from_before_pytorch_1_6(tmp_path):
+    path = tmp_path / "a.pth"
+    path.write_bytes(legacy_file(CONTENTS))
+    assert_same(torch_file.read_weights_file(path), CONTENTS)
+    whole = path.read_bytes()
+    for cut in range(3, len(whole), 7):
+        path.write_bytes(whole[:cut])
+        message(path)
+    one = {"x": np.zeros(3, np.float32)}
+    cases: tuple[tuple[dict, str], ...] = (
+        ({"machine": {"little_endian": False}}, "big-endian"),
+        ({"version": 1002}, "1002"),
+        ({"sizes": [4]}, "4 elements where 3"),
+    )
+    for options, problem in cases:
+        path.write_bytes(legacy_file(one, **options))
+        assert problem in message(path)
+    path.write_bytes(legacy_file(one).replace(b"torch._utils\n_rebuild_tensor_v2", b"os\nmkdir"))
+    assert "os.mkdir" in message(path)
+
+
+def test_safetensors_of_every_dtype(tmp_path):
+    """Those that NumPy lacks are read by ml_dtypes; what is no weight's is refused, naming array and dtype."""
+    path, values = tmp_path / "a.safetensors", [1.5, -2.0, 0.0, 448.0]
+    dtypes = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+    for name, dtype in dtypes.items():
+        array = np.array(values).astype(dtype)
+        write_safetensors(path, name, array.tobytes())
+        found = torch_file.read_weights_file(path)["w"]
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found.astype(np.float32), array.astype(np.float32))
+    for name, size in {"F4": 2, "F6_E2M3": 3, "F8_E8M0": 4, "C64": 32}.items():
+        write_safetensors(path, name, bytes(size))
+        assert name in message(path)
+
+
+def write_safetensors(path, dtype, data):
+    header = json.dumps({"w": {"dtype": dtype, "shape": [4], "data_offsets": [0, len(data)]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
 
 
 def test_safetensors(tmp_path):
@@ -220,10 +274,8 @@ def test_not_a_checkpoint(tmp_path):
         archive.writestr("readme.txt", "hello")
     assert "data.pkl" in message(tmp_path / "other.zip")
     assert "list" in message(write_zip(tmp_path / "list.pth", pickle.dumps([1], protocol=2)))
-    legacy = io.BytesIO()
-    pickle.dump(0x1950A86A20F9469CFC6C, legacy, protocol=2)
-    (tmp_path / "legacy.pth").write_bytes(legacy.getvalue() + bytes(99))
-    assert "1.6" in message(tmp_path / "legacy.pth")
+    (tmp_path / "pointer.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "Git-LFS" in message(tmp_path / "pointer.pth")
 
 
 def test_bombs(tmp_path):
@@ -249,11 +301,11 @@ def written(tmp_path_factory):
     return path
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_damaged_files_are_refused_in_one_sentence(written, data):
     """Cut anywhere, or with any byte changed: read, or refused; never another exception."""
-    whole = written.read_bytes()
+    whole = written.read_bytes() if data.draw(st.booleans()) else legacy_file(CONTENTS)
     position = data.draw(st.integers(0, len(whole) - 1))
     cut = data.draw(st.booleans())
     damaged = whole[:position] if cut else whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :]
@@ -279,7 +331,9 @@ def test_pytorch_reads_what_is_written_and_the_other_way(tmp_path):
     for name, array in CONTENTS["net"].items():
         assert contents["net"][name].float().tolist() == array.astype(np.float32).tolist()
     model = torch.nn.Linear(3, 2)
-    torch.save({"net": model.state_dict(), "view": torch.arange(12.0).view(3, 4).T[1:]}, tmp_path / "theirs.pth")
-    contents = torch_file.read_weights_file(tmp_path / "theirs.pth")
-    np.testing.assert_array_equal(contents["net"]["weight"], model.weight.detach().numpy())
-    np.testing.assert_array_equal(contents["view"], np.arange(12.0).reshape(3, 4).T[1:])
+    for zipped in (True, False):  # as PyTorch before 1.6
+        saved = {"net": model.state_dict(), "view": torch.arange(12.0).view(3, 4).T[1:]}
+        torch.save(saved, tmp_path / "theirs.pth", _use_new_zipfile_serialization=zipped)
+        contents = torch_file.read_weights_file(tmp_path / "theirs.pth")
+        np.testing.assert_array_equal(contents["net"]["weight"], model.weight.detach().numpy())
+        np.testing.assert_array_equal(contents["view"], np.arange(12.0).reshape(3, 4).T[1:])

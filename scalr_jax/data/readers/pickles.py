@@ -8,6 +8,7 @@ column names, and blocks of equal dtype, each with the columns it fills.
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import re
 import zlib
@@ -57,7 +58,7 @@ def read_dataframe(path: str | Path) -> dict[str, np.ndarray]:
     """
     data = _read_bytes(Path(path))
     try:
-        return _columns(RecordingUnpickler(data, _STAND_INS).load())
+        return _columns(RecordingUnpickler(io.BytesIO(data), _STAND_INS).load())
     except ForbiddenError as error:
         raise BadFrameError(
             f"{path}: the pickle asks for {error}, which no table of numbers needs; nothing was executed. "
