@@ -110,8 +110,8 @@ class Checkpoints:
         distributed.barrier("before damaged checkpoints are moved")
         for step in steps if jax.process_index() == 0 else ():
             aside.mkdir(exist_ok=True)
-            number = len(list(aside.glob(f"{step}*")))
-            target = aside / (f"{step}.{number}" if number else str(step))
+            names = (str(step), *(f"{step}.{number}" for number in range(1, 1000)))
+            target = next(aside / name for name in names if not (aside / name).exists())
             (self._directory / str(step)).rename(target)
             logging.warning("moved the checkpoint of step %d to %s", step, target)
         distributed.barrier("after damaged checkpoints are moved")
@@ -135,11 +135,11 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and "os_error_code" not in str(error):
                 raise
-            steps = [
-                int(path.name) for path in self._directory.iterdir() if path.name.isdigit()
-            ]  # Orbax lists the lost
+            # From the disk: Orbax counts the one that could not be written.
+            steps = [int(path.name) for path in self._directory.iterdir() if path.name.isdigit()]
             before = f"from step {max(steps)}" if steps else "from the beginning"
-            reason = str(error).splitlines()[0].split("[os_error_code")[0].strip().rsplit(": ", 1)[-1]  # the system's
+            reason = isinstance(error, OSError) and error.strerror  # else TensorStore's, which ends with the system's
+            reason = reason or str(error).splitlines()[0].split("[os_error_code")[0].strip().rsplit(": ", 1)[-1]
             raise InputError(
                 f"a checkpoint could not be written in {self._directory} ({reason}); free space "
                 f"or permit writing there, and the same command resumes {before}"

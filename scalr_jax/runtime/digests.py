@@ -29,4 +29,6 @@ def damage(folder: Path) -> str:
         wrong = changes(folder, read_json(folder / FILE, "")) if is_sealed(folder) else [f"{FILE} is missing"]
     except InputError:
         return f"{FILE} is damaged"
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
     return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more files" if len(wrong) > 3 else "")

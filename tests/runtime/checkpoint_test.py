@@ -138,14 +138,14 @@ def test_no_checkpoint_is_ever_committed_without_digests(tmp_path, monkeypatch):
 
 def test_a_system_that_refuses_to_write_is_named(tmp_path, monkeypatch):
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "No space left on device", "some/file")
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", every=2, keep=3)
     checkpoints.save(2, state_of(2), jnp.zeros(1))
     checkpoints.wait()
     monkeypatch.setattr(digests, "write_json", full)
     checkpoints.save(4, state_of(4), jnp.zeros(1))
-    with pytest.raises(InputError, match=mentions(tmp_path, "No space left", "step 2")):
+    with pytest.raises(InputError, match=mentions(tmp_path, "(No space left on device)", "step 2")):
         checkpoints.wait()
     with pytest.raises(InputError, match="No space left"):
         checkpoints.close()
