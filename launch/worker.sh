@@ -29,6 +29,8 @@ while kill -0 "$child" 2>/dev/null; do
     code=0
     wait "$child" || code=$?
 done
+# SIGTERM kills a program that has only begun to start, or ends: that costs nothing.
+[[ -z $asked || $code != 143 ]] || code=0
 ((code == 0)) || exit "$code"
 
 # A process that SIGTERM stopped exits with 0, too. Shared storage may show another process's file late.

@@ -4,7 +4,8 @@
     python -m scalr_jax.main --config=configs/pandaset_mini.py --workdir=runs/panda --config.data.root=PANDASET
 
 Any key of the config can be set: --config.num_steps=100 --config.data.num_workers=4. The same command again resumes.
-Exit codes: 0 done; 2 bad arguments, config or input (one sentence on stderr); 1 a defect.
+Exit codes: 0 done, or stopped as asked (SIGTERM, Ctrl-C while training) and saved; 2 bad arguments, config or input
+(one sentence on stderr); 1 a defect.
 
 Flags:
     --config               a config file of configs/ (required)
@@ -27,6 +28,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from scalr_jax.config import Settings, all_keys, read_settings
+from scalr_jax.runtime import stopping
 from scalr_jax.runtime.command_line import exit_codes, fail, parse_flags, require, sentence_of
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a config file.")
@@ -65,6 +67,14 @@ def perform(settings: Settings, workdir: Path) -> None:
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    with stopping.heard():
+        try:
+            _main()
+        except stopping.Preempted as stop:
+            print(stop, flush=True)
+
+
+def _main() -> None:
     with exit_codes():
         settings = read_settings(CONFIG.value)
     if settings.run.deterministic:
@@ -77,8 +87,6 @@ def main(_: list[str]) -> None:
     try:
         distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CONNECT_SECONDS.value)
         perform(settings, Path(WORKDIR.value or ""))
-    except distributed.Preempted as stop:
-        print(stop, flush=True)
     except (Exception, KeyboardInterrupt) as error:
         resumes = "the same command resumes from the last checkpoint"
         sentence = sentence_of(error, interrupted=resumes, full=f"free space for {WORKDIR.value}, and {resumes}")

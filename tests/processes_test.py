@@ -177,6 +177,22 @@ def test_sigterm_to_one_process_stops_all_at_one_step_and_the_same_command_resum
 
 
 @pytest.mark.slow
+def test_sigterm_before_the_first_step_and_ctrl_c_in_the_loop_end_well(start, tmp_path):
+    process = start(tmp_path / "run")
+    while not (tmp_path / "run" / "settings.json").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    code, output = end_of(process)
+    assert (code, "stopped as asked" in output) == (0, True), output
+    assert not (tmp_path / "run" / "config.json").exists()
+    process = start(tmp_path / "run", "--config.num_steps=400")
+    wait_for_step(tmp_path / "run", 3)
+    process.send_signal(signal.SIGINT)
+    code, output = end_of(process)
+    assert (code, "stopped as asked after step" in output) == (0, True), output
+
+
+@pytest.mark.slow
 def test_processes_with_different_configs_both_stop(start, tmp_path):
     port = free_port()
     rates = ("0.001", "0.002")

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -23,6 +25,7 @@ import numpy as np
 from absl import flags, logging
 
 from scalr_jax.data import packing
+from scalr_jax.data.frame_checks import read_frame
 from scalr_jax.data.joined import Joined
 from scalr_jax.data.scenes import Batch, Dataset, FinishedScenes, SceneView
 from scalr_jax.data.transforms import SceneSettings, check_classes, make_scene
@@ -30,6 +33,7 @@ from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
 
 T = TypeVar("T")
 SAMPLE_SIZE = 32  # scenes looked at to derive capacities
+QUIET = "ignore:resource_tracker"  # its warning that it freed what a killed worker left
 
 
 class Step(NamedTuple):
@@ -56,7 +60,7 @@ class BuildScene:
         try:
             if isinstance(self.dataset, FinishedScenes):
                 return self.dataset.scene(record, position)
-            frame = self.dataset.frame(record, rng)
+            frame = read_frame(self.dataset, record, rng)
             if self.settings.mixing is not None:
                 frame = self.settings.mixing(frame, record, self.dataset, rng)
             if self.settings.task == "segment":
@@ -190,11 +194,23 @@ class Pipeline:
         if workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, also outside an absl program
+            if QUIET not in sys.warnoptions:  # of processes that are started from here on
+                sys.warnoptions.append(QUIET)
             options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
             stream = stream.mp_prefetch(options, worker_init_fn=_tie_to_parent)
         iterator = iter(stream)
         try:
             yield from iterator
+        except InputError as error:
+            raise InputError(str(error)) from None  # without Grain's traceback and notes, which hide the sentence
+        except RuntimeError as error:
+            code = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+            if code is None:
+                raise
+            raise InputError(
+                f"a data worker was killed (exit code {code[1]}; -9 mostly says that memory ran out); "
+                f"the same command resumes; fewer data.num_workers (now {self.num_workers}) need less memory"
+            ) from None
         finally:  # a stream that is left early must stop its workers and free their shared memory
             iterator.close()
 

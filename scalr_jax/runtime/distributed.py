@@ -6,21 +6,22 @@ and an exit code here; SIGTERM becomes a step after which all processes stop.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import ipaddress
 import json
 import os
 import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Mapping
-from types import FrameType
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from scalr_jax.runtime import stopping
 from scalr_jax.runtime.command_line import end
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import differences, flatten
@@ -31,10 +32,6 @@ LOST = (
     "stopped by JAX's distributed service, most likely because another process of this run died or can no longer be "
     "reached (its own output says why); the same command resumes from the last checkpoint"
 )
-
-
-class Preempted(Exception):  # noqa: N818  nothing went wrong
-    """The run was asked to stop and has saved its state; its sentence says how to go on."""
 
 
 def start(
@@ -75,7 +72,23 @@ def start(
         _await_coordinator(address, process_id, connect_seconds)
         limits["coordinator_bind_address"] = _listening(address)
         jax.distributed.initialize(address, num_processes, process_id, **limits)
+    _share_sigterm()
     _at_abort(1, LOST)
+
+
+def _share_sigterm() -> None:
+    """Puts this program's handler of SIGTERM, which calls JAX's, in place of JAX's."""
+    if (requests := stopping.requests()) is not None:
+        if theirs := _libc_signal(signal.SIGTERM, None):
+            requests.tell = functools.partial(ctypes.CFUNCTYPE(None, ctypes.c_int)(theirs), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, requests.hear)
+
+
+def _libc_signal(number: int, handler: int | None) -> int | None:
+    """The C library's `signal`: installs a handler by its address, None for the system's; returns the one before."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    return libc.signal(number, handler)
 
 
 def _await_coordinator(address: str, process_id: int, seconds: int) -> None:
@@ -121,13 +134,13 @@ def _at_abort(code: int, message: str) -> None:
     signal with a sentence and an exit code. Python's signal handlers would never run: abort() does not return."""
 
     def on_abort(_: int) -> None:
+        if (requests := stopping.requests()) is not None and requests.asked:
+            stopping.leave(0, f"stopped as asked; {stopping.AGAIN}")  # and so is the peer that is gone
         end(code, message)
 
     global _handler  # the C library keeps only a pointer to it
     handler = _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    _libc_signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p).value)
 
 
 _handler: object = None
@@ -184,30 +197,22 @@ def _broadcast(text: str) -> str:
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()
 
 
-class Preemption:
-    """Whether the run was asked to stop (SIGTERM), as a context manager around the training loop.
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """Around a training loop: reached(step) is True after the step at which every process is to save and stop; to be
+    called once a step.
 
-    Several processes agree on the step through JAX's preemption service, which hears SIGTERM from
-    `jax.distributed.initialize` on; one process alone listens itself.
+    Several processes agree on the step through JAX's preemption service; one process alone listens itself.
     """
+    alone = not jax.distributed.is_initialized()
+    given = stopping.requests() or stopping.Requests()
+    with stopping.heard() if alone else contextlib.nullcontext(given) as requests:
 
-    def __init__(self):
-        self._asked = False
-        self._alone = not jax.distributed.is_initialized()
-        self._before: Callable[[int, FrameType | None], object] | int | None = None
+        def reached(step: int) -> bool:
+            requests.saving = True  # from the first step on there is something to save
+            return requests.asked if alone else multihost_utils.reached_preemption_sync_point(step)
 
-    def __enter__(self) -> Preemption:
-        if self._alone and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _ask(self, *_: object) -> None:
-        self._asked = True
-
-    def reached(self, step: int) -> bool:
-        """True after the step at which every process is to save and stop. Call it once a step."""
-        return self._asked if self._alone else multihost_utils.reached_preemption_sync_point(step)
+        try:
+            yield reached
+        finally:
+            requests.saving = False

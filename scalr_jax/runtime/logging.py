@@ -65,6 +65,11 @@ class MetricWriter:
         with written_whole(self._path) as file:
             file.write("".join(json_text(line) + "\n" for line in kept).encode())
 
+    def restart(self) -> None:
+        """Removes the lines of a run that was killed before its first checkpoint: its steps will be made again."""
+        if self._active:
+            self._path.unlink(missing_ok=True)
+
     def write(self, step: int, values: dict[str, float]) -> None:
         """One JSON object, {"step": ..., "train/loss": ...}, without the values that are not finite, and a line of
         progress when some seconds have passed."""

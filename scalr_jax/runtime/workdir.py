@@ -13,7 +13,16 @@ import jax
 from scalr_jax.runtime import distributed
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.keys import Row
-from scalr_jax.runtime.storage import differences, flatten, locked, read_json, write_json
+from scalr_jax.runtime.storage import PARTIAL, differences, flatten, locked, read_json, write_json
+
+SETTINGS = ("config.json", "settings.json")
+BEFORE_A_STEP = (
+    "lock",
+    "streets",
+    "instances",
+    "features",
+    "tensorboard",
+)  # what lies in a workdir before the first step
 
 
 @contextlib.contextmanager
@@ -34,14 +43,14 @@ def claim(workdir: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> Iter
     path = workdir / "config.json"
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
-            _compare(path, record, keys)
-            fresh = not path.exists()
             if workdir.exists() and not workdir.is_dir():
                 raise InputError(f"{workdir} is a file; give a folder as --workdir")
+            if _begun(workdir):
+                _compare(path, record, keys)
             workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(workdir / "lock", "wait for it, stop it, or use another --workdir"))
             write_json(path, record)
-            stack.enter_context(_forget_if_nothing_was_done(path, fresh))
+            stack.enter_context(_forget_if_nothing_was_done(workdir))
         distributed.barrier(f"claim {workdir}")
         if not path.exists():
             raise InputError(
@@ -52,14 +61,40 @@ def claim(workdir: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> Iter
 
 
 @contextlib.contextmanager
-def _forget_if_nothing_was_done(path: Path, fresh: bool) -> Iterator[None]:
-    """A first run that was refused before its first step leaves no config that a corrected one would have to equal."""
+def _forget_if_nothing_was_done(workdir: Path) -> Iterator[None]:
+    """A run that ended before its first step leaves no config that a corrected one would have to equal."""
     try:
         yield
-    except InputError:
-        if fresh and not (path.parent / "metrics.jsonl").exists():
-            path.unlink(missing_ok=True)
+    except BaseException:
+        if not _begun(workdir):
+            for name in SETTINGS:
+                (workdir / name).unlink(missing_ok=True)
         raise
+
+
+def _begun(workdir: Path) -> bool:
+    """Whether a run did anything in `workdir` that depends on its whole config: a step, a result, another's files.
+
+    A killed run that did not come so far may leave its settings.
+    """
+
+    def counts(path: Path) -> bool:
+        if path.name == "checkpoints":
+            return any(child.name.isdecimal() for child in path.iterdir())
+        return path.name not in (*SETTINGS, *BEFORE_A_STEP) and not path.name.endswith(PARTIAL)
+
+    if not workdir.is_dir():
+        return False
+    config = workdir / "config.json"
+    return any(counts(path) for path in workdir.iterdir()) or (config.exists() and not _is_ours(config))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a config.json is that of a run, not a file of somebody else."""
+    try:
+        return {"task", "data"} <= json.loads(path.read_text()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _compare(path: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> None:

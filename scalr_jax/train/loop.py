@@ -27,7 +27,7 @@ from scalr_jax.data.packing import Capacities, choose_capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.scenes import Dataset, FinishedScenes, SceneView
 from scalr_jax.models.student import Student, Variables, without_head
-from scalr_jax.runtime import distributed, sharding
+from scalr_jax.runtime import distributed, sharding, stopping
 from scalr_jax.runtime.checkpoint import Checkpoints
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.logging import MetricWriter
@@ -55,7 +55,7 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
 
     Raises:
         InputError: data that cannot be trained on, or a checkpoint of another run.
-        distributed.Preempted: the run was asked to stop, and has saved its state.
+        stopping.Preempted: the run was asked to stop, and has saved its state.
     """
     # Devices, data and the static sizes of a pack.
     run = settings.run
@@ -86,6 +86,7 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
         writer.resume(int(state.step))
         print(f"{task.label} resumed at step {int(state.step)} of {run.num_steps}", flush=True)
     else:
+        writer.restart()
         state = jax.jit(program.fresh, out_shardings=program.shardings)(batch)
         if task.initial is not None:
             state = _start_from(state, task.initial, program.shardings)
@@ -97,14 +98,14 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
     log, watch = _Log(writer, capacities, mesh.size, run.log_every_steps), Watch()
     # Whatever ends the loop, a save that was begun is finished.
     closing = contextlib.closing
-    with distributed.Preemption() as preemption, closing(writer), closing(checkpoints), closing(source):
+    with distributed.preemption() as reached, closing(writer), closing(checkpoints), closing(source):
         while number < run.num_steps and not stopped:
             item = next(source)
             batch = sharding.put_batch(item.batch, mesh)
             with jax.transfer_guard("disallow"):
                 state, metrics = program.step(state, teacher, batch)
             number += 1
-            stopped = preemption.reached(number)
+            stopped = reached(number)
             global_positions = sharding.put_batch(item.positions.astype(np.int32), mesh)
             last = number == run.num_steps or stopped
             if (bad := watch.add(Made(number, item, metrics), last=last)) is not None:
@@ -115,9 +116,10 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
             log.add(number, metrics, item.bad_frames, now=last or number % run.checkpoint_every_steps == 0)
         checkpoints.wait()
     if number < run.num_steps:
-        raise distributed.Preempted(
+        raise stopping.Preempted(
             f"{task.label} stopped as asked after step {number} of {run.num_steps}; the same command resumes"
         )
+    stopping.check()
     if not optax.tree.get(state.opt_state, "count"):
         raise InputError(
             f"each of the {run.num_steps} steps in {workdir} was skipped because of values that are not finite; lower "

@@ -346,6 +346,10 @@ def test_a_worker_hands_sigterm_on_and_waits_for_the_save(tmp_path):
     assert worker(tmp_path, train, stop=True) == (75, "saved\n")
 
 
+def test_a_worker_whose_command_had_only_begun_to_start_is_to_run_again(tmp_path):
+    assert worker(tmp_path, "echo ready\nexec sleep 60\n", stop=True) == (75, "")
+
+
 def test_a_worker_starts_the_command(tmp_path):
     (tmp_path / "results.json").touch()
     assert worker(tmp_path, 'echo "$*"')[1] == f"-m scalr_jax.main --config=c.py --workdir={tmp_path} --config.seed=1\n"

@@ -174,8 +174,10 @@ def test_a_run_that_learned_nothing_is_refused_also_when_it_is_started_again(one
 
 
 def test_some_wild_scans_are_skipped_and_counted(one_device, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "train/loss": 1.0}\n')  # of a run killed before it saved
     state = finetune(Wild(tame=5), tmp_path, num_steps=12)
     logged = lines(tmp_path)
+    assert [line["step"] for line in logged] == [5, 10, 12]
     assert 0 < sum(line["train/skipped_steps"] for line in logged) < 12
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     assert all(np.isfinite(line["train/loss"]) for line in logged)
