@@ -167,7 +167,7 @@ def test_unknown_method():
 def small_config(**changes):
     config = defaults.get_config()
     config.task = "probe"
-    config.model.update(channels=8, depth=3, **changes)
+    config.model.update(channels=8, depth=1, **changes)
     return config
 
 

@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 
 from scalr_jax.bench import products, programs, published, scenes, timing
+from scalr_jax.bench import student as bench_student
 from scalr_jax.bench.run import main
 from scalr_jax.interop.layout import published_batch
 from scalr_jax.models import flops, vit
 from scalr_jax.models.waffleiron import WaffleIron, WaffleIronBackbone
 from scalr_jax.runtime.chips import peak, utilisation
 from scalr_jax.train import optim, steps
-from tests.support.bench_batch import less_optimized, save_batch
+from tests.support.bench_batch import save_batch
 from tests.support.checks import present
 from tests.support.small_student import small_student
 from tests.support.traced_flops import traced_flops
+
+pytestmark = pytest.mark.usefixtures("fast_programs")
 
 HEADER = ("device", "jax", "runs")
 STUDENT = ["points", "points_per_s", "flops", "peak_bytes", "spatial_peak_bytes", "spatial_dense_peak_bytes"]
@@ -39,8 +42,7 @@ def batch_file(tmp_path_factory):
 
 def run(capsys, *argv):
     """The object of the last line."""
-    with less_optimized():
-        main(list(argv))
+    main(list(argv))
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -58,7 +60,8 @@ SMALL = ("--channels=8", "--runs=1")
 
 
 @pytest.mark.slow
-def test_student(capsys, batch_file):
+def test_student(capsys, batch_file, monkeypatch):
+    monkeypatch.setattr(bench_student, "LOOPED", 3)  # short loops compile faster, and are as good for what is asserted
     result = run(capsys, "student", f"--batch={batch_file}", *SMALL, "--depth=3", "--out_features=8")
     check(result, STUDENT)
     assert math.isfinite(result["layer_step_s"])  # a difference of two times: on so small a batch it is noise

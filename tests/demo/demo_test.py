@@ -19,7 +19,7 @@ def finished(tmp_path_factory, street_cache):
     config.checkpoint_every_steps = 4
     config.log_every_steps = 2
     config.data.update(root=str(street_cache), num_scenes=8, num_validation_scenes=2, num_workers=0)
-    config.model.update(channels=16, depth=3, head_hidden=0)
+    config.model.update(channels=16, depth=1, head_hidden=0)
     config.demo.update(probe_steps=2, supervised_learning_rates=(0.01, 0.02))
     config.mesh.data = 1
     with pytest.MonkeyPatch.context() as patch:  # one device, as on a laptop

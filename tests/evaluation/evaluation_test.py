@@ -46,7 +46,7 @@ def evaluation_config(street_cache, probed="", /, **changes):
     config = config_of("smoke")
     config.task, config.checkpoint = "evaluate", str(probed)
     config.data.update(root=str(street_cache), split="train", num_scenes=5, points_per_shard=1_024, num_workers=0)
-    config.model.update(channels=8, depth=3, grids=((256, 256), (256, 32), (256, 32)))
+    config.model.update(channels=8, depth=1, grids=((256, 256), (256, 32), (256, 32)))
     config.evaluate.rings = RINGS
     config.update_from_flattened_dict(changes)
     return config

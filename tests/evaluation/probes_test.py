@@ -40,7 +40,7 @@ def probe_config(street_cache, backbone, **changes):
     config.num_steps = config.checkpoint_every_steps = 3
     config.data.update(root=str(street_cache), num_scenes=8, num_validation_scenes=2, points_per_shard=2_048)
     config.data.update(scenes_per_shard=1, max_points=1500, scenes_per_step=8)
-    config.model.update(channels=8, depth=3, grids=((256, 256), (256, 32), (256, 32)))
+    config.model.update(channels=8, depth=1, grids=((256, 256), (256, 32), (256, 32)))
     config.optimizer.update(learning_rate=0.05, schedule="constant")
     config.update_from_flattened_dict(changes)
     return config

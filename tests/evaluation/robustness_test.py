@@ -216,7 +216,7 @@ def test_the_task_writes_its_files_and_goes_on(street_cache, tmp_path, capsys):
     config = config_of("smoke")
     config.task, config.checkpoint = "robustness", str(probed)
     config.data.update(root=str(street_cache), split="train", num_scenes=3, points_per_shard=1_024, num_workers=0)
-    config.model.update(channels=8, depth=3, grids=((256, 256), (256, 32), (256, 32)))
+    config.model.update(channels=8, depth=1, grids=((256, 256), (256, 32), (256, 32)))
     config.evaluate.update(corruptions=("cross_sensor",), severities=("moderate", "heavy"))
     results = tasks.robustness(read_settings(config), tmp_path / "eight")
     written = json.loads((tmp_path / "eight" / "results.json").read_text(), parse_constant=pytest.fail)  # no NaN
@@ -295,7 +295,7 @@ def test_the_config_of_a_finished_run(tmp_path):
     written = get_config()
     written.seed = 3
     written.data.update(dataset="streets", label_fraction=0.1, max_points=1500, sensors=("beams64", "solid"))
-    written.model.update(channels=24, depth=3, grids=((64, 64), (64, 8), (64, 8)))
+    written.model.update(channels=24, depth=1, grids=((64, 64), (64, 8), (64, 8)))
     (tmp_path / "config.json").write_text(written.to_json_best_effort())
     script = Path(__file__).parents[2] / "configs" / "evaluate.py"
     config = runpy.run_path(str(script))["get_config"](str(tmp_path))

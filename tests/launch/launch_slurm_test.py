@@ -136,7 +136,7 @@ def get_config():
     config.num_steps, config.checkpoint_every_steps = 60, 30
     config.data.update(num_scenes=8, root={str(street_cache)!r}, points_per_shard=2048, scenes_per_shard=1)
     config.data.max_points = 1000
-    config.model.update(channels=16, depth=3)
+    config.model.update(channels=16, depth=1)
     return config
 """)
     job = Job(slurm, tmp_path, config=config)

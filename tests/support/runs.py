@@ -35,7 +35,7 @@ def small_config(street_cache, **changes):
     config.checkpoint_every_steps = 3
     config.data.update(root=str(street_cache), num_scenes=8, num_validation_scenes=2, points_per_shard=3072)
     config.data.update(scenes_per_shard=2, max_points=1500)
-    config.model.update(channels=16, depth=3)
+    config.model.update(channels=16, depth=1)
     config.mesh.data = 8
     config.update_from_flattened_dict(changes)
     return config

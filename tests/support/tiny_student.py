@@ -1,4 +1,4 @@
-"""A student of three layers, 8 wide, with random weights, as published files and workdirs are loaded."""
+"""A student of one layer, 8 wide, with random weights, as published files and workdirs are loaded."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def tiny_model(head, out_features, **changes):
     """A model config and random variables."""
     model = get_config().model
     model.unlock()
-    model.update({"channels": 8, "depth": 3, "head": head, "out_features": out_features, "num_features": 5, **changes})
+    model.update({"channels": 8, "depth": 1, "head": head, "out_features": out_features, "num_features": 5, **changes})
     student = student_of(model)
     shapes = jax.eval_shape(
         lambda batch: student.init(jax.random.key(0), batch, train=False), empty_batch(5, student.needs)
