@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.train.groups import Groups, lovasz_by_group
+from scalr_jax.train.groups import Groups, lovasz_by_group, running_sums
 
 Array = jax.Array
 EPS = 1e-12  # as torch.nn.functional.normalize
@@ -68,8 +68,9 @@ def cross_entropy(logits: Array, labels: Array, mask: Array, groups: Groups | No
 
 
 def lovasz_softmax(logits: Array, labels: Array, mask: Array) -> Array:
-    """Lovasz-softmax over the classes present among the valid rows. logits [N, classes], labels [N] -> scalar."""
-    labels, mask = jnp.asarray(labels), jnp.asarray(mask)
+    """Lovasz-softmax over the classes present among the valid rows. logits [D, P, classes], labels [D, P] -> scalar."""
+    num_shards = len(labels)
+    logits, labels, mask = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), mask.reshape(-1)
     probabilities = jax.nn.softmax(jnp.where(mask[:, None], logits, 0.0))  # [N, classes]
 
     def one_class(k: Array, probability: Array) -> tuple[Array, Array]:
@@ -77,8 +78,8 @@ def lovasz_softmax(logits: Array, labels: Array, mask: Array) -> Array:
         error = jnp.where(mask, jnp.abs(truth - probability), -1.0)  # padding sorts last
         order = jnp.argsort(-jax.lax.stop_gradient(error))
         sorted_truth, sorted_mask = truth[order], mask[order].astype(jnp.float32)
-        intersection = truth.sum() - jnp.cumsum(sorted_truth)
-        union = truth.sum() + jnp.cumsum((1.0 - sorted_truth) * sorted_mask)
+        intersection = truth.sum() - running_sums(sorted_truth, num_shards)
+        union = truth.sum() + running_sums((1.0 - sorted_truth) * sorted_mask, num_shards)
         jaccard = 1.0 - intersection / jnp.maximum(union, 1.0)
         weights = jnp.diff(jaccard, prepend=0.0) * sorted_mask
         return jnp.sum(jnp.where(mask, error, 0.0)[order] * weights), truth.sum() > 0
@@ -88,8 +89,9 @@ def lovasz_softmax(logits: Array, labels: Array, mask: Array) -> Array:
 
 
 def segmentation(logits: Array, labels: Array, mask: Array, groups: Groups | None = None) -> tuple[Array, Array]:
-    """Cross-entropy and Lovasz-softmax of [..., classes] logits, as two scalars; `mask` excludes label 255."""
-    flat = logits.reshape(-1, logits.shape[-1]).astype(jnp.float32)
-    labels, mask = labels.reshape(-1), mask.reshape(-1)
-    entropy = cross_entropy(flat, labels, mask, groups)
-    return entropy, lovasz_softmax(flat, labels, mask) if groups is None else lovasz_by_group(flat, labels, groups)
+    """Cross-entropy and Lovasz-softmax of [D, P, classes] logits, as two scalars; `mask` excludes label 255."""
+    logits = logits.astype(jnp.float32)
+    entropy = cross_entropy(logits, labels, mask, groups)
+    if groups is None:
+        return entropy, lovasz_softmax(logits, labels, mask)
+    return entropy, lovasz_by_group(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), groups)

@@ -28,8 +28,8 @@ from scalr_jax.runtime import chips, sharding
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import init_state
-from tests.support.paths import ROOT
 from tests.support.fast import FAST
+from tests.support.paths import ROOT
 from tests.support.random_scenes import GRIDS, IMAGE_SIZE, random_scene
 from tests.support.runs import config_of, open_split, scene_settings
 from tests.support.small_student import small_student
@@ -195,7 +195,9 @@ def split_steps():
         places = sharding.parameter_shardings(fresh, mesh)
         state = jax.device_put(fresh, places)
         teacher = jax.device_put(weights, sharding.parameter_shardings(weights, mesh))
-        program = jax.jit(step, out_shardings=(places, sharding.replicated(mesh))).lower(state, teacher, put).compile(FAST)
+        program = (
+            jax.jit(step, out_shardings=(places, sharding.replicated(mesh))).lower(state, teacher, put).compile(FAST)
+        )
         state, metrics = program(state, teacher, put)
         return program.as_text(), jax.device_get(state.params), float(metrics["loss"])
 

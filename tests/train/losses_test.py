@@ -1,11 +1,15 @@
 """Losses and metrics against the published numbers, and what masks promise."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from scalr_jax.evaluation import report
+from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import losses
 from tests.support.checks import mentions
@@ -120,6 +124,20 @@ def test_lovasz_equals_its_reference_and_ignores_padding():
     more = jnp.concatenate([logits, 10 * rng.normal(size=(9, 5)).astype(np.float32)])
     padded = losses.lovasz_softmax(more, jnp.append(labels, np.full(9, 255)), jnp.arange(49) < 40)
     np.testing.assert_allclose(padded, expected, rtol=1e-5)
+
+
+def test_what_lovasz_adds_up_grows_with_the_points_on_any_number_of_devices():
+    """No window of a cumulative sum is as long as a shard, which would make the sums quadratic in the points."""
+    rng = np.random.default_rng(2)
+    mesh = sharding.make_mesh(8, 1)
+    logits, labels = rng.normal(size=(8, 256, 3)).astype(np.float32), rng.integers(0, 3, (8, 256))
+    arguments = sharding.put_batch((logits, labels, np.ones((8, 256), bool)), mesh)
+    program = jax.jit(losses.lovasz_softmax).lower(*arguments).compile()
+    windows = [
+        math.prod(map(int, size.split("x"))) for size in re.findall(r"window=\{size=([0-9x]+)", program.as_text())
+    ]
+    assert 1 < max(windows) < 256
+    np.testing.assert_allclose(program(*arguments), lovasz_reference(logits.reshape(-1, 3), labels.ravel()), rtol=1e-5)
 
 
 def test_iou_of_a_class_that_is_absent_is_not_a_number():
