@@ -195,9 +195,8 @@ def split_steps():
         places = sharding.parameter_shardings(fresh, mesh)
         state = jax.device_put(fresh, places)
         teacher = jax.device_put(weights, sharding.parameter_shardings(weights, mesh))
-        program = (
-            jax.jit(step, out_shardings=(places, sharding.replicated(mesh))).lower(state, teacher, put).compile(FAST)
-        )
+        lowered = jax.jit(step, out_shardings=(places, sharding.replicated(mesh))).lower(state, teacher, put)
+        program = lowered.compile(FAST)
         state, metrics = program(state, teacher, put)
         return program.as_text(), jax.device_get(state.params), float(metrics["loss"])
 

@@ -12,7 +12,9 @@ from scalr_jax.bench.run import report
 from scalr_jax.models import minkunet
 from scalr_jax.ops.voxels import count_levels, sizes_for
 from scalr_jax.train import steps
-from tests.support.bench_batch import less_optimized, save_batch
+from tests.support.bench_batch import save_batch
+
+pytestmark = pytest.mark.usefixtures("fast_programs")
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +26,7 @@ def batch_file(tmp_path_factory):
 def test_convolutions(capsys, batch_file):
     """Coarse voxels: levels whose dense grids are small, and two that are not."""
     flags = ["--channels=4", "--levels=3", "--voxel_size=4", "--runs=1", "--dense_gib=0.0003"]
-    with less_optimized():
-        report(bench_sparse_conv.main, [f"--batch={batch_file}", *flags])
+    report(bench_sparse_conv.main, [f"--batch={batch_file}", *flags])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["device"] == "cpu"
     assert [row["level"] for row in result["convolutions"]] == [0, 1, 2]
