@@ -12,7 +12,7 @@ from scalr_jax.evaluation import report
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import losses
-from tests.support.checks import mentions
+from tests.support.checks import mentions, present
 
 pytestmark = pytest.mark.usefixtures("fast_programs")
 
