@@ -61,8 +61,8 @@ SMALL = ("--channels=8", "--runs=1")
 
 @pytest.mark.slow
 def test_student(capsys, batch_file, monkeypatch):
-    monkeypatch.setattr(bench_student, "LOOPED", 3)  # short loops compile faster, and are as good for what is asserted
-    result = run(capsys, "student", f"--batch={batch_file}", *SMALL, "--depth=3", "--out_features=8")
+    monkeypatch.setattr(bench_student, "LOOPED", 0)  # few layers compile faster, and are as good for what is asserted
+    result = run(capsys, "student", f"--batch={batch_file}", *SMALL, "--depth=1", "--out_features=8")
     check(result, STUDENT)
     assert math.isfinite(result["layer_step_s"])  # a difference of two times: on so small a batch it is noise
     assert result["points"] == 83
