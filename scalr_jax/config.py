@@ -35,6 +35,7 @@ INTERPOLATIONS = ("auto", "dinov2", "size", "antialias")
 DTYPES = ("auto", "float32", "bfloat16")
 USES = ("camera", "lidar", "radar", "map", "external")
 
+TABLE: Any = {"low": 1, "high": 2**29, "resume": True}
 Config = Any  # a ConfigDict: its attributes have no static types
 Point = tuple[float, float, float]
 Grid = tuple[int, int]
@@ -46,7 +47,7 @@ class RunSettings:
 
     task: str = key("distill", "what to do", choices=TASKS)
     seed: int = key(0, "of the data's order, of weights and of dropout", low=0, high=2**31 - 1)
-    num_steps: int = key(1000, "steps of training", low=1)
+    num_steps: int = key(1000, "steps of training", low=1, high=2**31 - 1)
     log_every_steps: int = key(10, "steps between two lines of metrics.jsonl", low=1, resume=True)
     checkpoint_every_steps: int = key(500, "steps between two checkpoints", low=1, resume=True)
     keep_checkpoints: int = key(2, "how many of the newest checkpoints are kept", low=1, resume=True)
@@ -63,17 +64,17 @@ class DataSettings:
     weights: tuple[float, ...] = key((), "proportions of several datasets' scenes; (): every frame once", above=0)
     root: str = key("", "the dataset's folder, or one that holds several; streets: their cache", local=True)
     sensors: tuple[str, ...] = key(("beams32",), "of streets or pandaset", choices=SENSORS)
-    num_scenes: int = key(64, "streets: training scenes to render", low=1)
-    num_validation_scenes: int = key(32, "streets: validation scenes to render", low=1)
+    num_scenes: int = key(64, "streets: training scenes to render", low=1, high=10**6)
+    num_validation_scenes: int = key(32, "streets: validation scenes to render", low=1, high=10**6)
     scenes: tuple[str, ...] = key((), "only these scenes; (): all")
     frames: tuple[int | str, ...] = key((), "only frames of these numbers; (): all", low=0)
     validation_frames: tuple[int | str, ...] = key((), "PandaSet: validate on these frames of the same scenes", low=0)
     split: str = key("train", "distill, evaluate: train, validation, test or all, as the dataset has them")
     frame_list: str = key("", "a text file that names the training frames, one a line")
     label_fraction: float = key(1.0, "probe, finetune: train on every n-th frame, 1/n", above=0, high=1)
-    voxel_size: float = key(0.1, "metres: one point of each voxel is kept", above=0)
+    voxel_size: float = key(0.1, "metres: one point of each voxel is kept", low=0.001, high=100)
     intensity: tuple[float, ...] = key((), "(mean, deviation) of raw intensities; (): those of each sensor")
-    max_points: int = key(20_000, "points of a scene: the nearest to a random one", low=1)
+    max_points: int = key(20_000, "points of a scene: the nearest to a random one", low=1, high=2**24)
     image_size: tuple[int, int] = key((224, 448), "rows, columns: whole patches", low=1, high=8192)
     antialias: bool = key(True, "False: resize images as torchvision 0.12 did, which ScaLR used")
     image_dtype: str = key("uint8", "of resized images; float32: not rounded", choices=("uint8", "float32"))
@@ -82,13 +83,13 @@ class DataSettings:
     polarmix: tuple[str, ...] = key((), "probe, finetune: swap half turns of scans, add these objects")
     cutmix: tuple[str, ...] = key((), "probe, finetune: add instances of these classes")
     cutmix_ground: tuple[str, ...] = key((), "the classes on whose points instances are put")
-    points_per_shard: int = key(65_536, "points of a pack (of each device)", low=1)
-    scenes_per_shard: int = key(10, "scenes of a pack, at most", low=1)
-    scenes_per_step: int = key(0, "0: as many as fit; n: exactly n over all devices, as published with 8", low=0)
-    cells_per_shard: tuple[int, ...] = key((), "occupied, a plane; (): from the first scenes", low=1, resume=True)
-    halo_per_shard: tuple[int, ...] = key((), "halo, a plane; (): likewise", low=1, resume=True)
-    voxels_per_shard: tuple[int, ...] = key((), "minkunet: voxels, a level; (): likewise", low=1, resume=True)
-    pairs_per_shard: tuple[int, ...] = key((), "minkunet: neighbours, a level; (): likewise", low=1, resume=True)
+    points_per_shard: int = key(65_536, "points of a pack (of each device)", low=1, high=2**24)
+    scenes_per_shard: int = key(10, "scenes of a pack, at most", low=1, high=2**16)
+    scenes_per_step: int = key(0, "0: as many as fit; n (published: 8): exactly, over all devices", low=0, high=2**20)
+    cells_per_shard: tuple[int, ...] = key((), "occupied, a plane; (): from the first scenes", **TABLE)
+    halo_per_shard: tuple[int, ...] = key((), "halo, a plane; (): likewise", **TABLE)
+    voxels_per_shard: tuple[int, ...] = key((), "minkunet: voxels, a level; (): likewise", **TABLE)
+    pairs_per_shard: tuple[int, ...] = key((), "minkunet: neighbours, a level; (): likewise", **TABLE)
     num_workers: int = key(2, "data workers of each process", low=0, high=1024, resume=True, local=True)
     prefetch: int = key(2, "packs made ahead", low=0, high=1024, resume=True, local=True)
 
@@ -136,7 +137,7 @@ class TeacherSettings:
     checkpoint: str = key("", "path of a DINO file; demo: the small ViT that comes with the package")
     feature: str = key("x_pre_norm", "tokens before or after the last norm", choices=("x_pre_norm", "x"))
     position_interpolation: str = key("auto", "auto: as the file's project", choices=INTERPOLATIONS)
-    num_heads: int | None = key(None, "attention heads; None: of 64 channels each", low=1)
+    num_heads: int | None = key(None, "attention heads; None: of 64 channels each", low=1, high=1024)
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ class OptimizerSettings:
     warmup_share: float = key(0.02, "linear warm-up", low=0, high=1)
     cooldown_start_share: float = key(63 / 65, "rsqrt: where the cool-down begins", low=0, high=1)
     timescale_share: float = key(0.45 / 65, "rsqrt", above=0)
-    batch_size: int = key(8, "the schedule's unit: progress = scenes seen / batch_size", low=1)
-    total_updates: int = key(0, "the schedule's length; 0: num_steps x the expected scenes / batch_size", low=0)
+    batch_size: int = key(8, "the schedule's unit: progress = scenes seen / batch_size", low=1, high=2**20)
+    total_updates: int = key(0, "schedule's length; 0: num_steps x expected scenes / batch_size", low=0, high=2**31 - 1)
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,8 @@ class ProbeSettings:
     head: str = key("linear", "as published, or with a hidden layer", choices=("linear", "mlp"))
     features: str = key("augmented", "new scenes every epoch, the same, or cached", choices=FEATURES)
     cache_dtype: str = key("float32", "of cached features", choices=("float32", "float16"))
-    bank_per_class: int = key(500, "knn: points of each class to compare with", low=1)
-    num_neighbors: int = key(20, "knn", low=1)
+    bank_per_class: int = key(500, "knn: points of each class to compare with", low=1, high=10**6)
+    num_neighbors: int = key(20, "knn", low=1, high=10**6)
     temperature: float = key(0.07, "knn: of a neighbour's vote exp(cosine / temperature)", above=0)
     prototypes: str = key("", "zero_shot: a folder of images by class; '': regions of the training images")
     inverse_regularization: float = key(1.0, "zero_shot: C of the logistic regression", above=0)
@@ -186,7 +187,7 @@ class EvaluateSettings:
     """`config.evaluate`."""
 
     rings: tuple[float, ...] = key((10.0, 20.0, 30.0, 40.0, 50.0), "metres, ascending: results by distance", above=0)
-    votes: int = key(1, "augmented copies of each scan whose probabilities are averaged; 1: the scan itself", low=1)
+    votes: int = key(1, "augmented copies of a scan that are averaged; 1: the scan itself", low=1, high=1000)
     submission: bool = key(False, "nuscenes, semantic_kitti: write the benchmark's files")
     submission_uses: tuple[str, ...] = key(("lidar",), "what nuScenes is told that the model uses", choices=USES)
     corruptions: tuple[str, ...] = key(CORRUPTIONS, "robustness: of Robo3D", choices=CORRUPTIONS)
@@ -207,25 +208,25 @@ class MeshSettings:
 class DemoSettings:
     """`config.demo`: the parts of task demo."""
 
-    probe_steps: int = key(120, "steps of each linear probe", low=1)
+    probe_steps: int = key(120, "steps of each linear probe", low=1, high=2**31 - 1)
     probe_learning_rate: float = key(0.02, "of the linear probes", above=0)
     supervised_learning_rates: tuple[float, ...] = key((8e-3, 1.5e-2, 2.5e-2), "the best one counts", above=0)
-    segment_max_points: int = key(4_000, "data.max_points of probes and supervised training", low=1)
-    segment_points_per_shard: int = key(8_192, "likewise", low=1)
-    segment_scenes_per_shard: int = key(4, "likewise", low=1)
+    segment_max_points: int = key(4_000, "data.max_points of probes and supervised training", low=1, high=2**24)
+    segment_points_per_shard: int = key(8_192, "likewise", low=1, high=2**24)
+    segment_scenes_per_shard: int = key(4, "likewise", low=1, high=2**16)
 
 
 @dataclass(frozen=True)
 class DemoVitSettings:
     """`config.teacher_training.vit`."""
 
-    patch_size: int = key(8, "pixels", low=1)
-    width: int = key(128, "channels", low=1)
-    depth: int = key(4, "blocks", low=1)
-    num_heads: int = key(4, "attention heads", low=1)
-    hidden: int = key(512, "channels inside the MLP", low=1)
+    patch_size: int = key(8, "pixels", low=1, high=256)
+    width: int = key(128, "channels", low=1, high=8192)
+    depth: int = key(4, "blocks", low=1, high=256)
+    num_heads: int = key(4, "attention heads", low=1, high=1024)
+    hidden: int = key(512, "channels inside the MLP", low=1, high=65_536)
     layer_scale: bool = key(False, "whether branches are scaled")
-    position_grid: tuple[int, int] = key((14, 28), "rows and columns of the position table", low=1)
+    position_grid: tuple[int, int] = key((14, 28), "rows and columns of the position table", low=1, high=1024)
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ class DemoLossSettings:
 class TeacherTrainingSettings:
     """`config.teacher_training`: how task teacher trains the packaged ViT."""
 
-    num_pixels: int = key(768, "with targets, in each image", low=1)
+    num_pixels: int = key(768, "with targets, in each image", low=1, high=2**20)
     max_gradient: float = key(2.0, "norm at which gradients are clipped", above=0)
     vit: DemoVitSettings = dataclasses.field(default_factory=DemoVitSettings)
     weights: DemoLossSettings = dataclasses.field(default_factory=DemoLossSettings)
@@ -307,11 +308,11 @@ def read_settings(config: ConfigDict) -> Settings:
     problems: list[str] = []
     values = config.copy_and_resolve_references().to_dict()
     top = {name: value for name, value in values.items() if name not in SECTIONS}
-    parts = {name: keys.read(table, values.get(name, {}), problems, f"{name}.") for name, table in SECTIONS.items()}
+    parts = {name: keys.read(table, values.get(name), problems, f"{name}.") for name, table in SECTIONS.items()}
     settings = Settings(keys.read(RunSettings, top, problems), **parts)
     problems += _problems(settings)
     if problems:
-        raise InputError(f"config: {'; '.join(problems)}; docs/config.md lists every key")
+        raise InputError(f"config: {keys.listed(problems)}; docs/config.md lists every key")
     return settings
 
 
@@ -339,8 +340,7 @@ def dataset_names(data: DataSettings) -> tuple[str, ...]:
 
 def _problems(settings: Settings) -> Iterator[str]:
     """What keys say against one another."""
-    yield from _data_problems(settings)
-    yield from _frame_problems(settings)
+    yield from (*_data_problems(settings), *_frame_problems(settings))
     model, optimizer, evaluate = settings.model, settings.optimizer, settings.evaluate
     if not all(low < high for low, high in zip(*model.field_of_view, strict=True)):
         yield f"model.field_of_view = {model.field_of_view} (expected: a lowest corner below the highest)"

@@ -36,7 +36,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go.")
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which process this is.")
-CONNECT_SECONDS = flags.DEFINE_integer("connect_seconds", 120, "How long processes wait for one another at the start.")
+CONNECT_SECONDS = flags.DEFINE_integer("connect_seconds", 120, "How long to wait.", 1, 86_400)
 
 
 def parse(arguments: list[str]) -> list[str]:

@@ -182,8 +182,8 @@ def class_order(settings: Settings, class_names: Sequence[str], saved: Saved, nu
 def distill(settings: Settings, workdir: Path) -> TrainState:
     """Distils the teacher into the student; results.json holds the last logged metrics."""
     with claimed(settings, workdir):
+        task = distillation(settings)  # a teacher that cannot be is said before streets are rendered
         dataset = open_dataset(settings, workdir, settings.data.split)
-        task = distillation(settings)
         save_settings(settings, workdir, task.student, dataset)
         state = train(settings.training, workdir, dataset, task)
         if jax.process_index() == 0:

@@ -61,35 +61,6 @@ def test_mistakes_exit_with_2_and_one_sentence(arguments, words, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"task": "distil"}, "task = 'distil'"),
-        ({"data.dataset": "kitty"}, "streets, pandaset"),
-        ({"model.activation": "swish"}, "relu, gelu"),
-        ({"model.grids": ((8, 8),)}, r"model\.grids"),
-        ({"teacher.checkpoint": "vit.pth"}, "dinov2_vitl14_pretrain.pth"),
-        ({"data.image_size": (100, 225)}, "multiple of the patch"),
-        ({"mesh.fsdp": 3}, r"mesh\.fsdp"),
-        ({"data.dataset": "pandaset", "data.frames": ("4x",)}, r"data\.frames"),
-        ({"data.points_per_shard": 100}, r"data\.points_per_shard is 100"),
-        ({"data.scenes_per_step": 3}, "does not divide"),
-        ({"task": "probe", "checkpoint": "nowhere"}, "nowhere"),
-    ],
-)
-def test_a_wrong_config_is_one_sentence(changes, words, tmp_path, street_cache):
-    config = config_of("smoke")
-    config.data.root = str(street_cache)
-    config.data.num_scenes = 4
-    for key, value in changes.items():
-        config.update_from_flattened_dict({key: value})
-    with pytest.raises(InputError, match=words):
-        from scalr_jax.main import run
-
-        run(config, tmp_path / "run")
-
-
-@pytest.mark.slow
 def test_bad_labels_and_weights_exit_with_2_and_one_sentence(tmp_path):
     """A probe on a checkpoint of another width; scans without a labelled point; labels outside the map."""
     write_workdir(tmp_path / "run", "probe", "segment", 19, dataset="semantic_kitti")

@@ -23,6 +23,7 @@ from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.ops.voxels import extent_of
 from scalr_jax.runtime import distributed
 from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.memory import check_room
 
 
 def make_dataset(data: DataSettings, split: str, *, task: str, seed: int, cache: Path) -> Dataset:
@@ -32,6 +33,7 @@ def make_dataset(data: DataSettings, split: str, *, task: str, seed: int, cache:
     rendered to `cache` when `data.root` is empty. Raises InputError: a folder that is missing or holds something else,
     or frames that cannot be chosen.
     """
+    _check_sizes(data, images=task in ("distill", "demo"))
     names, datasets = dataset_names(data), []
     for name in names:  # each of several has a folder in data.root; PandaSet's two lidars share theirs
         folder = "" if len(names) == 1 else "pandaset" if name in PANDASET else name
@@ -51,6 +53,17 @@ def make_dataset(data: DataSettings, split: str, *, task: str, seed: int, cache:
     if split == "validation" and task in ("probe", "finetune"):
         check_labelled(dataset)
     return dataset
+
+
+def _check_sizes(data: DataSettings, *, images: bool) -> None:
+    """Raises `InputError` when no memory holds a pack: its points with 16 neighbours, and its images."""
+    (rows, columns), scenes = data.image_size, data.scenes_per_shard
+    with_images = f", with images of data.image_size = {rows, columns}," if images else ""
+    check_room(
+        4 * 24 * data.points_per_shard + (3 * scenes * rows * columns if images else 0),
+        f"a pack of data.points_per_shard = {data.points_per_shard} and data.scenes_per_shard = {scenes}{with_images}",
+        "lower these",
+    )
 
 
 def check_labelled(dataset: Dataset) -> None:
@@ -160,6 +173,8 @@ def _raw(data: DataSettings, split: str, name: str, root: Path, task: str) -> Da
     labels = task != "distill" and split != "test"
     if name in ("pandaset", *PANDASET):
         sensors = data.sensors if name == "pandaset" else (name,)
+        if not sensors or not set(sensors) <= set(PANDASET):
+            raise InputError(f"data.sensors = {data.sensors}: those of PandaSet are {', '.join(PANDASET)}; give some")
         if any(is_begun(root / sensor) for sensor in PANDASET):
             return Joined([_records(data, split, s, root / s, labels=task != "distill") for s in sensors])
         split, frames = _split_and_frames(data, split)

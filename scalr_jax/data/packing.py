@@ -123,7 +123,17 @@ def given_tables(derived: Capacities, data: DataSettings) -> Capacities:
 def choose_capacities(data: DataSettings, sample: Sequence[SceneView], *, exactly: int | None = None) -> Capacities:
     """From `data` where it gives them, else derived from a sample; `exactly`: of packs of so many scenes."""
     derived = derive_capacities(sample, points=data.points_per_shard, scenes=data.scenes_per_shard, exactly=exactly)
-    return given_tables(derived, data)
+    capacities = given_tables(derived, data)
+    for scene in sample:
+        check_fits(scene, capacities)
+    return capacities
+
+
+def check_fits(scene: SceneView, capacities: Capacities) -> None:
+    """Raises `InputError` for a scene that no pack holds, naming what to raise."""
+    if exceeded := overflow(sizes(scene), capacities):
+        needs = ", ".join(exceeded)
+        raise InputError(f"the scene {scene.name} needs {needs}; raise it (a training resumes with it)")
 
 
 def static_capacities(scene: SceneView, grids: Sequence[tuple[int, int]]) -> Capacities:
@@ -165,10 +175,8 @@ def pack_stream(scenes: Iterator[SceneView], capacities: Capacities, *, exactly:
     empty = Capacities(0, 0, *((0,) * len(table) for table in capacities[2:]))
     need = empty
     for scene in scenes:
+        check_fits(scene, capacities)
         size = sizes(scene)
-        if exceeded := overflow(size, capacities):
-            needs = ", ".join(exceeded)
-            raise InputError(f"the scene {scene.name} needs {needs}; raise it (a training resumes with it)")
         if exceeded := overflow(add(need, size), capacities):
             if exactly:
                 group = f"a group of {exactly} scenes up to {scene.name}"

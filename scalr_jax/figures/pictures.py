@@ -5,15 +5,16 @@ from __future__ import annotations
 import colorsys
 import contextlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 import numpy as np
-from matplotlib import patches
+from matplotlib import patches, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: a notebook's own plots keep their backend
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from scalr_jax.data.scan_checks import FARTHEST
 from scalr_jax.data.scenes import IGNORE
@@ -229,5 +230,17 @@ def _colored(panel: Panel, order: np.ndarray) -> dict:
 def save_figure(figure: Figure, output: Path | IO[bytes], title: str) -> None:
     """A PNG of a figure under its title; a path's file is whole or not there."""
     figure.suptitle(title, fontsize=12)
-    with written_whole(output) if isinstance(output, Path) else contextlib.nullcontext(output) as file:
+    with (
+        plain_text(figure),
+        written_whole(output) if isinstance(output, Path) else contextlib.nullcontext(output) as file,
+    ):
         figure.savefig(file, dpi=100, format="png", bbox_inches="tight", pad_inches=0.15)
+
+
+@contextlib.contextmanager
+def plain_text(figure: Figure) -> Iterator[None]:
+    """Draws a figure's texts as they stand: names of classes, scenes and files may have `$`, which begins a formula."""
+    for text in figure.findobj(Text):
+        cast(Text, text).set_parse_math(False)
+    with rc_context({"text.parse_math": False}):  # of ticks, whose texts are made while they are drawn
+        yield

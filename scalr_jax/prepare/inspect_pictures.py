@@ -14,6 +14,7 @@ from pykdtree.kdtree import KDTree
 
 from scalr_jax.data import transforms
 from scalr_jax.data.scenes import Frame
+from scalr_jax.figures.pictures import plain_text
 from scalr_jax.prepare.summary import Report, Seen
 
 WIDTH = 13.0  # inches of a picture
@@ -32,7 +33,8 @@ def draw_all(output: Path, frames: Mapping[str, Sequence[Frame]], seen: Sequence
     figures["top_view.png"] = draw_top_view(first, report["suggestion"]["field_of_view"][1][0])
     figures["histograms.png"] = draw_histograms(seen, report)
     for name, figure in figures.items():
-        figure.savefig(output / name, dpi=110)
+        with plain_text(figure):
+            figure.savefig(output / name, dpi=110)
     return list(figures)
 
 

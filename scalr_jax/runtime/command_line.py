@@ -10,7 +10,6 @@ import contextlib
 import errno
 import math
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,11 +17,11 @@ from typing import NoReturn
 
 from absl import flags
 
-from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.config_file import check_config, config_sentence, named_config
+from scalr_jax.runtime.errors import BadFrameError, InputError, one_sentence
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SPACE = "free space on the disk and run the same command again"
-CONFIG_ERRORS = (AttributeError, KeyError, ValueError, TypeError, OSError, ImportError, SyntaxError)  # of config files
 MODEL_FLAGS = """\
     --model          a workdir of distill, probe or finetune, an exported folder, or a published .pth or .safetensors
     --sensor         whose intensity (and for a published file field of view and grids) apply: nuscenes,
@@ -48,22 +47,24 @@ def parse_flags(values: flags.FlagValues, arguments: Sequence[str], text: str | 
         print((text or "").replace("{model}", MODEL_FLAGS))
         sys.exit(0)
     values.unparse_flags()  # of an earlier call in this process
+    for key in [name for name in values if "." in name]:  # of its config
+        delattr(values, key)
+    path = named_config(arguments) if "config" in values else None
     try:
         rest = values(arguments)
-    except (flags.Error, *CONFIG_ERRORS) as error:
-        raise InputError(config_sentence(error)) from error
+        if path is not None:
+            check_config(path, values["config"].value)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a config file may raise anything, also SystemExit
+        raise InputError(config_sentence(error, path)) from error
     if rest[1:]:
         raise InputError(f"unexpected arguments: {' '.join(rest[1:])}; flags begin with --")
 
 
 def require(values: flags.FlagValues, *names: str, example: str) -> None:
-    """Raises InputError unless all of these flags were given, and a config among them can be loaded."""
-    given: list[object] = [values[name].value for name in names]
-    try:
-        complete = all(value and getattr(value, "items", True) for value in given)
-    except OSError as error:  # a config that does not load is one whose every attribute raises
-        raise InputError(config_sentence(error)) from error
-    if not complete:
+    """Raises InputError unless all of these flags were given."""
+    if any(values[name].value is None or not str(values[name].value).strip() for name in names):
         *others, last = [f"--{name}" for name in names]
         raise InputError(f"{', '.join(others)} and {last} are required, as in {example}")
 
@@ -80,13 +81,6 @@ def numbers(values: flags.FlagValues, name: str, count: int) -> list[float] | No
     if len(found) != count or not all(math.isfinite(number) for number in found):
         raise InputError(f"--{name}={','.join(given)} must be {count} numbers with commas between them")
     return found
-
-
-def config_sentence(error: BaseException) -> str:
-    """The sentence of an error of flags, without ml_collections' own words where a --config cannot be loaded."""
-    text = one_sentence(error).removeprefix("Configuration is not available because of an earlier failure to load: ")
-    missing = re.search(r"Attempted \[(?:Relative|Absolute) path\]: (.+?) \[Errno 2\]", text)
-    return f"{missing[1]} is not there; give a config file, as in --config=configs/demo.py" if missing else text
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -167,14 +161,6 @@ def sentence_of(error: BaseException, *, interrupted: str = "", full: str = SPAC
     if isinstance(error, OSError) and (error.filename is not None or error.errno is not None):
         return one_sentence(error)
     return None
-
-
-def one_sentence(error: BaseException) -> str:
-    """The message in one line."""
-    text = str(error)
-    if "Traceback (most recent call last)" in text:  # ml_collections hands on what a config file raised with its trace
-        text = text.strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
-    return " ".join(text.split())
 
 
 def named(name: object, error: BaseException) -> str:

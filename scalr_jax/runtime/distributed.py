@@ -93,14 +93,14 @@ def _libc_signal(number: int, handler: int | None) -> int | None:
 
 def _await_coordinator(address: str, process_id: int, seconds: int) -> None:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise InputError(f"--coordinator_address={address} is not host:port")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise InputError(f"--coordinator_address={address} is not host:port, with a port from 1 to 65535")
     limit = time.monotonic() + seconds
     while process_id > 0:  # process 0 is the coordinator
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
             return
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter of a host whose name cannot be one
             if time.monotonic() > limit:
                 raise InputError(
                     f"the coordinator {address} was not reached within {seconds} s ({error}); is process 0 running "

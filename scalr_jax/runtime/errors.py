@@ -18,3 +18,11 @@ def too_many_bad(num_bad: int, num_frames: int) -> bool:
 
 class InputError(ValueError):
     """Something the user gave is wrong. `main` prints the message as one sentence and exits with code 2."""
+
+
+def one_sentence(error: BaseException) -> str:
+    """The message in one line."""
+    text = str(error)
+    if "Traceback (most recent call last)" in text:  # ml_collections hands on what a config file raised with its trace
+        text = text.strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
+    return " ".join(text.split())

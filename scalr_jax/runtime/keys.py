@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 
 Table = TypeVar("Table")
 
+LONGEST = 120  # characters of a value in a sentence
+MOST = 8  # problems in a sentence
 NAMES = {int: "whole number", float: "number", str: "text", bool: "True or False"}
 
 
@@ -111,9 +113,13 @@ def rows(table: type, prefix: str = "") -> Iterator[Row]:
             yield Row(f"{prefix}{field.name}", takes, field.default, *more)
 
 
-def read(table: type[Table], values: Mapping[str, Any], problems: list[str], prefix: str = "") -> Table:
+def read(table: type[Table], values: object, problems: list[str], prefix: str = "") -> Table:
     """The table filled from nested `values`. Appends a text to `problems` for each key that is missing, unknown or
     wrong, and uses the default in its place."""
+    if not isinstance(values, Mapping):
+        given = "is missing" if values is None else f"= {_shown(values)}"
+        problems.append(f"{prefix.rstrip('.')} {given} (expected: a section of keys)")
+        return table()
     hints = typing.get_type_hints(table)
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, table))}
     problems += [f"{prefix}{name} is not a key" for name in values if name not in fields]
@@ -121,8 +127,7 @@ def read(table: type[Table], values: Mapping[str, Any], problems: list[str], pre
     for name, field in fields.items():
         hint, full = hints[name], f"{prefix}{name}"
         if dataclasses.is_dataclass(hint):
-            part = values.get(name, {})
-            found[name] = read(typing.cast(type, hint), part if isinstance(part, Mapping) else {}, problems, f"{full}.")
+            found[name] = read(typing.cast(type, hint), values.get(name), problems, f"{full}.")
             continue
         found[name] = field.default
         if name not in values:
@@ -133,8 +138,20 @@ def read(table: type[Table], values: Mapping[str, Any], problems: list[str], pre
             if allowed.holds(value := convert(values[name], hint)):
                 found[name] = value
                 continue
-        problems.append(f"{full} = {values[name]!r} (expected: {_takes(hint, allowed)})")
+        problems.append(f"{full} = {_shown(values[name])} (expected: {_takes(hint, allowed)})")
     return table(**found)
+
+
+def _shown(value: object) -> str:
+    """A value as it is written, the beginning of a long one."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Problems in one line, the first ones of many."""
+    more = f"; and {len(problems) - MOST} more" if len(problems) > MOST else ""
+    return "; ".join(problems[:MOST]) + more
 
 
 def _takes(hint: Any, allowed: Allowed) -> str:

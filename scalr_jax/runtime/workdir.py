@@ -47,7 +47,9 @@ def claim(workdir: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> Iter
                 raise InputError(f"{workdir} is a file; give a folder as --workdir")
             if _begun(workdir):
                 _compare(path, record, keys)
+            made = not workdir.exists()
             workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_removed_if_empty(workdir, made))
             stack.enter_context(locked(workdir / "lock", "wait for it, stop it, or use another --workdir"))
             write_json(path, record)
             stack.enter_context(_forget_if_nothing_was_done(workdir))
@@ -69,6 +71,18 @@ def _forget_if_nothing_was_done(workdir: Path) -> Iterator[None]:
         if not _begun(workdir):
             for name in SETTINGS:
                 (workdir / name).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _removed_if_empty(workdir: Path, made: bool) -> Iterator[None]:
+    """A folder that this run `made`, and in which it has left nothing but its lock, is removed when the run fails."""
+    try:
+        yield
+    except BaseException:
+        if made and [path.name for path in workdir.iterdir()] in ([], ["lock"]):
+            (workdir / "lock").unlink(missing_ok=True)
+            workdir.rmdir()
         raise
 
 

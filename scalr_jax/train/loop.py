@@ -31,6 +31,7 @@ from scalr_jax.runtime import distributed, sharding, stopping
 from scalr_jax.runtime.checkpoint import Checkpoints
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.logging import MetricWriter
+from scalr_jax.runtime.memory import check_room
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import AveragedState, TrainState, init_state, start_average
 from scalr_jax.train.watch import Made, Watch, explain
@@ -70,6 +71,9 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
     # The step, and where its state lies.
     batch = sharding.put_batch(pipeline.empty_batch(capacities, sample[0]), mesh)
     program = make_program(settings, task, batch, mesh, expected)
+    if sharding.platform() == "cpu":  # whose memory the system grants until it kills
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
+        check_room(needed, "the training state of the student", "lower model.channels or model.depth")
     teacher = jax.device_put(task.teacher, sharding.parameter_shardings(task.teacher, mesh))
 
     # Resume, or begin.

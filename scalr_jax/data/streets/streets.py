@@ -19,6 +19,7 @@ from scalr_jax.data.scenes import RANDOM, Dataset, Frame
 from scalr_jax.data.streets.layout import CLASSES
 from scalr_jax.data.streets.sensors import SENSORS, render
 from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.memory import check_room
 from scalr_jax.runtime.storage import reason, write_arrays
 
 VERSION = 2  # raise it whenever a rendered byte changes
@@ -26,6 +27,7 @@ SPLITS = ("train", "validation", "teacher")
 SCENES_PER_STREAM = 100_000  # index < this
 STREAMS_PER_SPLIT = 10_000_000  # seed < this
 PROGRESS_SECONDS = 3.0
+BYTES_A_PIXEL = 1_500  # the most that rendering takes (896 x 1792, 2026-11-28)
 FIELDS = ("points", "labels", "image", "pixels", "visible")
 
 
@@ -101,6 +103,9 @@ class Streets(Dataset):
         `part` (k, n): only every n-th scene from the k-th on, one process's share.
         """
         missing = [index for index in range(part[0], self.num_scenes, part[1]) if not self.path(index).exists()]
+        if missing:
+            needed = BYTES_A_PIXEL * self.image_size[0] * self.image_size[1]
+            check_room(needed, f"rendering streets at an image size of {self.image_size}", "give a smaller one")
         self.root.mkdir(parents=True, exist_ok=True)
         start = said = time.monotonic()
         for done, index in enumerate(missing, 1):
