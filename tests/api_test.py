@@ -107,8 +107,9 @@ def test_a_point_without_place_has_no_class(probed):
         (np.zeros(4), r"shape \(4,\)"),
         (np.array([["a"] * 4]), "dtype"),
         (np.zeros((0, 4)), "the scan is empty"),
-        (np.full((30, 4), np.nan), "0 of 30 points are finite"),
-        (random_points(300) + np.array([1000, 0, 0, 0]), "0 points are left in the field of view"),
+        (np.full((30, 4), np.nan), "30 of 30 points are NaN or infinite"),
+        (random_points(300) + np.array([900, 0, 0, 0]), "0 points are left in the field of view"),
+        (random_points(300) + np.array([5e5, 4.6e6, 0, 0]), "coordinates in a map's frame .*subtract"),
         (random_points(300)[:5], "5 points are left in the field of view, and 17 are needed"),
     ],
 )

@@ -29,8 +29,11 @@ def find_usable(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return located, located & near & (np.abs(points[:, 3]) < LARGEST_INTENSITY)
 
 
-def count_unusable(points: np.ndarray) -> str:
-    """How many of the points [N, 4] cannot go through a network, by reason: "3 of 50 points are NaN or infinite"."""
+def count_unusable(points: np.ndarray, total: int | None = None) -> str:
+    """How many of the points [N, 4] cannot go through a network, by reason: "3 of 50 points are NaN or infinite".
+
+    total: of how many, when these are but some.
+    """
     located, usable = find_usable(points)
     near = (np.abs(points[:, :3]) < FARTHEST).all(axis=1)
     counts = {
@@ -38,7 +41,9 @@ def count_unusable(points: np.ndarray) -> str:
         "lie beyond 10 km": located & ~near,
         "have an intensity that is no finite number, or beyond 1e8": located & near & ~usable,
     }
-    found = [f"{mask.sum():,} of {len(points):,} points {reason}" for reason, mask in counts.items() if mask.any()]
+    found = [
+        f"{mask.sum():,} of {total or len(points):,} points {reason}" for reason, mask in counts.items() if mask.any()
+    ]
     return " and ".join(found)
 
 
@@ -82,7 +87,9 @@ def check_scan(points: np.ndarray, settings: Mapping[str, Any]) -> dict[str, str
             "features 0 and class 255"
         )
     if (located & ~usable).any():
-        found["usable"] = f"{count_unusable(points[located])}, and get the result of the nearest other point"
+        found["usable"] = (
+            f"{count_unusable(points[located], len(points))}, and get the result of the nearest other point"
+        )
     if not usable.any():
         return found
     if text := check_place(points)[1]:

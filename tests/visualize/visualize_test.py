@@ -239,7 +239,7 @@ def test_a_frame_of_the_run_itself(street_cache, tmp_path, capsys):
         (["--query=nan,1,2"], "--query=nan,1,2 must be 3 numbers"),
         ([], "is not the workdir of a run, which would say its dataset"),
         (["--input=none.npy"], "none.npy: unreadable .npy file|none.npy: no such file|cannot be read"),
-        (["--input=nan.npy"], "nan.npy: 0 of 50 points are finite"),
+        (["--input=nan.npy"], "nan.npy: 50 of 50 points are NaN or infinite"),
         (["--input=folder"], "folder is a folder; give one scan of it"),
         (["--input=scan.npy", "--dataset=nuscenes"], "--input and --dataset both say"),
         (["--input=scan.npy", "--image=a.jpg"], "--image, --calibration and --input belong together"),

@@ -127,7 +127,7 @@ WHOLE = table_pickle(COLUMNS)
         pytest.param(b"\x1f\x8b" + b"junk" * 20, "cut short or damaged gzip", id="junk as gzip"),
         pytest.param(WHOLE[:-30], "not a whole pickled table", id="without its end"),
         pytest.param(gzip.compress(WHOLE[:-30]), "not a whole pickled table", id="without its end, gzip"),
-        pytest.param(b"version https://git-lfs.github.com/spec/v1", "neither gzip nor a pickle", id="LFS pointer"),
+        pytest.param(b"version https://git-lfs.github.com/spec/v1", "git lfs pull", id="LFS pointer"),
         pytest.param(pickle.dumps([1, 2]), "no DataFrame", id="list"),
         pytest.param(b"\x80\x03" + array_opcodes(np.arange(3)) + b".", "no DataFrame", id="array"),
         pytest.param(table_pickle({"x": np.array(["a", "b"], dtype="S1")}), "dtype 'S1'", id="bytes column"),
