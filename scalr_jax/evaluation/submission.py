@@ -3,8 +3,10 @@
     lidarseg/<set>/<token>_lidarseg.bin         uint8, 1 to 16; beside them <set>/submission.json
     sequences/<XX>/predictions/<NNNNNN>.label   uint32, the dataset's own numbers (its learning_map_inv)
 
-<set>: train, val, test, mini_train or mini_val. Files are written into a folder beside their place, which takes its
-name when every scan has one and all were read back as they were written; else nothing is left.
+<set>: train, val, test, mini_train or mini_val. What a set holds is not judged by the files on disk: of nuScenes it is
+every keyframe in the tables, of SemanticKITTI the official number of each sequence. Files are written into a folder
+beside their place, which takes its name when every scan has one and all were read back as they were written; else
+nothing is left.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 from scalr_jax.config import USES
 from scalr_jax.data.joined import Joined
 from scalr_jax.data.readers.nuscenes import NuScenes
-from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
+from scalr_jax.data.readers.semantic_kitti import NUM_SCANS, SPLITS, SemanticKITTI
 from scalr_jax.data.scenes import Dataset
 from scalr_jax.data.sensors import raw_labels
 from scalr_jax.evaluation.segmentation import ScanClasses
@@ -41,7 +43,8 @@ class Submission:
     """Collects the scans of one evaluation, as a context manager; `add` each scan, then `finish`.
 
     Raises `InputError` for another dataset than `NuScenes` or `SemanticKITTI` as they were downloaded, a folder that is
-    there already, or `uses`, what nuScenes asks to be told, that it does not know.
+    there already, scans of the set that are not on disk, or `uses`, what nuScenes asks to be told, that it does not
+    know.
     """
 
     def __init__(self, dataset: Dataset, folder: Path, uses: Sequence[str] = ("lidar",)):
@@ -59,8 +62,35 @@ class Submission:
         if folder.exists():
             raise InputError(f"{folder} is there already; remove it, or give another --workdir")
         self._dataset, self.folder, self._uses = dataset, folder, uses
+        self._check_complete()
         self._partial = folder.with_name(f".{folder.name}.partial")
         self._checksums: dict[Path, int] = {}  # of this process's files
+
+    def _check_complete(self) -> None:
+        """Raises `InputError` unless the dataset lists exactly the scans of its set; before hours of evaluation."""
+        found = {self._files(index)[0] for index in range(len(self._dataset))}
+        expected = self._expected()
+        if missing := sorted(expected - found):
+            raise InputError(
+                f"{self._dataset.root} is incomplete: of {len(expected)} scans of split {self._dataset.split!r} "
+                f"{len(missing)} cannot be submitted, as {missing[0]}: the scan (or a label file, in a set that has "
+                "labels) is missing; unpack all of them, or leave out evaluate.submission"
+            )
+        if surplus := sorted(found - expected):
+            raise InputError(
+                f"{self._dataset.root} has {len(surplus)} scans that are not in the benchmark, as {surplus[0]}; move "
+                "them away, or leave out evaluate.submission"
+            )
+
+    def _expected(self) -> set[Path]:
+        """The files of the whole set, below the folder."""
+        if isinstance(self._dataset, NuScenes):
+            return {self._nuscenes_file(token) for token in self._dataset.scan_tokens}
+        counts = {sequence: NUM_SCANS[sequence] for sequence in SPLITS[self._dataset.split]}
+        return {_kitti_file(sequence, f"{n:06d}") for sequence, count in counts.items() for n in range(count)}
+
+    def _nuscenes_file(self, token: str) -> Path:
+        return Path("lidarseg", self._set(), f"{token}_lidarseg.bin")
 
     def __enter__(self) -> Submission:
         if jax.process_index() == 0:
@@ -123,8 +153,12 @@ class Submission:
         """A scan's file below the folder, the scan itself, and its bytes a point: five numbers of four, or four."""
         root = self._dataset.root
         if isinstance(self._dataset, NuScenes):
-            file = Path("lidarseg", self._set(), f"{self._dataset.scan_token(index)}_lidarseg.bin")
+            file = self._nuscenes_file(self._dataset.scan_token(index))
             return file, root / self._dataset.scan_file(index), 20
         _, sequence, number = self._dataset.name(index).split("/")
         scan = root / "dataset" / "sequences" / sequence / "velodyne" / f"{number}.bin"
-        return Path("sequences", sequence, "predictions", f"{number}.label"), scan, 16
+        return _kitti_file(sequence, number), scan, 16
+
+
+def _kitti_file(sequence: str, number: str) -> Path:
+    return Path("sequences", sequence, "predictions", f"{number}.label")

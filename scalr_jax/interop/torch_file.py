@@ -93,8 +93,6 @@ def read_weights_file(path: str | Path) -> dict:
         return read_safetensors(path)[0]
     if head.startswith(_LEGACY_MAGIC[: len(head)]) and len(head) > 2:
         return _refused(path, _read_legacy)
-    if head == b"version https://":
-        raise InputError(f"{path} is a Git-LFS pointer, not the file; fetch it with git lfs pull")
     raise InputError(f"{path} is not a checkpoint: neither PyTorch's nor safetensors")
 
 

@@ -12,6 +12,7 @@ import pytest
 from scalr_jax import load, tasks
 from scalr_jax.config import read_settings
 from scalr_jax.data.pipeline import BuildScene
+from scalr_jax.data.readers import semantic_kitti
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
 from scalr_jax.data.scenes import IGNORE, Frame, SceneNeeds
@@ -296,7 +297,7 @@ def test_the_order_of_the_classes_reaches_the_matrix(street_cache, tmp_path):
 # ---- submissions
 
 
-def submitted(dataset, folder, street_cache, num_classes):
+def submitted(dataset, folder, num_classes):
     """Classes 0, 1, ... in turn for every scan, in the place of a model's."""
     classes = {}
     with Submission(dataset, folder) as submission:
@@ -309,7 +310,16 @@ def submitted(dataset, folder, street_cache, num_classes):
     return classes
 
 
-def test_semantic_kitti_submission(tmp_path, street_cache, capsys):
+@pytest.fixture
+def two_scans(monkeypatch):
+    """SemanticKITTI as if sequence 11 were its test set, and each sequence had two scans."""
+    monkeypatch.setitem(semantic_kitti.SPLITS, "test", ("11",))
+    for sequence in semantic_kitti.NUM_SCANS:
+        monkeypatch.setitem(semantic_kitti.NUM_SCANS, sequence, 2)
+
+
+@pytest.mark.usefixtures("two_scans")
+def test_semantic_kitti_submission(tmp_path, capsys):
     """The benchmark's inverse map; read as labels the files give the classes again; a test sequence has no labels."""
     write_semantic_kitti(tmp_path / "kitti", "11", num_scans=2)
     for path in (tmp_path / "kitti").glob("dataset/sequences/11/*/*"):
@@ -317,7 +327,7 @@ def test_semantic_kitti_submission(tmp_path, street_cache, capsys):
             path.unlink()
     config = evaluation_config(tmp_path / "kitti", **{"data.dataset": "semantic_kitti"})
     dataset = open_split(config, "test", cache=tmp_path)
-    classes = submitted(dataset, tmp_path / "run" / "submission", street_cache, 19)
+    classes = submitted(dataset, tmp_path / "run" / "submission", 19)
     inverse = np.array([10, 11, 15, 18, 20, 30, 31, 32, 40, 44, 48, 49, 50, 51, 70, 71, 72, 80, 81])
     for index in range(2):
         path = tmp_path / "run" / "submission" / "sequences" / "11" / "predictions" / f"00000{index}.label"
@@ -332,10 +342,10 @@ def test_semantic_kitti_submission(tmp_path, street_cache, capsys):
         Submission(dataset, tmp_path / "run" / "submission")
 
 
-def test_nuscenes_submission(tmp_path, street_cache):
+def test_nuscenes_submission(tmp_path):
     write_nuscenes(tmp_path / "nuscenes")
     dataset = NuScenes(tmp_path / "nuscenes", split="validation", labels=True)
-    classes = submitted(dataset, tmp_path / "out", street_cache, 16)
+    classes = submitted(dataset, tmp_path / "out", 16)
     meta = json.loads((tmp_path / "out" / "mini_val" / "submission.json").read_text())["meta"]
     assert meta == {f"use_{k}": k == "lidar" for k in ("camera", "lidar", "radar", "map", "external")}
     files = sorted((tmp_path / "out" / "lidarseg" / "mini_val").iterdir())
@@ -352,6 +362,33 @@ def test_nuscenes_submission(tmp_path, street_cache):
     assert [name for name, used in meta.items() if used] == ["use_lidar", "use_external"]
 
 
+def test_a_set_is_what_the_benchmark_says(tmp_path, monkeypatch):
+    """Not what is on disk: a gap in the numbers, a sequence or a keyframe's scan missing, a scan too many."""
+    assert sum(semantic_kitti.NUM_SCANS[name] for name in semantic_kitti.SPLITS["test"]) == 20_351
+    assert sum(semantic_kitti.NUM_SCANS.values()) == 43_552
+
+    def refused(dataset, *parts):
+        with pytest.raises(InputError, match=mentions(dataset.root, *parts)):
+            Submission(dataset, tmp_path / "out")
+        assert not list(tmp_path.glob("*out*"))
+
+    write_semantic_kitti(tmp_path / "kitti", "08", num_scans=3)
+    kitti = SemanticKITTI(tmp_path / "kitti", split="validation", labels=True)
+    refused(kitti, 4071, 4068, "08/predictions/000003.label")
+    monkeypatch.setitem(semantic_kitti.NUM_SCANS, "08", 2)
+    refused(kitti, 1, "08/predictions/000002.label", "not in the benchmark")
+    monkeypatch.setitem(semantic_kitti.NUM_SCANS, "08", 3)
+    Submission(kitti, tmp_path / "out")
+    (tmp_path / "kitti/dataset/sequences/08/velodyne/000001.bin").unlink()
+    refused(SemanticKITTI(tmp_path / "kitti", split="validation", labels=True), 3, 1, "08/predictions/000001.label")
+    refused(SemanticKITTI(tmp_path / "kitti", split="all", labels=True), "00/predictions/000000.label")
+    write_nuscenes(tmp_path / "nuscenes", scenes=("scene-0103", "scene-0916"))  # both are mini's validation scenes
+    Submission(NuScenes(tmp_path / "nuscenes", split="validation", labels=True), tmp_path / "out")
+    (tmp_path / "nuscenes/samples/LIDAR_TOP/scene-0916.pcd.bin").unlink()
+    refused(NuScenes(tmp_path / "nuscenes", split="validation", labels=True), 2, 1, "scene-0916", "mini_val")
+
+
+@pytest.mark.usefixtures("two_scans")
 def test_half_a_submission_is_none(tmp_path):
     """A scan that was skipped as bad, points that are not finite, a file that changes on disk: nothing is left."""
     write_semantic_kitti(tmp_path, "08", num_scans=2)

@@ -275,7 +275,7 @@ def test_not_a_checkpoint(tmp_path):
     assert "data.pkl" in message(tmp_path / "other.zip")
     assert "list" in message(write_zip(tmp_path / "list.pth", pickle.dumps([1], protocol=2)))
     (tmp_path / "pointer.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    assert "Git-LFS" in message(tmp_path / "pointer.pth")
+    assert "Git LFS" in message(tmp_path / "pointer.pth")
 
 
 def test_bombs(tmp_path):

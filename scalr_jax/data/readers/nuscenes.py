@@ -49,6 +49,9 @@ class NuScenes(RawDataset[_Entry]):
         one of them is there.
       labels: list only keyframes with lidarseg labels, and read them.
 
+    Attributes:
+      scan_tokens: of every keyframe in the tables' split, whether its files are there or not; "" for one without scan.
+
     Raises InputError: nothing to read at `root`, a damaged table, or an argument that does not fit what is there.
     """
 
@@ -80,6 +83,8 @@ class NuScenes(RawDataset[_Entry]):
         keyframes = nuscenes_tables.read_keyframes(folder, scenes, (LIDAR, *CAMERAS))
         found = _find_files(keyframes, nuscenes_tables.read_lidarseg(folder), self.root)
         self._num_keyframes = len(keyframes)
+        scans = (keyframe.shots.get(LIDAR) for keyframe in keyframes)
+        self.scan_tokens = {scan.token if scan else "" for scan in scans}
         self._choose_entries(found)
         if not self._entries:
             among = f"{len(keyframes)} in the tables of {version} and {len(found)} with a scan"

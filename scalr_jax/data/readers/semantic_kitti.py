@@ -30,6 +30,10 @@ SPLITS = {
     "test": tuple(f"{sequence}" for sequence in range(11, 22)),
     "all": tuple(f"{sequence:02d}" for sequence in range(22)),
 }
+# Scans of sequences 00 to 21, as KITTI's odometry benchmark has them: 23,201 with labels and 20,351 of the test.
+_COUNTS = (4541, 1101, 4661, 801, 271, 2761, 1101, 1101, 4071, 1591, 1201)
+_COUNTS += (921, 1061, 3281, 631, 1901, 1731, 491, 1801, 4981, 831, 2721)
+NUM_SCANS = dict(zip(SPLITS["all"], _COUNTS, strict=True))
 
 
 class _Entry(NamedTuple):
