@@ -25,12 +25,12 @@ from scalr_jax.data.scenes import IGNORE, Batch
 from scalr_jax.data.sensors import known_classes
 from scalr_jax.data.transforms import FEATURES
 from scalr_jax.data.whole_scan import check_points, whole_scan
+from scalr_jax.interop.finite import check_outputs
 from scalr_jax.interop.published import read_published
 from scalr_jax.interop.saved import choose_intensity, read_saved
 from scalr_jax.models.build import make_student
 from scalr_jax.models.student import Variables
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.finite import check_outputs
 
 SEGMENTATION_HEADS = ("segment", "mlp", "linear")
 MODELS = "a workdir of distill, probe or finetune, an exported folder, or a published .pth or .safetensors"

@@ -28,10 +28,10 @@ from scalr_jax.data.packing import choose_capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.readers import files
 from scalr_jax.data.scenes import Batch, Dataset, SceneNeeds, SceneView
+from scalr_jax.interop.finite import narrowed
 from scalr_jax.models.student import Student, Variables, without_head
 from scalr_jax.runtime import distributed, sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from scalr_jax.runtime.finite import narrowed
 from scalr_jax.runtime.logging import Progress
 from scalr_jax.runtime.storage import differences, flatten, read_json, reason, write_json, written_whole
 

@@ -43,11 +43,11 @@ from scalr_jax.export.fold import fold
 from scalr_jax.export.folder import check_output, new_folder, save_example, write_weights
 from scalr_jax.export.inputs import HEADS, needs_of, pad_inputs, scene_inputs
 from scalr_jax.interop.exported import FILES, READABLE
+from scalr_jax.interop.finite import check_outputs
 from scalr_jax.interop.model import student_of
 from scalr_jax.models.student import Student, Variables, outputs_of
 from scalr_jax.runtime.command_line import define_model, exit_codes, model_arguments, parse_flags, require, use_cache
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.finite import check_outputs
 from scalr_jax.runtime.storage import checksums, write_arrays
 
 LARGEST_DIFFERENCE = 1e-4

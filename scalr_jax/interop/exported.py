@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from scalr_jax.config import student_settings
+from scalr_jax.interop.finite import check_weights
 from scalr_jax.interop.model import check_shapes, student_of
 from scalr_jax.interop.published import read_content
 from scalr_jax.interop.torch_file import read_weights_file
 from scalr_jax.runtime.checkpoint import load_weights
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.finite import check_weights
 from scalr_jax.runtime.storage import changes, read_json
 
 VERSION = 1  # of the folder's layout

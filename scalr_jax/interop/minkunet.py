@@ -24,11 +24,11 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from scalr_jax.data.transforms import FEATURES
+from scalr_jax.interop.finite import check_weights
 from scalr_jax.interop.model import NORM, Published, extra_weights
 from scalr_jax.models.minkunet import BLOCKS, scaled_widths
 from scalr_jax.ops.voxels import NEIGHBORS
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.finite import check_weights
 
 CHILDREN = tuple(itertools.product((0, 1), repeat=3))
 PUBLISHED_FEATURES = {  # by layout and number

@@ -22,10 +22,10 @@ from scalr_jax.data import sensors
 from scalr_jax.data.scenes import Dataset
 from scalr_jax.data.transforms import FEATURES
 from scalr_jax.interop.exported import is_export, read_export
+from scalr_jax.interop.finite import check_weights
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.finite import check_weights
 from scalr_jax.runtime.storage import read_json, write_json
 
 FILE = "settings.json"

@@ -15,13 +15,13 @@ import safetensors.numpy
 from flax import traverse_util
 
 from scalr_jax.config import TeacherSettings
+from scalr_jax.interop.finite import check_weights
 from scalr_jax.interop.model import flat_shapes
 from scalr_jax.interop.safetensors_file import read_safetensors
 from scalr_jax.interop.vit import load_dinov2
 from scalr_jax.models import vit
 from scalr_jax.models.build import compute_dtype
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.finite import check_weights
 from scalr_jax.runtime.storage import written_whole
 
 ASSET = "demo_teacher.safetensors"

@@ -21,11 +21,11 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from scalr_jax.interop import torch_file
+from scalr_jax.interop.finite import check_weights
 from scalr_jax.interop.model import flat_shapes, unwrapped
 from scalr_jax.interop.transformers_config import read_beside
 from scalr_jax.models import vit
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.finite import check_weights
 
 Parts = tuple[str | None, ...]  # file names (or None) that, concatenated along the outputs, are one parameter
 Layout = dict[str, tuple[Parts, ...]]  # path of a parameter -> its possible parts; "{n}" is the block

@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 
 from scalr_jax.config import get_config
 from scalr_jax.data.scenes import PLANE_AXES
+from scalr_jax.interop.finite import check_weights
 from scalr_jax.interop.model import NORM, Published, extra_weights, shapes_of, student_of, unwrapped
 from scalr_jax.interop.torch_file import read_weights_file, write_torch_file
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.finite import check_weights
 
 CONTAINERS = ("model_point", "model_points", "net")  # of the published code
 WRAPPED = ("state_dict", "model_state_dict", "model", "module")  # of Lightning and others

@@ -46,10 +46,10 @@ from scalr_jax.data.readers import scan_inputs
 from scalr_jax.data.scenes import IGNORE
 from scalr_jax.data.sensors import raw_labels
 from scalr_jax.figures import colors as correlation
+from scalr_jax.interop.finite import narrowed
 from scalr_jax.predict.outputs import FORMATS, Prediction, check_formats, write
 from scalr_jax.runtime import command_line
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from scalr_jax.runtime.finite import narrowed
 from scalr_jax.runtime.storage import check_writable, differences, locked, read_json, write_arrays, write_json
 
 if TYPE_CHECKING:
