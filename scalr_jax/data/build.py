@@ -22,8 +22,8 @@ from scalr_jax.data.streets.streets import Streets
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.ops.voxels import extent_of
 from scalr_jax.runtime import distributed
+from scalr_jax.runtime.chips import check_room
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from scalr_jax.runtime.memory import check_room
 
 
 def make_dataset(data: DataSettings, split: str, *, task: str, seed: int, cache: Path) -> Dataset:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.schema import problems
+from scalr_jax.runtime.keys import problems
 from scalr_jax.runtime.storage import read_json
 
 MANIFEST = "records.json"  # written last: a folder that has it is complete

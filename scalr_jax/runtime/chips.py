@@ -1,4 +1,4 @@
-"""Peaks of known chips, and TPU topologies to compile for.
+"""Peaks of known chips, TPU topologies to compile for, and the memory of this machine.
 
 Memory: what the TPU compiler grants a program of one device (it says so when one does not fit; libtpu 0.0.42,
 2026-11-23). Peaks and the data-centre network (DCN): Google's Cloud TPU page of each chip. Links between chips (ICI):
@@ -7,10 +7,12 @@ Austin et al., "How to Scale Your Model" (2025), chapter 2, a tenth below Google
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from scalr_jax.runtime.errors import InputError
@@ -23,6 +25,7 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 GIB = 2**30
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 
 
 class Chip(NamedTuple):
@@ -131,3 +134,20 @@ def tpu_devices(name: str, num_slices: int = 1) -> list:
     except Exception as error:  # JAX raises several types for a topology that it does not know
         reason = str(error).splitlines()[0]
         raise InputError(f"--topology={name}: {reason}; known are {topology.chip.examples}") from error
+
+
+def host_bytes() -> int:
+    """Main memory of this machine, or of the container that this process runs in."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            total = min(total, int(Path(path).read_text()))
+    return total
+
+
+def check_room(needed: float, what: str, remedy: str) -> None:
+    """Raises `InputError` when `what` needs more bytes than this machine has."""
+    if needed > host_bytes():
+        raise InputError(
+            f"{what} needs {needed / 1e9:,.1f} GB, and this machine has {host_bytes() / 1e9:,.1f} GB; {remedy}"
+        )

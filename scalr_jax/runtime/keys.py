@@ -205,12 +205,55 @@ def convert(value: Any, hint: Any) -> Any:
 
 def describe(hint: Any) -> str:
     """A type in words: "whole number", "tuple of text", "3 x (2 x whole number)"."""
-    if hint in NAMES:
-        return NAMES[hint]
+    if hint in NAMES or hint is types.NoneType:
+        return NAMES.get(hint, "None")
     if isinstance(hint, types.UnionType):
-        return " or ".join("None" if member is types.NoneType else describe(member) for member in typing.get_args(hint))
+        return " or ".join(map(describe, typing.get_args(hint)))
+    if typing.is_typeddict(hint) or typing.get_origin(hint) in (dict, list):
+        return "list" if typing.get_origin(hint) is list else "object"
     members = typing.get_args(hint)
     if members[-1] is Ellipsis:
         return f"tuple of {describe(members[0])}"
     inner = describe(members[0])
     return f"{len(members)} x {f'({inner})' if ' x ' in inner else inner}"
+
+
+def problems(content: object, hint: Any, where: str = "") -> Iterator[str]:
+    """What is wrong with the content of a whole JSON file: a text for each value that is not of type `hint`, each key
+    that is missing, and each that is unknown.
+
+    hint: a `TypedDict`, `dict[str, X]`, `list[X]`, a union, `Any`, or a type that `convert` knows.
+    where: what the content is called, "splits.train"; "" for the whole file.
+    """
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if typing.is_typeddict(hint) and isinstance(content, dict):
+        hints = typing.get_type_hints(hint)
+        for key in sorted({*hints, *content}):
+            name = f"{where}.{key}" if where else key
+            if key not in content:
+                yield f"{name} is missing"
+            elif key not in hints:
+                yield f"{name} is not a key"
+            else:
+                yield from problems(content[key], hints[key], name)
+    elif origin is dict and isinstance(content, dict):
+        for key, value in content.items():
+            yield from problems(value, members[1], f"{where}.{key}")
+    elif origin is list and isinstance(content, list):
+        for k, value in enumerate(content):
+            if type(value) is not members[0]:  # most lists are thousands of names
+                yield from problems(value, members[0], f"{where}[{k}]")
+    elif not _fits(content, hint):
+        yield f"{where} = {repr(content)[:80]} (expected: {describe(hint)})"
+
+
+def _fits(content: object, hint: Any) -> bool:
+    if hint is Any or hint is types.NoneType:
+        return hint is Any or content is None
+    if isinstance(hint, types.UnionType):
+        return any(not any(problems(content, member)) for member in typing.get_args(hint))
+    try:
+        convert(content, hint)
+    except TypeError:
+        return False
+    return True

@@ -29,9 +29,9 @@ from scalr_jax.data.scenes import Dataset, FinishedScenes, SceneView
 from scalr_jax.models.student import Student, Variables, without_head
 from scalr_jax.runtime import distributed, sharding, stopping
 from scalr_jax.runtime.checkpoint import Checkpoints
+from scalr_jax.runtime.chips import check_room
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.logging import MetricWriter
-from scalr_jax.runtime.memory import check_room
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import AveragedState, TrainState, init_state, start_average
 from scalr_jax.train.watch import Made, Watch, explain

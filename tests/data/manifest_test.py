@@ -8,7 +8,7 @@ from typing import TypedDict
 import pytest
 
 from scalr_jax.data.manifest import read_manifest, read_part
-from scalr_jax.runtime import schema
+from scalr_jax.runtime import keys
 from scalr_jax.runtime.errors import InputError
 from tests.support.checks import mentions
 
@@ -105,10 +105,10 @@ class Outer(TypedDict):
 
 def test_places_and_types_are_named():
     inner = {"numbers": [1, 2.5, "x"], "size": [1]}
-    assert list(schema.problems({"inner": {"a": inner}, "more": 1}, Outer)) == [
+    assert list(keys.problems({"inner": {"a": inner}, "more": 1}, Outer)) == [
         "inner.a.numbers[2] = 'x' (expected: number)",
         "inner.a.size = [1] (expected: 2 x whole number or None)",
         "more is not a key",
     ]
-    assert list(schema.problems({}, Outer)) == ["inner is missing"]
-    assert list(schema.problems({"inner": {"a": {"numbers": [], "size": None}}}, Outer)) == []
+    assert list(keys.problems({}, Outer)) == ["inner is missing"]
+    assert list(keys.problems({"inner": {"a": {"numbers": [], "size": None}}}, Outer)) == []

@@ -161,7 +161,7 @@ def test_a_scan_without_image_and_with_points_that_are_no_numbers(streets, tmp_p
     points = streets.frame(1).points.copy()
     points[::7, 0] = np.nan
     points[1, 3] = np.inf
-    points[2:5000:11, 1] = 1e30  # far more than a few: no picture may be drawn to hold them
+    points[2:5000:17, 1] = 1e30  # far more than a few: no picture may be drawn to hold them
     np.save(tmp_path / "scan.npy", points)
     _, model = load(tmp_path, "distill", 6)
     frame = scan_inputs.read_frame(tmp_path / "scan.npy")

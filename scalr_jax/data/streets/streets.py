@@ -18,8 +18,8 @@ from scalr_jax.data.readers import files
 from scalr_jax.data.scenes import RANDOM, Dataset, Frame
 from scalr_jax.data.streets.layout import CLASSES
 from scalr_jax.data.streets.sensors import SENSORS, render
+from scalr_jax.runtime.chips import check_room
 from scalr_jax.runtime.errors import BadFrameError, InputError
-from scalr_jax.runtime.memory import check_room
 from scalr_jax.runtime.storage import reason, write_arrays
 
 VERSION = 2  # raise it whenever a rendered byte changes
