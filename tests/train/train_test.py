@@ -177,7 +177,7 @@ def test_finetuning_with_all_that_belongs_to_it(whole_run, tmp_path, street_cach
         lambda a, b: float(np.abs(a - b).mean()), tuned, {**whole_run[1].params, "head": tuned["head"]}
     )
     assert np.abs(tuned["head"]["kernel"]).max() > 0
-    first, last = moved["embedding"]["point"]["kernel"], moved["backbone"]["groups"]["plane_2"]
+    first, last = moved["embedding"]["point"]["kernel"], moved["backbone"]
     assert 0 < 2 * first < max(jax.tree.leaves(last))
 
 
