@@ -1,8 +1,8 @@
 """Shows what a run survives: damaged checkpoints, SIGKILL at any moment, and many steps and saves.
 
-    python experiments/reliability.py damages --output=runs/reliability   # 100 damaged files; 7 minutes on a core
-    python experiments/reliability.py kills --output=runs/reliability     # 20 at random, 10 inside a save; 10 minutes
-    python experiments/reliability.py soak --output=runs/reliability      # 2,000 steps, 333 saves; 10 minutes
+    python experiments/reliability.py damages --output=runs/reliability   # 100 damages; 7 minutes of a core
+    python experiments/reliability.py kills --output=runs/reliability     # 20 at random, 10 inside a save; 7
+    python experiments/reliability.py soak --output=runs/reliability      # 2,000 steps, 333 saves; 6
 
 A tiny student on generated streets, on the CPU. Each case prints a line, and OUTPUT/<command>.json gathers them. Exit
 code 0: all went as they should; 1: one did not.
@@ -51,7 +51,7 @@ from scalr_jax.runtime.storage import write_json
 
 CONFIG = Path(__file__).parent.parent / "configs" / "smoke.py"
 MOST_KILLS = 5  # of one run
-MEMORY = 64  # MB that a soak may add; TensorStore 0.1.84 adds 20 kB a save (its metrics), 2026-12-03
+MEMORY = 64  # MB that a soak may add; TensorStore 0.1.84 adds 20 kB a save (its metrics)
 
 
 def tiny(output: Path, **changes: object) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
         results.append(result)
         print(len(results), "  ".join(f"{key} {value}" for key, value in result.items()), flush=True)
     wrong = sum(bool(result["wrong"]) for result in results)
-    counts = collections.Counter(result.get("damage") or result.get("kill") for result in results)
+    counts = collections.Counter(result.get("damage") or result.get("kill") or given.command for result in results)
     write_json(output / f"{given.command}.json", {"counts": counts, "wrong": wrong, "results": results})
     print(f"{given.command}: {len(results)} results ({dict(counts)}), {wrong} wrong")
     sys.exit(bool(wrong))
