@@ -51,7 +51,7 @@ from scalr_jax.runtime.storage import write_json
 
 CONFIG = Path(__file__).parent.parent / "configs" / "smoke.py"
 MOST_KILLS = 5  # of one run
-MEMORY = 64  # MB that a soak may add; TensorStore 0.1.84 adds 20 kB a save (its metrics)
+MEMORY = 64  # MB that a soak may add; TensorStore 0.1.86 adds 20 kB a save (its metrics)
 
 
 def tiny(output: Path, **changes: object) -> dict[str, Any]:
