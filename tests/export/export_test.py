@@ -38,7 +38,7 @@ SETTINGS = {
 STUDENTS = {  # every norm, activation and head; four layers are a group of three and a rest
     "distilled": ("distill", 6, {"head_hidden": 12, "norm": "layer", "activation": "gelu", "depth": 4}),
     "probed": ("segment", 7, {"norm": "layer", "activation": "relu", "depth": 3}),
-    "mlp_probed": ("mlp", 5, {}),
+    "mlp_probed": ("mlp", 5, {"depth": 3}),
     "waffleiron": ("linear", 5, {"norm": "batch", "activation": "relu", "depth": 4}),
 }
 ROUND_TRIPS = [
@@ -281,7 +281,7 @@ def test_the_card_of_a_run(workdir, tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r"largest difference to the original: 0 ", out)
     card, config = (tmp_path / "a" / "README.md").read_text(), json.loads((tmp_path / "a" / "config.json").read_text())
-    for text in ("probe on streets (solid)", "0.4321", "x -16 to 16", "xy 16 x 16", "Apache-2.0", "3 layers, 8 wide"):
+    for text in ("probe on streets (solid)", "0.4321", "x -16 to 16", "xy 16 x 16", "Apache-2.0", "1 layers, 8 wide"):
         assert text in card, text
     assert config["training"]["data"]["sensors"] == ["solid"]
     assert config["training"]["checkpoint"] == "pretrain", "paths of this machine do not travel"

@@ -35,7 +35,7 @@ def spoiled(weights, name, value=np.nan):
 def published(tmp_path, ending, value):
     model, variables = tiny_model("segment", 4)
     weights = waffleiron.published_state_dict(waffleiron.student_of(model), variables)
-    weights = spoiled(weights, "waffleiron.channel_mix.1.mlp.0.weight", value)
+    weights = spoiled(weights, "waffleiron.channel_mix.0.mlp.0.weight", value)
     path = tmp_path / f"scalr{ending}"
     write_torch_file(path, {"net": weights}) if ending == ".pth" else safetensors.numpy.save_file(weights, path)
     return path
@@ -45,7 +45,7 @@ def published(tmp_path, ending, value):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_published_files(tmp_path, ending, value):
     path = published(tmp_path, ending, value)
-    with pytest.raises(InputError, match=mentions(path, "waffleiron.channel_mix.1.mlp.0.weight", 1)):
+    with pytest.raises(InputError, match=mentions(path, "waffleiron.channel_mix.0.mlp.0.weight", 1)):
         scalr_jax.load(path, sensor="nuscenes", activation="relu")
 
 
