@@ -94,7 +94,7 @@ class MetricWriter:
             parts.append(f"(constant {values['train/loss_constant']:.4f})")
         parts += [f"{values['train/points_per_s']:,.0f} points/s", f"fill {100 * values['train/point_fill']:.0f} %"]
         if values.get("train/skipped_steps"):
-            parts.append(f"{values['train/skipped_steps']:.0f} steps skipped")
+            parts.append(f"skipped {values['train/skipped_steps']:.0f}")
         return "  ".join([*parts, f"{format_seconds(left)} left"])
 
     def close(self) -> None:

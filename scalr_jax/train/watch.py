@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from scalr_jax.data.pipeline import Step
 from scalr_jax.data.scenes import Batch
@@ -93,26 +96,23 @@ def first_not_finite(student: Student, variables: Variables, batch: Batch[Array]
             order.append(context.module.path)
         return output
 
-    def flags_of(variables: Variables, batch: Batch[Array]) -> Any:
+    def flags_of(variables: Variables, batch: Batch[Array]) -> list[Array]:
+        """Of each module in `order`: [], or of a looped one [groups]."""
+        randomness = {"dropout": jax.random.key(0)}
         with nn.intercept_methods(note):
-            _, state = student.apply(
-                variables,
-                batch,
-                train=True,
-                rngs={"dropout": jax.random.key(0)},
-                mutable=["batch_stats", "intermediates"],
+            result: Any = student.apply(
+                variables, batch, train=True, rngs=randomness, mutable=["batch_stats", "intermediates"]
             )
-        return state["intermediates"]
+        order[:] = dict.fromkeys(order)
+        parts = (functools.reduce(operator.getitem, path, result[1]["intermediates"]) for path in order)
+        return [jnp.stack(part["finite"]).all(axis=0) for part in parts]  # over all its calls
 
-    flags = jax.device_get(jax.jit(flags_of)(variables, batch))
-    found, loop = [], None
-    for place, path in enumerate(dict.fromkeys(order)):
-        here = flags
-        for name in path:
-            here = here[name]
-        finite = np.all(here["finite"], axis=0)  # of all calls; of a looped module one a group
-        if finite.ndim and loop is None:
-            loop = place
+    where = batch.feats.sharding
+    everywhere = NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
+    flags = jax.device_get(jax.jit(flags_of, out_shardings=everywhere)(variables, batch))
+    loop = next((place for place, finite in enumerate(flags) if finite.ndim), 0)
+    found = []
+    for place, (path, finite) in enumerate(zip(order, flags, strict=True)):
         for group in np.flatnonzero(~np.atleast_1d(finite)):
             name = "/".join(path) + (f" of group {group + 1}" if finite.ndim else "")
             found.append((loop if finite.ndim else place, group, place, name))
