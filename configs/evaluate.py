@@ -39,7 +39,7 @@ def get_config(checkpoint=""):
             kept = {key: value for key, value in written[part].items() if key in config[part] and key not in TRAINING}
             config[part].update({key: _tuples(value) for key, value in kept.items() if value is not None})
         config.seed = written["seed"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} is not the config of a run ({error!r}); give the workdir of one: "
             "--config=configs/evaluate.py:WORKDIR"

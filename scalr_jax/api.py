@@ -29,10 +29,10 @@ from scalr_jax.interop.finite import check_outputs
 from scalr_jax.interop.published import read_published
 from scalr_jax.interop.saved import choose_intensity, read_saved
 from scalr_jax.models.build import make_student
+from scalr_jax.models.heads import SEGMENTATION_HEADS
 from scalr_jax.models.student import Variables
 from scalr_jax.runtime.errors import InputError
 
-SEGMENTATION_HEADS = ("segment", "mlp", "linear")
 MODELS = "a workdir of distill, probe or finetune, an exported folder, or a published .pth or .safetensors"
 
 
@@ -201,7 +201,7 @@ def _checked(settings: dict) -> ConfigDict:
     low, high = numbers("field_of_view", 2, 3, float)
     grids = numbers("grids", 3, 2, int)
     wrong = []
-    if not (np.isfinite(intensity).all() and intensity[1] > 0):
+    if not (np.abs(intensity) < 1e9).all() or intensity[1] <= 1e-9:  # NaN neither
         wrong.append("intensity = (mean, standard deviation)")
     if not (np.isfinite(low + high).all() and all(a < b for a, b in zip(low, high, strict=True))):
         wrong.append("field_of_view = ((x, y, z) min, (x, y, z) max) in metres")

@@ -34,8 +34,7 @@ FEATURES = ("augmented", "fixed", "cached")  # of a probe
 INTERPOLATIONS = ("auto", "dinov2", "size", "antialias")
 DTYPES = ("auto", "float32", "bfloat16")
 USES = ("camera", "lidar", "radar", "map", "external")
-
-TABLE: Any = {"low": 1, "high": 2**29, "resume": True}
+TABLE: Any = {"low": 1, "high": 2**29, "resume": True}  # of sizes of tables
 Config = Any  # a ConfigDict: its attributes have no static types
 Point = tuple[float, float, float]
 Grid = tuple[int, int]
@@ -320,10 +319,11 @@ def student_settings(model: Mapping[str, Any]) -> StudentSettings:
     """The settings of a model config that has other keys too, or lacks younger ones. Raises `InputError`."""
     values, problems = get_config().model.to_dict(), []
     values |= {name: value for name, value in model.items() if name in values}
-    values["minkunet"] = get_config().model.minkunet.to_dict() | dict(values["minkunet"])
+    given, defaults = values["minkunet"], get_config().model.minkunet
+    values["minkunet"] = {**defaults, **given} if isinstance(given, dict | type(defaults)) else given
     settings = keys.read(StudentSettings, values, problems, "model.")
     if problems:
-        raise InputError("; ".join(problems))
+        raise InputError(keys.listed(problems))
     return settings
 
 

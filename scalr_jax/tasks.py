@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from scalr_jax.evaluation.submission import Submission
 from scalr_jax.evaluation.zero_shot import Images, zero_shot
 from scalr_jax.figures.charts import draw_confusion, draw_loss, draw_robustness
 from scalr_jax.interop.published import read_published
-from scalr_jax.interop.saved import Saved, read_saved, write_settings
+from scalr_jax.interop.saved import AGAIN, Saved, read_saved, write_settings
 from scalr_jax.interop.teacher import make_teacher
 from scalr_jax.models.backbone import CachedFeatures
 from scalr_jax.models.build import make_backbone, make_student
@@ -39,7 +38,8 @@ from scalr_jax.models.vit import ViTConfig
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime import workdir as workdirs
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.storage import flatten, write_json
+from scalr_jax.runtime.logging import read_metrics
+from scalr_jax.runtime.storage import flatten, read_json, write_json
 from scalr_jax.train import steps
 from scalr_jax.train.loop import Task, train
 from scalr_jax.train.state import TrainState, variables_of
@@ -140,11 +140,13 @@ def load_backbone(settings: Settings) -> Saved:
 
 
 def _given_intensity(workdir: Path) -> tuple[float, ...]:
-    """`data.intensity` of the run that wrote a workdir."""
+    """`data.intensity` of the run that wrote a workdir. Raises `InputError` for a damaged config.json."""
+    path = workdir / "config.json"
+    content = read_json(path, AGAIN) if path.exists() else {"data": {}}
     try:
-        return tuple(json.loads((workdir / "config.json").read_text())["data"].get("intensity", ()))
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()
+        return tuple(content["data"].get("intensity", ()))
+    except (KeyError, AttributeError, TypeError):
+        raise InputError(f"{path}: data.intensity is not that of a run; {AGAIN}") from None
 
 
 def load_segmenter(settings: Settings) -> tuple[Student, Saved]:
@@ -187,8 +189,10 @@ def distill(settings: Settings, workdir: Path) -> TrainState:
         save_settings(settings, workdir, task.student, dataset)
         state = train(settings.training, workdir, dataset, task)
         if jax.process_index() == 0:
-            lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
-            write_json(workdir / "results.json", [line for line in lines if "train/loss" in line][-1])
+            lines = [line for line in read_metrics(workdir / "metrics.jsonl") if "train/loss" in line]
+            if not lines:
+                raise InputError(f"{workdir / 'metrics.jsonl'} has no line with train/loss; {AGAIN}")
+            write_json(workdir / "results.json", lines[-1])
             draw_loss(workdir)
     return state
 
@@ -242,11 +246,12 @@ def _check_teacher(path: Path, teacher: TeacherSettings) -> None:
     files are compared by their name."""
     if not path.is_file():
         return
-    there = json.loads(path.read_text())["teacher"]
-    here = dataclasses.asdict(teacher)
+    there, here = read_json(path, AGAIN).get("teacher"), dataclasses.asdict(teacher)
+    if not (isinstance(there, dict) and isinstance(there.get("checkpoint"), str)):
+        raise InputError(f"{path}: teacher is not that of a run; {AGAIN}")
     there["checkpoint"], here["checkpoint"] = Path(there["checkpoint"]).name, Path(here["checkpoint"]).name
     keys = ("checkpoint", "feature", "position_interpolation")
-    if wrong := [f"{key} is {there[key]} there, {here[key]} here" for key in keys if there.get(key) != here[key]]:
+    if wrong := [f"{key} is {there.get(key)} there, {here[key]} here" for key in keys if there.get(key) != here[key]]:
         raise InputError(
             f"{path.parent} was distilled from another teacher than config.teacher ({'; '.join(wrong)}); give the one "
             "it was distilled from"

@@ -37,29 +37,6 @@ def test_help_says_what_the_command_does():
     assert "configs/demo.py" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((), "--config and --workdir are required"),
-        (("--config=configs/smoke.py", "--workdir=x", "--config.data.nun_workers=2"), "num_workers"),
-        (("--config=configs/no_such.py", "--workdir=x"), "configs/no_such.py is not there; give a config file"),
-        (("--config=configs/smoke.py", "--workdir=x", "--config.num_steps=many"), "num_steps"),
-        (("--config=configs/smoke.py", "--workdir=x", "again"), "unexpected arguments: again"),
-        (
-            ("--config=configs/pandaset_mini.py", "--workdir=x", "--config.data.root=/no/such"),
-            "/no/such is not a folder",
-        ),
-    ],
-)
-def test_mistakes_exit_with_2_and_one_sentence(arguments, words, tmp_path):
-    arguments = [a.replace("--workdir=x", f"--workdir={tmp_path / 'x'}") for a in arguments]
-    result = command(*arguments)
-    assert result.returncode == 2, result.stderr
-    assert words in result.stderr
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-
-
 @pytest.mark.slow
 def test_bad_labels_and_weights_exit_with_2_and_one_sentence(tmp_path):
     """A probe on a checkpoint of another width; scans without a labelled point; labels outside the map."""

@@ -77,6 +77,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.samples < 1 or arguments.runs < 1:
         raise InputError("--samples and --runs must be at least 1")
+    if arguments.soak < 0 or not 0 <= arguments.num_workers <= 1024:
+        raise InputError("--soak must be at least 0, and --num_workers from 0 to 1024")
     return arguments
 
 

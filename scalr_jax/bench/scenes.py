@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 from scalr_jax.bench.timing import positive, two_sizes
 from scalr_jax.data.packing import Capacities, add, pack_shard, sizes, stack_shards
 from scalr_jax.data.scenes import Batch, Frame, Plane, SceneNeeds, SceneView
+from scalr_jax.runtime.chips import check_room
 from scalr_jax.runtime.errors import InputError
 
 # One period of the mixture; half of it are eight scenes.
@@ -96,6 +98,9 @@ def make(arguments: argparse.Namespace) -> Scenes:
         max_points=arguments.max_points,
         image_size=arguments.image_size or (224, 448),
     )
+    rows, columns = settings.image_size
+    points = 100 * (arguments.max_points if arguments.scenes == "padded" else 1)
+    check_room(arguments.num_scenes * (3 * rows * columns + points), "a batch of such scenes", "lower --num_scenes")
     if not arguments.root:
         print("no --root: these scenes are generated, of about the sizes of real ones")
     order = list(itertools.islice(itertools.cycle(ORDER), arguments.num_scenes))
@@ -220,6 +225,6 @@ def load(path: Path) -> Scenes:
         source, names = str(arrays["source"]), tuple(str(name) for name in arrays["names"])
     except FileNotFoundError as error:
         raise InputError(f"{path} is not there; --save_batch writes it") from error
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:  # of an .npy, cut, ...
         raise InputError(f"{path} is not a batch that this version's --save_batch wrote ({error})") from error
     return Scenes(Batch(planes=planes, **fields), grids, source, names)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from scalr_jax.models import vit
 from scalr_jax.models.build import compute_dtype
 from scalr_jax.models.flops import teacher_flops
 from scalr_jax.models.vit import TEACHERS
-from scalr_jax.runtime.chips import utilisation
+from scalr_jax.runtime.chips import check_room, utilisation
 from scalr_jax.runtime.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -38,6 +38,9 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights and products")
     parser.add_argument("--runs", type=timing.positive, default=5)
     arguments = parser.parse_args(argv)
+    rows, columns = arguments.image_size
+    needed = 4 * 3 * arguments.images * rows * columns
+    check_room(needed, f"--images={arguments.images} of --image_size={rows},{columns}", "lower these")
     vit_config, params = teacher_of(arguments, arguments.image_size)
     images = jax.random.uniform(jax.random.key(1), (arguments.images, *arguments.image_size, 3))
     features = jax.jit(lambda params, images: vit.features(vit_config, params, images))

@@ -10,6 +10,7 @@ gap_closed = (b - a) / (c - a)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -29,7 +30,8 @@ from scalr_jax.figures.charts import draw_loss, read_curve
 from scalr_jax.figures.colors import cosine_similarity
 from scalr_jax.figures.pictures import Panel, draw_with_image
 from scalr_jax.models.student import Student, Variables
-from scalr_jax.runtime.storage import write_json
+from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import read_json, write_json
 from scalr_jax.train.loop import Task, train
 from scalr_jax.train.state import TrainState, variables_of
 
@@ -59,7 +61,10 @@ def run_demo(settings: Settings, workdir: Path) -> dict:
             results = results_of(evaluator.confusion(validation).sum(axis=0), dataset.class_names)
             write_json(folder / "results.json", results)
             print(f"{name}: mIoU {results['miou']:.3f}", flush=True)
-        return json.loads((folder / "results.json").read_text())
+        results = read_json(folder / "results.json", again := "remove it, and the part is evaluated again")
+        if not isinstance(results.get("miou"), float):
+            raise InputError(f"{folder / 'results.json'} holds no miou; {again}")
+        return results
 
     probe = part_settings(settings, "probe")
     results_random = segment("probe_random", probe, frozen=True, initial=random)
@@ -203,6 +208,7 @@ def _query_point(scene: SceneView, frame: Frame, car: int) -> int | None:
 def add_seconds(workdir: Path, seconds: float) -> float:
     """Seconds over all starts of the run in `workdir`, these included; kept in `seconds.json`."""
     path = workdir / "seconds.json"
-    total = seconds + (json.loads(path.read_text()) if path.exists() else 0.0)
-    write_json(path, total)
-    return total
+    with contextlib.suppress(OSError, ValueError, TypeError):  # of a file that is not there, or damaged: a new sum
+        seconds += json.loads(path.read_text())
+    write_json(path, seconds)
+    return seconds

@@ -25,7 +25,7 @@ from scalr_jax.evaluation.corruptions import Corrupted
 from scalr_jax.evaluation.report import results_by_range, results_of
 from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.storage import flatten, write_json
+from scalr_jax.runtime.storage import flatten, read_json, write_json
 
 OWN = "scalr_jax's generators"
 
@@ -112,24 +112,25 @@ def _read_baseline(given: str, wanted: Sequence[str], here: tuple) -> Baseline:
     """The baseline in another run's results, for the corruptions `wanted`. `here`: dataset, origin of the corruptions
     and severities of this run."""
     path = Path(given) / "results.json" if Path(given).is_dir() else Path(given)
-    try:
-        content = json.loads(path.read_text())
-        found, support = content["robustness"], dict(content["support"])
-        rows = {name: row["miou"] for name, row in found["corruptions"].items()}
-        saved = (found["dataset"], found["corrupted_by"], tuple(found["severities"]))
-    except OSError:
+    if not path.is_file():
         raise InputError(
             f"evaluate.baseline = {given!r} is none of auto, {', '.join(PUBLISHED)}, nor the workdir of a robustness "
             "run"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        )
+    try:
+        content = read_json(path, "evaluate.baseline needs the results of a robustness run")
+        found, support = content["robustness"], dict(content["support"])
+        rows = {name: row["miou"] for name, row in found["corruptions"].items()}
+        saved = (found["dataset"], found["corrupted_by"], tuple(found["severities"]))
+        means = {name: float(np.mean(list(row.values()))) for name, row in rows.items()}
+    except (KeyError, TypeError, AttributeError, np.exceptions.DTypePromotionError):
         raise InputError(f"{path} holds no results of task robustness, and evaluate.baseline needs some") from None
     if saved != here or any(name not in rows for name in wanted):
         raise InputError(
             f"evaluate.baseline = {given}: its scans are {', '.join(map(str, saved))} with {', '.join(rows)}, and this "
             f"run's are {', '.join(map(str, here))} with {', '.join(wanted)}; evaluate the baseline in the same way"
         )
-    return Baseline(str(given), {name: float(np.mean(list(rows[name].values()))) for name in wanted}, support)
+    return Baseline(str(given), {name: means[name] for name in wanted}, support)
 
 
 def _dataset_of(data: DataSettings) -> str:
@@ -153,7 +154,7 @@ class _Parts:
         try:
             content = json.loads(self._path(name).read_text())
             part = Part(np.array(content["confusion"], np.int64), int(content["scans"]), int(content["bad_scans"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return part if content.get("key") == self._key and part.confusion.shape == self._shape else None
 

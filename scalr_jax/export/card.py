@@ -24,23 +24,36 @@ TERMS = {
     "pandargt": "PandaSet, CC BY 4.0",
     "folder": "scans of one's own",
 }
+AGAIN = "copy the workdir again, or move this file away to leave it out"
 PUBLISHED = "weights as their authors published them; the terms are those of that release (docs/weights.md)"
 
 
 def training_of(model_path: Path) -> tuple[dict | None, dict | None]:
-    """(config, results) of the workdir `model_path`; None for what is not there. Paths are cut to their last part."""
+    """(config, results) of the workdir `model_path`; None for what is not there. Paths are cut to their last part.
+
+    Raises InputError for a file that is damaged, or of something else.
+    """
     config = _read(model_path / "config.json")
     if "export" in config:  # an export of an export
         return config.get("training"), config.get("results")
+    if config and not _is_of_a_run(config):
+        raise InputError(f"{model_path / 'config.json'} is not the config of a run; {AGAIN}")
     return _without_folders(config) or None, _read(model_path / "results.json") or None
 
 
 def _read(path: Path) -> dict:
-    """A JSON file's object; empty where it is not there or damaged."""
-    try:
-        return read_json(path, "")
-    except InputError:
-        return {}
+    """A JSON file's object; empty where it is not there. Raises InputError."""
+    return read_json(path, AGAIN) if path.exists() else {}
+
+
+def _is_of_a_run(config: Mapping) -> bool:
+    """Whether a config says what a card tells of the training."""
+    kinds: dict = {"task": str, "num_steps": int, "checkpoint": str, "data": dict, "teacher": dict}
+    if not all(isinstance(config.get(key), kind) for key, kind in kinds.items()):
+        return False
+    data, sensor_names = config["data"], config["data"].get("sensors")
+    texts = (data.get("dataset"), data.get("split"), config["teacher"].get("checkpoint"))
+    return isinstance(sensor_names, list) and all(isinstance(text, str) for text in (*texts, *sensor_names))
 
 
 def _without_folders(settings: dict) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,12 +9,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from scalr_jax.figures.pictures import save_figure
+from scalr_jax.runtime.logging import read_metrics
 
 
 def read_curve(workdir: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one key of metrics.jsonl; empty arrays when no line has it."""
-    lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if key in line]
+    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if key in line]
     return np.array([line["step"] for line in lines]), np.array([line[key] for line in lines])
 
 

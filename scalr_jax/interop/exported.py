@@ -11,11 +11,13 @@ from scalr_jax.interop.finite import check_weights
 from scalr_jax.interop.model import check_shapes, student_of
 from scalr_jax.interop.published import read_content
 from scalr_jax.interop.torch_file import read_weights_file
+from scalr_jax.models.heads import SEGMENTATION_HEADS
 from scalr_jax.runtime.checkpoint import load_weights
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import changes, read_json
 
 VERSION = 1  # of the folder's layout
+HEADS = ("distill", *SEGMENTATION_HEADS)
 FILES = {
     "torch": "model.pth",
     "safetensors": "model.safetensors",
@@ -45,7 +47,9 @@ def read_export(folder: Path) -> tuple[dict, dict]:
         content = json.loads((folder / "config.json").read_text())
         version, settings = content["export"], dict(content["settings"])
         form, head = settings["format"], settings["head"]
-        _check_settings(settings)
+        for key in ("intensity", "field_of_view", "grids", "drop_path", "dtype", "implementation"):
+            settings[key]
+        check_settings(settings)
         student_settings(settings)
         if version != VERSION:
             raise InputError(
@@ -83,15 +87,22 @@ def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
         raise InputError(f"{folder}: {', '.join(wrong[:3])}{more}; copy the folder again, or export it again")
 
 
-def _check_settings(settings: Mapping) -> None:
+def check_settings(settings: Mapping) -> None:
     """Raises KeyError or ValueError for what `Model` would stumble over later."""
-    for key in ("intensity", "field_of_view", "grids", "drop_path", "dtype", "implementation"):
-        settings[key]
+    if settings["head"] not in HEADS:
+        raise ValueError(f"head is {settings['head']!r}, and none of {', '.join(HEADS)}")
+    for key in ("out_features", "num_features"):
+        if type(settings[key]) is not int or settings[key] < 1:
+            raise ValueError(f"{key} is {settings[key]!r}")
     voxel_size, neighbors = settings["voxel_size"], settings["num_neighbors"]
     if not (isinstance(voxel_size, int | float) and 0 < voxel_size < float("inf")):
         raise ValueError(f"voxel_size is {voxel_size!r}")
     if not (isinstance(neighbors, int) and neighbors > 0):
         raise ValueError(f"num_neighbors is {neighbors!r}")
     names = settings.get("class_names") or ()
-    if names and not (isinstance(names, list) and len(names) == settings["out_features"]):
+    if names and not (
+        isinstance(names, list)
+        and len(names) == settings["out_features"]
+        and all(isinstance(name, str) for name in names)
+    ):
         raise ValueError(f"class_names are {names!r} for {settings['out_features']} classes")

@@ -17,6 +17,7 @@ from scalr_jax.models.build import make_student
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.ops.voxels import LEVELS
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.keys import listed
 
 NORM = (("scale", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("variance", "running_var"))  # ours, PyTorch's
 
@@ -110,4 +111,4 @@ def check_shapes(student: Student, num_features: int, variables: Variables, name
             if found.get(path) != expected.get(path):
                 problems.append(f"{kind}/{path} has {found.get(path, 'no value')}, needs {expected.get(path, 'none')}")
     if problems:
-        raise InputError(f"{name} does not fit its settings, nothing was loaded: {'; '.join(problems)}")
+        raise InputError(f"{name} does not fit its settings, nothing was loaded: {listed(problems)}")

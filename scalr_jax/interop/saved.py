@@ -21,14 +21,17 @@ from scalr_jax.config import DataSettings, StudentSettings
 from scalr_jax.data import sensors
 from scalr_jax.data.scenes import Dataset
 from scalr_jax.data.transforms import FEATURES
-from scalr_jax.interop.exported import is_export, read_export
+from scalr_jax.interop.exported import check_settings, is_export, read_export
 from scalr_jax.interop.finite import check_weights
+from scalr_jax.interop.model import check_shapes, student_of
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.keys import problems
 from scalr_jax.runtime.storage import read_json, write_json
 
 FILE = "settings.json"
+REQUIRED = ("name", "head", "out_features", "num_features", "voxel_size", "intensities")
 AGAIN = "copy the workdir again"
 PACKAGES = ("scalr_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -71,7 +74,20 @@ def read_saved(folder: Path) -> Saved:
         raise InputError(_without_weights(folder))
     settings, variables = _read_settings(folder / FILE), load_variables(folder / "checkpoints")
     check_weights(variables, f"the newest checkpoint in {folder}")
+    _check(folder / FILE, settings, variables)
     return Saved(settings, variables)
+
+
+def _check(path: Path, settings: Mapping[str, Any], variables: Variables) -> None:
+    """Raises `InputError` for a settings.json of wrong values, or of other weights than lie beside it."""
+    try:
+        check_settings(settings)
+        if any(problems(settings["intensities"], dict[str, tuple[float, float]])):
+            raise ValueError(f"intensities are {settings['intensities']!r}, no (mean, deviation) by sensor")
+        student = student_of(settings)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: {error}; {AGAIN}") from None
+    check_shapes(student, settings["num_features"], variables, str(path))
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -82,7 +98,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
             "again with this --workdir, which writes it (a run that was finished trains no further)"
         )
     settings = read_json(path, AGAIN)
-    if missing := [key for key in ("name", "head", "out_features", "voxel_size", "intensities") if key not in settings]:
+    if missing := [
+        key
+        for key in ("name", "head", "out_features", "num_features", "voxel_size", "intensities")
+        if key not in settings
+    ]:
         raise InputError(f"{path} lacks {', '.join(missing)}; {AGAIN}")
     return settings
 

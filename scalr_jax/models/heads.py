@@ -12,6 +12,8 @@ from scalr_jax.models.layers import BatchNorm, Linear
 
 Array = jax.Array
 
+SEGMENTATION_HEADS = ("segment", "mlp", "linear")
+
 
 class DistillationHead(nn.Module):
     """To the teacher's width: one linear layer (`hidden` 0, ScaLR) or linear, ReLU, linear (ScaLR+, hidden 2048)."""

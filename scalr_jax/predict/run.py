@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 import zlib
@@ -135,9 +136,9 @@ def choose_outputs(scans: list[Path]) -> tuple[dict[Path, list[Path]], Path | No
     else:
         formats = formats or ["npz"]
         chosen = {scan: [output / f"{scan_inputs.stem(scan)}.{name}" for name in formats] for scan in scans}
-    inputs = {scan.resolve() for scan in scans}
+    inputs = {os.path.realpath(scan) for scan in scans}  # a link to itself stays what it is
     for path in (path for paths in chosen.values() for path in paths):
-        if path.resolve() in inputs:
+        if os.path.realpath(path) in inputs:
             raise InputError(f"{path} is an input and would be overwritten; give another --output")
     check_writable(next(iter(chosen.values()))[0])
     return chosen, output if many else None

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +63,7 @@ def claimed(folder: Path, settings: dict) -> Iterator[dict[str, Part]]:
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if there and not {SETTINGS, MANIFEST, LOCK} & set(there):
         raise InputError(f"{folder} is not empty (it has {there[0]}) and was not begun by prepare; give a new --output")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK, "wait for it or stop it"):
         finished = _finished(folder, settings)
@@ -73,19 +74,21 @@ def claimed(folder: Path, settings: dict) -> Iterator[dict[str, Part]]:
         try:
             yield finished
         except BaseException:
-            _leave(folder)
+            _leave(folder, made)
             raise
 
 
-def _leave(folder: Path) -> None:
-    """Of a run that failed before it finished a shard nothing stays, so that other settings may be tried."""
+def _leave(folder: Path, made: Sequence[Path]) -> None:
+    """Of a run that failed before it finished a shard nothing stays, so that other settings may be tried; nor do the
+    folders that it `made`."""
     if records.is_prepared(folder) or any((folder / PARTS).iterdir()):
         return
     (folder / PARTS).rmdir()
     for name in (SETTINGS, LOCK):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # something else is in it
-        folder.rmdir()
+        for path in (folder, *made[1:]):
+            path.rmdir()
 
 
 def _finished(folder: Path, settings: dict) -> dict[str, Part]:

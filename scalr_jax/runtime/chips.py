@@ -100,7 +100,7 @@ def parse_topology(name: str) -> Topology:
     """Raises `InputError` that lists the known chips."""
     kind, _, sizes = name.partition(":")
     known = "; ".join(f"{kind}: {chip.examples}" for kind, chip in CHIPS.items())
-    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})*", sizes):
         raise InputError(
             f"--topology={name} is not CHIP:AxBxC with a known chip and its chips along each axis ({known})"
         )

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import json_text, written_whole
 
 PROGRESS_SECONDS = 3.0
@@ -38,6 +39,29 @@ class Progress:
         self._done += 1
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, but for the half one that a killed process may have left at the end.
+
+    Raises `InputError`, which names the line, for one that is no JSON object with a whole number as its step.
+    """
+    try:
+        texts = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); move it away, or copy the workdir again") from error
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            if number == len(texts):
+                break
+            line = None
+        if not isinstance(line, dict) or type(line.get("step", 0)) is not int:
+            raise InputError(f"{path}: line {number} is no JSON object with a whole step; remove the line")
+        lines.append(line)
+    return lines
+
+
 class MetricWriter:
     """Appends to `workdir/metrics.jsonl`; `active=False` (all processes but one) writes nothing."""
 
@@ -57,10 +81,7 @@ class MetricWriter:
         self._started, self._first_step = time.monotonic(), step
         if not self._active:
             return
-        lines = []
-        for text in self._path.read_text().splitlines() if self._path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # a killed process may have left half a line
-                lines.append(json.loads(text))
+        lines = read_metrics(self._path) if self._path.exists() else []
         kept = [line for line in lines if line.get("step", 0) <= step] + [{"event": "resume", "step": step}]
         with written_whole(self._path) as file:
             file.write("".join(json_text(line) + "\n" for line in kept).encode())

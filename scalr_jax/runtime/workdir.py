@@ -13,16 +13,11 @@ import jax
 from scalr_jax.runtime import distributed
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.keys import Row
+from scalr_jax.runtime.logging import read_metrics
 from scalr_jax.runtime.storage import PARTIAL, differences, flatten, locked, read_json, write_json
 
 SETTINGS = ("config.json", "settings.json")
-BEFORE_A_STEP = (
-    "lock",
-    "streets",
-    "instances",
-    "features",
-    "tensorboard",
-)  # what lies in a workdir before the first step
+BEFORE_A_STEP = ("lock", "streets", "instances", "features", "tensorboard")  # what may lie there before the first step
 
 
 @contextlib.contextmanager
@@ -43,10 +38,13 @@ def claim(workdir: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> Iter
     path = workdir / "config.json"
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
-            if workdir.exists() and not workdir.is_dir():
-                raise InputError(f"{workdir} is a file; give a folder as --workdir")
+            for place in (workdir, workdir / "checkpoints"):
+                if place.exists() and not place.is_dir():
+                    raise InputError(f"{place} is a file, and a folder was expected; give another --workdir")
             if _begun(workdir):
                 _compare(path, record, keys)
+                if (metrics := workdir / "metrics.jsonl").exists():
+                    read_metrics(metrics)
             made = not workdir.exists()
             workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_removed_if_empty(workdir, made))
@@ -114,6 +112,11 @@ def _is_ours(path: Path) -> bool:
 def _compare(path: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> None:
     """Raises `InputError` with every difference. Keys missing from an older config.json count as their defaults."""
     if not path.exists():
+        if found := [name for name in ("metrics.jsonl", "checkpoints") if (path.parent / name).exists()]:
+            raise InputError(
+                f"{path} is missing, and {' and '.join(found)} beside it are of a run; copy the workdir again, or use "
+                "another --workdir"
+            )
         return
     saved = flatten(read_json(path, "use another --workdir, or remove it"))
     saved = json.loads(json.dumps({row.name: row.default for row in keys})) | saved

@@ -35,7 +35,6 @@ Exit codes: 0 done; 2 bad arguments or input, or no space (one sentence on stder
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +53,7 @@ from scalr_jax.figures.colors import choose_queries, color_by_axes, cosine_simil
 from scalr_jax.figures.pictures import Panel, draw_panels, draw_predictions, draw_with_image
 from scalr_jax.runtime import command_line
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.storage import check_writable
+from scalr_jax.runtime.storage import check_writable, read_json
 from scalr_jax.visualize.viewer import MAX_POINTS, write_viewer
 
 if TYPE_CHECKING:
@@ -227,9 +226,16 @@ def _streets(root: Path, sensors: tuple[str, ...], size: tuple[int, int], seed: 
 
 def _run_config(workdir: Path) -> dict:
     try:
-        config = json.loads((workdir / "config.json").read_text())
-        return {"data": dict(config["data"]), "seed": int(config["seed"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        config = read_json(workdir / "config.json", "")
+        data, seed = config["data"], config["seed"]
+        texts = [data["dataset"], data["root"], *data["sensors"]]
+        rows, columns = data["image_size"]
+        if not (all(isinstance(text, str) for text in texts) and {*map(type, (rows, columns, seed))} == {int}):
+            raise ValueError
+        if not (texts[2:] and rows > 0 and columns > 0):
+            raise ValueError
+        return {"data": data, "seed": seed}
+    except (ValueError, KeyError, TypeError):
         raise InputError(
             f"{workdir} is not the workdir of a run, which would say its dataset; give --input=SCAN, or --dataset, "
             "--root and --index"

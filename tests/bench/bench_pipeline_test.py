@@ -6,7 +6,6 @@ import pytest
 from scalr_jax.bench import pipeline as bench_pipeline
 from scalr_jax.data import transforms
 from scalr_jax.data.scenes import Frame, SceneNeeds
-from scalr_jax.runtime.errors import InputError
 from tests.support import raw_datasets as raw
 from tests.support.checks import present
 
@@ -81,17 +80,3 @@ def test_the_soak_run_watches_every_process(kitti):
     assert line["samples"] >= 20
     assert set(line["resident_mib"]) == {"parent", "worker 0"}
     assert all(value > 10 for value in line["resident_mib"].values())
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (["--image_size=28"], "not two numbers"),
-        (["--image_size=0,28"], "must be positive"),
-        (["--samples=0"], "at least 1"),
-        (["--dataset=kitty"], "none of"),
-    ],
-)
-def test_arguments_that_cannot_be_meant(kitti, changes, message):
-    with pytest.raises(InputError, match=message):
-        bench_pipeline.main(["--dataset=semantic_kitti", f"--root={kitti}", *changes])

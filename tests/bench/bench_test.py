@@ -113,37 +113,6 @@ def test_what_the_published_student_is_given_are_the_same_scenes(batch_file):
         np.testing.assert_array_equal(*cells)
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["nothing"], "there is no bench 'nothing'"),
-        (["published", "--clone=absent"], "absent holds no waffleiron/segmenter.py"),
-        (["published"], "--clone"),
-        (["student", "--channels=0"], "'0' is not a number from 1"),
-        (["student", "--scenes=many"], "invalid choice: 'many'"),
-        (["student", "--batch=absent.npz"], "absent.npz is not there"),
-        (["student", f"--batch={__file__}"], "is not a batch"),
-        (["student", "--batch=x.npz", "--scenes=padded"], "already holds packed scenes"),
-        (["student", "--root=absent"], "absent"),
-        (["student", "--unknown=1"], "unrecognized arguments"),
-        (["student", "--compile=12"], "is not two depths"),
-        (["teacher", "--image_size=28"], "is not rows,columns"),
-        (["teacher", "--image_size=30,30"], "14-pixel patches"),
-        (["step", "--drop_path=2"], ""),
-    ],
-)
-def test_mistakes_are_one_sentence(capsys, argv, said, batch_file):
-    if argv[0] == "step":
-        argv = [*argv, f"--batch={batch_file}", "--teacher=demo"]
-    with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert error.startswith("scalr_jax: error: ")
-    assert len(error.splitlines()) == 1
-    assert said in error
-
-
 @pytest.mark.parametrize("name", [[], ["student"], ["step"], ["teacher"]])
 def test_help_has_an_example(capsys, name):
     with pytest.raises(SystemExit) as stopped:

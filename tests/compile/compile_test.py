@@ -80,24 +80,6 @@ def test_teachers_are_known_by_name_width_and_file():
         abstract.teacher_shapes((224, 450), TEACHERS["vitl14"])
 
 
-@CONFIG_FILES
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--topology=v9:2x2"], r"--topology=v9:2x2 is not .*v4: 2x2x1.*tpu7x"),
-        (["--topology=v5p:8x8"], "v5p is a torus of 3 axes"),
-        (["--topology=v5e:4x0"], "not CHIP:AxBxC"),
-        (["--slices=2"], "--config and --topology are required"),
-        (["--topology=v5e:2x2", "--slices=0"], "--slices=0 must be 1 or more"),
-        (["--topology=v5e:2x2", "left.over"], "unexpected arguments: left.over"),
-        (["--topology=v5e:2x2", "--slizes=2"], "slizes"),
-    ],
-)
-def test_bad_arguments_are_named(arguments, message):
-    with pytest.raises(InputError, match=message):
-        compile.run(["compile", f"--config={ROOT}/configs/smoke.py", *arguments])
-
-
 def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'scalr_jax\[tpu\]'"):

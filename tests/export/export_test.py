@@ -343,31 +343,6 @@ def fails(capsys, match, *arguments):
     assert_one_sentence(capsys.readouterr().err, match)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ((), "--model, --format and --output are required"),
-        (
-            ("--model=/no/such.pth", "--format=torch", "--output=OUT", "--sensor=nuscenes"),
-            "/no/such.pth does not exist",
-        ),
-        (("--model=RUN", "--format=keras", "--output=OUT"), "torch|safetensors|stablehlo|onnx|orbax"),
-        (("--model=RUN", "--format=onnx", "--output=OUT.onnx"), "the folder that will hold model.onnx"),
-        (("--model=RUN", "--format=onnx", "--output=OUT", "again"), "unexpected arguments: again"),
-        (("--model=RUN", "--format=onnx", "--output=OUT", "--grids=3,4"), "must be 6 numbers"),
-        (("--model=RUN", "--format=onnx", "--output=RUN"), "--overwrite"),
-        (("--model=RUN", "--format=onnx", "--output=RUN", "--overwrite"), "exported"),
-        (("--model=RUN", "--format=torch", "--output=RUN/config.json/a"), "config.json"),
-    ],
-)
-def test_mistakes_are_one_sentence(workdir, tmp_path, capsys, arguments, match):
-    before = sorted(workdir.rglob("*"))
-    words = [text.replace("RUN", str(workdir)).replace("OUT", str(tmp_path / "out")) for text in arguments]
-    fails(capsys, match, *words)
-    assert list(tmp_path.iterdir()) == []
-    assert sorted(workdir.rglob("*")) == before
-
-
 @pytest.mark.parametrize(("form", "package"), [("onnx", "onnxruntime"), ("stablehlo", "flatbuffers")])
 def test_a_missing_or_wrong_package_names_its_extra(workdir, tmp_path, capsys, monkeypatch, form, package):
     arguments = f"--model={workdir}", f"--format={form}", f"--output={tmp_path}/a"

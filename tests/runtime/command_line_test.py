@@ -2,7 +2,6 @@
 
 import errno
 import importlib
-from pathlib import Path
 
 import pytest
 from absl import flags
@@ -79,19 +78,6 @@ def test_flags_are_those_of_the_last_call():
     assert values.output is None
     with pytest.raises(InputError, match=r"--place and --output .* like this"):
         require(values, "place", "output", example="like this")
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how ml_collections loads configs
-def test_a_config_that_cannot_be_loaded_is_named(tmp_path, capsys):
-    """Once it is not there, once it raises an error of ours while it is read."""
-    bad = tmp_path / "bad.py"
-    bad.write_text("from scalr_jax.runtime.errors import InputError\nraise InputError('key = 3 is too many')\n")
-    command = importlib.import_module("scalr_jax.compile.run")
-    for path, words in ((Path("none.py"), "none.py"), (bad, "error: key = 3 is too many")):
-        with pytest.raises(SystemExit) as stopped:
-            command.main(["compile", f"--config={path}", "--topology=v5e:2x2"])
-        assert stopped.value.code == 2
-        assert words in ended(capsys)
 
 
 @pytest.mark.parametrize(

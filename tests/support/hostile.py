@@ -28,7 +28,9 @@ from tests.support.paths import ROOT
 
 PREFIX = "scalr_jax: error: "
 LONGEST = 900  # characters of a sentence
-PROGRESS = re.compile(r".*\d+%\|.*|\s*|warning: .*|bad scan, left out: .*")  # what else may be on stderr
+PROGRESS = re.compile(
+    r".*\d+%\|.*|.*\[\d\d:\d\d.*\]|\s*|warning: .*|bad scan, left out: .*"
+)  # what else may be on stderr
 KEPT = ("*lock", "*.lock", ".*.lock")  # lock files stay, for removing one would let two runs in
 
 

@@ -1,7 +1,6 @@
 """Correlation and colours obey their laws; every picture is there, of any scan that is read."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -207,15 +206,6 @@ def test_pixels_lie_where_the_calibration_says(streets, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ command
 
 
-def sentence_of(capsys, *arguments):
-    with pytest.raises(SystemExit) as ended:
-        visualize.main(["visualize", *map(str, arguments)])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("scalr_jax: error: ")]
-    assert ended.value.code == 2
-    assert len(lines) == 1
-    return lines[0]
-
-
 @pytest.mark.slow
 def test_a_frame_of_the_run_itself(street_cache, tmp_path, capsys):
     """A workdir says which streets it was trained on; one of validation is drawn, image and labels included."""
@@ -228,40 +218,6 @@ def test_a_frame_of_the_run_itself(street_cache, tmp_path, capsys):
     layout = read_viewer(tmp_path / "out" / "viewer.html")["layout"]
     assert layout["title"]["text"].startswith("features of streets/validation/1")
     assert layout["updatemenus"][0]["buttons"][-1]["label"] == "label"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--output="], "--model and --output are required"),
-        (["--model=none.pth"], "none.pth does not exist"),
-        (["--query=nan,1,2"], "--query=nan,1,2 must be 3 numbers"),
-        ([], "is not the workdir of a run, which would say its dataset"),
-        (["--input=none.npy"], "none.npy: unreadable .npy file|none.npy: no such file|cannot be read"),
-        (["--input=nan.npy"], "nan.npy: 50 of 50 points are NaN or infinite"),
-        (["--input=folder"], "folder is a folder; give one scan of it"),
-        (["--input=scan.npy", "--dataset=nuscenes"], "--input and --dataset both say"),
-        (["--input=scan.npy", "--image=a.jpg"], "--image, --calibration and --input belong together"),
-        (["--input=scan.npy", "--image=a.jpg", "--calibration=c.json"], "c.json: cannot be read"),
-        (["--input=scan.npy", "--query=1,2"], "--query=1,2 must be 3 numbers"),
-        (["--input=scan.npy", "--output=scan.npy/x"], "is no folder, or a read-only one"),
-        (["--dataset=nuscenes"], "--root is required"),
-        (["--dataset=kitti", "--root=folder"], "dataset='kitti' is not one of"),
-        (["--dataset=pandaset", "--root=folder"], "no scene with a folder lidar"),
-        (["--dataset=streets", "--index=-1"], "frames are numbered from 0"),
-        (["--num_queries=0"], "--num_queries=0: 0 is not an integer in the range"),
-    ],
-)
-def test_one_sentence_for_what_is_wrong(tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    np.save("scan.npy", random_features(50, 4))
-    np.save("nan.npy", np.full((50, 4), np.nan))
-    path, _ = load(tmp_path, "distill", 6)
-    text = sentence_of(capsys, f"--model={path}", "--sensor=nuscenes", "--cache=none", "--output=out", *flags)
-    assert re.search(message, text), text
-    assert not (tmp_path / "out").exists()
 
 
 def test_help_has_examples(capsys):

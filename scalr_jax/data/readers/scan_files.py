@@ -63,7 +63,7 @@ def read_scan(path: str | Path, *, columns: int | None = None) -> Scan:
 def load_array(path: Path) -> np.ndarray:
     """A .npy file's array, mapped. Raises BadFrameError."""
     try:
-        with files.NUMPY_LOAD:
+        with files.NUMPY_LOAD, np.errstate(over="ignore"):  # of a shape that no memory holds
             array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that lies allocates nothing
     except files.UNREADABLE_ARRAYS as error:
         raise BadFrameError(f"{path}: unreadable .npy file ({reason(error, path)}); {AGAIN}.") from error
