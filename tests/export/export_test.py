@@ -438,7 +438,7 @@ def changed(folder, tmp_path, **settings):
         ("safetensors", {"class_names": ["car"]}, r"class_names are \['car'\] for 7 classes"),
         ("safetensors", {"grids": [[0, 1]]}, mentions("other", "config.json", "grids")),
         ("safetensors", {"activation": "tanh"}, mentions("activation", "tanh")),
-        ("orbax", {"channels": 16}, mentions("params/head/kernel", (8, 7), (16, 7))),
+        ("orbax", {"channels": 16}, mentions("params/backbone", (1, 8), (1, 16))),
         ("orbax", {"depth": 6}, "settings"),
         ("orbax", {"depth": "deep"}, "config.json"),
     ],

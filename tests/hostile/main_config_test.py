@@ -262,7 +262,6 @@ KEYS = [
     keys("data.augmentation=nope"),
     keys("data.dataset=nuscenes+waymo", "data.dataset", "waymo"),
     keys("data.intensity=('a','b')"),
-    keys("data.frames=('first',)"),
     keys("data.label_fraction=0.0"),
     keys("data.cutmix_ground=('road',)"),
     keys("model.drop_path=-0.5"),
