@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-FAST: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
+FAST: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+if jax.__version_info__ < (0, 11):
+    FAST["xla_cpu_use_fusion_emitters"] = False  # an option that later ones do not have
 plain_jit = jax.jit
 
 
