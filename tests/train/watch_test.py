@@ -140,7 +140,8 @@ class Plain(nn.Module):
         return nn.Dense(2, name="head")(batch.feats)
 
 
-def finetune(dataset, workdir, **changes):
+def finetune(dataset, workdir, *, metrics="", **changes):
+    """`metrics`: what a run that was killed before it saved has left in metrics.jsonl."""
     config = config_of("smoke")
     config.update(task="finetune", num_steps=40, log_every_steps=5, checkpoint_every_steps=10)
     config.data.update(points_per_shard=128, scenes_per_shard=2, scenes_per_step=2, num_workers=0, max_points=60)
@@ -149,6 +150,8 @@ def finetune(dataset, workdir, **changes):
     student: Any = Plain()
     step = partial(steps.make_segment_step, student, seed=0, batch_size=2, trainable=None)
     with tasks.claimed(settings, workdir):
+        if metrics:
+            (workdir / "metrics.jsonl").write_text(metrics)
         return train(settings.training, workdir, dataset, Task("tiny", "segment", student, None, step, num_classes=2))
 
 
@@ -174,8 +177,7 @@ def test_a_run_that_learned_nothing_is_refused_also_when_it_is_started_again(one
 
 
 def test_some_wild_scans_are_skipped_and_counted(one_device, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "train/loss": 1.0}\n')  # of a run killed before it saved
-    state = finetune(Wild(tame=5), tmp_path, num_steps=12)
+    state = finetune(Wild(tame=5), tmp_path, metrics='{"step": 5, "train/loss": 1.0}\n', num_steps=12)
     logged = lines(tmp_path)
     assert [line["step"] for line in logged] == [5, 10, 12]
     assert 0 < sum(line["train/skipped_steps"] for line in logged) < 12
