@@ -113,7 +113,7 @@ def num_classes_of(settings: Settings, dataset: Dataset) -> int:
 
 
 def load_backbone(settings: Settings) -> Saved:
-    """`config.checkpoint`: a workdir's newest checkpoint, an exported folder, or a published file.
+    """`config.checkpoint`: a workdir's newest checkpoint, or a published file.
 
     Raises `InputError` when it is none of these, and with every setting in which it differs from the config.
     """

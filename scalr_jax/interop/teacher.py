@@ -45,6 +45,8 @@ def make_teacher(settings: TeacherSettings, image_size: tuple[int, int], platfor
             "DINOv2 project's release page (docs/weights.md) and give its path, --config.teacher.checkpoint=PATH, or "
             "take the small packaged teacher, --config.teacher.checkpoint=demo"
         )
+    if settings.num_heads not in (None, heads := vit_config.num_heads):
+        raise InputError(f"teacher.num_heads = {settings.num_heads}, and {checkpoint} has {heads}; leave it out")
     if settings.position_interpolation != "auto":
         vit_config = dataclasses.replace(vit_config, position_interpolation=settings.position_interpolation)
     patch = vit_config.patch_size
