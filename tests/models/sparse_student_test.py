@@ -28,7 +28,7 @@ from scalr_jax.train import optim
 from tests.support.checks import mentions
 from tests.support.fast import FAST
 from tests.support.random_scenes import FIELD_OF_VIEW
-from tests.support.runs import distill, losses, open_split, scene_settings, small_config
+from tests.support.runs import distill, losses, on_one_device, open_split, scene_settings, small_config
 
 pytestmark = pytest.mark.usefixtures("fast_programs")
 
@@ -133,11 +133,12 @@ def run(street_cache, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_distilled_probed_and_loaded(run, street_cache, tmp_path):
+def test_distilled_probed_and_loaded(run, street_cache, tmp_path, monkeypatch):
     workdir, state = run
+    on_one_device(monkeypatch)
     assert np.isfinite(list(losses(workdir).values())).all()
     config = small_config(street_cache, **NARROW, task="probe", checkpoint=str(workdir), num_steps=2)
-    config.data.points_per_shard = 16_384
+    config.mesh.data, config.data.points_per_shard = 1, 16_384
     results = tasks.probe(read_settings(config), tmp_path)
     assert 0 <= results["miou"] <= 1
     probed = load_variables(tmp_path / "checkpoints")
@@ -163,11 +164,12 @@ def test_the_same_run_twice_is_bit_identical(run, street_cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_finetuned_with_layer_decay(run, street_cache, tmp_path):
+def test_finetuned_with_layer_decay(run, street_cache, tmp_path, monkeypatch):
     """How far AdamW goes, by formula and by layer. The head begins at zero, so the backbone's first gradient is that of
     the second step, when its moments are (1 - beta1) g and (1 - beta2) g^2, over 1 - beta1^2 and 1 - beta2^2."""
+    on_one_device(monkeypatch)
     config = small_config(street_cache, **NARROW, task="finetune", checkpoint=str(run[0]), num_steps=2)
-    config.data.points_per_shard = 16_384
+    config.mesh.data, config.data.points_per_shard = 1, 16_384
     config.optimizer.update(layer_decay=0.5, weight_decay=0.0, schedule="constant", warmup_share=0.0)
     config.optimizer.learning_rate = 1e-2
     results = tasks.finetune(read_settings(config), tmp_path)
