@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.keys import problems
+from scalr_jax.runtime.keys import listed, problems
 from scalr_jax.runtime.storage import read_json
 
 MANIFEST = "records.json"  # written last: a folder that has it is complete
@@ -87,8 +87,7 @@ def read_part(path: Path, remedy: str) -> Part:
 
 def _refuse(path: Path, wrong: list[str], remedy: str) -> None:
     if wrong:
-        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise InputError(f"{path} is damaged: {'; '.join(wrong[:SHOWN])}{more}; {remedy}")
+        raise InputError(f"{path} is damaged: {listed(wrong, SHOWN)}; {remedy}")
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:

@@ -83,8 +83,7 @@ def read_export(folder: Path) -> tuple[dict, dict]:
 def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
     """Raises InputError unless the files that were exported (none in folders from before "files") are there as then."""
     if wrong := changes(folder, expected):
-        more = f" (and {len(wrong) - 3} more files)" if len(wrong) > 3 else ""
-        raise InputError(f"{folder}: {', '.join(wrong[:3])}{more}; copy the folder again, or export it again")
+        raise InputError(f"{folder}: {wrong}; copy the folder again, or export it again")
 
 
 def check_settings(settings: Mapping) -> None:

@@ -98,11 +98,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
             "again with this --workdir, which writes it (a run that was finished trains no further)"
         )
     settings = read_json(path, AGAIN)
-    if missing := [
-        key
-        for key in ("name", "head", "out_features", "num_features", "voxel_size", "intensities")
-        if key not in settings
-    ]:
+    if missing := [key for key in REQUIRED if key not in settings]:
         raise InputError(f"{path} lacks {', '.join(missing)}; {AGAIN}")
     return settings
 

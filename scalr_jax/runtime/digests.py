@@ -26,9 +26,8 @@ def seal(folder: Path, but: Collection[str] = ()) -> None:
 def damage(folder: Path) -> str:
     """What is not as it was sealed, "" when nothing is."""
     try:
-        wrong = changes(folder, read_json(folder / FILE, "")) if is_sealed(folder) else [f"{FILE} is missing"]
+        return changes(folder, read_json(folder / FILE, "")) if is_sealed(folder) else f"{FILE} is missing"
     except InputError:
         return f"{FILE} is damaged"
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
-    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more files" if len(wrong) > 3 else "")

@@ -148,10 +148,10 @@ def _shown(value: object) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
-def listed(problems: Sequence[str]) -> str:
+def listed(problems: Sequence[str], most: int = MOST) -> str:
     """Problems in one line, the first ones of many."""
-    more = f"; and {len(problems) - MOST} more" if len(problems) > MOST else ""
-    return "; ".join(problems[:MOST]) + more
+    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
 
 
 def _takes(hint: Any, allowed: Allowed) -> str:

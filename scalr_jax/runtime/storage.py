@@ -166,12 +166,13 @@ def checksums(folder: Path, but: Collection[str] = ()) -> dict[str, str]:
     return {name: checksum(path) for name, path in files.items() if name not in but}
 
 
-def changes(folder: Path, expected: Mapping[str, Any]) -> list[str]:
-    """The files of `folder` that are not as their SHA-256 in `expected`: "NAME is missing" or "NAME is damaged or was
-    changed". Other files may be there."""
+def changes(folder: Path, expected: Mapping[str, Any]) -> str:
+    """The first three files of `folder` that are not as their SHA-256 in `expected`, as "NAME is missing" or "NAME is
+    damaged or was changed", and how many more; "" when all are. Other files may be there."""
     missing = [name for name in expected if not (folder / name).is_file()]
     changed = [name for name in expected if name not in missing and checksum(folder / name) != expected[name]]
-    return [f"{name} is missing" for name in missing] + [f"{name} is damaged or was changed" for name in changed]
+    wrong = [f"{name} is missing" for name in missing] + [f"{name} is damaged or was changed" for name in changed]
+    return ", ".join(wrong[:3]) + (f" (and {len(wrong) - 3} more files)" if len(wrong) > 3 else "")
 
 
 def differences(

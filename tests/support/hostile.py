@@ -43,7 +43,6 @@ class Row(NamedTuple):
     uses: tuple[str, ...] = ()  # things that are copied into the folder
     damage: Callable[[Path], object] | None = None  # of the folder, before the command runs
     leaves: tuple[str, ...] = ()  # patterns of files that may be new or changed
-    xfail: str = ""
 
 
 class Outcome(NamedTuple):
@@ -56,8 +55,7 @@ class Outcome(NamedTuple):
 
 def rows_of(*tables: list[Row]) -> list[Any]:
     """The rows as parameters of `pytest.mark.parametrize("row", ...)`."""
-    marks = lambda row: [pytest.mark.xfail(strict=True, reason=row.xfail)] if row.xfail else []  # noqa: E731
-    return [pytest.param(row, id=row.name, marks=marks(row)) for table in tables for row in table]
+    return [pytest.param(row, id=row.name) for table in tables for row in table]
 
 
 def content(folder: Path) -> dict[str, str]:
