@@ -23,10 +23,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scalr_jax.bench.run import report
 from scalr_jax.bench.timing import Parser
 from scalr_jax.data.scenes import Plane
-from scalr_jax.models.layers import per_shard
 from scalr_jax.ops import cell_conv, cells, windows
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.chips import tpu_devices
+from scalr_jax.runtime.sharding import per_shard
 
 Array = jax.Array
 

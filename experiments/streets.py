@@ -39,13 +39,13 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from scalr_jax.config import read_settings
 from scalr_jax.demo.run import add_seconds, part_settings
 from scalr_jax.interop.teacher import ASSET
 from scalr_jax.main import run as run_task
 from scalr_jax.runtime.command_line import exit_codes, use_cache
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import write_json
+from scalr_jax.settings import read_settings
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no types
 

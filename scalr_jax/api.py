@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from scalr_jax.config import get_config, student_settings
+from scalr_jax.config import get_config
 from scalr_jax.data import sensors
 from scalr_jax.data.packing import pack_shard, static_capacities
 from scalr_jax.data.scan_checks import check_scan
@@ -32,6 +32,7 @@ from scalr_jax.models.build import make_student
 from scalr_jax.models.heads import SEGMENTATION_HEADS
 from scalr_jax.models.student import Variables
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.settings import student_settings
 
 MODELS = "a workdir of distill, probe or finetune, an exported folder, or a published .pth or .safetensors"
 
@@ -166,7 +167,8 @@ def _load_published(path: Path, sensor: str | None, given: Mapping, activation: 
     found, known = read_published(path), ", ".join(sensors.INTENSITY)
     model, defaults = found.model_with(activation, str(path)), get_config()
     settings = {**defaults.model.to_dict(), "voxel_size": defaults.data.voxel_size, **model, **found.data}
-    settings["minkunet"] = {**defaults.model.minkunet.to_dict(), **model.get("minkunet", {})}
+    for part in ("minkunet", "vavit"):
+        settings[part] = {**defaults.model[part].to_dict(), **model.get(part, {})}
     missing = [name for name in ("intensity", "field_of_view", "grids") if name in found.unsaid and name not in given]
     if sensor is None and missing:
         arguments = ", ".join(f"{name}=" for name in missing)

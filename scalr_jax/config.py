@@ -1,6 +1,6 @@
 """The one table of config keys: type, default, what is allowed, meaning, and whether a run may change it on resume.
 
-A config file starts from `get_config()` and sets what differs; `read_settings` checks the whole config at once, before
+A config file starts from `get_config()` and sets what differs; `settings.py` checks the whole config at once, before
 data or devices are touched, and makes the frozen settings that travel through the code. `python -m scalr_jax.main
 --help` and docs/config.md print the table. Keys that are shares (`warmup_share`, ...) are fractions of the whole
 schedule, so that shortening a run keeps its shape.
@@ -9,17 +9,11 @@ schedule, so that shortening a run keeps its shape.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
 from scalr_jax.runtime import keys
-from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.keys import key
-
-if TYPE_CHECKING:  # reading settings, as a bench of a saved batch does, needs no config library
-    from ml_collections import ConfigDict
 
 TASKS = ("distill", "probe", "finetune", "evaluate", "robustness", "demo", "teacher")
 DATASETS = ("streets", "pandaset", "pandar64", "pandargt", "nuscenes", "semantic_kitti", "folder")
@@ -27,6 +21,7 @@ MERGED = ("nuscenes", "semantic_kitti", "pandar64", "pandargt")  # what `data.da
 SENSORS = ("beams32", "beams64", "solid", "pandar64", "pandargt")
 AUGMENTATIONS = ("published", "consistent", "none")
 BACKBONES = ("waffleiron", "minkunet14", "minkunet18", "minkunet34")
+BACKBONES += ("vavit_tiny", "vavit_s", "vavit_b", "vavit_l", "vavit_g")
 CORRUPTIONS: tuple[str, ...] = ("fog", "wet_ground", "snow", "motion_blur", "beam_missing", "crosstalk")
 CORRUPTIONS += ("incomplete_echo", "cross_sensor")
 SEVERITIES = ("light", "moderate", "heavy")
@@ -89,6 +84,7 @@ class DataSettings:
     halo_per_shard: tuple[int, ...] = key((), "halo, a plane; (): likewise", **TABLE)
     voxels_per_shard: tuple[int, ...] = key((), "minkunet: voxels, a level; (): likewise", **TABLE)
     pairs_per_shard: tuple[int, ...] = key((), "minkunet: neighbours, a level; (): likewise", **TABLE)
+    pillars_per_shard: tuple[int, ...] = key((), "vavit: occupied pillars, one number; (): likewise", **TABLE)
     num_workers: int = key(2, "data workers of each process", low=0, high=1024, resume=True, local=True)
     prefetch: int = key(2, "packs made ahead", low=0, high=1024, resume=True, local=True)
 
@@ -104,8 +100,25 @@ class MinkunetSettings:
 
 
 @dataclass(frozen=True)
+class VavitSettings:
+    """`config.model.vavit`. 0: what `model.name` stands for (docs/design.md)."""
+
+    width: int = key(0, "channels of a pillar", low=0, high=16_384)
+    depth: int = key(0, "blocks", low=0, high=1024)
+    num_heads: int = key(0, "attention heads, each of a multiple of 4 channels", low=0, high=1024)
+    hidden: int = key(0, "channels inside the MLP", low=0, high=65_536)
+    point_hidden: int = key(0, "channels inside the point layers", low=0, high=16_384)
+    point_depth: int = key(4, "point layers", low=1, high=64)
+    merge_hidden: int = key(0, "of a point and of its pillar, where they are merged", low=0, high=16_384)
+    channels: int = key(0, "features of a point, after the merge", low=0, high=16_384)
+    pillar_size: float = key(0.5, "metres", low=0.05, high=100)
+    padding_tokens: str = key("none", "published: scenes of a shard are filled up", choices=("none", "published"))
+
+
+@dataclass(frozen=True)
 class StudentSettings:
-    """`config.model`. A MinkUNet uses name, field_of_view, heads, dtype and `minkunet`, and nothing else."""
+    """`config.model`. A MinkUNet uses name, field_of_view, heads, dtype and `minkunet`, and nothing else; a VaViT these
+    with `vavit` for `minkunet`, and num_neighbors, drop_path, remat."""
 
     name: str = key("waffleiron", "the backbone", choices=BACKBONES)
     channels: int = key(768, "features of a point", low=1, high=16_384)
@@ -126,6 +139,7 @@ class StudentSettings:
     remat: str = key("none", "computed again in the backward pass, to save memory", choices=("none", "layer", "group"))
     dtype: str = key("auto", "auto: bfloat16, on a CPU float32", choices=DTYPES)
     minkunet: MinkunetSettings = dataclasses.field(default_factory=MinkunetSettings)
+    vavit: VavitSettings = dataclasses.field(default_factory=VavitSettings)
     num_classes: int | None = key(None, "of the labels; None: the dataset's", low=1, high=255)
 
 
@@ -300,100 +314,6 @@ def all_keys() -> list[keys.Row]:
     """Every key, in the order of the table."""
     sections = (keys.rows(table, f"{name}.") for name, table in SECTIONS.items())
     return [*keys.rows(RunSettings), *(row for section in sections for row in section)]
-
-
-def read_settings(config: ConfigDict) -> Settings:
-    """The settings of a config. Raises `InputError` that lists every key that is missing, unknown or wrong."""
-    problems: list[str] = []
-    values = config.copy_and_resolve_references().to_dict()
-    top = {name: value for name, value in values.items() if name not in SECTIONS}
-    parts = {name: keys.read(table, values.get(name), problems, f"{name}.") for name, table in SECTIONS.items()}
-    settings = Settings(keys.read(RunSettings, top, problems), **parts)
-    problems += _problems(settings)
-    if problems:
-        raise InputError(f"config: {keys.listed(problems)}; docs/config.md lists every key")
-    return settings
-
-
-def student_settings(model: Mapping[str, Any]) -> StudentSettings:
-    """The settings of a model config that has other keys too, or lacks younger ones. Raises `InputError`."""
-    values, problems = get_config().model.to_dict(), []
-    values |= {name: value for name, value in model.items() if name in values}
-    given, defaults = values["minkunet"], get_config().model.minkunet
-    values["minkunet"] = {**defaults, **given} if isinstance(given, dict | type(defaults)) else given
-    settings = keys.read(StudentSettings, values, problems, "model.")
-    if problems:
-        raise InputError(keys.listed(problems))
-    return settings
-
-
-def record_of(settings: Settings) -> dict[str, Any]:
-    """What config.json holds: the keys, nested as in a config, in JSON's types."""
-    nested = dataclasses.asdict(settings)
-    return json.loads(json.dumps(nested.pop("run") | nested))
-
-
-def dataset_names(data: DataSettings) -> tuple[str, ...]:
-    """The datasets that `data.dataset` joins."""
-    return MERGED if data.dataset == "merged" else tuple(data.dataset.split("+"))
-
-
-def _problems(settings: Settings) -> Iterator[str]:
-    """What keys say against one another."""
-    yield from (*_data_problems(settings), *_frame_problems(settings))
-    model, optimizer, evaluate = settings.model, settings.optimizer, settings.evaluate
-    if not all(low < high for low, high in zip(*model.field_of_view, strict=True)):
-        yield f"model.field_of_view = {model.field_of_view} (expected: a lowest corner below the highest)"
-    if optimizer.learning_rate == 0 and optimizer.schedule == "cosine":
-        yield "optimizer.learning_rate = 0 with optimizer.schedule = 'cosine' (give the schedule 'constant')"
-    if list(evaluate.rings) != sorted(set(evaluate.rings)):
-        yield f"evaluate.rings = {evaluate.rings} (expected: ascending distances in metres)"
-    if settings.run.task == "robustness" and not (evaluate.corruptions and evaluate.severities):
-        yield "evaluate.corruptions and evaluate.severities (expected: at least one of each)"
-    if evaluate.votes > 1 and settings.data.augmentation == "none":
-        yield f"evaluate.votes = {evaluate.votes} with data.augmentation = 'none' (give 'published' or 'consistent')"
-    if settings.mesh.data == 0:
-        yield "mesh.data = 0 (expected: -1, or at least 1)"
-
-
-def _data_problems(settings: Settings) -> Iterator[str]:
-    """Which datasets, sensors and classes go together."""
-    data, task = settings.data, settings.run.task
-    names = dataset_names(data)
-    if unknown := [name for name in names if name not in DATASETS]:
-        yield f"data.dataset = {data.dataset!r} ({unknown[0]!r} is none of {', '.join(DATASETS)}, merged)"
-    if len(names) > 1 and task != "distill":
-        yield f"data.dataset = {data.dataset!r} (task {task!r} takes one: several datasets have several classes)"
-    if data.weights and len(data.weights) != len(names):
-        yield f"data.weights = {data.weights} (expected: one number for each of {', '.join(names)})"
-    known, chosen = {"streets", "pandaset"} & set(names), set(data.sensors) - set(names)
-    if chosen and not known and data.sensors != DataSettings.sensors:
-        yield f"data.sensors = {data.sensors} with data.dataset = {data.dataset!r} (leave data.sensors out)"
-    if data.intensity and not (len(data.intensity) == 2 and data.intensity[1] > 0):
-        yield f"data.intensity = {data.intensity} (expected: mean and standard deviation of the raw intensity)"
-    if bool(data.cutmix) != bool(data.cutmix_ground):
-        yield f"data.cutmix = {data.cutmix} with data.cutmix_ground = {data.cutmix_ground} (give both, or none)"
-    if (data.polarmix or data.cutmix) and task == "probe" and settings.probe.features != "augmented":
-        yield f"data.polarmix, data.cutmix with probe.features = {settings.probe.features!r} (use 'augmented')"
-
-
-def _frame_problems(settings: Settings) -> Iterator[str]:
-    """Which frames are trained on."""
-    data, task = settings.data, settings.run.task
-    share, n = data.label_fraction, round(1 / data.label_fraction)
-    if share < 1 and task not in ("probe", "finetune", "evaluate", "robustness"):
-        yield f"data.label_fraction = {share} with task {task!r} (expected: 1; it is for probes and fine-tuning)"
-    if abs(n * share - 1) > 0.01:
-        yield f"data.label_fraction = {share} (expected: 1/n, as 0.01, 0.05, 0.1 or 0.25)"
-    if share < 1 and data.frame_list:
-        yield "data.frame_list and data.label_fraction (both choose training frames; give one of them)"
-    for name, frames in (("frames", data.frames), ("validation_frames", data.validation_frames)):
-        if not all(str(frame).isdecimal() for frame in frames):
-            yield f"data.{name} = {frames} (expected: frame numbers, as in --config.data.{name}='(45, 48)')"
-            return
-    train, validation = (set(map(int, frames)) for frames in (data.frames, data.validation_frames))
-    if validation and (not train or train & validation):
-        yield f"data.validation_frames = {data.validation_frames} (expected: other frames than data.frames)"
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from scalr_jax.config import Settings, all_keys, read_settings
+from scalr_jax.config import Settings, all_keys
 from scalr_jax.runtime import stopping
 from scalr_jax.runtime.command_line import exit_codes, fail, parse_flags, require, sentence_of
+from scalr_jax.settings import read_settings
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a config file.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go.")

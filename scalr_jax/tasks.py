@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from scalr_jax.config import Settings, TeacherSettings, all_keys, record_of
+from scalr_jax.config import Settings, TeacherSettings, all_keys
 from scalr_jax.data.build import make_dataset
 from scalr_jax.data.scenes import Dataset
 from scalr_jax.evaluation import report
@@ -40,6 +40,7 @@ from scalr_jax.runtime import workdir as workdirs
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.logging import read_metrics
 from scalr_jax.runtime.storage import flatten, read_json, write_json
+from scalr_jax.settings import record_of
 from scalr_jax.train import steps
 from scalr_jax.train.loop import Task, train
 from scalr_jax.train.state import TrainState, variables_of

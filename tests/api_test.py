@@ -13,7 +13,7 @@ import scalr_jax
 from scalr_jax.data import sensors
 from scalr_jax.data.readers.files import read_label_map
 from scalr_jax.data.scenes import IGNORE
-from scalr_jax.interop import waffleiron as interop
+from scalr_jax.interop import published as interop
 from scalr_jax.interop.model import empty_batch
 from scalr_jax.runtime.errors import InputError
 from tests.support.checks import mentions

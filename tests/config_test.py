@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from scalr_jax import config as table
-from scalr_jax.config import RunSettings, all_keys, get_config, read_settings
+from scalr_jax.config import RunSettings, all_keys, get_config
 from scalr_jax.data.readers.pandaset import SENSORS as PANDASET
 from scalr_jax.data.streets.sensors import SENSORS as STREETS
 from scalr_jax.evaluation import corruptions
@@ -13,6 +13,7 @@ from scalr_jax.models.build import BACKBONES
 from scalr_jax.ops.positions import INTERPOLATIONS
 from scalr_jax.runtime import keys
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.settings import read_settings
 
 DOCS = Path(__file__).parents[1] / "docs" / "config.md"
 
@@ -69,6 +70,6 @@ def test_only_sizes_and_schedules_of_files_may_change_on_resume():
     assert free == {
         *("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps"),
         *(f"data.{name}" for name in ("num_workers", "prefetch")),
-        *(f"data.{name}_per_shard" for name in ("cells", "halo", "voxels", "pairs")),
+        *(f"data.{name}_per_shard" for name in ("cells", "halo", "voxels", "pairs", "pillars")),
     }
     assert {row.name for row in all_keys() if row.local} == {"data.num_workers", "data.prefetch", "data.root"}

@@ -9,13 +9,14 @@ import pytest
 from scalr_jax import config as defaults
 from scalr_jax import recipes, tasks
 from scalr_jax.compile import abstract
-from scalr_jax.config import TeacherSettings, read_settings
+from scalr_jax.config import TeacherSettings
 from scalr_jax.data.joined import every_nth
-from scalr_jax.interop import waffleiron as interop
+from scalr_jax.interop import published as interop
 from scalr_jax.interop.model import empty_batch
 from scalr_jax.interop.teacher import make_teacher
 from scalr_jax.models.build import make_backbone, make_student
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.settings import read_settings
 from scalr_jax.train import optim
 from scalr_jax.train.state import init_state
 from tests.support.checks import present

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from scalr_jax import tasks
-from scalr_jax.config import read_settings
 from scalr_jax.data.streets.streets import Streets
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.settings import read_settings
 from tests.support.paths import ROOT
 from tests.support.raw_datasets import write_semantic_kitti
 from tests.support.runs import config_of, open_split

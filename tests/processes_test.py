@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from scalr_jax import config as defaults
-from scalr_jax.config import read_settings, record_of
 from scalr_jax.runtime import distributed, workdir
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.settings import read_settings, record_of
 from tests.support.paths import ROOT
 
 TINY = (

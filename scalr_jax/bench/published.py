@@ -35,7 +35,7 @@ from scalr_jax.bench import scenes as bench_scenes
 from scalr_jax.bench.student import add_student_arguments, described, student_of
 from scalr_jax.bench.timing import Parser, interleave, positive, rounded, show_times
 from scalr_jax.data.scenes import Batch
-from scalr_jax.interop.waffleiron import published_state_dict
+from scalr_jax.interop.published import published_state_dict
 from scalr_jax.models.student import Student
 from scalr_jax.runtime.errors import InputError
 

@@ -41,11 +41,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from scalr_jax.compile import hlo, hlo_cost
-from scalr_jax.config import Settings, read_settings
+from scalr_jax.config import Settings
 from scalr_jax.runtime.chips import ENVIRONMENT, Topology, parse_topology, tpu_devices
 from scalr_jax.runtime.command_line import exit_codes, parse_flags, require
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import json_text
+from scalr_jax.settings import read_settings
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a config file.", flag_values=FLAGS)

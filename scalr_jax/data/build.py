@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from scalr_jax.config import DataSettings, dataset_names
+from scalr_jax.config import DataSettings
 from scalr_jax.data.instances import open_bank, write_bank
 from scalr_jax.data.joined import Joined, every_nth, listed
 from scalr_jax.data.mixing import Mixing
@@ -24,6 +24,7 @@ from scalr_jax.ops.voxels import extent_of
 from scalr_jax.runtime import distributed
 from scalr_jax.runtime.chips import check_room
 from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.settings import dataset_names
 
 
 def make_dataset(data: DataSettings, split: str, *, task: str, seed: int, cache: Path) -> Dataset:

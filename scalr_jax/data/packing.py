@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scalr_jax.config import DataSettings
-from scalr_jax.data.scenes import IGNORE, Batch, PackedVoxels, Plane, ScenePlane, SceneView
+from scalr_jax.data.scenes import IGNORE, Batch, PackedVoxels, Pillars, Plane, ScenePillars, ScenePlane, SceneView
 from scalr_jax.ops.voxels import sizes_for
 from scalr_jax.runtime.errors import InputError
 
@@ -28,6 +28,7 @@ class Capacities(NamedTuple):
     halo: tuple[int, ...]  # H of each plane
     voxels: tuple[int, ...] = ()  # of each level of a MinkUNet
     pairs: tuple[int, ...] = ()  # of neighbours, likewise
+    pillars: tuple[int, ...] = ()  # of a VaViT: T alone
 
 
 SMALLEST = 4096  # points
@@ -45,7 +46,8 @@ def sizes(scene: SceneView) -> Capacities:
     cells = tuple(len(plane.position) for plane in scene.planes)
     halo = tuple(len(plane.halo_taps) for plane in scene.planes)
     voxels, pairs = ((), ()) if scene.voxels is None else scene.voxels.counts.T.tolist()
-    return Capacities(len(scene.feats), 1, cells, halo, tuple(voxels), tuple(pairs))
+    pillars = () if scene.pillars is None else (len(scene.pillars.coordinates),)
+    return Capacities(len(scene.feats), 1, cells, halo, tuple(voxels), tuple(pairs), pillars)
 
 
 def _each(combine: Callable[[int, int], int], a: Capacities, b: Capacities) -> Capacities:
@@ -89,10 +91,13 @@ def derive_capacities(
     num_points = [len(scene.feats) for scene in sample]
     needs = [sizes(scene)[2:] for scene in sample]
     size = functools.partial(table_size, num_points=num_points, points=points, scenes=scenes, exactly=exactly)
-    cells, halo, voxels, pairs = (tuple(map(size, zip(*tables, strict=True))) for tables in zip(*needs, strict=True))
-    most = -(-points // 128) * 128  # a point is in one cell of a plane and in one voxel
-    cells, voxels = (tuple(min(size, most) for size in table) for table in (cells, voxels))
-    return Capacities(points, scenes, cells, halo, voxels, pairs)
+    tables = (tuple(map(size, zip(*tables, strict=True))) for tables in zip(*needs, strict=True))
+    derived = Capacities(points, scenes, *tables)
+    most = -(-points // 128) * 128  # a point is in one cell of a plane, in one voxel and in one pillar
+    bounded = {
+        name: tuple(min(size, most) for size in getattr(derived, name)) for name in ("cells", "voxels", "pillars")
+    }
+    return derived._replace(**bounded)
 
 
 def table_size(
@@ -111,7 +116,7 @@ def table_size(
 def given_tables(derived: Capacities, data: DataSettings) -> Capacities:
     """`derived` with the tables that `data.cells_per_shard` and the like give. Raises `InputError` for a wrong number
     of them."""
-    for name in ("cells", "halo", "voxels", "pairs"):
+    for name in Capacities._fields[2:]:
         given, needed = tuple(getattr(data, f"{name}_per_shard")), getattr(derived, name)
         if given and needed and len(given) != len(needed):
             raise InputError(f"data.{name}_per_shard = {given} has {len(given)} numbers; it needs {len(needed)}")
@@ -145,13 +150,16 @@ def round_up(need: Capacities, grids: Sequence[tuple[int, int]]) -> Capacities:
     """The least capacities of the list that hold one scene that needs `need`.
 
     Points are 8 to 15 times a power of two, from 4,096: at most an eighth is padding. Tables are an eighth, a quarter,
-    a half or all of what so many points can fill; a MinkUNet's voxels on each level the points over a power of two, and
-    their pairs a whole number of neighbours, 1, 2, 4, 8, 16 or 26.
+    a half or all of what so many points can fill; a MinkUNet's voxels on each level, and a VaViT's pillars, the points
+    over a power of two, and pairs of voxels a whole number of neighbours, 1, 2, 4, 8, 16 or 26.
     """
     step = 1 << (max(need.points, SMALLEST) - 1).bit_length() - 4
     points = max(SMALLEST, -(-need.points // step) * step)
     halvings = range(points.bit_length())
-    voxels = tuple(next(points >> k for k in reversed(halvings) if points >> k >= number) for number in need.voxels)
+    voxels, pillars = (
+        tuple(next(points >> k for k in reversed(halvings) if points >> k >= number) for number in numbers)
+        for numbers in (need.voxels, need.pillars)
+    )
     pairs = tuple(
         next(n * rows for n in (1, 2, 4, 8, 16, 26) if n * rows >= number)
         for number, rows in zip(need.pairs, voxels, strict=True)
@@ -160,7 +168,7 @@ def round_up(need: Capacities, grids: Sequence[tuple[int, int]]) -> Capacities:
     for parts in (8, 4, 2, 1):
         cells = tuple(-(-min(points, area) // parts) for area in areas)
         halo = tuple(-(-min(9 * points, area) // parts) for area in areas)
-        capacities = Capacities(points, 1, cells, halo, voxels, pairs)
+        capacities = Capacities(points, 1, cells, halo, voxels, pairs, pillars)
         if not overflow(need, capacities):
             return capacities
     raise AssertionError("more cells than points or than the grid has")
@@ -217,7 +225,7 @@ def pack_shard(
 
 
 def _with_optional(batch: Batch, scenes: Sequence[SceneView], capacities: Capacities, template: SceneView) -> Batch:
-    """The batch with the fields that `template` has: images with pixels, voxels, labels."""
+    """The batch with the fields that `template` has: images with pixels, voxels, pillars, labels."""
     if template.image is not None and template.pixels is not None:
         images = np.zeros((capacities.scenes, *template.image.shape), template.image.dtype)
         for i, scene in enumerate(scenes):
@@ -230,6 +238,8 @@ def _with_optional(batch: Batch, scenes: Sequence[SceneView], capacities: Capaci
         coordinates = _filled(parts, capacities.points, 0.0, template.voxels.coordinates)
         counts = np.column_stack([capacities.voxels, capacities.pairs])
         batch = batch._replace(voxels=PackedVoxels(coordinates, sizes_for(counts)))
+    if template.pillars is not None:
+        batch = batch._replace(pillars=_pack_pillars([scene.pillars for scene in scenes if scene.pillars], capacities))
     if template.labels is not None:
         labels = _filled([scene.labels for scene in scenes], capacities.points, IGNORE, template.labels)
         batch = batch._replace(labels=labels.astype(np.int32))
@@ -243,6 +253,9 @@ def stack_shards(shards: Sequence[Batch]) -> Batch:
     arrays = {name: np.stack([getattr(shard, name) for shard in shards]) for name in names}
     planes = zip(*(shard.planes for shard in shards), strict=True)
     batch = first._replace(**arrays, planes=tuple(Plane(*map(np.stack, zip(*plane, strict=True))) for plane in planes))
+    if first.pillars is not None:
+        parts = zip(*(shard.pillars for shard in shards if shard.pillars is not None), strict=True)
+        batch = batch._replace(pillars=Pillars(*map(np.stack, parts)))
     if first.voxels is None:
         return batch
     coordinates = np.stack([shard.voxels.coordinates for shard in shards if shard.voxels is not None])
@@ -253,6 +266,16 @@ def _filled(parts: Sequence, capacity: int, fill: float, like: np.ndarray) -> np
     """Concatenation of `parts`, filled up to `capacity` rows."""
     rest = np.full((capacity - sum(map(len, parts)), *like.shape[1:]), fill, like.dtype)
     return np.concatenate([*parts, rest], dtype=like.dtype, casting="unsafe")
+
+
+def _pack_pillars(parts: Sequence[ScenePillars], capacities: Capacities) -> Pillars:
+    (capacity,), counts = capacities.pillars, np.zeros(capacities.scenes, np.int32)
+    counts[: len(parts)] = [len(part.coordinates) for part in parts]
+    starts = np.cumsum(counts) - counts
+    cells = [part.cell + start for part, start in zip(parts, starts, strict=False)]
+    cell = _filled(cells, capacities.points, capacity, np.zeros(0, np.int32))
+    coordinates = [part.coordinates for part in parts]
+    return Pillars(cell, _filled(coordinates, capacity, 0.0, np.zeros((0, 2), np.float32)), counts)
 
 
 def _pack_plane(

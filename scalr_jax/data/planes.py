@@ -1,10 +1,11 @@
-"""Which cells of a plane a scene's points occupy, and the tables that a 3x3 convolution of those cells reads."""
+"""Which cells of a plane, or pillars of the top view, a scene's points occupy, and the tables that a 3x3 convolution of
+those cells reads."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from scalr_jax.data.scenes import FieldOfView, ScenePlane
+from scalr_jax.data.scenes import FieldOfView, ScenePillars, ScenePlane
 
 
 def make_plane(xyz: np.ndarray, axes: tuple[int, int], grid: tuple[int, int], field_of_view: FieldOfView) -> ScenePlane:
@@ -54,3 +55,23 @@ def sort_by(keys: np.ndarray) -> np.ndarray:
     """Stable argsort [N] int32 of integers in [0, 2^31): one sort of numbers, several times faster than an argsort."""
     in_order = np.sort((keys.astype(np.int64) << 32) | np.arange(len(keys)))
     return in_order.astype(np.uint32).view(np.int32)
+
+
+def pillar_keys(xyz: np.ndarray, size: float) -> np.ndarray:
+    """The pillar of each point as one number [N] int64 that sorts by floor(x / size), then by floor(y / size).
+
+    Counted from the origin, as VaViT does, and not from the field of view. xyz [N, 2+] in metres.
+    """
+    x, y = (np.floor(xyz[:, axis].astype(np.float64) / size).astype(np.int64) for axis in (0, 1))
+    return (x << 32) + y
+
+
+def make_pillars(xyz: np.ndarray, size: float) -> ScenePillars:
+    """The pillars of points [N, 2+] that stand in the order of `pillar_keys`."""
+    keys = pillar_keys(xyz, size)
+    new = np.diff(keys, prepend=keys[:1] - 1) != 0
+    assert (np.diff(keys) >= 0).all(), "points do not stand in the order of their pillars"
+    first = keys[new]
+    y = (first & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+    steps = np.column_stack([(first - y) >> 32, y])
+    return ScenePillars(np.cumsum(new, dtype=np.int32) - 1, (steps * size + size / 2).astype(np.float32))

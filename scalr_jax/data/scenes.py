@@ -9,8 +9,10 @@ Dims legend, used in every shape comment of the project:
     P  points a shard (capacity)           C  channels
     N  points of one scene or scan         M  occupied cells of a plane (capacity a shard)
     H  halo cells of a plane (capacity)    h, w  image rows and columns
+    T  occupied pillars (capacity a shard)
 
-Padding: a padded point has `scene == S`, `cell == M` and label 255; tap tables point to row M (or H), the zero row.
+Padding: a padded point has `scene == S`, `cell == M` (or T) and label 255; tap tables point to row M (or H), the zero
+row.
 This module imports NumPy only, so that data workers never start a JAX backend.
 """
 
@@ -105,6 +107,7 @@ class SceneNeeds(NamedTuple):
     num_neighbors: int = 0  # K
     grids: tuple[tuple[int, int], ...] = ()  # rows and columns of each plane; (): no planes
     voxel_size: float | None = None  # metres; None: no voxels
+    pillar_size: float | None = None  # metres; None: no pillars
 
 
 class Frame(NamedTuple):
@@ -155,6 +158,7 @@ class SceneView(NamedTuple):
     raw_labels: np.ndarray | None = None  # [N_raw] uint8
     raw_ranges: np.ndarray | None = None  # [N_raw] float32: metres from the origin of the student's frame
     voxels: SceneVoxels | None = None  # for a MinkUNet, which needs no planes
+    pillars: ScenePillars | None = None  # for a VaViT, likewise
 
 
 class SceneVoxels(NamedTuple):
@@ -162,6 +166,13 @@ class SceneVoxels(NamedTuple):
 
     coordinates: np.ndarray  # [N, 3] float32: in voxels, from the lower corner of the field of view
     counts: np.ndarray  # [levels, 2] int64: occupied voxels and pairs of neighbours
+
+
+class ScenePillars(NamedTuple):
+    """The occupied pillars of one scene, whose points stand in the order of their pillars. t pillars."""
+
+    cell: np.ndarray  # [N] int32: row of the point's pillar among the t occupied, ascending
+    coordinates: np.ndarray  # [t, 2] float32: x, y of each centre in metres
 
 
 class ScenePlane(NamedTuple):
@@ -196,6 +207,14 @@ class PackedVoxels(Generic[A]):
     sizes: tuple[Sizes, ...]  # of the tables of each level
 
 
+class Pillars(NamedTuple, Generic[A]):
+    """Packed pillars: those of the shard's first scene, those of the second, ..., padding."""
+
+    cell: A  # [D, P] int32: row of the point's pillar, ascending; T for padding
+    coordinates: A  # [D, T, 2] float32: x, y of each centre in metres; 0 for padding
+    counts: A  # [D, S] int32: pillars of each scene
+
+
 class Batch(NamedTuple, Generic[A]):
     """What a step reads: NumPy's arrays, and on a device JAX's. `None` for what the task does not need."""
 
@@ -208,3 +227,4 @@ class Batch(NamedTuple, Generic[A]):
     pixels: A | None = None  # [D, P, 2] int32
     labels: A | None = None  # [D, P] int32
     voxels: PackedVoxels[A] | None = None  # for a MinkUNet; `planes` is then ()
+    pillars: Pillars[A] | None = None  # for a VaViT, likewise

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scalr_jax.config import MERGED, DataSettings, dataset_names
+from scalr_jax.config import MERGED, DataSettings
 from scalr_jax.data.joined import Derived, Joined
 from scalr_jax.data.readers import files, nuscenes, semantic_kitti
 from scalr_jax.data.readers.files import read_label_map
@@ -16,6 +16,7 @@ from scalr_jax.data.readers.pandaset import SENSORS as PANDASET
 from scalr_jax.data.scenes import IGNORE, Dataset, FieldOfView
 from scalr_jax.data.streets.sensors import SENSORS as STREETS
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.settings import dataset_names
 
 LABEL_MAPS = ("semantic_kitti", "nuscenes", "pandaset")
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from pykdtree.kdtree import KDTree
 
-from scalr_jax.data.planes import cell_position, make_plane, sort_by
+from scalr_jax.data.planes import cell_position, make_pillars, make_plane, pillar_keys, sort_by
 from scalr_jax.data.scenes import IGNORE, PLANE_AXES, Frame, Mix, SceneNeeds, SceneView, SceneVoxels, Voxels
 from scalr_jax.ops.voxels import coordinates_in, count_levels, extent_of
 from scalr_jax.runtime.errors import BadFrameError
@@ -107,12 +107,14 @@ def limit(points: np.ndarray, max_points: int, rng: np.random.Generator | None =
 
 
 def in_view(xyz: np.ndarray, needs: SceneNeeds) -> np.ndarray:
-    """Indices [n] of the points inside the field of view (by 0.1 mm or more), ordered by their cell in the first plane
-    (or their column of voxels): neighbours in the grid are then near each other in memory."""
+    """Indices [n] of the points inside the field of view (by 0.1 mm or more), ordered by their cell in the first plane,
+    their column of voxels or their pillar: neighbours in the grid are then near each other in memory."""
     good = np.ones(len(xyz), bool)
     for column, low, high in zip(xyz.T, *np.asarray(needs.field_of_view, np.float64), strict=True):
         good &= (column > low + FIELD_OF_VIEW_EPS) & (column < high - FIELD_OF_VIEW_EPS)
     kept = np.flatnonzero(good)
+    if needs.pillar_size is not None:
+        return kept[np.argsort(pillar_keys(xyz[kept], needs.pillar_size), kind="stable")]
     size = needs.voxel_size
     grid = needs.grids[0] if size is None else extent_of(needs.field_of_view, size)[:2]
     return kept[sort_by(cell_position(xyz[kept], PLANE_AXES[0], grid, needs.field_of_view))]
@@ -298,6 +300,8 @@ def _finish(name: str, index: int, xyz: np.ndarray, feats: np.ndarray, needs: Sc
     axes_and_grids = zip(PLANE_AXES, needs.grids, strict=False)  # empty without planes
     planes = tuple(make_plane(xyz, axes, grid, needs.field_of_view) for axes, grid in axes_and_grids)
     scene = SceneView(name, index, feats, find_neighbors(xyz, needs.num_neighbors), planes, None, None, None)
+    if needs.pillar_size is not None:
+        scene = scene._replace(pillars=make_pillars(xyz, needs.pillar_size))
     if needs.voxel_size is None:
         return scene
     coordinates = coordinates_in(xyz, needs.field_of_view, needs.voxel_size)

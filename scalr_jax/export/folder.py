@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 from scalr_jax.interop.exported import FILES, is_export
-from scalr_jax.interop.waffleiron import published_state_dict, write_published
+from scalr_jax.interop.published import published_state_dict, write_published
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.checkpoint import save_weights
 from scalr_jax.runtime.errors import InputError

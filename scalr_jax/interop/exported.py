@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from scalr_jax.config import student_settings
 from scalr_jax.interop.finite import check_weights
 from scalr_jax.interop.model import check_shapes, student_of
 from scalr_jax.interop.published import read_content
@@ -15,6 +14,7 @@ from scalr_jax.models.heads import SEGMENTATION_HEADS
 from scalr_jax.runtime.checkpoint import load_weights
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import changes, read_json
+from scalr_jax.settings import student_settings
 
 VERSION = 1  # of the folder's layout
 HEADS = ("distill", *SEGMENTATION_HEADS)

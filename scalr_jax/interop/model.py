@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from scalr_jax.config import student_settings
 from scalr_jax.data.packing import Capacities, pack_shard
-from scalr_jax.data.scenes import Batch, SceneNeeds, SceneView, SceneVoxels
+from scalr_jax.data.scenes import Batch, SceneNeeds, ScenePillars, SceneView, SceneVoxels
 from scalr_jax.models.build import make_student
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.ops.voxels import LEVELS
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.keys import listed
+from scalr_jax.settings import student_settings
 
 NORM = (("scale", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("variance", "running_var"))  # ours, PyTorch's
 
@@ -57,13 +57,17 @@ def empty_scene(num_features: int, needs: SceneNeeds) -> SceneView:
     """A scene without points."""
     feats, neighbors = np.zeros((0, num_features), np.float32), np.zeros((0, needs.num_neighbors), np.int32)
     voxels = SceneVoxels(np.zeros((0, 3), np.float32), np.zeros((LEVELS, 2), np.int64))
-    return SceneView("", 0, feats, neighbors, (), None, None, None, voxels=None if needs.voxel_size is None else voxels)
+    pillars = ScenePillars(np.zeros(0, np.int32), np.zeros((0, 2), np.float32))
+    scene = SceneView("", 0, feats, neighbors, (), None, None, None)
+    return scene._replace(
+        voxels=None if needs.voxel_size is None else voxels, pillars=None if needs.pillar_size is None else pillars
+    )
 
 
 def empty_batch(num_features: int, needs: SceneNeeds) -> Batch:
     """The smallest batch, all padding: what shapes of parameters are derived from."""
     sizes, levels = (2,) * len(needs.grids), () if needs.voxel_size is None else (2,) * LEVELS
-    capacities = Capacities(2, 1, sizes, sizes, levels, levels)
+    capacities = Capacities(2, 1, sizes, sizes, levels, levels, () if needs.pillar_size is None else (2,))
     shard = pack_shard((), capacities, empty_scene(num_features, needs), needs.grids)
     return jax.tree.map(lambda x: x[None], shard)
 

@@ -1,13 +1,20 @@
-"""Published files of every backbone."""
+"""Published files of every backbone, in and out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from scalr_jax.interop import minkunet, waffleiron
-from scalr_jax.interop.model import Published, unwrapped
-from scalr_jax.interop.torch_file import read_weights_file
+import numpy as np
+from ml_collections import ConfigDict
+
+from scalr_jax.config import get_config
+from scalr_jax.interop import minkunet, vavit, waffleiron
+from scalr_jax.interop.model import Published, student_of, unwrapped
+from scalr_jax.interop.names import state_dict
+from scalr_jax.interop.torch_file import read_weights_file, write_torch_file
+from scalr_jax.models.student import Student, Variables
+from scalr_jax.models.vavit import VaViTBackbone
 
 # By the updates of ScaLR's 25 and ScaLR+'s 65 epochs, 55,100 frames each in batches of 8: with eight GPUs the last
 # batch is filled up, with one, two or four it is left out.
@@ -20,9 +27,10 @@ def read_published(path: str | Path) -> Published:
 
 
 def read_content(content: Mapping, name: str) -> Published:
-    """`read_published` of a file's content. One of neither backbone is told what it lacks to be a WaffleIron."""
+    """`read_published` of a file's content. One of no known backbone is told what it lacks to be a WaffleIron."""
     content = unwrapped(content, name)
-    found = (minkunet if minkunet.recognises(content) else waffleiron).read(content, name)
+    module = next((module for module in (minkunet, vavit) if module.recognises(content)), waffleiron)
+    found = module.read(content, name)
     return found._replace(training=read_training(content))
 
 
@@ -36,3 +44,37 @@ def read_training(content: Mapping) -> dict[str, int | str]:
     if type(updates) is not int:
         return {}
     return {"updates": updates} | ({"gpus": GPUS[updates]} if updates in GPUS else {})
+
+
+def load_torch_checkpoint(path: str | Path, *, activation: str | None = None) -> tuple[ConfigDict, dict]:
+    """A published student, `.pth` or `.safetensors`: (model config, {"params", "batch_stats"} of NumPy arrays).
+
+    The model config is `config.model` with `num_features`, `head` and `out_features` added. The file does not say
+    intensity statistics, field of view and grids, which keep their defaults; `scalr_jax.load` asks for those.
+
+    Raises:
+      InputError: not a readable checkpoint, another model, weights that are missing, extra or of another shape (all
+        are listed), or a file that does not say its activation and `activation` ("relu" or "gelu") is not given.
+    """
+    found = read_published(path)
+    model = get_config().model.unlock()
+    model.update(found.model_with(activation, str(path)))
+    return model, found.variables
+
+
+def published_state_dict(student: Student, variables: Variables) -> dict[str, np.ndarray]:
+    """Our variables under PyTorch's names and shapes, complete for a strict `load_state_dict`."""
+    if isinstance(student.backbone, VaViTBackbone):
+        return vavit.published_state_dict(student, variables)
+    return state_dict(waffleiron.weight_table(student), variables)
+
+
+def save_torch_checkpoint(path: str | Path, model: Mapping, variables: Variables) -> None:
+    """Writes a model, with its config as `load_torch_checkpoint` gives it, in the published layout."""
+    write_published(path, student_of(model), variables)
+
+
+def write_published(path: str | Path, student: Student, variables: Variables) -> None:
+    """Writes the published layout: under `model_point` for distilled models, `net` for others, names with `module.`."""
+    state = {f"module.{key}": value for key, value in published_state_dict(student, variables).items()}
+    write_torch_file(path, {"model_point" if student.head == "distill" else "net": state})

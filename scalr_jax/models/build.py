@@ -11,11 +11,13 @@ from scalr_jax.config import StudentSettings
 from scalr_jax.models.backbone import Backbone
 from scalr_jax.models.minkunet import BLOCKS, MinkUNetBackbone
 from scalr_jax.models.student import Student
+from scalr_jax.models.vavit import SIZES, VaViTBackbone
 from scalr_jax.models.waffleiron import WaffleIronBackbone
 
 BACKBONES: dict[str, Callable[[StudentSettings], Backbone]] = {  # by `config.model.name`
     "waffleiron": WaffleIronBackbone.of,
     **dict.fromkeys(BLOCKS, MinkUNetBackbone.of),
+    **dict.fromkeys(SIZES, VaViTBackbone.of),
 }
 
 

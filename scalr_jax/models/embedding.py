@@ -19,9 +19,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.models.layers import BATCH_NORM_EPS, Linear, per_shard, to_rows, torch_uniform, update_running
+from scalr_jax.models.layers import BATCH_NORM_EPS, Linear, to_rows, torch_uniform, update_running
 from scalr_jax.ops.neighbors import neighbor_max
-from scalr_jax.runtime.sharding import whole
+from scalr_jax.runtime.sharding import per_shard, whole
 
 Array = jax.Array
 

@@ -6,7 +6,6 @@ Batch norm: statistics over the valid rows of the global batch; running variance
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -22,13 +21,6 @@ def to_rows(x: Array) -> Array:
     """[D, P, ...] -> [D * P, ...]. XLA reduces two axes on CPU five times slower than one (2026-11-22), and a row is
     a row; under a mesh D stays the sharded part of the joint axis."""
     return x.reshape(-1, *x.shape[2:])
-
-
-def per_shard(function: Callable, *arrays: Any) -> Any:
-    """`function` on each data shard: mapped over the leading axis D, without a map when D is 1."""
-    if jax.tree.leaves(arrays)[0].shape[0] > 1:
-        return jax.vmap(function)(*arrays)
-    return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], arrays)))
 
 
 MOMENTUM = 0.1
@@ -47,22 +39,25 @@ def torch_uniform(fan_in: int):
 
 
 @jax.custom_vjp
-def linear(x: Array, kernel: Array, bias: Array) -> Array:
+def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
     """x @ kernel + bias in the dtype of x. x [N, C_in]; kernel [C_in, C_out] and bias [C_out] float32.
 
     The gradients of kernel and bias are summed in float32, over the rows here and then over the devices. JAX's own
     would leave the product in the dtype of x, and XLA would add up a thousand devices' gradients in bfloat16.
     """
-    return x @ whole(kernel.astype(x.dtype)) + bias.astype(x.dtype)
+    product = x @ whole(kernel.astype(x.dtype))
+    return product if bias is None else product + bias.astype(x.dtype)
 
 
 def _linear_backward(residuals: tuple, gradient: Array):
-    x, kernel = residuals
-    kernel_gradient = jax.lax.dot_general(x, gradient, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return gradient @ whole(kernel.astype(x.dtype)).T, kernel_gradient, gradient.sum(0, dtype=jnp.float32)
+    x, kernel, bias = residuals
+    dimensions = (((0,), (0,)), ((), ()))
+    kernel_gradient = jax.lax.dot_general(x, gradient, dimensions, preferred_element_type=jnp.float32)
+    bias_gradient = None if bias is None else gradient.sum(0, dtype=jnp.float32).astype(bias.dtype)
+    return gradient @ whole(kernel.astype(x.dtype)).T, kernel_gradient.astype(kernel.dtype), bias_gradient
 
 
-linear.defvjp(lambda x, kernel, bias: (linear(x, kernel, bias), (x, kernel)), _linear_backward)
+linear.defvjp(lambda x, kernel, bias=None: (linear(x, kernel, bias), (x, kernel, bias)), _linear_backward)
 
 
 def linear_weights(module: nn.Module, fan_in: int, features: int) -> tuple[Array, Array]:
@@ -176,3 +171,15 @@ def normalize(x: Array, mask: Array, statistics: tuple[Array, Array] | None) -> 
         return (x - mean) * inverse_deviation
     centred = x - x.mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + LAYER_NORM_EPS)
+
+
+def keep_scenes(module: nn.Module, scene: Array, num_scenes: int, rate: float, train: bool) -> Array | None:
+    """Stochastic depth: a factor for each row's branch, for a whole scene 0 with probability `rate`, else
+    1 / (1 - rate).
+
+    scene [D, rows] -> [D, rows] float32; None where nothing is dropped.
+    """
+    if not train or rate == 0.0:
+        return None
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, (scene.shape[0], num_scenes + 1))
+    return jnp.take_along_axis(keep, scene, axis=1).astype(jnp.float32) / (1.0 - rate)

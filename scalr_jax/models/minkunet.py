@@ -21,10 +21,10 @@ from jax.typing import DTypeLike
 
 from scalr_jax.config import StudentSettings
 from scalr_jax.data.scenes import Batch, PackedVoxels, SceneNeeds
-from scalr_jax.models.layers import BatchNorm, per_shard, to_rows
+from scalr_jax.models.layers import BatchNorm, to_rows
 from scalr_jax.ops import cells, sparse_conv
 from scalr_jax.ops.voxels import extent_of
-from scalr_jax.runtime.sharding import whole
+from scalr_jax.runtime.sharding import per_shard, whole
 
 Array = jax.Array
 

@@ -13,6 +13,7 @@ depth. The CLS token's own position is part of `cls`. Norms, softmax and the res
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,13 +21,35 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
+from scalr_jax.models.layers import keep_scenes, linear
+from scalr_jax.ops import attention
 from scalr_jax.ops.positions import INTERPOLATIONS, resample_matrix, rotary_angles, rotary_periods
-from scalr_jax.runtime.sharding import whole
 
 Array = jax.Array
 
 FEATURES = ("x_pre_norm", "x")
+INIT = nn.initializers.truncated_normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """What the teacher's blocks and a VaViT's (`models/vavit.py`) may differ in."""
+
+    width: int
+    num_heads: int
+    hidden: int
+    ffn: str = "mlp"
+    norm_eps: float = 1e-6
+    layer_scale: float | None = None  # where it begins; None: there is none
+    use_bias: bool = True
+    axes: int = 1  # of rotary positions, see `rotate`
+    drop_path: float = 0.0  # share of branches that training drops, a scene at a time
+    init: Callable[..., Array] = INIT
+
+    def dense(self, features: int, dtype: DTypeLike | None, name: str) -> Dense:
+        return Dense(features, dtype, self.use_bias, self.init, name=name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +77,11 @@ class ViTConfig:
     @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
+
+    @property
+    def block(self) -> BlockConfig:
+        layer_scale = 1.0 if self.layer_scale else None
+        return BlockConfig(self.width, self.num_heads, self.hidden, self.ffn, self.norm_eps, layer_scale)
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
@@ -120,14 +148,16 @@ class Dense(nn.Module):
     """[..., C_in] -> [..., features] in `dtype` (None: the kernel's own)."""
 
     features: int
-    dtype: Any
+    dtype: DTypeLike | None
+    use_bias: bool = True
+    kernel_init: Callable[..., Array] = INIT
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", nn.initializers.truncated_normal(0.02), (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        dtype = self.dtype or kernel.dtype
-        return x.astype(dtype) @ whole(kernel.astype(dtype)) + bias.astype(dtype)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        rows = x.astype(self.dtype or kernel.dtype).reshape(-1, x.shape[-1])
+        return linear(rows, kernel, bias).reshape(*x.shape[:-1], self.features)
 
 
 class Norm(nn.Module):
@@ -140,75 +170,90 @@ class Norm(nn.Module):
         return nn.LayerNorm(self.eps, dtype=jnp.float32, use_fast_variance=False, name="layer")(x)
 
 
-def rotate(x: Array | np.ndarray, angles: np.ndarray) -> Array:
-    """Rotary positions (Su et al., "RoFormer"): the last T tokens of x [B, tokens, heads, d] turn by angles [T, d/2].
+def rotate(x: Array | np.ndarray, angles: Array | np.ndarray, axes: int = 1) -> Array:
+    """Rotary positions (Su et al., "RoFormer"): the last T tokens of x [B, tokens, heads, d] turn by angles
+    [..., T, d/2]. CLS and registers come first and keep their place.
 
-    The pair (x_i, x_{i + d/2}) turns by angle i. CLS and registers come first and keep their place.
+    A head's channels are `axes` parts, each of which turns by its part of the angles: in a part of p channels the pair
+    (x_i, x_{i + p/2}) by angle i.
     """
-    num_prefix = x.shape[1] - len(angles)
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]  # [T, 1, d/2]
-    a, b = jnp.split(x[:, num_prefix:].astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return jnp.concatenate([x[:, :num_prefix], turned.astype(x.dtype)], axis=1)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, [B, tokens, C] -> [B, tokens, C]; queries, keys, values in one product."""
-
-    config: ViTConfig
-    angles: Any  # [th * tw, C / heads / 2] or None
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        batch, tokens, width = x.shape
-        qkv = Dense(3 * width, self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(batch, tokens, 3, self.config.num_heads, -1)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, tokens, heads, C / heads]
-        if self.angles is not None:
-            q, k = rotate(q, self.angles), rotate(k, self.angles)
-        x = jax.nn.dot_product_attention(q, k, v).reshape(batch, tokens, width)
-        return Dense(width, self.dtype, name="projection")(x)
+    tokens, (*_, heads, width) = angles.shape[-2], x.shape
+    angles = jnp.asarray(angles).reshape(*angles.shape[:-2], tokens, 1, axes, width // (2 * axes))
+    prefix, turning = jnp.split(jnp.asarray(x), [x.shape[1] - tokens], axis=1)
+    parts = turning.astype(jnp.float32).reshape(-1, tokens, heads, axes, 2, width // (2 * axes))
+    a, b, cos, sin = parts[..., 0, :], parts[..., 1, :], jnp.cos(angles), jnp.sin(angles)
+    turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-2).reshape(turning.shape)
+    return jnp.concatenate([prefix, turned.astype(x.dtype)], axis=1)
 
 
 class Mlp(nn.Module):
     """mlp: linear(gelu(linear(x))), exact GELU; swiglu, geglu: linear(act(a) * b), [a, b] = linear(x), with SiLU or
     GELU. [B, tokens, C]."""
 
-    config: ViTConfig
-    dtype: Any
+    config: BlockConfig
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        width, hidden = x.shape[-1], self.config.hidden
+        width, config = x.shape[-1], self.config
         gelu = partial(jax.nn.gelu, approximate=False)
-        if self.config.ffn == "mlp":
-            x = gelu(Dense(hidden, self.dtype, name="linear_1")(x))
+        if config.ffn == "mlp":
+            x = gelu(config.dense(config.hidden, self.dtype, "linear_1")(x))
         else:
-            a, b = jnp.split(Dense(2 * hidden, self.dtype, name="linear_1")(x), 2, axis=-1)
-            x = (jax.nn.silu if self.config.ffn == "swiglu" else gelu)(a) * b
-        return Dense(width, self.dtype, name="linear_2")(x)
+            a, b = jnp.split(config.dense(2 * config.hidden, self.dtype, "linear_1")(x), 2, axis=-1)
+            x = (jax.nn.silu if config.ffn == "swiglu" else gelu)(a) * b
+        return config.dense(width, self.dtype, "linear_2")(x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, tokens, C] -> [B, tokens, C]; queries, keys, values in one product.
+
+    attend: (queries, keys, values [B, tokens, heads, C / heads], *context) -> the same shape.
+    """
+
+    config: BlockConfig
+    attend: Callable[..., Array]
+    dtype: DTypeLike | None
+
+    @nn.compact
+    def __call__(self, x: Array, angles: Array | np.ndarray | None, context: tuple) -> Array:
+        batch, tokens, width = x.shape
+        qkv = self.config.dense(3 * width, self.dtype, "qkv")(x)
+        qkv = qkv.reshape(batch, tokens, 3, self.config.num_heads, -1)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, tokens, heads, C / heads]
+        if angles is not None:
+            q, k = (rotate(x, angles, self.config.axes) for x in (q, k))
+        x = self.attend(q, k, v, *context).reshape(batch, tokens, width)
+        return self.config.dense(width, self.dtype, "projection")(x)
 
 
 class Block(nn.Module):
-    """One transformer block as the body of a scan: float32 tokens [B, tokens, C] in and out."""
+    """One transformer block as the body of a scan: float32 tokens [B, tokens, C] in and out.
 
-    config: ViTConfig
-    angles: Any
-    dtype: Any
+    angles [..., T, C / heads / 2] or None; context: what `attend` reads beside queries, keys and values; scene
+    [B, tokens], where `config.drop_path` drops branches of scenes in training.
+    """
+
+    config: BlockConfig
+    dtype: DTypeLike | None
+    attend: Callable[..., Array] = attention.dense
+    num_scenes: int = 0
+    train: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, _: None) -> tuple[Array, None]:
+    def __call__(
+        self, x: Array, angles: Array | np.ndarray | None = None, context: tuple = (), scene: Array | None = None
+    ) -> tuple[Array, None]:
         config = self.config
-        branches = {
-            "1": Attention(config, self.angles, self.dtype, name="attention"),
-            "2": Mlp(config, self.dtype, name="mlp"),
-        }
+        attend = Attention(config, self.attend, self.dtype, name="attention")
+        branches = {"1": partial(attend, angles=angles, context=context), "2": Mlp(config, self.dtype, name="mlp")}
         for n, branch in branches.items():
             y = branch(Norm(config.norm_eps, name=f"norm_{n}")(x)).astype(jnp.float32)
-            if config.layer_scale:
-                y *= self.param(f"scale_{n}", nn.initializers.ones, (config.width,)).astype(jnp.float32)
-            x += y
+            if config.layer_scale is not None:
+                init = nn.initializers.constant(config.layer_scale)
+                y *= self.param(f"scale_{n}", init, (config.width,)).astype(jnp.float32)
+            keep = None if scene is None else keep_scenes(self, scene, self.num_scenes, config.drop_path, self.train)
+            x += y if keep is None else y * keep[..., None]
         return x, None
 
 
@@ -226,8 +271,9 @@ class ViT(nn.Module):
         angles = None
         if config.positions == "rotary":
             angles = rotary_angles(grid, config.rotary_periods or rotary_periods(config.head_dim, config.rotary_base))
-        blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.depth)
-        x, _ = blocks(config, angles, dtype, name="blocks")(x, None)
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
+        blocks: Any = nn.scan(Block, length=config.depth, **axes)  # type: ignore[arg-type]
+        x, _ = blocks(config.block, dtype, name="blocks")(x, angles)
         norm = Norm(config.norm_eps, name="norm")
         return norm(x) if normalise else x
 
@@ -239,14 +285,13 @@ class ViT(nn.Module):
         x = x.reshape(-1, rows, size, columns, size, 3)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, size * size * 3)  # [B, th * tw, patch pixels]
         x = Dense(config.width, dtype, name="patch")(x).astype(jnp.float32)
-        init = nn.initializers.truncated_normal(0.02)
         if config.positions == "learned":
             num_rows, num_columns = config.position_grid
-            table = self.param("positions", init, (num_rows * num_columns, config.width))
+            table = self.param("positions", INIT, (num_rows * num_columns, config.width))
             x += resample_positions(table, config, grid)
-        prefix = self.param("cls", init, (1, config.width))
+        prefix = self.param("cls", INIT, (1, config.width))
         if config.num_registers:
-            prefix = jnp.concatenate([prefix, self.param("registers", init, (config.num_registers, config.width))])
+            prefix = jnp.concatenate([prefix, self.param("registers", INIT, (config.num_registers, config.width))])
         prefix = jnp.broadcast_to(prefix.astype(jnp.float32), (len(x), *prefix.shape))
         return jnp.concatenate([prefix, x], axis=1)
 

@@ -24,9 +24,9 @@ from jax.typing import DTypeLike
 from scalr_jax.config import StudentSettings
 from scalr_jax.data.scenes import PLANE_AXES, Batch, SceneNeeds
 from scalr_jax.models.embedding import PointEmbedding
-from scalr_jax.models.layers import LinearWeights, Norm, linear, normalize, per_shard, to_rows, torch_uniform
+from scalr_jax.models.layers import LinearWeights, Norm, keep_scenes, linear, normalize, to_rows, torch_uniform
 from scalr_jax.ops import cell_conv, cells, windows
-from scalr_jax.runtime.sharding import platform_of
+from scalr_jax.runtime.sharding import per_shard, platform_of
 
 Array = jax.Array
 
@@ -190,15 +190,6 @@ def map_blocks(function: Callable, rows: Any, block: int) -> Array:
     return out.reshape(num_rows, *out.shape[2:])
 
 
-def keep_scenes(module: nn.Module, scene: Array, num_scenes: int, rate: float, train: bool) -> Array | None:
-    """Stochastic depth: a factor for each point's branch [D * P], 0 for a whole scene with probability `rate`, else
-    1 / (1 - rate). None where nothing is dropped. scene [D, P]."""
-    if not train or rate == 0.0:
-        return None
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, (scene.shape[0], num_scenes + 1))
-    return to_rows(jnp.take_along_axis(keep, scene, axis=1).astype(jnp.float32) / (1.0 - rate))
-
-
 class Layer(nn.Module):
     """One spatial and one channel mixing on one plane; the residual stream [D * P, C] is float32."""
 
@@ -214,8 +205,9 @@ class Layer(nn.Module):
         spatial = SpatialMix(self.grid, self.backbone, self.dtype, block, name="spatial")
         branch = spatial(x, plane, mask, num_scenes, train=train).astype(x.dtype)
         keep = keep_scenes(self, scene, num_scenes, drop_path, train)
-        x += branch if keep is None else branch * keep[:, None]
+        x += branch if keep is None else branch * to_rows(keep)[:, None]
         keep = keep_scenes(self, scene, num_scenes, drop_path, train)
+        keep = None if keep is None else to_rows(keep)
         return ChannelMix(self.backbone, self.dtype, block, name="channel")(x, mask, keep, train=train)
 
 

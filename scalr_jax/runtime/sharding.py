@@ -6,9 +6,11 @@ Axes ("data", "fsdp"): the batch's leading axis D is split over both, parameters
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -76,6 +78,34 @@ def platform_of(array: jax.Array) -> str:
     """
     device = getattr(jax.typeof(array).sharding.mesh, "abstract_device", None)
     return platform() if device is None else device.platform
+
+
+def per_shard(function: Callable, *arrays: Any) -> Any:
+    """`function` on each data shard: mapped over the leading axis D, without a map when D is 1."""
+    if jax.tree.leaves(arrays)[0].shape[0] > 1:
+        return jax.vmap(function)(*arrays)
+    return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], arrays)))
+
+
+def by_shard(function: Callable, arrays: Any) -> Any:
+    """`function(*arrays)` of each data shard alone: arrays [D, ...] of a batch and what follows from it -> [D, ...].
+
+    Under a mesh each device calls it on its own shard, so that loops may depend on the data: mapped over D, as by
+    `jax.vmap`, a loop goes on, on all devices, until the last shard has done.
+    """
+
+    def run(arrays: Any) -> Any:
+        results = [
+            function(*jax.tree.map(lambda x, d=d: x[d], arrays)) for d in range(jax.tree.leaves(arrays)[0].shape[0])
+        ]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *results)
+
+    mesh = jax.typeof(jax.tree.leaves(arrays)[-1]).sharding.mesh  # of the batch; a derived array's may not be known
+    if mesh.empty:
+        return run(arrays)
+    return jax.shard_map(run, mesh=mesh, in_specs=P(mesh.axis_names), out_specs=P(mesh.axis_names), check_vma=False)(
+        arrays
+    )
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:

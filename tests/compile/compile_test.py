@@ -17,7 +17,7 @@ import pytest
 from scalr_jax import recipes
 from scalr_jax.compile import abstract, hlo
 from scalr_jax.compile import run as compile
-from scalr_jax.config import OptimizerSettings, read_settings
+from scalr_jax.config import OptimizerSettings
 from scalr_jax.data.packing import Capacities, pack_shard, stack_shards
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.models import vit
@@ -26,6 +26,7 @@ from scalr_jax.models.layers import linear
 from scalr_jax.models.vit import TEACHERS
 from scalr_jax.runtime import chips, sharding
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.settings import read_settings
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import init_state
 from tests.support.fast import FAST

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scalr_jax.config import read_settings
 from scalr_jax.data import instances, mixing
 from scalr_jax.data.build import make_mixing
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
 from scalr_jax.data.scenes import Frame
 from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.settings import read_settings
 from tests.support import raw_datasets as raw
 from tests.support.checks import mentions, present
 from tests.support.datasets import Frames

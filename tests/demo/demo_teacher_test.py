@@ -6,13 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from scalr_jax.config import get_config, read_settings
+from scalr_jax.config import get_config
 from scalr_jax.data.streets import sensors as street_sensors
 from scalr_jax.data.streets.streets import split_seed
 from scalr_jax.data.streets.views import render_views
 from scalr_jax.demo import teacher as demo_teacher
 from scalr_jax.interop.teacher import ASSET, load_demo_teacher, load_teacher, make_teacher, save_teacher
 from scalr_jax.models import vit
+from scalr_jax.settings import read_settings
 from tests.support.paths import ROOT
 from tests.support.runs import config_of
 

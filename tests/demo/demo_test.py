@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scalr_jax.config import read_settings
 from scalr_jax.demo import run as demo
+from scalr_jax.settings import read_settings
 from tests.support.runs import config_of
 
 

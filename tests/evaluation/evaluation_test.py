@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from scalr_jax import load, tasks
-from scalr_jax.config import read_settings
 from scalr_jax.data.pipeline import BuildScene
 from scalr_jax.data.readers import semantic_kitti
 from scalr_jax.data.readers.nuscenes import NuScenes
@@ -24,6 +23,7 @@ from scalr_jax.evaluation.submission import Submission
 from scalr_jax.interop.saved import Saved
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.settings import read_settings
 from tests.support.checks import mentions, present
 from tests.support.datasets import Frames
 from tests.support.raw_datasets import write_nuscenes, write_semantic_kitti

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from scalr_jax import tasks
-from scalr_jax.config import read_settings, record_of
 from scalr_jax.data.scenes import IGNORE, SceneView
 from scalr_jax.evaluation import features, nearest_neighbors, zero_shot
 from scalr_jax.interop.teacher import make_teacher
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.settings import read_settings, record_of
 from scalr_jax.train.loop import train
 from scalr_jax.train.state import variables_of
 from tests.support.checks import mentions, present

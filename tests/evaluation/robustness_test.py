@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from scalr_jax import tasks
-from scalr_jax.config import CORRUPTIONS, SEVERITIES, get_config, read_settings, record_of
+from scalr_jax.config import CORRUPTIONS, SEVERITIES, get_config
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.released import open_released
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
@@ -22,6 +22,7 @@ from scalr_jax.evaluation.segmentation import Evaluator
 from scalr_jax.figures.charts import draw_robustness
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.settings import read_settings, record_of
 from tests.support.checks import mentions, present
 from tests.support.raw_datasets import write_nuscenes, write_semantic_kitti
 from tests.support.runs import config_of

@@ -21,7 +21,7 @@ from scalr_jax.data.streets.layout import CLASSES
 from scalr_jax.export import run as export
 from scalr_jax.export.fold import fold
 from scalr_jax.export.inputs import LEVELS, make_inputs, pad_inputs, sum_tree
-from scalr_jax.interop import waffleiron as interop
+from scalr_jax.interop import published as interop
 from scalr_jax.interop.exported import READABLE
 from scalr_jax.runtime.errors import InputError
 from tests.support.checks import assert_one_sentence, mentions, present

@@ -29,7 +29,7 @@ def _make(folder):
     from scalr_jax.data.streets.layout import CLASSES
     from scalr_jax.export.run import export_model
     from scalr_jax.interop.model import student_of
-    from scalr_jax.interop.waffleiron import published_state_dict
+    from scalr_jax.interop.published import published_state_dict
     from tests.support.predict_runs import make_points, write_bin, write_models
     from tests.support.prepared_datasets import make
     from tests.support.tiny_student import tiny_model, write_workdir

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scalr_jax.config import read_settings, record_of
+from scalr_jax.settings import read_settings, record_of
 from tests.support import damages, hostile
 from tests.support.hostile import Row
 from tests.support.runs import config_of

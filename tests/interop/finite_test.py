@@ -7,7 +7,8 @@ import pytest
 import safetensors.numpy
 
 import scalr_jax
-from scalr_jax.interop import waffleiron
+from scalr_jax.interop.model import student_of
+from scalr_jax.interop.published import load_torch_checkpoint, published_state_dict, save_torch_checkpoint
 from scalr_jax.interop.teacher import load_teacher, save_teacher
 from scalr_jax.interop.torch_file import write_torch_file
 from scalr_jax.interop.vit import load_dinov2
@@ -34,7 +35,7 @@ def spoiled(weights, name, value=np.nan):
 
 def published(tmp_path, ending, value):
     model, variables = tiny_model("segment", 4)
-    weights = waffleiron.published_state_dict(waffleiron.student_of(model), variables)
+    weights = published_state_dict(student_of(model), variables)
     weights = spoiled(weights, "waffleiron.channel_mix.0.mlp.0.weight", value)
     path = tmp_path / f"scalr{ending}"
     write_torch_file(path, {"net": weights}) if ending == ".pth" else safetensors.numpy.save_file(weights, path)
@@ -51,10 +52,10 @@ def test_published_files(tmp_path, ending, value):
 
 def test_values_that_float32_does_not_hold(tmp_path):
     model, variables = tiny_model("segment", 4)
-    weights = waffleiron.published_state_dict(waffleiron.student_of(model), variables)
+    weights = published_state_dict(student_of(model), variables)
     write_torch_file(tmp_path / "x.pth", {"net": {**weights, "classif.1.bias": np.full(4, 1e300)}})
     with pytest.raises(InputError, match=mentions("x.pth", "classif.1.bias", 4)):
-        waffleiron.load_torch_checkpoint(tmp_path / "x.pth", activation="relu")
+        load_torch_checkpoint(tmp_path / "x.pth", activation="relu")
 
 
 def test_a_workdir(tmp_path):
@@ -98,9 +99,9 @@ def files(tmp_path_factory):
     """Two models: one whose outputs are finite, and one whose weights are, but not the outputs; and a scan."""
     root = tmp_path_factory.mktemp("files")
     model, variables = tiny_model("segment", 4)
-    waffleiron.save_torch_checkpoint(root / "good.pth", model, variables)
+    save_torch_checkpoint(root / "good.pth", model, variables)
     large = jax.tree_util.tree_map_with_path(lambda path, x: x if "variance" in str(path) else x * 1e30, variables)
-    waffleiron.save_torch_checkpoint(root / "large.pth", model, large)
+    save_torch_checkpoint(root / "large.pth", model, large)
     write_bin(root / "scan.bin", make_points())
     return root
 

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 import scalr_jax
 from scalr_jax import tasks
-from scalr_jax.config import get_config, read_settings
+from scalr_jax.config import get_config
 from scalr_jax.data.scenes import PackedVoxels
 from scalr_jax.data.transforms import make_features
 from scalr_jax.interop import torch_file
@@ -21,6 +21,7 @@ from scalr_jax.ops import sparse_conv
 from scalr_jax.ops.voxels import count_levels, extent_of, sizes_for
 from scalr_jax.predict import run as predict
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.settings import read_settings
 from tests.support.checks import mentions
 
 pytestmark = pytest.mark.usefixtures("fast_programs")

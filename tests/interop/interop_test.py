@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from scalr_jax.interop import published
 from scalr_jax.interop import waffleiron as interop
 from scalr_jax.interop.layout import apply_published_layout, published_batch
 from scalr_jax.interop.model import student_of, unwrapped
@@ -31,7 +32,7 @@ def checkpoint(name):
 
 
 def load(name):
-    return interop.load_torch_checkpoint(checkpoint(name), activation=ACTIVATION.get(name))
+    return published.load_torch_checkpoint(checkpoint(name), activation=ACTIVATION.get(name))
 
 
 def state_dict(path):
@@ -74,14 +75,14 @@ def test_padding_as_released(golden):
 def test_written_back_as_read(tmp_path, name):
     """Names, shapes, dtypes and values of the published file, and our own arrays when read again."""
     model, variables = load(name)
-    interop.save_torch_checkpoint(tmp_path / "again.pth", model.to_dict(), variables)
+    published.save_torch_checkpoint(tmp_path / "again.pth", model.to_dict(), variables)
     (theirs, key), (ours, our_key) = state_dict(checkpoint(name)), state_dict(tmp_path / "again.pth")
     assert our_key == key
     assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
     for weight in ours:
         if not weight.endswith("num_batches_tracked"):  # counts updates of a momentum that no one uses
             np.testing.assert_array_equal(ours[weight], theirs[weight])
-    again, _ = interop.load_torch_checkpoint(tmp_path / "again.pth", activation=ACTIVATION.get(name))
+    again, _ = published.load_torch_checkpoint(tmp_path / "again.pth", activation=ACTIVATION.get(name))
     assert again.to_dict() == model.to_dict()
 
 
@@ -90,7 +91,7 @@ def test_written_back_as_read(tmp_path, name):
 def test_pytorch_takes_them_strictly(tmp_path, name):
     torch = pytest.importorskip("torch")
     model, variables = load(name)
-    interop.save_torch_checkpoint(tmp_path / "x.pth", model.to_dict(), variables)
+    published.save_torch_checkpoint(tmp_path / "x.pth", model.to_dict(), variables)
     ours = torch.load(tmp_path / "x.pth", weights_only=True)
     ours = ours.get("model_point") or ours["net"]
     torch_student(model).load_state_dict({k.removeprefix("module."): v for k, v in ours.items()}, strict=True)
@@ -134,7 +135,7 @@ def test_the_container_says_what_a_plain_convolution_is(tmp_path):
     weights, _ = state_dict(checkpoint("student_batchnorm"))
     for key, head in (("model_points", "distill"), ("model_point", "distill"), ("net", "linear")):
         write_torch_file(tmp_path / "x.pth", {key: weights, "epoch": 3})
-        model, variables = interop.load_torch_checkpoint(tmp_path / "x.pth")
+        model, variables = published.load_torch_checkpoint(tmp_path / "x.pth")
         assert (model.head, model.norm, model.activation) == (head, "batch", "relu")
         bias = variables["params"]["head"]["out"]["bias"] if head == "distill" else variables["params"]["head"]["bias"]
         np.testing.assert_array_equal(bias, weights["module.classif.bias"])
@@ -162,7 +163,7 @@ def test_safetensors(tmp_path):
     weights, _ = state_dict(checkpoint("student_scalr_plus"))
     arrays = {name.removeprefix("module."): np.ascontiguousarray(array) for name, array in weights.items()}
     safetensors.numpy.save_file(arrays, tmp_path / "x.safetensors")
-    model, variables = interop.load_torch_checkpoint(tmp_path / "x.safetensors")
+    model, variables = published.load_torch_checkpoint(tmp_path / "x.safetensors")
     expected, same = load("student_scalr_plus")
     assert model.to_dict() == expected.to_dict()
     np.testing.assert_array_equal(variables["params"]["head"]["out"]["kernel"], same["params"]["head"]["out"]["kernel"])
@@ -201,7 +202,7 @@ def test_what_lies_beside_a_wrapped_student(tmp_path, caplog):
     wrapped = {f"model.{name}": array for name, array in plain_weights().items()}
     wrapped["criterion.weight"] = np.ones(2, np.float32)
     write_torch_file(tmp_path / "x.pth", {"state_dict": wrapped})
-    model, variables = interop.load_torch_checkpoint(tmp_path / "x.pth")
+    model, variables = published.load_torch_checkpoint(tmp_path / "x.pth")
     expected, same = load("student_scalr_plus")
     assert model.to_dict() == expected.to_dict()
     jax.tree.map(np.testing.assert_array_equal, variables, same)
@@ -212,7 +213,7 @@ def test_what_lies_beside_a_wrapped_student(tmp_path, caplog):
     ):
         write_torch_file(tmp_path / "x.pth", {"state_dict": wrapped | more})
         with pytest.raises(InputError, match=mentions("x.pth", *parts)):
-            interop.load_torch_checkpoint(tmp_path / "x.pth")
+            published.load_torch_checkpoint(tmp_path / "x.pth")
 
 
 class AttributeDict(dict):
@@ -229,9 +230,9 @@ def test_lightnings_hyperparameters_are_read(tmp_path):
 
 def test_the_activation_is_asked_for():
     with pytest.raises(InputError, match=mentions("activation", "relu", "gelu")):
-        interop.load_torch_checkpoint(checkpoint("probe_scalr"))
+        published.load_torch_checkpoint(checkpoint("probe_scalr"))
     with pytest.raises(InputError, match=mentions("activation", "silu", "relu")):
-        interop.load_torch_checkpoint(checkpoint("probe_scalr"), activation="silu")
+        published.load_torch_checkpoint(checkpoint("probe_scalr"), activation="silu")
 
 
 def test_every_weight_that_does_not_fit_is_listed(tmp_path):
@@ -241,7 +242,7 @@ def test_every_weight_that_does_not_fit_is_listed(tmp_path):
     weights["module.surprise"] = np.zeros((2, 3), np.float32)
     write_torch_file(tmp_path / "x.pth", {"model_point": weights})
     with pytest.raises(InputError) as error:
-        interop.load_torch_checkpoint(tmp_path / "x.pth")
+        published.load_torch_checkpoint(tmp_path / "x.pth")
     for problem in (
         mentions("waffleiron.channel_mix.1.mlp.0.bias", "missing", (32,)),
         mentions("embed.final.weight", (32, 65, 1), (32, 64, 1)),
@@ -272,9 +273,9 @@ def test_bad_files(tmp_path, capsys):
     for message, content in cases.items():
         path.write_bytes(content)
         with pytest.raises(InputError, match=message):
-            interop.load_torch_checkpoint(path)
+            published.load_torch_checkpoint(path)
     with pytest.raises(InputError, match=r"nothing\.pth"):
-        interop.load_torch_checkpoint(tmp_path / "nothing.pth")
+        published.load_torch_checkpoint(tmp_path / "nothing.pth")
     assert capsys.readouterr().out == ""
 
 
@@ -294,4 +295,4 @@ def test_bad_files(tmp_path, capsys):
 def test_files_of_other_models(tmp_path, weights, message):
     write_torch_file(tmp_path / "x.pth", {name: np.zeros(shape, np.float32) for name, shape in weights.items()})
     with pytest.raises(InputError, match=message):
-        interop.load_torch_checkpoint(tmp_path / "x.pth")
+        published.load_torch_checkpoint(tmp_path / "x.pth")

@@ -12,7 +12,6 @@ import pytest
 import scalr_jax
 from scalr_jax import tasks
 from scalr_jax.compile import abstract, hlo
-from scalr_jax.config import read_settings
 from scalr_jax.data import packing
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.planes import cell_position
@@ -24,6 +23,7 @@ from scalr_jax.ops.voxels import count_levels, extent_of
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.settings import read_settings
 from scalr_jax.train import optim
 from tests.support.checks import mentions
 from tests.support.fast import FAST

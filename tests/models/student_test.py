@@ -10,6 +10,7 @@ from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.interop import waffleiron as interop
 from scalr_jax.interop.layout import apply_published_layout, published_batch
 from scalr_jax.interop.model import student_of
+from scalr_jax.interop.published import published_state_dict
 from tests.support.fast import fast_jit
 from tests.support.random_scenes import GRIDS, pack, random_scene, stack
 from tests.support.small_student import init, small_student
@@ -81,7 +82,7 @@ def test_published_training_step(golden, kind, implementation):
     out = np.asarray(out).reshape(num_scenes, num_points, channels).transpose(0, 2, 1)
     assert scale_error(out[:, :, ::5], arrays["out_train"]) < 1e-5
     assert abs(loss / arrays["loss_train"] - 1) < 1e-5
-    ours = interop.published_state_dict(student, {"params": gradients, "batch_stats": statistics})
+    ours = published_state_dict(student, {"params": gradients, "batch_stats": statistics})
     for name, theirs in arrays.items():
         if name.startswith("grad/") and name != "grad/embed.conv2.0.bias":
             assert scale_error(ours[name.removeprefix("grad/")], theirs) < 1e-4, name
@@ -173,7 +174,7 @@ def test_remat_changes_nothing(remat):
 
 def test_stochastic_depth_is_per_scene_and_keeps_the_mean():
     """Each scene's branch is dropped whole, and survivors are scaled by 1 / (1 - rate)."""
-    from scalr_jax.models.waffleiron import keep_scenes
+    from scalr_jax.models.layers import keep_scenes
 
     class Drop(nn.Module):
         @nn.compact

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import scalr_jax.api
-from scalr_jax.interop import waffleiron as interop
+from scalr_jax.interop import published as interop
 from scalr_jax.predict import run as predict
 from scalr_jax.runtime.command_line import model_arguments
 from tests.support.tiny_student import tiny_model

@@ -6,10 +6,10 @@ import json
 import jax
 
 from scalr_jax import tasks
-from scalr_jax.config import read_settings
 from scalr_jax.data import build
 from scalr_jax.models.build import make_backbone
 from scalr_jax.runtime import sharding
+from scalr_jax.settings import read_settings
 from scalr_jax.train.loop import train
 from tests.support.paths import ROOT
 

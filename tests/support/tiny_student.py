@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scalr_jax.config import get_config, read_settings
+from scalr_jax.config import get_config
 from scalr_jax.interop.model import empty_batch, student_of
 from scalr_jax.interop.saved import write_settings
 from scalr_jax.runtime.checkpoint import Checkpoints
+from scalr_jax.settings import read_settings
 from tests.support.datasets import Frames
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from scalr_jax import tasks
-from scalr_jax.config import get_config, read_settings
+from scalr_jax.config import get_config
 from scalr_jax.models import vit
+from scalr_jax.settings import read_settings
 from scalr_jax.train import losses
 from scalr_jax.train.groups import make_groups
 

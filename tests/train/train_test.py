@@ -8,10 +8,10 @@ import pytest
 
 import scalr_jax
 from scalr_jax import tasks
-from scalr_jax.config import read_settings
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.settings import read_settings
 from scalr_jax.train.loop import train
 from tests.support.checks import mentions
 from tests.support.runs import distill, lines, losses, on_one_device, open_split, scene_settings, small_config

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from scalr_jax import tasks
-from scalr_jax.config import OptimizerSettings, read_settings
+from scalr_jax.config import OptimizerSettings
 from scalr_jax.data.packing import Capacities, pack_shard, stack_shards
 from scalr_jax.data.pipeline import Step
 from scalr_jax.data.scenes import Frame, SceneNeeds
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import json_text
+from scalr_jax.settings import read_settings
 from scalr_jax.train import losses, optim, steps
 from scalr_jax.train.loop import Task, train
 from scalr_jax.train.state import init_state, start_average

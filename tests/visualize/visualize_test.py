@@ -21,7 +21,7 @@ from scalr_jax.figures.colors import (
     fit_color_axes,
 )
 from scalr_jax.figures.pictures import IGNORED, class_color, class_legend, color_labels, top_view_box
-from scalr_jax.interop import waffleiron as interop
+from scalr_jax.interop import published as interop
 from scalr_jax.visualize import run as visualize
 from tests.support.checks import present
 from tests.support.tiny_student import tiny_model, write_workdir

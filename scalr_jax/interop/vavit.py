@@ -1,0 +1,207 @@
+"""Published students of VaViT (valeo.ai), in and out, and the network on the published code's arrays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scalr_jax.data.packing import Capacities, pack_shard
+from scalr_jax.data.scenes import Batch, ScenePillars, SceneView
+from scalr_jax.interop.model import Published, student_of
+from scalr_jax.interop.names import Weight, batch_norm, convert, linear, state_dict
+from scalr_jax.models.student import Student, Variables
+from scalr_jax.models.vavit import ROTARY_BASE, SIZES, Size, VaViTBackbone
+from scalr_jax.runtime.errors import InputError
+
+CONTAINERS = ("net", "state_dict", "model_state_dict", "model", "module")
+FIRST = "embed.0.point_mlp.0.weight"
+WHOLE = ((-1e4, -1e4, -1e4), (1e4, 1e4, 1e4))  # the published code cuts no field of view
+
+
+def _matrix(ours: str, theirs: str) -> Weight:
+    return Weight(f"{ours}/kernel", f"{theirs}.weight", "matrix")
+
+
+def _biased(ours: str, theirs: str) -> list[Weight]:
+    return [weight._replace(layout=weight.layout.replace("linear", "matrix")) for weight in linear(ours, theirs)]
+
+
+def weight_table(student: Student) -> list[Weight]:
+    """Every weight of a student with a VaViT. The head of ours that is no plain linear layer has ScaLR's names."""
+    backbone = student.backbone
+    assert isinstance(backbone, VaViTBackbone)
+    table = batch_norm("embedding/norm", "norm")
+    for n in range(backbone.point_depth):
+        ours, theirs = f"embedding/layer_{n}", f"embed.{n}"
+        table += [
+            _matrix(f"{ours}/point", f"{theirs}.point_mlp.0"),
+            _matrix(f"{ours}/neighbor", f"{theirs}.neigh_mlp.0"),
+        ]
+        table += batch_norm(f"{ours}/point_norm", f"{theirs}.point_mlp.1")
+        table += batch_norm(f"{ours}/neighbor_norm", f"{theirs}.neigh_mlp.1")
+        table += [*_biased(f"{ours}/gate", f"{theirs}.neigh_gate.0"), _matrix(f"{ours}/final", f"{theirs}.final")]
+    for d in range(backbone.depth):
+        for n, theirs, matrices in (
+            ("1", f"vit.spatial_mix.{d}", {"attention/qkv": "qkv", "attention/projection": "proj"}),
+            ("2", f"vit.channel_mix.{d}", {"mlp/linear_1": "l1", "mlp/linear_2": "l2"}),
+        ):
+            rows = [
+                Weight(f"norm_{n}/layer/{x}", f"{theirs}.norm.{y}", "same")
+                for x, y in (("scale", "weight"), ("bias",) * 2)
+            ]
+            rows += [_matrix(ours, f"{theirs}.{name}") for ours, name in matrices.items()]
+            rows.append(Weight(f"scale_{n}", f"{theirs}.gamma", "same"))
+            table += [row._replace(ours=f"backbone/blocks/{row.ours}", row=d) for row in rows]
+    table.append(Weight("backbone/pad_token", "pad_token", "same"))
+    for ours, theirs in (("point", "point_proj"), ("pillar", "bev_proj"), ("out", "merge")):
+        table.append(_matrix(f"backbone/merge/{ours}", f"merge.{theirs}.0"))
+        table += batch_norm(f"backbone/merge/{ours}_norm", f"merge.{theirs}.1")
+    return [*table, *_biased("backbone/merge/gate", "merge.gate.0"), *_head(student)]
+
+
+def _head(student: Student) -> list[Weight]:
+    norm = batch_norm("head/norm", "classif.0")
+    if student.head == "distill" and student.head_hidden:
+        return [*_biased("head/hidden", "classif.0"), *_biased("head/out", "classif.2")]
+    return {
+        "none": [],
+        "linear": _biased("head", "classif"),
+        "distill": _biased("head/out", "classif"),
+        "segment": [*norm, *_biased("head", "classif.1")],
+        "mlp": [*norm, *_biased("head/hidden", "classif.1"), *_biased("head", "classif.3")],
+    }[student.head]
+
+
+def published_state_dict(student: Student, variables: Variables) -> dict[str, np.ndarray]:
+    """Our variables under the published names, complete for a strict `load_state_dict`."""
+    return state_dict(weight_table(student), variables) | _frequencies(student)
+
+
+def _frequencies(student: Student) -> dict[str, np.ndarray]:
+    """The buffers of rotary positions."""
+    backbone = student.backbone
+    assert isinstance(backbone, VaViTBackbone)
+    half = backbone.width // backbone.num_heads // 2
+    frequencies = (1.0 / ROTARY_BASE ** (np.arange(0, half, 2, dtype=np.float32) / half)).astype(np.float32)
+    return {f"vit.spatial_mix.{d}.inv_freq": frequencies for d in range(backbone.depth)}
+
+
+def recognises(content: Mapping) -> bool:
+    """Whether a file has the first matrix of a VaViT's point layers."""
+    parts = [content, *(part for part in content.values() if isinstance(part, Mapping))]
+    return any(str(key).endswith(FIRST) for part in parts for key in part)
+
+
+def read(content: Mapping, name: str) -> Published:
+    """The student in a file's content. Raises `InputError` that begins with `name`."""
+    container = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), "")
+    found = content[container] if container else content
+    arrays = {key: x for key, x in found.items() if isinstance(key, str) and isinstance(x, np.ndarray)}
+    prefix = next(key.removesuffix(FIRST) for key in arrays if key.endswith(FIRST))
+    weights = {key.removeprefix(prefix): x for key, x in arrays.items() if key.startswith(prefix)}
+    model = infer_model(weights, name)
+    student = student_of(model)
+    buffers = _frequencies(student)
+    for key in sorted(weights.keys() & buffers.keys()):
+        if weights[key].shape != buffers[key].shape or not np.allclose(weights[key], buffers[key], rtol=1e-5):
+            raise InputError(f"{name}: {key} is not 10000^(-2 i / h), as VaViT's are; it is another model")
+    rest = {key: x for key, x in weights.items() if key not in buffers}
+    variables = convert(rest, student, weight_table(student), model["num_features"], name)
+    return Published(model, variables, {}, ("intensity",))
+
+
+def infer_model(weights: Mapping[str, np.ndarray], name: str) -> dict:
+    """The keys of `config.model` that names and shapes say, with `num_features`, `head` and `out_features`."""
+
+    def count(stem: str) -> int:
+        found = (re.match(re.escape(stem) + r"(\d+)\.", key) for key in weights)
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    def rows(key: str, axis: int = 0) -> int:
+        if key not in weights or weights[key].ndim <= axis:
+            raise InputError(f"{name} holds no whole VaViT: {key} is missing or has another shape; copy the file again")
+        return int(weights[key].shape[axis])
+
+    depth, point_depth = count("vit.spatial_mix."), count("embed.")
+    width, half = rows("pad_token"), 2 * rows("vit.spatial_mix.0.inv_freq")
+    size = Size(
+        *(width, depth, width // max(2 * half, 1), rows("vit.channel_mix.0.l1.weight")),
+        point_hidden=rows(FIRST),
+        merge_hidden=rows("merge.point_proj.0.weight"),
+        channels=rows("merge.merge.0.weight"),
+    )
+    last = max((key for key in weights if re.fullmatch(r"classif\.(\d\.)?weight", key)), default="")
+    heads = {"": "none", "classif.weight": "linear", "classif.1.weight": "segment", "classif.3.weight": "mlp"}
+    known = next((key for key, value in SIZES.items() if value[:4] == size[:4]), "vavit_b")
+    model = {"name": known, "vavit": size._asdict() | {"point_depth": point_depth}, "num_neighbors": 16}
+    model |= {
+        "field_of_view": WHOLE,
+        "num_features": rows(FIRST, 1),
+        "head": heads.get(last, "distill"),
+        "segmentation_head": "linear",
+    }
+    hidden = rows("classif.0.weight") if last == "classif.2.weight" else 0
+    return model | {"head_hidden": hidden, "out_features": rows(last) if last else 0}
+
+
+def published_batch(
+    feat: np.ndarray,
+    neighbors: np.ndarray,
+    xy_bev: np.ndarray,
+    idx_bev: np.ndarray,
+    splits_bev: np.ndarray,
+    idx_pad: np.ndarray | None = None,
+) -> tuple[Batch, np.ndarray]:
+    """Published arrays as one packed shard, and where each of their points stands in it."""
+    length = int(splits_bev[0])
+    padding = np.zeros(length * len(splits_bev), bool)
+    if idx_pad is not None:
+        padding[idx_pad] = True
+    counts = (~padding.reshape(-1, length)).sum(axis=1)  # pillars of each scene
+    scenes, places, first, points = [], np.empty(len(feat), np.int64), 0, 0
+    for b, count in enumerate(counts):
+        mine = np.flatnonzero(idx_bev // length == b)
+        order = mine[np.argsort(idx_bev[mine], kind="stable")]
+        places[order] = points + np.arange(len(order))
+        rank = np.empty(len(feat), np.int32)
+        rank[order] = np.arange(len(order))
+        pillars = ScenePillars((idx_bev[order] - b * length).astype(np.int32), xy_bev[first : first + count])
+        near = rank[neighbors[order]]
+        scenes.append(SceneView(str(b), b, feat[order], near, (), None, None, None, pillars=pillars))
+        first, points = first + count, points + len(order)
+    capacities = Capacities(len(feat), len(scenes), (), (), pillars=(int(counts.sum()),))
+    shard = pack_shard(scenes, capacities, scenes[0], ())
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], shard), places
+
+
+def apply_published_vavit(
+    model_config: Mapping,
+    variables: Variables,
+    feat: np.ndarray,
+    neighbors: np.ndarray,
+    xy_bev: np.ndarray,
+    idx_bev: np.ndarray,
+    splits_bev: np.ndarray,
+    *,
+    idx_pad: np.ndarray | None = None,
+    train: bool = False,
+) -> Any:
+    """Run the student on the published code's arrays, with its padding tokens.
+
+    feat [N, F], neighbors [N, K] and idx_bev [N] rows of the whole batch, xy_bev [pillars, 2], splits_bev [B] rows of
+    each scene in the table of pillars, idx_pad the rows that hold the padding token. Returns out [N, classes], or, in
+    training, (out, new variables). Stochastic depth is off.
+    """
+    batch, places = published_batch(feat, neighbors, xy_bev, idx_bev, splits_bev, idx_pad)
+    vavit = {**model_config["vavit"], "padding_tokens": "published"}
+    student = student_of(model_config, drop_path=0.0, vavit=vavit)
+    mutable = ["batch_stats"] if train else False
+    result = jax.jit(lambda v, b: student.apply(v, b, train=train, mutable=mutable))(variables, batch)
+    rows, updated = result if train else (result, None)
+    out = np.asarray(rows[0])[places]
+    return (out, {**variables, **updated}) if train else out  # type: ignore[dict-item]
