@@ -23,6 +23,7 @@ TRAINING = (
     "polarmix",
     "cutmix",
     "cutmix_ground",
+    "pillarmix",
     "split",
     "weights",
     "scenes_per_step",

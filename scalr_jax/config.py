@@ -19,7 +19,7 @@ TASKS = ("distill", "probe", "finetune", "evaluate", "robustness", "demo", "teac
 DATASETS = ("streets", "pandaset", "pandar64", "pandargt", "nuscenes", "semantic_kitti", "folder")
 MERGED = ("nuscenes", "semantic_kitti", "pandar64", "pandargt")  # what `data.dataset = "merged"` joins
 SENSORS = ("beams32", "beams64", "solid", "pandar64", "pandargt")
-AUGMENTATIONS = ("published", "consistent", "none")
+AUGMENTATIONS = ("published", "vavit", "consistent", "none")
 BACKBONES = ("waffleiron", "minkunet14", "minkunet18", "minkunet34")
 BACKBONES += ("vavit_tiny", "vavit_s", "vavit_b", "vavit_l", "vavit_g")
 CORRUPTIONS: tuple[str, ...] = ("fog", "wet_ground", "snow", "motion_blur", "beam_missing", "crosstalk")
@@ -77,6 +77,7 @@ class DataSettings:
     polarmix: tuple[str, ...] = key((), "probe, finetune: swap half turns of scans, add these objects")
     cutmix: tuple[str, ...] = key((), "probe, finetune: add instances of these classes")
     cutmix_ground: tuple[str, ...] = key((), "the classes on whose points instances are put")
+    pillarmix: float = key(0.0, "probe, finetune: metres of the pillars that three scans exchange; 0: none", low=0)
     points_per_shard: int = key(65_536, "points of a pack (of each device)", low=1, high=2**24)
     scenes_per_shard: int = key(10, "scenes of a pack, at most", low=1, high=2**16)
     scenes_per_step: int = key(0, "0: as many as fit; n (published: 8): exactly, over all devices", low=0, high=2**20)

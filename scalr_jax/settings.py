@@ -76,6 +76,8 @@ def _problems(settings: Settings) -> Iterator[str]:
         yield "evaluate.corruptions and evaluate.severities (expected: at least one of each)"
     if evaluate.votes > 1 and settings.data.augmentation == "none":
         yield f"evaluate.votes = {evaluate.votes} with data.augmentation = 'none' (give 'published' or 'consistent')"
+    if settings.data.augmentation == "vavit" and settings.run.task in ("distill", "demo"):
+        yield "data.augmentation = 'vavit' with an image (it is for labelled scans alone; give 'published')"
     if settings.mesh.data == 0:
         yield "mesh.data = 0 (expected: -1, or at least 1)"
 
@@ -97,8 +99,11 @@ def _data_problems(settings: Settings) -> Iterator[str]:
         yield f"data.intensity = {data.intensity} (expected: mean and standard deviation of the raw intensity)"
     if bool(data.cutmix) != bool(data.cutmix_ground):
         yield f"data.cutmix = {data.cutmix} with data.cutmix_ground = {data.cutmix_ground} (give both, or none)"
-    if (data.polarmix or data.cutmix) and task == "probe" and settings.probe.features != "augmented":
-        yield f"data.polarmix, data.cutmix with probe.features = {settings.probe.features!r} (use 'augmented')"
+    mixed, features = data.polarmix or data.cutmix or data.pillarmix, settings.probe.features
+    if mixed and task == "probe" and features != "augmented":
+        yield f"data.polarmix, data.cutmix, data.pillarmix with probe.features = {features!r} (use 'augmented')"
+    if 0 < data.pillarmix < 0.05:
+        yield f"data.pillarmix = {data.pillarmix} (expected: 0, or at least 0.05 metres)"
 
 
 def _frame_problems(settings: Settings) -> Iterator[str]:

@@ -125,7 +125,7 @@ def make_mixing(data: DataSettings, dataset: Dataset, folder: Path) -> Mixing | 
 
     `folder`: of the instance bank, which is written when it is missing. Raises `InputError` for unknown classes.
     """
-    if not data.polarmix and not data.cutmix:
+    if not data.polarmix and not data.cutmix and not data.pillarmix:
         return None
     known, numbers = dataset.class_names, []
     for key in ("polarmix", "cutmix", "cutmix_ground"):
@@ -140,7 +140,7 @@ def make_mixing(data: DataSettings, dataset: Dataset, folder: Path) -> Mixing | 
             write_bank(folder, dataset, instances)
         distributed.barrier(f"instances {folder}")
         bank = open_bank(folder, dataset, instances)
-    return Mixing(polar, bank, ground)
+    return Mixing(polar, bank, ground, pillar_size=data.pillarmix)
 
 
 def _open(

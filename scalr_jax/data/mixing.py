@@ -1,4 +1,5 @@
-"""Mixing of labelled scans in training, in NumPy: polar-mix, then instance cut-mix, as WaffleIron's public code does.
+"""Mixing of labelled scans in training, in NumPy: polar-mix, then instance cut-mix, as WaffleIron's public code does;
+PillarMix, as VaViT's does.
 
 Polar-mix (Xiao et al., NeurIPS 2022): with probability 1/2 a half turn of the scan, from a random azimuth on, is
 replaced by the same half turn of another random scan; then the other scan's points of some classes are added as they
@@ -7,8 +8,12 @@ are and twice more, each time turned about the sensor by U(-pi, pi).
 Instance cut-mix: of every class of a bank of instances up to 39 are added. Each is mirrored in x or in y, turned by
 U(-pi, pi), scaled by U(0.9, 1.1) and set on a point of a ground class; such places are points of different 1 m voxels.
 
-Both work on raw scans, in the student's frame; labels follow their points. All randomness comes from `rng`, so a scene
-depends on (seed, epoch, record) alone.
+Both work on raw scans, in the student's frame; labels follow their points.
+
+PillarMix (VaViT, arXiv 2605.31177, 2026) mixes three scans, each voxelised and augmented, with their features: of each
+pillar of 7.5 m (from the origin) that the first scan and others occupy, one of these is kept, drawn uniformly. The
+public code takes the others from a memory of eight earlier scans; here they are drawn from the whole dataset, which
+costs reading them, so that all randomness comes from `rng`: a scene depends on (seed, epoch, record) alone.
 """
 
 from __future__ import annotations
@@ -19,7 +24,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from scalr_jax.data.instances import InstanceBank
-from scalr_jax.data.scenes import Dataset, Frame
+from scalr_jax.data.planes import pillar_keys
+from scalr_jax.data.scenes import Cloud, Dataset, Frame
 from scalr_jax.data.transforms import labels_of, rotation, to_ego, voxelize
 
 PLACES = 1.0  # metre, the voxels from which places are drawn
@@ -28,12 +34,15 @@ Scan = tuple[np.ndarray, np.ndarray]  # points [N, 4] float32 (student's frame, 
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """What is mixed into a training scan. Class numbers; an empty `polar_classes` or no `bank` turns that half off."""
+    """What is mixed into a training scan. An empty `polar_classes` (class numbers), no `bank` or a `pillar_size`
+    (metres) of 0 turns that part off."""
 
     polar_classes: tuple[int, ...] = ()
     bank: InstanceBank | None = None
     ground_classes: tuple[int, ...] = ()
     max_instances: int = 40  # of each class, this one excluded
+    pillar_size: float = 0.0
+    num_clouds: int = 3  # that PillarMix mixes
 
     def __call__(self, frame: Frame, record: int, dataset: Dataset, rng: np.random.Generator) -> Frame:
         """`frame` is record `record` of `dataset`. Raises `BadFrameError` of the other scan."""
@@ -46,6 +55,14 @@ class Mixing:
         if self.bank is not None:
             scan = self.cut_mix(*scan, dataset.intensity(record), rng)
         return Frame(frame.name, scan[0], np.eye(4), labels=scan[1])
+
+    def others(self, record: int, num_frames: int, rng: np.random.Generator) -> list[int]:
+        """The frames that PillarMix draws beside `record`: others, unless there is no other."""
+        number = self.num_clouds - 1 if self.pillar_size else 0
+        return [int(record + rng.integers(1, max(num_frames, 2))) % num_frames for _ in range(number)]
+
+    def clouds(self, clouds: Sequence[Cloud], rng: np.random.Generator) -> Cloud:
+        return pillar_mix(clouds, self.pillar_size, rng)
 
     def cut_mix(
         self, points: np.ndarray, labels: np.ndarray, statistics: tuple[float, float], rng: np.random.Generator
@@ -90,6 +107,24 @@ def polar_mix(scan: Scan, other_scan: Scan, classes: Sequence[int], rng: np.rand
     objects, object_labels = other[chosen], other_labels[chosen]
     turned = [turn(objects, rng.uniform(-np.pi, np.pi)) for _ in range(2)]
     return np.concatenate([points, objects, *turned]), np.concatenate([labels, *[object_labels] * 3])
+
+
+def pillar_mix(clouds: Sequence[Cloud], size: float, rng: np.random.Generator) -> Cloud:
+    """The first cloud, whose pillars of `size` metres may be exchanged for those of the others."""
+    keys = [pillar_keys(cloud.xyz, size) for cloud in clouds]
+    pillars = np.unique(keys[0])
+    occupied = np.stack([np.isin(pillars, key) for key in keys])  # [clouds, pillars]
+    chosen = np.where(occupied, rng.random(occupied.shape), -1.0).argmax(axis=0)
+    kept = []
+    for k, key in enumerate(keys):
+        row = np.minimum(np.searchsorted(pillars, key), len(pillars) - 1)
+        kept.append((pillars[row] == key) & (chosen[row] == k))
+    return Cloud(
+        *(
+            np.concatenate([part[own] for part, own in zip(parts, kept, strict=True)])
+            for parts in zip(*clouds, strict=True)
+        )
+    )
 
 
 def in_half_turn(points: np.ndarray, start: float) -> np.ndarray:

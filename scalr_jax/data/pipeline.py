@@ -27,7 +27,7 @@ from absl import flags, logging
 from scalr_jax.data import packing
 from scalr_jax.data.frame_checks import read_frame
 from scalr_jax.data.joined import Joined
-from scalr_jax.data.scenes import Batch, Dataset, FinishedScenes, SceneView
+from scalr_jax.data.scenes import Batch, Dataset, FinishedScenes, Frame, SceneView
 from scalr_jax.data.transforms import SceneSettings, check_classes, make_scene
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
 
@@ -60,15 +60,22 @@ class BuildScene:
         try:
             if isinstance(self.dataset, FinishedScenes):
                 return self.dataset.scene(record, position)
-            frame = read_frame(self.dataset, record, rng)
-            if self.settings.mixing is not None:
-                frame = self.settings.mixing(frame, record, self.dataset, rng)
-            if self.settings.task == "segment":
-                check_classes(frame, len(self.dataset.class_names))
-            return make_scene(frame, position, self.dataset.intensity(record), self.settings, rng)
+            frame, mixing = self._frame(self.dataset, record, rng), self.settings.mixing
+            records = [] if mixing is None else mixing.others(record, len(self.dataset), rng)
+            others = [(self._frame(self.dataset, k, rng), self.dataset.intensity(k)) for k in records]
+            return make_scene(frame, position, self.dataset.intensity(record), self.settings, rng, others)
         except BadFrameError as error:
             nothing = np.zeros((0, 0), np.float32)
             return SceneView(str(record), position, nothing, nothing, (), None, None, None, str(error))
+
+    def _frame(self, dataset: Dataset, record: int, rng: np.random.Generator) -> Frame:
+        """A frame with what is mixed into its raw scan. Raises `BadFrameError`."""
+        frame = read_frame(dataset, record, rng)
+        if self.settings.mixing is not None:
+            frame = self.settings.mixing(frame, record, dataset, rng)
+        if self.settings.task == "segment":
+            check_classes(frame, len(dataset.class_names))
+        return frame
 
 
 @dataclasses.dataclass(frozen=True)

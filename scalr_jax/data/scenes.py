@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -93,8 +93,20 @@ class FinishedScenes(Protocol):
         ...
 
 
-# What is mixed into frame `record` of a dataset, with all randomness from the generator.
-Mix = Callable[["Frame", int, Dataset, np.random.Generator], "Frame"]
+class Mix(Protocol):
+    """What mixes training scans for segmentation. All randomness comes from the generators."""
+
+    def __call__(self, frame: Frame, record: int, dataset: Dataset, rng: np.random.Generator) -> Frame:
+        """Frame `record` of a dataset with what is mixed into a raw scan. Raises `BadFrameError`."""
+        ...
+
+    def others(self, record: int, num_frames: int, rng: np.random.Generator) -> list[int]:
+        """The frames whose clouds are mixed with that of frame `record`."""
+        ...
+
+    def clouds(self, clouds: Sequence[Cloud], rng: np.random.Generator) -> Cloud:
+        """The first cloud, mixed with the others."""
+        ...
 
 
 FieldOfView = tuple[tuple[float, float, float], tuple[float, float, float]]  # min and max corner, metres
@@ -132,6 +144,14 @@ class Frame(NamedTuple):
     to_sensor: np.ndarray | None = None  # [4, 4] float64: native frame -> the lidar, z up its axis; None: `to_ego`
     beams: np.ndarray | None = None  # [N] uint8: the beam of each point, 0 the lowest; None: see its elevation
     num_dropped: int = 0  # rows of the scan's file that were no usable point
+
+
+class Cloud(NamedTuple):
+    """A scan as the student sees it: one point a voxel, in training augmented."""
+
+    xyz: np.ndarray  # [N, 3] float32, metres
+    feats: np.ndarray  # [N, F] float32
+    labels: np.ndarray  # [N] uint8
 
 
 class Voxels(NamedTuple):

@@ -4,24 +4,26 @@ Distillation: voxelise in the reader's frame, keep what the camera sees, limit, 
 rotate/flip/scale, cut to the field of view, features, neighbours, cells. Segmentation: the same without a camera, all
 of it in the student's frame (on PandaSet the voxels are others); with `augmentation="published"` the features are
 computed before the augmentation, whose rotations of coordinates and of features then differ (a quirk of the published
-code).
+code); with "vavit" the features are those of the same points augmented another time, as VaViT's released code does it.
 Every random choice comes from the `rng` argument.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 from pykdtree.kdtree import KDTree
 
 from scalr_jax.data.planes import cell_position, make_pillars, make_plane, pillar_keys, sort_by
-from scalr_jax.data.scenes import IGNORE, PLANE_AXES, Frame, Mix, SceneNeeds, SceneView, SceneVoxels, Voxels
+from scalr_jax.data.scenes import IGNORE, PLANE_AXES, Cloud, Frame, Mix, SceneNeeds, SceneView, SceneVoxels, Voxels
 from scalr_jax.ops.voxels import coordinates_in, count_levels, extent_of
 from scalr_jax.runtime.errors import BadFrameError
 
 FIELD_OF_VIEW_EPS = 1e-4  # metres
+VAVIT_FLIP = 0.66  # probability, as released
 FEATURES = ("intensity", "x", "y", "z", "radius")
 
 
@@ -37,7 +39,7 @@ class SceneSettings:
     image_size: tuple[int, int] = (224, 448)
     antialias: bool = True
     image_dtype: str = "uint8"  # "uint8", or "float32": not rounded
-    augmentation: str = "published"  # "published", "consistent" or "none"
+    augmentation: str = "published"  # "published", "vavit", "consistent" or "none"
     fixed: bool = False  # the same random choices in every epoch
     mixing: Mix | None = None  # of training scans for segmentation
     votes: bool = False  # evaluation: scans are augmented, to be voted on
@@ -125,11 +127,11 @@ def rotation(angle: float) -> np.ndarray:
     return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
 
-def augment(xyz: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Rotate about z by U(-pi, pi), flip x or y with probability 2/3, scale by U(0.9, 1.1). [N, 3] -> [N, 3]."""
+def augment(xyz: np.ndarray, rng: np.random.Generator, flip: float = 2 / 3) -> np.ndarray:
+    """Rotate about z by U(-pi, pi), flip x or y with probability `flip`, scale by U(0.9, 1.1). [N, 3] -> [N, 3]."""
     xyz = xyz.copy()
     xyz[:, :2] = xyz[:, :2] @ rotation(rng.uniform(-np.pi, np.pi))
-    if rng.random() < 2 / 3:
+    if rng.random() < flip:
         xyz[:, rng.integers(2)] *= -1.0
     return xyz * rng.uniform(0.9, 1.1)
 
@@ -186,13 +188,30 @@ def to_ego(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def make_scene(
-    frame: Frame, index: int, intensity: tuple[float, float], settings: SceneSettings, rng: np.random.Generator
+    frame: Frame,
+    index: int,
+    intensity: tuple[float, float],
+    settings: SceneSettings,
+    rng: np.random.Generator,
+    others: Sequence[tuple[Frame, tuple[float, float]]] = (),
 ) -> SceneView:
-    """Everything between the reader and the packer, for one frame. Raises `BadFrameError`."""
-    if len(frame.points) == 0:
-        raise BadFrameError(f"{frame.name}: the scan has no points")
-    make = _distillation_scene if settings.task == "distill" else _vote_scene if settings.votes else _segmentation_scene
-    return make(frame, index, intensity, settings, rng)
+    """Everything between the reader and the packer, for one frame. Raises `BadFrameError`.
+
+    `others`: the frames that `settings.mixing` drew, with the statistics of their intensities.
+    """
+    for each in (frame, *(other for other, _ in others)):
+        if len(each.points) == 0:
+            raise BadFrameError(f"{each.name}: the scan has no points")
+    if settings.task == "distill":
+        return _distillation_scene(frame, index, intensity, settings, rng)
+    if settings.votes:
+        return _vote_scene(frame, index, intensity, settings, rng)
+    cloud = _cloud(frame, intensity, settings, rng)
+    if others and settings.mixing:
+        cloud = settings.mixing.clouds([cloud, *(_cloud(*other, settings, rng) for other in others)], rng)
+        kept = limit(cloud.xyz, settings.max_points, rng)
+        cloud = Cloud(*(part[kept] for part in cloud))
+    return _segmentation_scene(frame, index, cloud, settings)
 
 
 def _distillation_scene(
@@ -232,24 +251,32 @@ def labels_of(frame: Frame) -> np.ndarray:
     return frame.labels if frame.labels is not None else np.full(len(frame.points), IGNORE, np.uint8)
 
 
-def _segmentation_scene(
-    frame: Frame, index: int, intensity: tuple[float, float], settings: SceneSettings, rng: np.random.Generator
-) -> SceneView:
-    labels, raw = labels_of(frame), to_ego(frame.points, frame.to_ego)
+def _cloud(frame: Frame, intensity: tuple[float, float], settings: SceneSettings, rng: np.random.Generator) -> Cloud:
+    """One point a voxel; in training a random one, of so many points as the settings allow, augmented."""
+    raw = to_ego(frame.points, frame.to_ego)
     kept = voxelize(raw, settings.voxel_size, rng if settings.train else None)
     if settings.train:
         kept = kept[limit(raw[kept], settings.max_points, rng)]
     xyz = raw[kept]
-    feats = make_features(xyz, frame.points[kept, 3], intensity)
-    if settings.train and settings.augmentation == "published":
+    seen, kind = xyz, settings.augmentation if settings.train else "none"
+    if kind == "consistent":
+        seen = xyz = augment(xyz, rng)
+    elif kind == "vavit":
+        seen, xyz = augment(xyz, rng, VAVIT_FLIP), augment(xyz, rng, VAVIT_FLIP)
+    feats = make_features(seen, frame.points[kept, 3], intensity)
+    if kind == "published":
         xyz, feats = _augment_published(xyz, feats, rng)
-    elif settings.train and settings.augmentation == "consistent":
-        xyz = augment(xyz, rng)
-        feats = make_features(xyz, frame.points[kept, 3], intensity)
-    cut = in_view(xyz, settings.needs)
-    xyz, kept, feats = xyz[cut], kept[cut], feats[cut]
-    scene = _finish(frame.name, index, xyz, feats, settings.needs)._replace(labels=labels[kept])
-    return scene if settings.train else _with_raw(scene, xyz, raw, labels, np.linalg.norm(raw, axis=1))
+    return Cloud(xyz, feats, labels_of(frame)[kept])
+
+
+def _segmentation_scene(frame: Frame, index: int, cloud: Cloud, settings: SceneSettings) -> SceneView:
+    cut = in_view(cloud.xyz, settings.needs)
+    xyz, feats, labels = (part[cut] for part in cloud)
+    scene = _finish(frame.name, index, xyz, feats, settings.needs)._replace(labels=labels)
+    if settings.train:
+        return scene
+    raw = to_ego(frame.points, frame.to_ego)
+    return _with_raw(scene, xyz, raw, labels_of(frame), np.linalg.norm(raw, axis=1))
 
 
 def _vote_scene(
@@ -258,13 +285,16 @@ def _vote_scene(
     """One augmented copy of a whole scan, as WaffleIron's evaluation makes them: before the voxels are found.
 
     `published` turns coordinates and features by different angles, and flips and scales the coordinates alone;
-    `consistent` computes the features of the augmented coordinates. The distances are those of the scan as it is.
+    `consistent` computes the features of the augmented coordinates, `vavit` of another augmentation. The distances are
+    those of the scan as it is.
     """
     labels, raw = labels_of(frame), to_ego(frame.points, frame.to_ego)
     ranges = np.linalg.norm(raw, axis=1)
-    published, original, raw = settings.augmentation == "published", raw, augment(raw, rng)
-    feats = make_features(original if published else raw, frame.points[:, 3], intensity)
-    if published:
+    kind, seen, raw = settings.augmentation, raw, augment(raw, rng)
+    if kind != "published":
+        seen = augment(seen, rng) if kind == "vavit" else raw
+    feats = make_features(seen, frame.points[:, 3], intensity)
+    if kind == "published":
         feats[:, 1:3] = feats[:, 1:3] @ rotation(rng.uniform(-np.pi, np.pi))
     kept = voxelize(raw, settings.voxel_size)
     kept = kept[in_view(raw[kept], settings.needs)]

@@ -40,6 +40,7 @@ AGAIN = "remove the folder, and the features are computed again"
 # Settings that change neither scenes nor features.
 FREE_DATA = ("num_workers", "prefetch", "split", "augmentation", "points_per_shard", "scenes_per_shard")
 FREE_DATA += ("scenes_per_step", "cells_per_shard", "halo_per_shard", "voxels_per_shard", "pairs_per_shard")
+FREE_DATA += ("pillars_per_shard",)
 FREE_DATA += ("image_size", "antialias", "image_dtype", "scaled_decode")
 FREE_MODEL = ("segmentation_head", "head_hidden", "drop_path", "remat", "num_classes")
 

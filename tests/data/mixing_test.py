@@ -11,7 +11,7 @@ from scalr_jax.data import instances, mixing
 from scalr_jax.data.build import make_mixing
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
-from scalr_jax.data.scenes import Frame
+from scalr_jax.data.scenes import Cloud, Frame
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.settings import read_settings
 from tests.support import raw_datasets as raw
@@ -185,6 +185,64 @@ def test_a_bank_of_other_scans_is_refused_and_a_damaged_one_named(bank, tmp_path
     assert not (tmp_path / "bad" / "bank.json").exists()
 
 
+def some_clouds(seed, far=()):
+    """Three clouds of other places, whose features and labels say whose points they are."""
+    rng = np.random.default_rng(seed)
+    for k, shift in enumerate((0.0, 9.0, -4.0)):
+        xyz = (rng.normal(size=(400, 3)) * (20, 20, 1) + shift).astype(np.float32)
+        for row, point in enumerate(far):
+            xyz[row] = point
+        yield Cloud(xyz, np.c_[np.full(400, k), xyz].astype(np.float32), np.full(400, k, np.uint8))
+
+
+def pillars_of(xyz, size):
+    """The points of each pillar, as tuples."""
+    found = {}
+    for point in xyz:
+        found.setdefault(tuple(np.floor(point[:2] / size).astype(int)), set()).add(tuple(point))
+    return found
+
+
+def test_pillar_mix_keeps_of_each_pillar_one_clouds_points():
+    """As published: those of a cloud that has some, in the pillars of the first; each as often as another."""
+    won = {}
+    for seed in range(40):
+        clouds = list(some_clouds(seed))
+        mixed = mixing.pillar_mix(clouds, 7.5, np.random.default_rng(seed))
+        np.testing.assert_array_equal(mixed.feats[:, 1:], mixed.xyz)
+        np.testing.assert_array_equal(mixed.feats[:, 0], mixed.labels)
+        sources, found = [pillars_of(cloud.xyz, 7.5) for cloud in clouds], pillars_of(mixed.xyz, 7.5)
+        assert found.keys() == sources[0].keys()
+        for pillar, points in found.items():
+            candidates = tuple(k for k, source in enumerate(sources) if pillar in source)
+            (winner,) = (k for k in candidates if sources[k][pillar] == points)
+            won.setdefault(candidates, []).append(winner)
+    assert won.keys() == {(0,), (0, 1), (0, 2), (0, 1, 2)}
+    for candidates, winners in won.items():
+        share = 1 / len(candidates)
+        for k in candidates:
+            error = 4 * np.sqrt(share * (1 - share) / len(winners))
+            assert np.mean(np.array(winners) == k) == pytest.approx(share, abs=error)
+
+
+def test_pillar_mix_of_points_far_out_and_of_one_pillar():
+    far = [(1e30, -1e30, 0.0), (-3e7, 1e12, 0.0)]
+    clouds = list(some_clouds(0, far))
+    mixed = mixing.pillar_mix(clouds, 0.05, np.random.default_rng(0))
+    assert len(mixed.xyz) == len(mixed.labels) >= 300
+    one = [Cloud(np.zeros((n, 3), np.float32), np.zeros((n, 5), np.float32), np.zeros(n, np.uint8)) for n in (1, 2, 3)]
+    assert {len(mixing.pillar_mix(one, 7.5, np.random.default_rng(seed)).xyz) for seed in range(20)} == {1, 2, 3}
+
+
+def test_pillar_mix_draws_other_frames_where_there_are_some():
+    mix, rng = mixing.Mixing(pillar_size=7.5), np.random.default_rng(0)
+    drawn = [mix.others(2, 4, rng) for _ in range(50)]
+    assert {len(pair) for pair in drawn} == {2}
+    assert {k for pair in drawn for k in pair} == {0, 1, 3}
+    assert mix.others(0, 1, rng) == [0, 0]
+    assert mixing.Mixing().others(2, 4, rng) == []
+
+
 # ---- in the pipeline
 
 
@@ -193,6 +251,7 @@ def street_config(street_cache, **changes):
     config.task = "finetune"
     config.data.update(root=str(street_cache), num_scenes=8)
     config.data.update(polarmix=("car", "person"), cutmix=("car", "person", "pole"), cutmix_ground=("road", "pavement"))
+    config.data.update(pillarmix=7.5, augmentation="vavit")
     config.update_from_flattened_dict(changes)
     return config
 
@@ -227,6 +286,8 @@ def test_mixed_scenes_depend_on_seed_epoch_and_record_alone(workers, street_cach
         ({"data.polarmix": ("zebra",)}, mentions("data.polarmix", "zebra", "road, ")),
         ({"data.cutmix_ground": ()}, r"data\.cutmix_ground = \(\)"),
         ({"task": "probe", "probe.features": "cached"}, "use 'augmented'"),
+        ({"data.pillarmix": 0.01}, r"data\.pillarmix = 0\.01"),
+        ({"task": "distill"}, mentions("data.augmentation", "vavit")),
     ],
 )
 def test_mixing_that_cannot_be_meant(changes, message, street_cache, tmp_path):

@@ -185,6 +185,27 @@ def test_published_augmentation_moves_coordinates_and_features_apart():
         np.testing.assert_allclose(np.linalg.norm(scene.feats[:, 1:4], axis=1), scene.feats[:, 4], rtol=1e-5)
 
 
+def test_vavits_augmentation_moves_coordinates_and_features_apart():
+    """Each is turned, flipped and scaled by draws of its own: distances keep their proportions, which differ."""
+    source, flips = frame(labels=np.arange(200, dtype=np.uint8)), []
+    needs = SceneNeeds(FIELD_OF_VIEW, 16, pillar_size=0.01)
+    options = settings_of("segment", augmentation="vavit", voxel_size=1e-3, needs=needs)
+    for seed in range(12):
+        scene = transforms.make_scene(source, 0, (0, 1), options, np.random.default_rng(seed))
+        before = source.points[scene.labels, :3]
+        centres = present(scene.pillars).coordinates[present(scene.pillars).cell]
+        moved = [scene.feats[:, 1:3], centres]
+        turns = [np.linalg.lstsq(before[:, :2], after, rcond=None)[0] for after in moved]
+        scales = [np.sqrt(abs(np.linalg.det(turn))) for turn in turns]
+        assert abs(scales[0] / scales[1] - 1) > 1e-4
+        flips.append(tuple(np.linalg.det(turn) < 0 for turn in turns))
+        rest = np.c_[before[:, 2], np.linalg.norm(before, axis=1)]  # z and the radius are scaled alone
+        np.testing.assert_allclose(scene.feats[:, 3:], scales[0] * rest, rtol=1e-4)
+        np.testing.assert_allclose(moved[0], before[:, :2] @ turns[0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(moved[1], before[:, :2] @ turns[1], atol=0.02)  # the centres of pillars of 1 cm
+    assert len(set(flips)) == 4
+
+
 def test_evaluation_maps_every_point_to_its_nearest_kept_point():
     source = frame(300)
     settings = settings_of("segment", train=False, voxel_size=1.0)
