@@ -7,13 +7,18 @@ weights have unit gain, so that numbers neither vanish nor overflow (zeros would
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from scalr_jax.models.flops import Sizes, head_products
+from scalr_jax.data.scenes import Batch
+from scalr_jax.models.flops import Matrix, Sizes, head_products, vavit_matrices
+from scalr_jax.models.student import Student
+from scalr_jax.models.vavit import VaViTBackbone
 
 Array = jax.Array
 
@@ -115,3 +120,41 @@ def _neighbors(o: StepOperands) -> tuple:
     zeros = jnp.zeros(o.neighbor_in.shape, jnp.float32), jnp.zeros(o.neighbor_out.shape, jnp.float32)
     gradients, _ = jax.lax.scan(revisit, (o.x, *zeros), o.offsets)
     return out.astype(dtype), gradients
+
+
+def vavit_step(student: Student, batch: Batch) -> Callable[[], Any]:
+    """All products of a step with a VaViT, each and its two gradients; attention's, of each scene alone, and their
+    four. A product that comes several times takes the last one's gradient for its input."""
+    backbone = student.backbone
+    assert isinstance(backbone, VaViTBackbone) and batch.pillars is not None  # noqa: PT018
+    counts = [count for count in batch.pillars.counts.ravel().tolist() if count]
+    num_points, num_features = int(batch.scene_points.sum()), batch.feats.shape[-1]
+    widths = [backbone.channels, *([student.head_hidden] if student.head_hidden else []), student.out_features]
+    matrices = vavit_matrices(backbone, num_points, sum(counts), num_features)
+    matrices += [Matrix(num_points, inner, outer) for inner, outer in itertools.pairwise(widths)]
+    keys, heads = iter(jax.random.split(jax.random.key(0), 2 * len(matrices) + len(counts))), backbone.num_heads
+    rows = [jax.random.normal(next(keys), (m.rows, m.inner)).astype(student.dtype) for m in matrices]
+    kernels = [unit_gain(next(keys), m.inner, m.outer, dtype=student.dtype) for m in matrices]
+    shape = lambda count: (heads, count, backbone.width // heads)  # noqa: E731
+    scenes = [jax.random.normal(next(keys), shape(count)).astype(student.dtype) for count in counts]
+
+    def product(x: Array, kernel: Array) -> tuple[Array, Array]:
+        y = x @ kernel
+        return y @ kernel.T, x.T @ y
+
+    def attend(x: Array) -> Array:
+        logits = jnp.einsum("hqd,hkd->hqk", x, x) * 0.01
+        y = jnp.einsum("hqk,hkd->hqd", logits, x)
+        of_logits = jnp.einsum("hqd,hkd->hqk", y, x) * 0.01
+        of_value, of_key = (jnp.einsum("hqk,hqd->hkd", weights, y) for weights in (logits, of_logits))
+        return (jnp.einsum("hqk,hkd->hqd", of_logits, x) + of_value + of_key).astype(x.dtype) * 1e-3
+
+    @jax.jit
+    def run(rows: list, kernels: list, scenes: list) -> Any:
+        def repeat(x: Array, kernel: Array, times: int) -> Any:
+            return jax.lax.scan(lambda x, _: product(x, kernel), x, None, length=times)
+
+        out = [repeat(x, kernel, m.times) for x, kernel, m in zip(rows, kernels, matrices, strict=True)]
+        return out, [jax.lax.fori_loop(0, backbone.depth, lambda _, x: attend(x), x) for x in scenes]
+
+    return lambda: run(rows, kernels, scenes)

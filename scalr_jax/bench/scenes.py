@@ -21,7 +21,7 @@ import numpy as np
 
 from scalr_jax.bench.timing import positive, two_sizes
 from scalr_jax.data.packing import Capacities, add, pack_shard, sizes, stack_shards
-from scalr_jax.data.scenes import Batch, Frame, Plane, SceneNeeds, SceneView
+from scalr_jax.data.scenes import Batch, Frame, Pillars, Plane, SceneNeeds, SceneView
 from scalr_jax.runtime.chips import check_room
 from scalr_jax.runtime.errors import InputError
 
@@ -29,6 +29,7 @@ from scalr_jax.runtime.errors import InputError
 ORDER = ["nuscenes", "kitti", "nuscenes", "kitti", "nuscenes", "pandar64", "nuscenes", "kitti"]
 ORDER += ["pandargt" if name == "pandar64" else name for name in ORDER]
 MAX_POINTS = 20_000
+NESTED = ("planes", "pillars")  # fields of `Batch` that are tuples of arrays
 SCENES = ("mix", "padded")
 
 
@@ -83,6 +84,8 @@ def get_scenes(arguments: argparse.Namespace) -> Scenes:
     ]
     print(f"{scenes.num_scenes} {scenes.source} scenes, {points} points in room for {room}")
     print(f"occupied and halo cells by plane: {', '.join(f'{cells} and {halo}' for cells, halo in tables)}")
+    if scenes.batch.pillars is not None:
+        print(f"occupied pillars by scene: {', '.join(map(str, scenes.batch.pillars.counts[0]))}")
     return scenes
 
 
@@ -94,7 +97,7 @@ def make(arguments: argparse.Namespace) -> Scenes:
     settings = SceneSettings(
         task="distill",
         train=True,
-        needs=SceneNeeds(PRETRAINING.field_of_view, 16, PRETRAINING.grids),
+        needs=SceneNeeds(PRETRAINING.field_of_view, 16, PRETRAINING.grids, pillar_size=0.5),
         max_points=arguments.max_points,
         image_size=arguments.image_size or (224, 448),
     )
@@ -116,7 +119,7 @@ def make(arguments: argparse.Namespace) -> Scenes:
 
 def pack(views: list[SceneView], grids: tuple[tuple[int, int], ...], *, points_a_scene: int | None) -> Batch:
     """All scenes in one shard [1, ...]: capacities are what they need, rounded up to 128 rows, or so many points."""
-    need = Capacities(0, 0, (0,) * len(grids), (0,) * len(grids))
+    need = Capacities(0, 0, (0,) * len(grids), (0,) * len(grids), pillars=(0,) * len(sizes(views[0]).pillars))
     for view in views:
         need = add(need, sizes(view))
 
@@ -124,7 +127,8 @@ def pack(views: list[SceneView], grids: tuple[tuple[int, int], ...], *, points_a
         return -(-n // 128) * 128
 
     points = up(need.points) if points_a_scene is None else points_a_scene * len(views)
-    capacities = Capacities(points, len(views), tuple(map(up, need.cells)), tuple(map(up, need.halo)))
+    tables = (tuple(map(up, table)) for table in need[2:])
+    capacities = Capacities(points, len(views), *tables)
     return stack_shards([pack_shard(views, capacities, views[0], grids)])
 
 
@@ -199,8 +203,11 @@ def resized(batch: Batch, size: tuple[int, int]) -> Batch:
 
 
 def save(path: Path, scenes: Scenes) -> None:
-    """Writes a plain .npz: the fields of `Batch`, those of plane k as "planes.k.field", grids, names and source."""
-    arrays = {name: value for name, value in scenes.batch._asdict().items() if value is not None and name != "planes"}
+    """Writes a plain .npz: the fields of `Batch`, those of plane k as "planes.k.field", those of pillars as
+    "pillars.field", grids, names and source."""
+    arrays = {name: x for name, x in scenes.batch._asdict().items() if x is not None and name not in NESTED}
+    if scenes.batch.pillars is not None:
+        arrays |= {f"pillars.{name}": value for name, value in scenes.batch.pillars._asdict().items()}
     for k, plane in enumerate(scenes.batch.planes):
         arrays |= {f"planes.{k}.{name}": value for name, value in plane._asdict().items()}
     with path.open("wb") as file:
@@ -218,8 +225,10 @@ def load(path: Path) -> Scenes:
         planes = tuple(
             Plane(**{name: arrays[f"planes.{k}.{name}"] for name in Plane._fields}) for k in range(len(grids))
         )
-        fields = {name: arrays.get(name) for name in Batch._fields if name != "planes"}
-        required = [name for name in Batch._fields if name not in Batch._field_defaults and name != "planes"]
+        fields = {name: arrays.get(name) for name in Batch._fields if name not in NESTED}
+        if "pillars.cell" in arrays:
+            fields["pillars"] = Pillars(**{name: arrays[f"pillars.{name}"] for name in Pillars._fields})
+        required = [name for name in Batch._fields if name not in Batch._field_defaults and name not in NESTED]
         if missing := [name for name in required if fields[name] is None]:
             raise KeyError(missing[0])
         source, names = str(arrays["source"]), tuple(str(name) for name in arrays["names"])

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 
 from scalr_jax.bench import programs as bench_programs
 from scalr_jax.bench import scenes as bench_scenes
-from scalr_jax.bench.student import add_student_arguments, described, sizes_of, student_of
+from scalr_jax.bench.student import add_student_arguments, described, flops_of, student_of
 from scalr_jax.bench.teacher import add_teacher_arguments, teacher_of
 from scalr_jax.bench.timing import Parser, device_bytes, interleave, ranges, rounded, show_times
-from scalr_jax.models.flops import flops, student_products, teacher_flops
+from scalr_jax.models.flops import teacher_flops
 from scalr_jax.models.student import Student
 from scalr_jax.models.vit import ViTConfig
 from scalr_jax.runtime.chips import utilisation
@@ -70,9 +70,9 @@ def measure(
     }
     times = interleave(programs, runs=runs)
     show_times({name: (value, "") for name, value in times.items()})
-    sizes, images = sizes_of(student, batch), scenes.batch.images
+    images = scenes.batch.images
     assert images is not None
-    of_student = flops(student_products(sizes), scenes.num_points, backward=True)
+    of_student = flops_of(student, scenes.batch, scenes.num_points)
     of_teacher = teacher_flops(vit_config, scenes.num_scenes, (images.shape[2], images.shape[3]))
     begin, seconds = described(scenes, student, runs), times["step_s"].median
     result = {

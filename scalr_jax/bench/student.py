@@ -23,6 +23,9 @@ of --runs turns in which programs that are compared run one after the other (sec
     peak_bytes             the step: arguments, outputs and temporary buffers by XLA's plan;
                            device_peak_bytes: what the device reports, where it does
     flops, mfu             matrix products of valid points in a step, nothing counted twice (models/flops.py)
+
+Of a VaViT (--name=vavit_b) forward_s, step_s, matmul_step_s (attention's products for the pairs of each scene among
+them), peak_bytes, flops and mfu.
 """
 
 from __future__ import annotations
@@ -36,16 +39,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scalr_jax.bench import products as bench_products
 from scalr_jax.bench import programs as bench_programs
 from scalr_jax.bench import scenes as bench_scenes
 from scalr_jax.bench import timing
 from scalr_jax.bench.programs import OF_THREE, PLANES
-from scalr_jax.config import StudentSettings
-from scalr_jax.data.scenes import SceneNeeds
-from scalr_jax.models.build import compute_dtype
-from scalr_jax.models.flops import Sizes, flops, student_products
+from scalr_jax.config import StudentSettings, VavitSettings
+from scalr_jax.data.scenes import Batch
+from scalr_jax.models.build import make_student
+from scalr_jax.models.flops import Sizes, flops, head_products, student_products, vavit_flops
 from scalr_jax.models.student import Student
-from scalr_jax.models.waffleiron import WaffleIronBackbone
+from scalr_jax.models.vavit import SIZES, VaViTBackbone
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.chips import utilisation
 from scalr_jax.runtime.errors import InputError
@@ -54,6 +58,7 @@ from scalr_jax.runtime.errors import InputError
 # the backbone's gradient (64 channels, 62,555 points) takes 0.26, 0.73, 2.6, 3.3 s of CPU time at 3, 6, 9, 12 layers
 # (2 shared cores, 2026-11-22): from 6 to 9 the loop itself becomes slow, which is no layer's cost. Why is not known.
 LOOPED = 3 * PLANES
+DESCRIBED = ("channels", "width", "depth", "implementation", "remat")
 HEADS = {"linear": 0, "mlp": 2048}  # hidden channels of ScaLR's head and of ScaLR+'s
 IMPLEMENTATIONS = ("auto", "cells", "windows", "dense")
 
@@ -70,13 +75,17 @@ def main(argv: list[str]) -> dict[str, Any]:
     if arguments.compile:
         return compile_times(arguments)
     scenes = bench_scenes.get_scenes(arguments)
-    return measure(scenes, student_of(arguments, scenes.grids), arguments.runs, dense=not arguments.no_dense)
+    student = student_of(arguments, scenes.grids)
+    if student.needs.pillar_size is not None:
+        return measure_vavit(scenes, student, arguments.runs)
+    return measure(scenes, student, arguments.runs, dense=not arguments.no_dense)
 
 
 def add_student_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `student_of` reads, and --runs."""
-    parser.add_argument("--channels", type=timing.positive, default=768)
-    parser.add_argument("--depth", type=timing.positive, default=48)
+    parser.add_argument("--name", choices=("waffleiron", *SIZES), default="waffleiron", help="the backbone")
+    parser.add_argument("--channels", type=timing.positive, help="wide; none: 768, of a VaViT its name's")
+    parser.add_argument("--depth", type=timing.positive, help="layers; none: 48, of a VaViT its name's")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, default="auto", help="of spatial mixing")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of matrix products")
     parser.add_argument("--remat", choices=("none", "layer", "group"), default="none", help="what is computed again")
@@ -91,11 +100,31 @@ def student_of(arguments: argparse.Namespace, grids: Any) -> Student:
     """The student that the arguments describe."""
     if not 0 <= arguments.drop_path < 1:
         raise InputError(f"--drop_path={arguments.drop_path} is not in [0, 1)")
-    names = ("channels", "depth", "norm", "activation", "drop_path", "implementation", "remat")
-    settings = {name: getattr(arguments, name) for name in names}
-    backbone = WaffleIronBackbone(SceneNeeds(StudentSettings.field_of_view, grids=tuple(grids)), **settings)
-    dtype = compute_dtype(arguments.dtype, sharding.platform())
-    return Student(backbone, "distill", arguments.out_features, HEADS[arguments.head], dtype=dtype)
+    names = ("norm", "activation", "drop_path", "implementation", "remat")
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    if arguments.name == "waffleiron":
+        settings |= {"channels": arguments.channels or 768, "depth": arguments.depth or 48, "grids": tuple(grids)}
+    else:
+        settings["vavit"] = vavit_settings(arguments.channels, arguments.depth)
+    hidden = HEADS[arguments.head]
+    model = StudentSettings(name=arguments.name, head_hidden=hidden, dtype=arguments.dtype, **settings)
+    return make_student(model, head="distill", out_features=arguments.out_features, platform=sharding.platform())
+
+
+def vavit_settings(width: int | None, depth: int | None) -> VavitSettings:
+    """What --channels and --depth say of a VaViT, with heads of 64 channels and an MLP of 4 times the width."""
+    size = {} if width is None else {"width": width, "hidden": 4 * width, "num_heads": max(1, width // 64)}
+    return VavitSettings(depth=depth or 0, **size)
+
+
+def flops_of(student: Student, batch: Batch, num_points: int) -> int:
+    """Matrix products of valid rows in a training step."""
+    sizes = sizes_of(student, batch)
+    if isinstance(student.backbone, VaViTBackbone) and batch.pillars is not None:
+        counts = batch.pillars.counts.ravel().tolist()
+        features, head = batch.feats.shape[-1], head_products(sizes)
+        return vavit_flops(student.backbone, head, num_points, counts, features, backward=True)
+    return flops(student_products(sizes), num_points, backward=True)
 
 
 def of_depth(student: Student, depth: int) -> Student:
@@ -139,7 +168,7 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: 
     times = {name: timing.Times(values) for name, values in seconds.items()}
     timing.show_times({name: (value, "") for name, value in times.items()})
     medians = {name: value.median for name, value in times.items()}
-    num_flops = flops(student_products(sizes), scenes.num_points, backward=True)
+    num_flops = flops_of(student, scenes.batch, scenes.num_points)
     result = {
         **described(scenes, student, runs),
         "rows": num_rows,
@@ -159,6 +188,39 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: 
     return timing.rounded(result)
 
 
+def measure_vavit(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[str, Any]:
+    """All figures of a VaViT on one batch."""
+    if scenes.batch.pillars is None:
+        raise InputError("the batch has no pillars; save it again")
+    batch = jax.tree.map(jnp.asarray, scenes.batch._replace(images=None, pixels=None, labels=None))
+    step, plan_bytes = bench_programs.training_step(student, batch)
+    jax.block_until_ready(step())
+    peak_on_device = timing.device_bytes()
+    programs = {
+        "step": step,
+        "forward": bench_programs.forward_pass(student, batch),
+        "matmul_step": bench_products.vavit_step(student, batch),
+    }
+    times = {f"{name}_s": value for name, value in timing.interleave(programs, runs=runs).items()}
+    timing.show_times({name: (value, "") for name, value in times.items()})
+    medians = {name: value.median for name, value in times.items()}
+    num_flops = flops_of(student, scenes.batch, scenes.num_points)
+    result = {
+        **described(scenes, student, runs),
+        **medians,
+        "peak_bytes": plan_bytes,
+        "device_peak_bytes": peak_on_device,
+        "points_per_s": scenes.num_points / medians["step_s"],
+        "scenes_per_s": scenes.num_scenes / medians["step_s"],
+        "flops": num_flops,
+        "mfu": utilisation(num_flops, medians["step_s"], jax.local_devices()[0].device_kind),
+        "ranges_s": timing.ranges(times),
+    }
+    ratio = medians["step_s"] / medians["matmul_step_s"]
+    print(f"{result['scenes_per_s']:.2f} scenes/s; the step takes {ratio:.2f} times its products")
+    return timing.rounded(result)
+
+
 def described(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[str, Any]:
     """What the result of a student on scenes begins with."""
     return {
@@ -166,7 +228,8 @@ def described(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[
         "points": scenes.num_points,
         "num_scenes": scenes.num_scenes,
         "source": scenes.source,
-        **{name: getattr(student.backbone, name) for name in ("channels", "depth", "implementation", "remat")},
+        "backbone": student.backbone.describe(),
+        **{name: x for name, x in dataclasses.asdict(student.backbone).items() if name in DESCRIBED},
         "dtype": jnp.dtype(student.dtype).name,
     }
 

@@ -9,13 +9,18 @@ flops / time / peak is the model's utilisation (Chowdhery et al., "PaLM", append
     final        2 C -> C                     per point
     layers       C -> C twice                 per point and layer
     head         C -> out, or C -> hidden -> out
+
+Of a VaViT (`vavit_flops`) the products of its point layers, blocks and merge, and both products of attention for the
+pairs of pillars of one scene.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from scalr_jax.models.vavit import VaViTBackbone
 from scalr_jax.models.vit import ViTConfig, num_tokens
 
 
@@ -63,6 +68,47 @@ def flops(products: list[Product], num_points: int, *, backward: bool, again: bo
     """Of `num_points` rows; `again` adds what is computed twice."""
     times = [p.forward + backward * p.backward + again * p.again for p in products]
     return num_points * sum(2 * p.inner * p.outer * n for p, n in zip(products, times, strict=True))
+
+
+class Matrix(NamedTuple):
+    """A product [rows, inner] @ [inner, outer] of a VaViT's pass, so many times; its gradient has two more."""
+
+    rows: int
+    inner: int
+    outer: int
+    times: int = 1
+
+
+def vavit_matrices(backbone: VaViTBackbone, num_points: int, num_pillars: int, num_features: int) -> list[Matrix]:
+    """All but those of attention and of the head."""
+    size, found, inner = backbone, [], num_features
+    for n in range(size.point_depth):
+        outer = size.width if n == size.point_depth - 1 else size.point_hidden
+        found += [Matrix(num_points, inner, size.point_hidden, 2)]
+        found += [Matrix(num_points, size.point_hidden, size.point_hidden, size.needs.num_neighbors)]
+        found += [Matrix(num_points, 2 * size.point_hidden, outer)]
+        inner = outer
+    found += [Matrix(num_pillars, size.width, size.width, 4 * size.depth)]
+    found += [Matrix(num_pillars, size.width, size.hidden, 2 * size.depth)]  # the second has inner and outer exchanged
+    found += [Matrix(rows, size.width, size.merge_hidden) for rows in (num_points, num_pillars)]
+    found += [Matrix(num_points, 2 * size.merge_hidden, outer) for outer in (2 * size.merge_hidden, size.channels)]
+    return found
+
+
+def vavit_flops(
+    backbone: VaViTBackbone,
+    head: list[Product],
+    num_points: int,
+    counts: Sequence[int],
+    num_features: int,
+    *,
+    backward: bool,
+) -> int:
+    """Of a pass over `num_points` points and scenes of `counts` pillars. head: `head_products`."""
+    matrices = vavit_matrices(backbone, num_points, sum(counts), num_features)
+    linear = sum(2 * m.rows * m.inner * m.outer * m.times for m in matrices)
+    attention = backbone.depth * 4 * backbone.width * sum(count**2 for count in counts)
+    return (3 if backward else 1) * (linear + attention) + flops(head, num_points, backward=backward)
 
 
 def teacher_flops(config: ViTConfig, num_images: int, image_size: tuple[int, int]) -> int:
