@@ -126,11 +126,11 @@ def load(
 
     Args:
       path: a workdir of distill, probe or finetune, a folder of `scalr_jax.export` (torch, safetensors or orbax), or a
-        published `.pth` or `.safetensors` (ScaLR, ScaLR+, WaffleIron; distilled or downstream; or a MinkUNet).
+        published `.pth` or `.safetensors` (ScaLR, ScaLR+, WaffleIron; distilled or downstream; a VaViT or a MinkUNet).
       sensor: whose intensity statistics, and for a published file whose field of view and grids, apply: nuscenes,
         semantic_kitti, pandar64 or pandargt. Not needed for a workdir of one sensor. For segmentation on PandaSet it
         means 512 cells over +-128 m (but 384 over +-96 m in a model fine-tuned on PandarGT: give those). Of a
-        published MinkUNet, which takes raw intensities, it only says the names of the classes.
+        published VaViT or MinkUNet, which take raw intensities, it only says the names of the classes.
       intensity: (mean, standard deviation) of the raw intensity, instead of the sensor's.
       field_of_view: ((x, y, z) min, (x, y, z) max) in metres, instead of the sensor's or the workdir's.
       grids: ((rows, columns) of the planes xy, xz, yz), likewise. Any grid goes with any weights.

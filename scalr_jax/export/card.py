@@ -178,8 +178,8 @@ lists every input, so that the preprocessing can be written in another language.
 _INPUTS = 'inputs = {k: v for k, v in np.load("FOLDER/example.npz").items() if not k.startswith("output/")}'
 
 USAGE = {
-    "torch": f"""`{FILES["torch"]}` has the published layout, names and shapes (ScaLR, ScaLR+, WaffleIron): a strict
-`load_state_dict` of `torch.load("{FILES["torch"]}", weights_only=True)` takes it. In JAX:
+    "torch": f"""`{FILES["torch"]}` has the published layout, names and shapes (ScaLR, ScaLR+, WaffleIron, VaViT): a
+strict `load_state_dict` of `torch.load("{FILES["torch"]}", weights_only=True)` takes it. In JAX:
 
 {_READ}""",
     "safetensors": f"""`{FILES["safetensors"]}` has the names and shapes of the published PyTorch layout. In JAX:

@@ -19,6 +19,14 @@ H halo cells and Q partial sums. Index -1 reads a zero row.
     levels_p         [7] int64       where each of its six levels begins, and Q (onnx)
     roots_p          [M] int32       which of its sums is the cell's (onnx)
 
+A VaViT's are feats and neighbors, with N points sorted by floor(x / size), then floor(y / size), and for T occupied
+pillars of `size` metres:
+
+    pillar           [N] int32       the point's pillar, ascending
+    coordinates      [T, 2] float32  x, y of each centre in metres
+    maxima           [Q, 8] int32    a tree of maxima, as `sum_tree`, that repeats a row where fewer are left (onnx)
+    levels, roots    [7], [T]        likewise (onnx)
+
 A MinkUNet's (stablehlo) are feats, offset [N, 3] float32, where each point is in its voxel, -0.5 to 0.5 from the centre
 in voxels, and the tables of `export.voxel_tables.voxel_tables`.
 """
@@ -77,6 +85,12 @@ def scene_inputs(scene: SceneView, needs: SceneNeeds, form: str) -> dict[str, np
         tables = voxel_tables(coordinates, extent_of(needs.field_of_view, needs.voxel_size))
         return {"feats": scene.feats, "offset": coordinates % 1.0 - 0.5, **tables}
     inputs = {"feats": scene.feats, "neighbors": scene.neighbors}
+    if scene.pillars is not None:
+        inputs |= {"pillar": scene.pillars.cell, "coordinates": scene.pillars.coordinates}
+        if form == "onnx":
+            sums, levels, roots = sum_tree(np.arange(len(scene.feats)), np.bincount(scene.pillars.cell))
+            inputs |= {"maxima": np.where(sums < 0, sums[:, :1], sums), "levels": levels, "roots": roots}
+        return inputs
     for name, plane in zip(PLANES, scene.planes, strict=True):
         count = np.bincount(plane.cell, minlength=len(plane.position))
         inputs[f"cell_{name}"] = plane.cell
@@ -140,6 +154,12 @@ def input_table(needs: SceneNeeds, form: str, num_features: int) -> dict[str, In
     if needs.voxel_size is not None:
         return table | _voxel_inputs()
     table["neighbors"] = Input(np.int32, ("N", needs.num_neighbors))
+    if needs.pillar_size is not None:
+        table |= {"pillar": Input(np.int32, ("N",), -1), "coordinates": Input(np.float32, ("T", 2))}
+        if form == "onnx":
+            table |= {"maxima": Input(np.int32, ("Q", PARTS)), "levels": Input(np.int64, (LEVELS + 1,))}
+            table["roots"] = Input(np.int32, ("T",))
+        return table
     for p in PLANES:
         table[f"cell_{p}"] = Input(np.int32, ("N",), -1)
         table[f"inverse_count_{p}"] = Input(np.float32, (f"M_{p}",))
@@ -184,7 +204,10 @@ def pad_inputs(inputs: Mapping[str, np.ndarray], settings: Mapping) -> dict[str,
     """
     needs, (num_points, num_features) = needs_of(settings), inputs["feats"].shape
     sizes: dict[int | str, int] = {}
-    if needs.voxel_size is None:
+    if needs.pillar_size is not None:
+        capacities = round_up(Capacities(num_points, 1, (), (), pillars=(len(inputs["coordinates"]),)), ())
+        sizes["T"] = capacities.pillars[0]
+    elif needs.voxel_size is None:
         cells, halo = (tuple(len(inputs[f"{taps}_taps_{p}"]) for p in PLANES) for taps in ("cell", "halo"))
         capacities = round_up(Capacities(num_points, 1, cells, halo), needs.grids)
         for p, num_cells, num_halo in zip(PLANES, capacities.cells, capacities.halo, strict=True):

@@ -12,7 +12,7 @@ Flags:
 {model}
     --format         torch (the published layout), safetensors (its names), orbax (parameters alone): read by
                      scalr_jax.load; stablehlo (for JAX on CPU, CUDA and TPU), onnx (for onnxruntime): programs;
-                     of a MinkUNet orbax or stablehlo
+                     of a MinkUNet orbax or stablehlo, of a VaViT all
     --output         the folder to write
     --fold           fold batch norms and merge layer scales where that is exact; outputs are equal
     --overwrite      replace an exported folder of that name
@@ -52,6 +52,7 @@ from scalr_jax.runtime.storage import checksums, write_arrays
 
 LARGEST_DIFFERENCE = 1e-4
 CHECK_POINTS = 1_500
+LARGEST_HALF = (64.0, 64.0, 8.0)  # metres to each side of the middle, where a check's points are in a view without end
 
 Outputs = dict[str, np.ndarray]  # by name: "features", "distilled", "logits"
 
@@ -125,8 +126,7 @@ def export_model(
     settings = {**model.config.to_dict(), "format": form, "implementation": "cells"}
     student = student_of(settings)
     if form not in READABLE:
-        needs = student.needs
-        settings["needs"] = {"num_neighbors": needs.num_neighbors, "grids": needs.grids, "voxel_size": needs.voxel_size}
+        settings["needs"] = {name: x for name, x in student.needs._asdict().items() if name != "field_of_view"}
     original: dict = jax.tree.map(np.asarray, model.variables)
     variables = fold(original) if folded else original
     scene, _ = whole_scan(example_scan(settings), student.needs, settings["intensity"], settings["voxel_size"])
@@ -177,6 +177,8 @@ def example_scan(settings: Mapping, num_points: int = CHECK_POINTS) -> np.ndarra
     """A seeded scan [N, 4] of uneven ground and of upright things, inside the field of view."""
     rng = np.random.default_rng(0)
     low, high = np.asarray(settings["field_of_view"], np.float64)
+    middle, half = (low + high) / 2, np.minimum((high - low) / 2, LARGEST_HALF)
+    low, high = middle - half, middle + half
     mean, deviation = settings["intensity"]
     across = rng.uniform(-0.95, 0.95, (num_points, 2)) * rng.uniform(0, 1, (num_points, 1))  # denser in the middle
     post = rng.integers(0, 30, num_points)

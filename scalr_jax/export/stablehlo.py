@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from scalr_jax.data.scenes import Batch, Plane
+from scalr_jax.data.scenes import Batch, Pillars, Plane
 from scalr_jax.export.inputs import HEADS, PLANES, input_table
 from scalr_jax.models.minkunet import GivenTables
 from scalr_jax.models.student import Student, Variables, outputs_of
@@ -39,7 +39,9 @@ def flat_weights(variables: Variables) -> dict[str, np.ndarray]:
 
 def make_program(student: Student) -> Callable[[Inputs, Inputs], Inputs]:
     """The pure function (weights, inputs) -> outputs by name; all are flat dicts of arrays."""
-    make_batch = _plane_batch if student.needs.voxel_size is None else _voxel_batch
+    needs = student.needs
+    sparse = _pillar_batch if needs.voxel_size is None else _voxel_batch
+    make_batch = _plane_batch if needs.grids else sparse
 
     def program(weights: Inputs, inputs: Inputs) -> Inputs:
         features, rows = outputs_of(student, unflatten_dict(weights, sep="/"), make_batch(inputs))
@@ -109,6 +111,16 @@ def _plane_batch(inputs: Inputs) -> Batch[Array]:
         neighbors=inputs["neighbors"],
         planes=tuple(planes),
     )
+    return jax.tree.map(lambda x: x[None], batch)
+
+
+def _pillar_batch(inputs: Inputs) -> Batch[Array]:
+    """One shard of one scene, D = S = 1, of padded inputs."""
+    pillar, table = inputs["pillar"], inputs["coordinates"]
+    valid = pillar >= 0
+    pillars = Pillars(_none_to(table.shape[0], pillar), table, pillar.max(keepdims=True) + 1)
+    scene, number = jnp.where(valid, 0, 1), valid.sum(dtype=jnp.int32)[None]
+    batch = Batch(inputs["feats"], scene, number, inputs["neighbors"], (), pillars=pillars)
     return jax.tree.map(lambda x: x[None], batch)
 
 

@@ -71,7 +71,9 @@ def read_export(folder: Path) -> tuple[dict, dict]:
             found = read_content({container: content.get(container, content)}, str(path))
             variables = found.variables
             said = ("channels", "depth", "norm", "head", "head_hidden", "num_features", "out_features")
-            settings |= {name: found.model[name] for name in said}
+            settings |= {name: found.model[name] for name in said if name in found.model}
+            if "vavit" in found.model:
+                settings |= {"name": found.model["name"], "vavit": {**settings["vavit"], **found.model["vavit"]}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):  # which is a ValueError
             text = str(error)

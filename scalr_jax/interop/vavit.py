@@ -18,8 +18,9 @@ from scalr_jax.models.student import Student, Variables
 from scalr_jax.models.vavit import ROTARY_BASE, SIZES, Size, VaViTBackbone
 from scalr_jax.runtime.errors import InputError
 
-CONTAINERS = ("net", "state_dict", "model_state_dict", "model", "module")
+CONTAINERS = ("net", "model_point", "state_dict", "model_state_dict", "model", "module")
 FIRST = "embed.0.point_mlp.0.weight"
+RAW_INTENSITY = (0.0, 1.0)  # mean and deviation: the published code normalises no intensity
 WHOLE = ((-1e4, -1e4, -1e4), (1e4, 1e4, 1e4))  # the published code cuts no field of view
 
 
@@ -105,6 +106,8 @@ def read(content: Mapping, name: str) -> Published:
     prefix = next(key.removesuffix(FIRST) for key in arrays if key.endswith(FIRST))
     weights = {key.removeprefix(prefix): x for key, x in arrays.items() if key.startswith(prefix)}
     model = infer_model(weights, name)
+    if container == "model_point" and model["head"] == "linear":
+        model["head"] = "distill"  # `write_published` says so by the container
     student = student_of(model)
     buffers = _frequencies(student)
     for key in sorted(weights.keys() & buffers.keys()):
@@ -112,7 +115,9 @@ def read(content: Mapping, name: str) -> Published:
             raise InputError(f"{name}: {key} is not 10000^(-2 i / h), as VaViT's are; it is another model")
     rest = {key: x for key, x in weights.items() if key not in buffers}
     variables = convert(rest, student, weight_table(student), model["num_features"], name)
-    return Published(model, variables, {}, ("intensity",))
+    if model["head"] == "linear":  # as published; other heads are this package's, and normalise
+        return Published(model, variables, {"intensity": RAW_INTENSITY})
+    return Published(model, variables, unsaid=("intensity",))
 
 
 def infer_model(weights: Mapping[str, np.ndarray], name: str) -> dict:
@@ -138,7 +143,9 @@ def infer_model(weights: Mapping[str, np.ndarray], name: str) -> dict:
     last = max((key for key in weights if re.fullmatch(r"classif\.(\d\.)?weight", key)), default="")
     heads = {"": "none", "classif.weight": "linear", "classif.1.weight": "segment", "classif.3.weight": "mlp"}
     known = next((key for key, value in SIZES.items() if value[:4] == size[:4]), "vavit_b")
-    model = {"name": known, "vavit": size._asdict() | {"point_depth": point_depth}, "num_neighbors": 16}
+    of_name = SIZES[known]._asdict()  # 0: as the name says, which is how configs have it
+    vavit = {key: 0 if value == of_name[key] else value for key, value in size._asdict().items()}
+    model = {"name": known, "vavit": vavit | {"point_depth": point_depth}, "num_neighbors": 16}
     model |= {
         "field_of_view": WHOLE,
         "num_features": rows(FIRST, 1),

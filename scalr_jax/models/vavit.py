@@ -202,10 +202,14 @@ class VaViT(nn.Module):
         return layers(x, angles, context, scene)[0]
 
 
+def rotary_frequencies(head: int) -> np.ndarray:
+    """Radians a metre of the pairs of an axis, [head / 4] float32, for heads of `head` channels."""
+    return (ROTARY_BASE ** (-2.0 * np.arange(head // 4) / (head // 2))).astype(np.float32)
+
+
 def _angles(coordinates: Array, head: int) -> Array:
     """Coordinates [D, T, 2] in metres -> radians [D, T, head / 2]: first those of x, then those of y."""
-    frequencies = ROTARY_BASE ** (-2.0 * np.arange(head // 4) / (head // 2))
-    return (coordinates[..., None] * frequencies.astype(np.float32)).reshape(*coordinates.shape[:-1], -1)
+    return (coordinates[..., None] * rotary_frequencies(head)).reshape(*coordinates.shape[:-1], -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +232,7 @@ class VaViTBackbone:
     drop_path: float = 0.0
     remat: str = "none"
 
-    exports: ClassVar[tuple[str, ...]] = ("orbax",)
+    exports: ClassVar[tuple[str, ...]] = ("torch", "safetensors", "orbax", "stablehlo", "onnx")
     folds: ClassVar[bool] = False
     weight_keys: ClassVar[tuple[str, ...]] = ("num_neighbors", *(f"vavit.{key}" for key in Size._fields))
     weight_keys += ("vavit.point_depth", "vavit.pillar_size")

@@ -42,8 +42,10 @@ def packed(q: Array, k: Array, v: Array, counts: Array) -> Array:
     """
     if platform_of(counts) in ("gpu", "cuda") and q.dtype in HALF:
         return by_shard(_cudnn, (q, k, v, counts))
-    if not isinstance(q.shape[1], int):  # a symbol, in an exported program
-        return reference(q, k, v, scene_of(counts, q.shape[1]))
+    if not isinstance(q.shape[1], int):  # a symbol, in an exported program: one head's logits at a time
+        scene = scene_of(counts, q.shape[1])
+        heads = tuple(jnp.moveaxis(x, 2, 0)[:, :, :, None] for x in (q, k, v))
+        return jnp.moveaxis(jax.lax.map(lambda head: reference(*head, scene=scene)[:, :, 0], heads), 0, 2)
     return by_shard(_tiled, (q, k, v, counts))
 
 
