@@ -1,9 +1,9 @@
 """The published experiments as configs: what `configs/{pretrain,probe,finetune}` share. Figures are in those files.
 
-Settings are those of the public code of ScaLR, ScaLR+ and WaffleIron. Epochs become steps: epochs x (training frames //
-batch), the last incomplete batch of an epoch left out. Every step holds exactly the published batch
+Settings are those of the public code of ScaLR, ScaLR+, WaffleIron and VaViT. Epochs become steps: epochs x (training
+frames // batch), the last incomplete batch of an epoch left out. Every step holds exactly the published batch
 (`data.scenes_per_step`), whose capacities are set for one device; on D devices divide `data.points_per_shard`,
-`scenes_per_shard`, `cells_per_shard` and `halo_per_shard` by D (D must divide the batch).
+`scenes_per_shard`, `cells_per_shard`, `halo_per_shard` and `pillars_per_shard` by D (D must divide the batch).
 
 The published loss is a mean over each GPU's points, then over GPUs. These configs follow one GPU, on which each point
 weighs alike: `loss.scenes_per_group = 0`, and 172,175 updates (ScaLR's pretraining; 172,200 on eight GPUs). For n GPUs
@@ -24,7 +24,10 @@ from scalr_jax.runtime.errors import InputError
 # Frames to train on. Those of PandaSet are the pretraining's: labels exist for the same scenes.
 TRAIN_FRAMES = {"nuscenes": 28_130, "semantic_kitti": 19_130, "pandar64": 3_920, "pandargt": 3_920}
 MIXED = ("bicycle", "motorcycle", "other-vehicle", "person", "bicyclist")  # of SemanticKITTI
-METHODS = ("scalr", "scalr_plus")
+VAVITS = ("vavit_b", "vavit_l")  # with ScaLR+'s settings: no distillation into a VaViT is published
+METHODS = ("scalr", "scalr_plus", *VAVITS)
+VAVIT_CHANNELS = 768  # of a point; the published 128 are few to tell 1,024 features of a teacher from
+WHOLE = ((-1e4, -1e4, -1e4), (1e4, 1e4, 1e4))  # metres: no field of view is cut, as VaViT's code cuts none
 BATCH_SIZE = 8
 MAX_POINTS = 20_000
 # Occupied and halo cells of a scene of 20,000 points, one camera's view or a whole turn: 1.2 times the most seen on
@@ -38,10 +41,15 @@ PACK_VOXELS, PACK_PAIRS = (64_512, 44_544, 23_552, 11_264, 4_864), (202_752, 226
 # A scene of 20,000 points, likewise: 1.1 times the most seen on frames of the four datasets, as a run derives it.
 SCENE_VOXELS, SCENE_PAIRS = (20_000, 14_464, 8_576, 4_864, 2_368), (138_368, 100_864, 61_568, 33_152, 17_536)
 TURN_CELLS, TURN_HALO = (5_200, 2_100, 2_600), (14_600, 4_300, 5_100)
+# Pillars of 0.5 m: of a pack, as a run derives them from the mixture; of a turn of 20,000 points, 1.2 times the most
+# seen (2026-11-29).
+PACK_PILLARS, TURN_PILLARS = 11_776, 5_632
+# Points of a whole scan after 0.1 m voxels: 1.5 times the most seen in mixed ones, 18,807 and 64,198 (2026-11-29).
+SCAN_POINTS = {"nuscenes": 28_672, "semantic_kitti": 98_304}
 
 
 def pretraining(method: str, channels: int = 768) -> Config:
-    """Distillation on all four datasets jointly; `channels` 256, 384 or 768."""
+    """Distillation on all four datasets jointly; `channels` of a WaffleIron: 256, 384 or 768."""
     config = _student(method, channels)
     config.task = "distill"
     config.data.dataset = "merged"
@@ -70,7 +78,10 @@ def packed(config: Config, num_shards: int) -> Config:
     config.optimizer.total_updates = config.num_steps
     config.num_steps = math.ceil(scenes / (PACK_MEAN * num_shards))
     config.data.update(scenes_per_step=0, points_per_shard=PACK_POINTS, scenes_per_shard=PACK_SCENES)
-    config.data.update(cells_per_shard=PACK_CELLS, halo_per_shard=PACK_HALO)
+    if config.model.name in VAVITS:
+        config.data.pillars_per_shard = (PACK_PILLARS,)
+    else:
+        config.data.update(cells_per_shard=PACK_CELLS, halo_per_shard=PACK_HALO)
     return config
 
 
@@ -92,7 +103,7 @@ def probing(dataset: str, method: str) -> Config:
     config = _student(method)
     config.task, config.checkpoint = "probe", "CHECKPOINT"
     _dataset(config, dataset)
-    if dataset.startswith("pandar"):
+    if dataset.startswith("pandar") and method not in VAVITS:
         config.model.update(PANDASET_DOWNSTREAM._asdict())
     _batch(config, BATCH_SIZE, TURN_CELLS, TURN_HALO)
     _epochs(config, 50 if dataset.startswith("pandar") else 20, TRAIN_FRAMES[dataset], warmup=2)
@@ -116,7 +127,7 @@ def finetuning(dataset: str, method: str, percent: int = 100) -> Config:
     config = _student(method)
     config.task, config.checkpoint = "finetune", "CHECKPOINT"  # to be given: from "" it would begin at random weights
     _dataset(config, dataset)
-    if dataset.startswith("pandar"):
+    if dataset.startswith("pandar") and method not in VAVITS:
         config.model.update((PANDARGT_FINETUNING if dataset == "pandargt" else PANDASET_DOWNSTREAM)._asdict())
     _batch(config, BATCH_SIZE, TURN_CELLS, TURN_HALO)
     config.data.label_fraction = percent / 100
@@ -148,14 +159,35 @@ def waffleiron(dataset: str, channels: int) -> Config:
     return config
 
 
+def vavit(dataset: str, drop_path: float) -> Config:
+    """VaViT-B with full supervision, from random weights, on whole scans; `config.checkpoint` stays empty."""
+    config = get_config()
+    config.task = "finetune"
+    _dataset(config, dataset)
+    config.model.update(name="vavit_b", field_of_view=WHOLE, drop_path=drop_path, segmentation_head="linear")
+    _batch(config, BATCH_SIZE, (), ())
+    points = SCAN_POINTS[dataset]
+    config.data.update(max_points=points, points_per_shard=BATCH_SIZE * points, pillars_per_shard=())
+    config.data.update(augmentation="vavit", pillarmix=7.5, intensity=(0.0, 1.0))  # raw intensities
+    _epochs(config, 45, TRAIN_FRAMES[dataset], warmup=4)
+    config.optimizer.update(learning_rate=1e-3, weight_decay=0.003, schedule="cosine", final_learning_rate=0.0)
+    if dataset == "semantic_kitti":
+        config.data.update(cutmix=MIXED, cutmix_ground=("road", "parking", "sidewalk"))
+    return config
+
+
 def _student(method: str, channels: int = 768) -> Config:
-    """The defaults with the method's student: 48 layers, layer norm, +-64 m, 256 cells."""
+    """The defaults with the method's student: 48 layers, layer norm, +-64 m, 256 cells; or a VaViT on all points."""
     if method not in METHODS:
         raise InputError(
             f"the method {method!r} is none of {', '.join(METHODS)}; give it after the file's name and a colon"
         )
     config = get_config()
-    config.model.update(channels=channels, activation="relu" if method == "scalr" else "gelu")
+    if method in VAVITS:
+        config.model.update(name=method, field_of_view=WHOLE)
+        config.model.vavit.channels = VAVIT_CHANNELS
+    else:
+        config.model.update(channels=channels, activation="relu" if method == "scalr" else "gelu")
     return config
 
 
@@ -170,10 +202,13 @@ def _batch(config: Config, size: int, cells: tuple[int, ...], halo: tuple[int, .
     """Exactly `size` scenes a step, with room for as many of the largest."""
     config.data.update(max_points=MAX_POINTS, scenes_per_step=size, scenes_per_shard=size, num_workers=12)
     config.data.points_per_shard = size * MAX_POINTS
+    config.optimizer.batch_size = size
+    if config.model.name in VAVITS:
+        config.data.pillars_per_shard = (size * TURN_PILLARS,)
+        return
     config.data.cells_per_shard, config.data.halo_per_shard = (
         tuple(size * n for n in table) for table in (cells, halo)
     )
-    config.optimizer.batch_size = size
     config.model.remat = "group"
 
 

@@ -39,7 +39,9 @@ def variants():
     """Every recipe, and the arguments it takes."""
     for name in RECIPES:
         takes_method = "method" in inspect.signature(config_module(name).get_config).parameters
-        yield from ((name, method) for method in ([("scalr",), ("scalr_plus",)] if takes_method else [()]))
+        methods = [("scalr",), ("scalr_plus",)] if takes_method else [()]
+        methods += [("vavit_b",)] if name in ("probe/pandargt", "finetune/nuscenes_10p") else []
+        yield from ((name, method) for method in methods)
 
 
 def abstract_state(config):
@@ -78,7 +80,7 @@ def test_every_config_builds_its_state(name, method):
         assert config.data.points_per_shard == config.data.scenes_per_shard * config.data.max_points
 
 
-@pytest.mark.parametrize(("name", "method"), list(variants()))
+@pytest.mark.parametrize(("name", "method"), [pair for pair in variants() if "vavit" not in str(pair)])
 def test_every_config_takes_a_minkunet(name, method):
     """Scenes, room of its tables (that of the largest scenes where a step holds so many) and the student; no array."""
     config = config_of(name, *method)
@@ -110,6 +112,33 @@ def test_published_sizes(channels, millions):
     config = config_of(f"pretrain/scalr_wi48_{channels}")
     params = abstract_state(config).params
     assert (count(params) - count(params["head"])) / 1e6 == pytest.approx(millions, rel=0.002)
+
+
+def test_published_vavit():
+    """The public code's 85,751,322 parameters, and the settings of its two configs."""
+    config, kitti = (config_of(f"finetune/{name}_vavit") for name in ("nuscenes", "semantic_kitti"))
+    assert count(abstract_state(config).params) == 85_751_322
+    assert (config.num_steps, config.checkpoint, config.optimizer.batch_size) == (45 * (28_130 // 8), "", 8)
+    assert (config.data.augmentation, config.data.pillarmix, config.data.intensity) == ("vavit", 7.5, (0.0, 1.0))
+    assert (config.model.drop_path, kitti.model.drop_path) == (0.3, 0.5)
+    assert (len(kitti.data.cutmix), kitti.data.polarmix, config.data.cutmix) == (5, (), ())
+
+
+@pytest.mark.parametrize("name", ["vavit_b", "vavit_l"])
+def test_a_distilled_vavit_is_probed_and_fine_tuned_as_it_was_trained(name):
+    """Downstream keeps what the weights depend on, whole views, and has room for pillars, not for cells."""
+    config = config_of(f"pretrain/{name}")
+    scalr_plus = config_of("pretrain/scalr_plus_wi48_768")
+    assert config.optimizer.total_updates == scalr_plus.num_steps
+    keys = make_backbone(config.model).weight_keys
+    for other in (config_of("probe/pandargt", name), config_of("finetune/pandargt_100p", name)):
+        for key in ("name", "field_of_view", *keys):
+            first, _, rest = key.partition(".")
+            ours, theirs = (getattr(c.model, first) for c in (config, other))
+            assert ours == theirs if not rest else ours[rest] == theirs[rest], key
+        assert (other.data.pillars_per_shard, other.data.cells_per_shard) == ((8 * recipes.TURN_PILLARS,), ())
+    needs = scene_settings(config, task="distill", train=True).needs
+    assert (needs.grids, needs.pillar_size, needs.field_of_view[0]) == ((), 0.5, (-1e4,) * 3)
 
 
 def test_published_lengths():

@@ -3,7 +3,8 @@
     python -m scalr_jax.main --config=configs/finetune/nuscenes.py:scalr_plus,5 \\
         --workdir=runs/finetune_nuscenes_5p --config.data.root=NUSCENES --config.checkpoint=CHECKPOINT
 
-CHECKPOINT is a pretraining's workdir or a published file (docs/weights.md). There are published figures for 1, 10 and
+CHECKPOINT is a pretraining's workdir or a published file (docs/weights.md). Methods: scalr, scalr_plus, vavit_b and
+vavit_l (ScaLR+'s settings for a distilled VaViT; no figure yet). There are published figures for 1, 10 and
 100 % (nuscenes_1p.py, nuscenes_10p.py, nuscenes_100p.py); the others take the settings of 10 %: 45 epochs, layer decay
 0.95 for ScaLR. 5 % is every 20th keyframe of the list.
 """

@@ -3,7 +3,8 @@
     python -m scalr_jax.main --config=configs/finetune/nuscenes_10p.py:scalr \\
         --workdir=runs/finetune_nuscenes_10p --config.data.root=NUSCENES --config.checkpoint=CHECKPOINT
 
-CHECKPOINT is a pretraining's workdir or a published file (docs/weights.md); for ScaLR+ write :scalr_plus.
+CHECKPOINT is a pretraining's workdir or a published file (docs/weights.md); for ScaLR+ write :scalr_plus, for a
+distilled VaViT :vavit_b or :vavit_l (ScaLR+'s settings; no figure yet).
 The published 10 % is a list of keyframes; here it is every 10th keyframe, another subset of that size.
 """
 

@@ -3,7 +3,8 @@
     python -m scalr_jax.main --config=configs/finetune/semantic_kitti.py:scalr_plus,5 \\
         --workdir=runs/finetune_semantic_kitti_5p --config.data.root=SEMANTIC_KITTI --config.checkpoint=CHECKPOINT
 
-CHECKPOINT is a pretraining's workdir or a published file (docs/weights.md). There are published figures for 1 and
+CHECKPOINT is a pretraining's workdir or a published file (docs/weights.md). Methods: scalr, scalr_plus, vavit_b and
+vavit_l (ScaLR+'s settings for a distilled VaViT; no figure yet). There are published figures for 1 and
 100 % (semantic_kitti_1p.py, semantic_kitti_100p.py); the others take the settings of 1 %: 45 epochs, layer decay 0.95
 for ScaLR. 5 % is every 20th scan of the sorted list.
 """

@@ -3,7 +3,8 @@
     python -m scalr_jax.main --config=configs/finetune/semantic_kitti_100p.py:scalr \\
         --workdir=runs/finetune_semantic_kitti_100p --config.data.root=SEMANTIC_KITTI --config.checkpoint=CHECKPOINT
 
-CHECKPOINT is a pretraining's workdir or a published file (docs/weights.md); for ScaLR+ write :scalr_plus.
+CHECKPOINT is a pretraining's workdir or a published file (docs/weights.md); for ScaLR+ write :scalr_plus, for a
+distilled VaViT :vavit_b or :vavit_l (ScaLR+'s settings; no figure yet).
 """
 
 from scalr_jax import recipes

@@ -3,7 +3,8 @@
     python -m scalr_jax.main --config=configs/probe/semantic_kitti.py:scalr \\
         --workdir=runs/probe_semantic_kitti --config.data.root=SEMANTIC_KITTI --config.checkpoint=CHECKPOINT
 
-CHECKPOINT is a pretraining's workdir or a published file (docs/weights.md); for ScaLR+ write :scalr_plus.
+CHECKPOINT is a pretraining's workdir or a published file (docs/weights.md); for ScaLR+ write :scalr_plus, for a
+distilled VaViT :vavit_b or :vavit_l (ScaLR+'s settings; no figure yet).
 """
 
 from scalr_jax import recipes
