@@ -1,9 +1,10 @@
 """The published PyTorch student and ours: the same scenes, the same weights, one run.
 
     python -m scalr_jax.bench published --clone=WAFFLEIRON --batch=mix.npz --channels=768 --depth=48
+    python -m scalr_jax.bench published --clone=VAVIT --batch=mix.npz --name=vavit_b
 
-WAFFLEIRON is a clone of valeoai/WaffleIron, which ScaLR's student is imported from; nothing of it is part of this
-project. PyTorch runs first and gives its memory back, then JAX. Medians of --runs calls after a warm-up, seconds of one
+WAFFLEIRON is a clone of valeoai/WaffleIron, which ScaLR's student is imported from, VAVIT one of valeoai/VaViT; nothing
+of them is part of this project. PyTorch runs first and gives its memory back, then JAX. Medians of --runs calls after a warm-up, seconds of one
 call:
 
     published_forward_s, published_step_s    with torch.autocast and GradScaler as in the published training (on CPU
@@ -11,7 +12,7 @@ call:
                                              is forward, loss for random targets, backward, AdamW
     forward_s, step_s                        ours, packed, by the code that trains
     speedup, forward_speedup                 how many times as many scenes a second
-    published_peak_bytes                     the most that PyTorch allocated (null on CPU)
+    published_peak_bytes                     the most that PyTorch allocated; on CPU what the process's memory grew
     peak_bytes, memory_ratio                 ours by XLA's plan; published_peak_bytes / peak_bytes
     difference                               of both outputs in float32, relative to the largest; above 0.01 an error
 """
@@ -21,8 +22,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import resource
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +40,7 @@ from scalr_jax.bench.timing import Parser, interleave, positive, rounded, show_t
 from scalr_jax.data.scenes import Batch
 from scalr_jax.interop.published import published_state_dict
 from scalr_jax.models.student import Student
+from scalr_jax.models.vavit import VaViTBackbone
 from scalr_jax.runtime.errors import InputError
 
 TOLERANCE = 1e-2  # of float32 outputs; GPUs multiply in TensorFloat-32
@@ -77,7 +81,7 @@ def padded(batch: Batch, grids: Any) -> Padded:
 def main(argv: list[str]) -> dict[str, Any]:
     """Measures, prints a table and returns the object of the last line."""
     parser = Parser("-m scalr_jax.bench published", __doc__)
-    parser.add_argument("--clone", required=True, help="a clone of valeoai/WaffleIron")
+    parser.add_argument("--clone", required=True, help="a clone of valeoai/WaffleIron, or of valeoai/VaViT")
     bench_scenes.add_arguments(parser)
     add_student_arguments(parser)
     parser.add_argument("--out_features", type=positive, default=1024, help="of the head: the teacher's width")
@@ -85,17 +89,23 @@ def main(argv: list[str]) -> dict[str, Any]:
     if arguments.head != "linear" or arguments.activation != "relu":
         raise InputError("the clone's student has a linear head and ReLU: leave --head and --activation out")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX would take the GPU's memory at its start
-    torch, package = _import(Path(arguments.clone))
+    torch, package = _import(Path(arguments.clone), "waffleiron" if arguments.name == "waffleiron" else "vavit")
     return measure(bench_scenes.get_scenes(arguments), arguments, torch, package)
 
 
-def _import(clone: Path) -> tuple[types.ModuleType, types.ModuleType]:
+def _most_resident() -> int:
+    """The most bytes of memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _import(clone: Path, package: str) -> tuple[types.ModuleType, types.ModuleType]:
     """PyTorch and the clone's package."""
-    if not (clone / "waffleiron" / "segmenter.py").is_file():
-        raise InputError(f"{clone} holds no waffleiron/segmenter.py; --clone names a clone of valeoai/WaffleIron")
+    if not (clone / package / "segmenter.py").is_file():
+        project = {"waffleiron": "valeoai/WaffleIron", "vavit": "valeoai/VaViT"}[package]
+        raise InputError(f"{clone} holds no {package}/segmenter.py; --clone names a clone of {project}")
     sys.path.insert(0, str(clone))
     try:
-        return importlib.import_module("torch"), importlib.import_module("waffleiron")
+        return importlib.import_module("torch"), importlib.import_module(package)
     except ImportError as error:
         raise InputError(f"the published student needs PyTorch: pip install torch ({error})") from error
 
@@ -145,28 +155,59 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace, torch: A
     return rounded(result)
 
 
+class _Network(NamedTuple):
+    """A published network, its inputs, and from its output to the rows of all points in the packed order."""
+
+    network: Any
+    inputs: tuple
+    rows: Callable[[Any], Any]
+
+
+def _waffleiron(torch: Any, package: Any, student: Student, scenes: bench_scenes.Scenes) -> _Network:
+    backbone: Any = student.backbone
+    network = package.Segmenter(
+        input_channels=scenes.batch.feats.shape[-1],
+        feat_channels=backbone.channels,
+        nb_class=student.out_features,
+        depth=backbone.depth,
+        grid_shape=[list(grid) for grid in scenes.grids],
+        layer_norm=backbone.norm == "layer",
+    )
+    inputs = tuple(map(torch.from_numpy, padded(scenes.batch, scenes.grids)))
+    mask = inputs[2] > 0  # [B, N]
+    return _Network(network, inputs, lambda out: out.transpose(1, 2)[mask.to(out.device)])
+
+
+def _vavit(torch: Any, package: Any, student: Student, scenes: bench_scenes.Scenes) -> _Network:
+    """Pillars as its loader fills them up: each scene to the longest, with padding tokens."""
+    size, batch = student.backbone, scenes.batch
+    assert isinstance(size, VaViTBackbone) and batch.pillars is not None  # noqa: PT018
+    widths = (batch.feats.shape[-1], size.point_hidden, size.point_depth, size.width, size.depth, size.num_heads)
+    widths += (size.hidden / size.width, size.merge_hidden, size.channels, student.out_features)
+    counts, num_points = batch.pillars.counts[0].astype(np.int64), int(batch.scene_points.sum())
+    longest, scene = int(counts.max()), batch.scene[0, :num_points]
+    place = batch.pillars.cell[0, :num_points] - (np.cumsum(counts) - counts)[scene] + scene * longest
+    rows = np.arange(len(counts) * longest).reshape(-1, longest)
+    occupied = np.arange(longest) < counts[:, None]
+    coordinates = batch.pillars.coordinates[0, : counts.sum()]
+    arrays = (batch.feats[0, :num_points], batch.neighbors[0, :num_points], coordinates, place.astype(np.int64))
+    arrays += (rows[occupied], rows[~occupied], np.full(len(counts), longest))
+    return _Network(package.Segmenter(*widths), tuple(map(torch.from_numpy, arrays)), lambda out: out)
+
+
 class _Published:
     """The published student on its device, with the given weights."""
 
     def __init__(self, torch: Any, package: Any, student: Student, state: dict, scenes: bench_scenes.Scenes):
         self.torch, self.cuda = torch, torch.cuda.is_available()
-        self.device = torch.device("cuda" if self.cuda else "cpu")
-        backbone: Any = student.backbone
-        network = package.Segmenter(
-            input_channels=scenes.batch.feats.shape[-1],
-            feat_channels=backbone.channels,
-            nb_class=student.out_features,
-            depth=backbone.depth,
-            grid_shape=[list(grid) for grid in scenes.grids],
-            layer_norm=backbone.norm == "layer",
-        )
+        self.device, self.resident = torch.device("cuda" if self.cuda else "cpu"), _most_resident()
+        make = _waffleiron if student.needs.pillar_size is None else _vavit
+        network, inputs, self.rows = make(torch, package, student, scenes)
         network.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
         self.network = network.to(self.device)
-        arrays = padded(scenes.batch, scenes.grids)
-        self.inputs = tuple(torch.from_numpy(array).to(self.device) for array in arrays)
-        self.mask = self.inputs[2] > 0  # [B, N]
+        self.inputs = tuple(array.to(self.device) for array in inputs)
         generator = torch.Generator().manual_seed(0)
-        target = torch.randn(int(self.mask.sum()), student.out_features, generator=generator)
+        target = torch.randn(scenes.num_points, student.out_features, generator=generator)
         self.target = torch.nn.functional.normalize(target, dim=1).to(self.device)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=2e-3, weight_decay=0.03)
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.cuda)
@@ -174,8 +215,8 @@ class _Published:
     def outputs(self) -> np.ndarray:
         """[P, out_features] float32 of the points that count, in the packed order."""
         with self.torch.no_grad():
-            out = self.network.eval()(*self.inputs)  # [B, out_features, N]
-        return out.transpose(1, 2)[self.mask].float().cpu().numpy()
+            out = self.network.eval()(*self.inputs)
+        return self.rows(out).float().cpu().numpy()
 
     def forward(self) -> None:
         self.network.eval()
@@ -187,7 +228,7 @@ class _Published:
         torch = self.torch
         self.network.train()
         with torch.autocast("cuda", enabled=self.cuda):
-            out = self.network(*self.inputs).transpose(1, 2)[self.mask]
+            out = self.rows(self.network(*self.inputs))
             loss = (torch.nn.functional.normalize(out, dim=1) - self.target).norm(dim=1).mean()
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -200,7 +241,7 @@ class _Published:
             self.torch.cuda.synchronize()
 
     def peak_bytes(self) -> int | None:
-        return int(self.torch.cuda.max_memory_allocated()) if self.cuda else None
+        return int(self.torch.cuda.max_memory_allocated()) if self.cuda else _most_resident() - self.resident
 
     def device_name(self) -> str:
         return self.torch.cuda.get_device_name() if self.cuda else "cpu"
