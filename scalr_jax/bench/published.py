@@ -4,8 +4,8 @@
     python -m scalr_jax.bench published --clone=VAVIT --batch=mix.npz --name=vavit_b
 
 WAFFLEIRON is a clone of valeoai/WaffleIron, which ScaLR's student is imported from, VAVIT one of valeoai/VaViT; nothing
-of them is part of this project. PyTorch runs first and gives its memory back, then JAX. Medians of --runs calls after a warm-up, seconds of one
-call:
+of them is part of this project. PyTorch runs first and gives its memory back, then JAX. Medians of --runs calls after a
+warm-up, seconds of one call:
 
     published_forward_s, published_step_s    with torch.autocast and GradScaler as in the published training (on CPU
                                              float32), every scene padded to the longest, as its loader does; the step

@@ -1,0 +1,71 @@
+"""Attention in tiles equals attention with all logits, and so do its gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scalr_jax.ops import attention
+from tests.support.fast import fast_jit
+
+pytestmark = pytest.mark.usefixtures("highest_precision")
+
+
+def random(*shapes):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def naive(q, k, v, counts):
+    """One scene after another, in NumPy and float64."""
+    out, first = np.zeros(q.shape), 0
+    for count in filter(None, map(int, counts)):
+        rows = slice(first, first + count)
+        a, b, c = (np.asarray(x[rows], np.float64).swapaxes(0, 1) for x in (q, k, v))  # [heads, n, d]
+        logits = a @ b.swapaxes(1, 2) / np.sqrt(q.shape[-1])
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        out[rows] = (weights / weights.sum(-1, keepdims=True) @ c).swapaxes(0, 1)
+        first += count
+    return out
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "counts"),
+    [
+        (384, [[100, 0, 150, 30], [0, 0, 384, 0]]),  # blocks of several scenes, an empty one, padding; no padding
+        (70, [[40, 20], [0, 0]]),  # a table that is no whole number of tiles; a shard without a scene
+    ],
+)
+def test_tiles_are_the_reference_and_the_reference_is_the_formula(num_rows, counts):
+    shape, counts = (len(counts), num_rows, 2, 4), jnp.asarray(counts, jnp.int32)
+    *qkv, direction = random(*[shape] * 4)
+    scene = attention.scene_of(counts, num_rows)
+    valid = (scene < counts.shape[1])[..., None, None]
+
+    def reference(q, k, v):
+        return jnp.where(valid, attention.reference(q, k, v, scene), 0.0)
+
+    def along(function):
+        return fast_jit(jax.value_and_grad(lambda *x: (function(*x) * direction).sum(), (0, 1, 2), has_aux=False))
+
+    packed = fast_jit(lambda *x: attention.packed(*x, counts))(*qkv)
+    for d in range(len(counts)):
+        np.testing.assert_allclose(packed[d], naive(*(x[d] for x in qkv), counts[d]), atol=2e-6)
+    ours, theirs = along(lambda *x: attention.packed(*x, counts))(*qkv), along(reference)(*qkv)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_a_key_counts_as_often_as_it_is_copied():
+    """`copies` equals so many rows of the same token, and 0 leaves it out."""
+    q, k, v = random(*[(1, 6, 1, 4)] * 3)
+    repeats = np.array([1, 3, 1, 2, 1, 0])
+    scene = jnp.asarray([[0, 0, 0, 1, 1, 1]])
+    wide = [np.repeat(x, repeats, axis=1) for x in (k, v)]
+    seen = np.repeat(np.asarray(scene[0]), repeats)
+    found = attention.reference(q, k, v, scene, jnp.asarray(repeats[None], jnp.float32))
+    for row in range(6):
+        mine = seen == scene[0, row]
+        same = np.repeat(q[0, row : row + 1], mine.sum(), axis=0)
+        wanted = naive(same, *(np.asarray(x[0])[mine] for x in wide), [mine.sum()])
+        np.testing.assert_allclose(found[0, row], wanted[0], atol=1e-6)
