@@ -60,11 +60,9 @@ def sort_by(keys: np.ndarray) -> np.ndarray:
 def pillar_keys(xyz: np.ndarray, size: float) -> np.ndarray:
     """The pillar of each point as one number [N] int64 that sorts by floor(x / size), then by floor(y / size).
 
-    Counted from the origin, as VaViT does, and not from the field of view. xyz [N, 2+] in metres. Points 2^30 pillars
-    away and farther share one.
+    Counted from the origin, as VaViT does, and not from the field of view. xyz [N, 2+] in metres.
     """
-    steps = np.floor(xyz[:, :2].T.astype(np.float64) / size)
-    x, y = np.clip(steps, -(2.0**30), 2.0**30).astype(np.int64)
+    x, y = (np.floor(xyz[:, axis].astype(np.float64) / size).astype(np.int64) for axis in (0, 1))
     return (x << 32) + y
 
 

@@ -108,7 +108,10 @@ def read(content: Mapping, name: str) -> Published:
     model = infer_model(weights, name)
     if container == "model_point" and model["head"] == "linear":
         model["head"] = "distill"  # `write_published` says so by the container
-    student = student_of(model)
+    try:
+        student = student_of(model)
+    except InputError as error:
+        raise InputError(f"{name} holds no VaViT: {error}") from None
     buffers = _frequencies(student)
     for key in sorted(weights.keys() & buffers.keys()):
         if weights[key].shape != buffers[key].shape or not np.allclose(weights[key], buffers[key], rtol=1e-5):
@@ -128,7 +131,7 @@ def infer_model(weights: Mapping[str, np.ndarray], name: str) -> dict:
         return 1 + max((int(match[1]) for match in found if match), default=-1)
 
     def rows(key: str, axis: int = 0) -> int:
-        if key not in weights or weights[key].ndim <= axis:
+        if key not in weights or weights[key].ndim <= axis or weights[key].shape[axis] == 0:
             raise InputError(f"{name} holds no whole VaViT: {key} is missing or has another shape; copy the file again")
         return int(weights[key].shape[axis])
 

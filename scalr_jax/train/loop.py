@@ -73,7 +73,8 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
     program = make_program(settings, task, batch, mesh, expected)
     if sharding.platform() == "cpu":  # whose memory the system grants until it kills
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
-        check_room(needed, "the training state of the student", "lower model.channels or model.depth")
+        remedy = "lower model.channels or model.depth (of a VaViT model.vavit.width or model.vavit.depth)"
+        check_room(needed, "the training state of the student", remedy)
     teacher = jax.device_put(task.teacher, sharding.parameter_shardings(task.teacher, mesh))
 
     # Resume, or begin.

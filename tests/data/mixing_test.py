@@ -185,13 +185,11 @@ def test_a_bank_of_other_scans_is_refused_and_a_damaged_one_named(bank, tmp_path
     assert not (tmp_path / "bad" / "bank.json").exists()
 
 
-def some_clouds(seed, far=()):
+def some_clouds(seed):
     """Three clouds of other places, whose features and labels say whose points they are."""
     rng = np.random.default_rng(seed)
     for k, shift in enumerate((0.0, 9.0, -4.0)):
         xyz = (rng.normal(size=(400, 3)) * (20, 20, 1) + shift).astype(np.float32)
-        for row, point in enumerate(far):
-            xyz[row] = point
         yield Cloud(xyz, np.c_[np.full(400, k), xyz].astype(np.float32), np.full(400, k, np.uint8))
 
 
@@ -225,11 +223,7 @@ def test_pillar_mix_keeps_of_each_pillar_one_clouds_points():
             assert np.mean(np.array(winners) == k) == pytest.approx(share, abs=error)
 
 
-def test_pillar_mix_of_points_far_out_and_of_one_pillar():
-    far = [(1e30, -1e30, 0.0), (-3e7, 1e12, 0.0)]
-    clouds = list(some_clouds(0, far))
-    mixed = mixing.pillar_mix(clouds, 0.05, np.random.default_rng(0))
-    assert len(mixed.xyz) == len(mixed.labels) >= 300
+def test_pillar_mix_of_one_pillar():
     one = [Cloud(np.zeros((n, 3), np.float32), np.zeros((n, 5), np.float32), np.zeros(n, np.uint8)) for n in (1, 2, 3)]
     assert {len(mixing.pillar_mix(one, 7.5, np.random.default_rng(seed)).xyz) for seed in range(20)} == {1, 2, 3}
 

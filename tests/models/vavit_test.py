@@ -9,10 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from scalr_jax.data.packing import Capacities, pack_shard
+from scalr_jax.data.scenes import Frame
+from scalr_jax.data.transforms import SceneSettings, make_scene
 from scalr_jax.interop import vavit as interop
 from scalr_jax.interop.model import Published, student_of
 from scalr_jax.models.student import Student
+from scalr_jax.runtime.errors import InputError
+from tests.support.checks import present
 from tests.support.fast import fast_jit, plain_jit
+from tests.support.tiny_student import tiny_model
 
 pytestmark = [pytest.mark.usefixtures("fast_programs", "highest_precision")]
 
@@ -123,6 +129,43 @@ def with_padding(batch, *, points, pillars):
             counts=wide(batch.pillars.counts, 1),
         ),
     )
+
+
+def test_one_pillar_far_points_and_a_shard_without_a_scene():
+    """Outputs and gradients are finite; points beyond the view of the published models, 10 km, are cut."""
+    size = {"width": 8, "num_heads": 1, "hidden": 8, "depth": 1, "point_depth": 1, "point_hidden": 8, "channels": 8}
+    model, variables = tiny_model("linear", 3, name="vavit_tiny", field_of_view=interop.WHOLE, vavit=size)
+    student, rng = student_of(model), np.random.default_rng(0)
+    settings, scenes = SceneSettings(task="segment", train=False, needs=student.needs, voxel_size=1e-3), []
+    for far in ([], [(9_999.0, -9_999.0, 0.0)], [(2e4, 0.0, 0.0), (0.0, -1.01e4, 0.0)]):
+        near = rng.uniform(0.05, 0.45, (30, 3))
+        points = np.c_[np.concatenate([near, np.reshape(far, (-1, 3))]), np.ones(30 + len(far))].astype(np.float32)
+        scenes.append(make_scene(Frame("scan", points, np.eye(4)), 0, (0.0, 1.0), settings, rng))
+    assert [len(present(scene.pillars).coordinates) for scene in scenes] == [1, 2, 1]
+    capacities = Capacities(100, 3, (), (), pillars=(5,))
+    shards = [pack_shard(packed, capacities, scenes[0], ()) for packed in (scenes, ())]
+    batch = jax.tree.map(lambda *arrays: jnp.stack(arrays), *shards)
+    loss = fast_jit(jax.value_and_grad(loss_in_training(student, variables)))
+    for leaf in jax.tree.leaves(loss(variables["params"], batch)):
+        assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize(
+    ("damaged", "shape"),
+    [
+        ("vit.spatial_mix.0.inv_freq", (5,)),
+        ("vit.spatial_mix.0.inv_freq", (0,)),
+        ("pad_token", (1, 32)),
+        ("pad_token", (10**6,)),
+        ("embed.0.point_mlp.0.weight", (24, 0)),
+        ("vit.channel_mix.0.l1.weight", (0, 32)),
+        ("classif.weight", (3, 3, 3)),
+    ],
+)
+def test_a_file_of_another_shape_is_named(published, damaged, shape):
+    weights = {name.removeprefix("param/"): value for name, value in published.items() if name.startswith("param/")}
+    with pytest.raises(InputError, match=r"^wrong\.pth "):
+        interop.read({"net": {**weights, damaged: np.zeros(shape, np.float32)}}, "wrong.pth")
 
 
 def test_a_file_goes_back(published, read):
