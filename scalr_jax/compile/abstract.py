@@ -143,6 +143,12 @@ def choose_capacities(data: DataSettings, needs: SceneNeeds) -> Capacities:
             voxels, pairs, of_points = recipes.SCENE_VOXELS, recipes.SCENE_PAIRS, recipes.MAX_POINTS
         voxels, pairs = tables(data.voxels_per_shard, voxels, of_points), tables(data.pairs_per_shard, pairs, of_points)
         return Capacities(points, scenes, (), (), voxels, pairs)
+    if needs.pillar_size is not None:  # of 0.5 m, as the cells of the top view are
+        exactly = data.scenes_per_step > 0
+        cells, of_points = (
+            (recipes.TURN_CELLS, recipes.MAX_POINTS) if exactly else (recipes.PACK_CELLS, recipes.PACK_POINTS)
+        )
+        return Capacities(points, scenes, (), (), pillars=tables(data.pillars_per_shard, cells[:1], of_points))
     cells, halo = tables(data.cells_per_shard, recipes.PACK_CELLS), tables(data.halo_per_shard, recipes.PACK_HALO)
     return Capacities(points, scenes, cells, halo)
 

@@ -159,9 +159,12 @@ def walk(program: Program) -> Iterator[tuple[Computation, Instruction, int]]:
 def trip_count(program: Program, computation: Computation, loop: Instruction) -> int:
     """How often a loop runs: as XLA notes it, else what its counter, which rises by 1 as JAX's do, has to go.
 
-    The counter starts above 0 where XLA has moved the first rounds before the loop. Raises ValueError for any loop that
-    does not go from one constant to another.
+    The counter starts above 0 where XLA has moved the first rounds before the loop. A loop whose trips depend on the
+    data says in the scope around it how many they are about. Raises ValueError for any other that does not go from one
+    constant to another.
     """
+    if about := re.search(r"/about_(\d+)_trips/while$", loop.source):
+        return int(about[1])
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition = program.computations[called(loop, "condition")[0]]

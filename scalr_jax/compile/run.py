@@ -13,7 +13,8 @@ any machine with the tpu extra will do. A table comes first, one JSON object las
     peak_bytes_per_device   arguments, results, temporary buffers and the program; hbm_bytes is what there is
     fits                    exit code 2 and the shortfall when false
     flops_per_device        of a step's matrix products as compiled (padding and what remat computes again included,
-                            inside of custom kernels not), read off the program with loops times their trips
+                            inside of custom kernels not), read off the program with loops times their trips (of a
+                            VaViT's attention those of scenes of one size)
     bytes_per_device        main memory, read or written, likewise
     collectives             kind -> count a step, and bytes of the whole arrays that they are about
     parameter_bytes         the student's

@@ -119,6 +119,11 @@ def _check_intensity(intensity: np.ndarray, trained_mean: float, trained_std: fl
     mean, std, largest = intensity.mean(), intensity.std(), intensity.max()
     if std == 0.0:
         return f"the intensity is {mean:g} for every point, and the model was trained to use it"
+    if (trained_mean, trained_std) == (
+        0.0,
+        1.0,
+    ):  # raw intensities: a model that says nothing of what it was trained on
+        return None
     if abs(mean - trained_mean) < MEAN_WITHIN * trained_std and STD_WITHIN[0] < std / trained_std < STD_WITHIN[1]:
         return None
     remedy = "another sensor or scale?"

@@ -7,9 +7,8 @@ model has no head, `distilled` [N, C_teacher] or `logits` [N, classes], float32.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -61,7 +60,7 @@ def build_model(student: Student, variables: Variables, settings: Mapping) -> on
       settings: the export's, which the file keeps.
     """
     graph, needs = Graph(), student.needs
-    add: Any = add_waffleiron if needs.grids else add_vavit  # of a backbone that `exports` as ONNX
+    add: Callable[..., str] = add_waffleiron if needs.grids else add_vavit  # of a backbone that `exports` as ONNX
     x = add(graph, student.backbone, variables)
     graph.add("Identity", x, output="features")
     outputs = [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["N", student.backbone.channels])]

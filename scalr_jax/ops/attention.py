@@ -118,7 +118,9 @@ class _Tiles(NamedTuple):
             # A tile that would reach beyond the table begins earlier, and leaves out what it has seen.
             return function(sums, first, jnp.where(jnp.arange(size) < wanted - first, -1, scene))
 
-        return jax.lax.fori_loop(0, -((begin - end) // size), step, start)
+        mean = -(-len(self.scene) // self.num_scenes) + self.queries  # a block may see two scenes
+        with jax.named_scope(f"about_{-(-min(mean, len(self.scene)) // size)}_trips"):  # for `compile.hlo`
+            return jax.lax.fori_loop(0, -((begin - end) // size), step, start)
 
 
 def _tiles(num_rows: int, counts: Array) -> _Tiles:

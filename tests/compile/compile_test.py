@@ -65,6 +65,17 @@ def test_open_capacities_are_those_of_the_published_mixture():
     assert abstract.choose_capacities(data, needs) == given
     data = dataclasses.replace(data, points_per_shard=data.points_per_shard // 2)
     assert abstract.choose_capacities(data, needs).cells == tuple(n // 2 for n in given.cells)
+    # Pillars of 0.5 m are as many as cells of the top view.
+    config.model.name = "vavit_b"
+    settings = read_settings(config)
+    needs = make_backbone(settings.model).needs
+    capacities = abstract.choose_capacities(settings.data, needs)
+    assert (capacities.pillars, capacities.cells) == (given.cells[:1], ())
+    config = recipes.waffleiron("nuscenes", 256)
+    data = read_settings(config).data
+    assert abstract.choose_capacities(data, needs).pillars[0] == pytest.approx(data.cells_per_shard[0], abs=128)
+    data = dataclasses.replace(data, pillars_per_shard=(640,))
+    assert abstract.choose_capacities(data, needs).pillars == (640,)
 
 
 def test_teachers_are_known_by_name_width_and_file():
@@ -221,7 +232,7 @@ def reduced_bytes(found):
     return sum(summary.get(kind, {"bytes": 0})["bytes"] for kind in ("all-reduce", "reduce-scatter"))
 
 
-POINTS, CELLS, HALO, IMAGE = 4096, 1024, 2048, (56, 84)
+POINTS, CELLS, HALO, PILLARS, IMAGE = 4096, 1024, 2048, 640, (56, 84)
 
 
 def pod_run(topology, *, slices=1, fsdp=1, **model):
@@ -230,7 +241,7 @@ def pod_run(topology, *, slices=1, fsdp=1, **model):
     config.model.depth = 9
     config.model.update(model)
     config.data.update(points_per_shard=POINTS, scenes_per_shard=2, scenes_per_step=0, image_size=IMAGE)
-    config.data.update(cells_per_shard=(CELLS,) * 3, halo_per_shard=(HALO,) * 3)
+    config.data.update(cells_per_shard=(CELLS,) * 3, halo_per_shard=(HALO,) * 3, pillars_per_shard=(PILLARS,))
     mesh = sharding.make_mesh(-1, fsdp, devices=chips.tpu_devices(topology, slices))
     return abstract.make_run(read_settings(config), mesh, "vits14"), mesh.size
 
@@ -240,7 +251,7 @@ def pod_collectives(*arguments, **settings):
     run, num_devices = pod_run(*arguments, **settings)
     found = hlo.collectives(hlo.parse(run.lower().compile().as_text()))
     tokens = math.prod(size // 14 for size in IMAGE) + 1
-    check_no_activations(found, (POINTS, CELLS, HALO, tokens), num_devices)
+    check_no_activations(found, (POINTS, CELLS, HALO, PILLARS, tokens), num_devices)
     return run, found
 
 
@@ -268,6 +279,13 @@ def test_split_parameters_are_gathered_and_their_gradients_scattered():
     teacher_bytes = sum(2 * x.size for x in jax.tree.leaves(run.teacher))
     gathered = summary["all-gather"]["bytes"]
     assert 0.9 * teacher_bytes < gathered < teacher_bytes + 3 * run.parameter_bytes
+
+
+@pytest.mark.tpu
+def test_a_vavit_reduces_its_gradients_alone():
+    run, found = pod_collectives("v5e:2x2", name="vavit_tiny")
+    assert set(hlo.summary(found)) == {"all-reduce"}
+    assert reduced_bytes(found) == pytest.approx(run.parameter_bytes, rel=0.1)
 
 
 @pytest.mark.tpu

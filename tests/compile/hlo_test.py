@@ -92,6 +92,11 @@ def test_a_loop_whose_first_round_was_moved_before_it_runs_once_less():
     assert hlo.summary(hlo.collectives(program))["all-reduce"]["count"] == 5 * 2
 
 
+def test_a_loop_of_the_datas_trips_says_how_many_they_are_about():
+    scoped = TEXT.replace("body=%inner_body", 'body=%inner_body, metadata={op_name="jit(step)/about_7_trips/while"}')
+    assert hlo.summary(hlo.collectives(hlo.parse(scoped)))["all-reduce"]["count"] == 5 * 7
+
+
 def test_a_loop_that_does_not_go_from_one_constant_to_another_is_refused():
     with pytest.raises(ValueError, match=r"while\.2 does not start at a constant"):
         hlo.collectives(hlo.parse(TEXT.replace("%copied = s32[] copy(%start)", "%copied = s32[] negate(%start)")))

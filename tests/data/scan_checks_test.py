@@ -84,6 +84,7 @@ def test_scales_are_named():
     points = make_points()
     small = points * [1, 1, 1, 1 / 255]
     assert "runs from 0 to 1 where the model knows 0 to 255" in check_scan(small, settings())["intensity"]
+    assert check_scan(small, settings(0.0, 1.0)) == {}, "raw intensities of unknown statistics"
     assert "divide it by its full scale" in check_scan(points, settings(0.286, 0.141))["intensity"]
 
 
