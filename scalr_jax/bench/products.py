@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ def _neighbors(o: StepOperands) -> tuple:
     return out.astype(dtype), gradients
 
 
-def vavit_step(student: Student, batch: Batch) -> Callable[[], Any]:
+def vavit_step(student: Student, batch: Batch) -> Callable[[], object]:
     """All products of a step with a VaViT, each and its two gradients; attention's, of each scene alone, and their
     four. A product that comes several times takes the last one's gradient for its input."""
     backbone = student.backbone
@@ -150,8 +150,8 @@ def vavit_step(student: Student, batch: Batch) -> Callable[[], Any]:
         return (jnp.einsum("hqk,hkd->hqd", of_logits, x) + of_value + of_key).astype(x.dtype) * 1e-3
 
     @jax.jit
-    def run(rows: list, kernels: list, scenes: list) -> Any:
-        def repeat(x: Array, kernel: Array, times: int) -> Any:
+    def run(rows: list, kernels: list, scenes: list) -> tuple[list, list]:
+        def repeat(x: Array, kernel: Array, times: int) -> tuple[Array, Array]:
             return jax.lax.scan(lambda x, _: product(x, kernel), x, None, length=times)
 
         out = [repeat(x, kernel, m.times) for x, kernel, m in zip(rows, kernels, matrices, strict=True)]

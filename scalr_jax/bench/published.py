@@ -160,10 +160,12 @@ class _Network(NamedTuple):
 
     network: Any
     inputs: tuple
-    rows: Callable[[Any], Any]
+    rows: Callable
 
 
-def _waffleiron(torch: Any, package: Any, student: Student, scenes: bench_scenes.Scenes) -> _Network:
+def _waffleiron(
+    torch: types.ModuleType, package: types.ModuleType, student: Student, scenes: bench_scenes.Scenes
+) -> _Network:
     backbone: Any = student.backbone
     network = package.Segmenter(
         input_channels=scenes.batch.feats.shape[-1],
@@ -178,7 +180,9 @@ def _waffleiron(torch: Any, package: Any, student: Student, scenes: bench_scenes
     return _Network(network, inputs, lambda out: out.transpose(1, 2)[mask.to(out.device)])
 
 
-def _vavit(torch: Any, package: Any, student: Student, scenes: bench_scenes.Scenes) -> _Network:
+def _vavit(
+    torch: types.ModuleType, package: types.ModuleType, student: Student, scenes: bench_scenes.Scenes
+) -> _Network:
     """Pillars as its loader fills them up: each scene to the longest, with padding tokens."""
     size, batch = student.backbone, scenes.batch
     assert isinstance(size, VaViTBackbone) and batch.pillars is not None  # noqa: PT018

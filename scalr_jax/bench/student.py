@@ -101,7 +101,7 @@ def student_of(arguments: argparse.Namespace, grids: Any) -> Student:
     if not 0 <= arguments.drop_path < 1:
         raise InputError(f"--drop_path={arguments.drop_path} is not in [0, 1)")
     names = ("norm", "activation", "drop_path", "implementation", "remat")
-    settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    settings = {name: getattr(arguments, name) for name in names}
     if arguments.name == "waffleiron":
         settings |= {"channels": arguments.channels or 768, "depth": arguments.depth or 48, "grids": tuple(grids)}
     else:
@@ -113,8 +113,9 @@ def student_of(arguments: argparse.Namespace, grids: Any) -> Student:
 
 def vavit_settings(width: int | None, depth: int | None) -> VavitSettings:
     """What --channels and --depth say of a VaViT, with heads of 64 channels and an MLP of 4 times the width."""
-    size = {} if width is None else {"width": width, "hidden": 4 * width, "num_heads": max(1, width // 64)}
-    return VavitSettings(depth=depth or 0, **size)
+    if width is None:
+        return VavitSettings(depth=depth or 0)
+    return VavitSettings(width=width, depth=depth or 0, num_heads=max(1, width // 64), hidden=4 * width)
 
 
 def flops_of(student: Student, batch: Batch, num_points: int) -> int:
@@ -188,7 +189,7 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: 
     return timing.rounded(result)
 
 
-def measure_vavit(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[str, Any]:
+def measure_vavit(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict:
     """All figures of a VaViT on one batch."""
     if scenes.batch.pillars is None:
         raise InputError("the batch has no pillars; save it again")
@@ -229,7 +230,7 @@ def described(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[
         "num_scenes": scenes.num_scenes,
         "source": scenes.source,
         "backbone": student.backbone.describe(),
-        **{name: x for name, x in dataclasses.asdict(student.backbone).items() if name in DESCRIBED},
+        **{name: x for name, x in vars(student.backbone).items() if name in DESCRIBED},
         "dtype": jnp.dtype(student.dtype).name,
     }
 

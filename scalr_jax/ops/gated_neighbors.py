@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from scalr_jax.runtime.sharding import per_shard
 
 Array = jax.Array
+Sums = TypeVar("Sums")
 EPS = 1e-5
 
 
@@ -58,7 +59,7 @@ def gated_max(
     return _forward(form, u, norm, gate, neighbors, mask)[0]
 
 
-def _visit(form: Form, neighbors: Array, function: Callable, start: Any) -> tuple[Any, Any]:
+def _visit(form: Form, neighbors: Array, function: Callable, start: Sums) -> tuple[Sums, Array]:
     """A scan of `function(sums, (k [n], index [n, P]))` over the neighbours of one shard, n at a time."""
     index = neighbors.T.reshape(-1, form.at_a_time, neighbors.shape[0])
     k = jnp.arange(neighbors.shape[1], dtype=jnp.uint8).reshape(-1, form.at_a_time)

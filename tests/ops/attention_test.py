@@ -38,7 +38,7 @@ def naive(q, k, v, counts):
 )
 def test_tiles_are_the_reference_and_the_reference_is_the_formula(num_rows, counts):
     shape, counts = (len(counts), num_rows, 2, 4), jnp.asarray(counts, jnp.int32)
-    *qkv, direction = random(*[shape] * 4)
+    q, k, v, direction = random(*[shape] * 4)
     scene = attention.scene_of(counts, num_rows)
     valid = (scene < counts.shape[1])[..., None, None]
 
@@ -46,12 +46,15 @@ def test_tiles_are_the_reference_and_the_reference_is_the_formula(num_rows, coun
         return jnp.where(valid, attention.reference(q, k, v, scene), 0.0)
 
     def along(function):
-        return fast_jit(jax.value_and_grad(lambda *x: (function(*x) * direction).sum(), (0, 1, 2), has_aux=False))
+        return fast_jit(jax.value_and_grad(lambda q, k, v: (function(q, k, v) * direction).sum(), (0, 1, 2)))
 
-    packed = fast_jit(lambda *x: attention.packed(*x, counts))(*qkv)
+    def tiles(q, k, v):
+        return attention.packed(q, k, v, counts)
+
+    packed = fast_jit(tiles)(q, k, v)
     for d in range(len(counts)):
-        np.testing.assert_allclose(packed[d], naive(*(x[d] for x in qkv), counts[d]), atol=2e-6)
-    ours, theirs = along(lambda *x: attention.packed(*x, counts))(*qkv), along(reference)(*qkv)
+        np.testing.assert_allclose(packed[d], naive(q[d], k[d], v[d], counts[d]), atol=2e-6)
+    ours, theirs = along(tiles)(q, k, v), along(reference)(q, k, v)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -67,5 +70,5 @@ def test_a_key_counts_as_often_as_it_is_copied():
     for row in range(6):
         mine = seen == scene[0, row]
         same = np.repeat(q[0, row : row + 1], mine.sum(), axis=0)
-        wanted = naive(same, *(np.asarray(x[0])[mine] for x in wide), [mine.sum()])
+        wanted = naive(same, wide[0][0][mine], wide[1][0][mine], [mine.sum()])
         np.testing.assert_allclose(found[0, row], wanted[0], atol=1e-6)

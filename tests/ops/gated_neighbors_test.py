@@ -1,5 +1,7 @@
 """The neighbourhood branch one neighbour at a time equals the published arrays [N, K, C], and so do its gradients."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,12 +61,16 @@ def test_it_is_the_published_branch(inputs, train, at_a_time):
 
         return fast_jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))(u, norm, gate)
 
-    def ours(*x):
-        y, (mean, variance, _) = gated_max(form, *x, neighbors, mask)
+    def ours(u, norm, gate):
+        result: Any = gated_max(form, u, norm, gate, neighbors, mask)
+        y, (mean, variance, _) = result
         return y, mean, variance
 
+    def published(u, norm, gate):
+        return plain(train, u, norm, gate, neighbors, mask)
+
     (_, (y, moments)), gradients = along(ours)
-    (_, (wanted, of_plain)), theirs = along(lambda *x: plain(train, *x, neighbors, mask))
+    (_, (wanted, of_plain)), theirs = along(published)
     np.testing.assert_allclose(y[mask], wanted[mask], atol=2e-6)
     np.testing.assert_allclose(moments, of_plain, atol=2e-6)
     if not train:  # the running statistics have no gradient here
