@@ -22,9 +22,11 @@ def counting(keys, workdir):
     for step in range(int(state["params"]["step"][0]) + 1, keys["num_steps"] + 1):
         state = jax.tree.map(lambda leaf: leaf + 1, state)
         checkpoints.save(step, state, positions)
-        if step % 10 == 0:
+        if step % 3 == 0:
             checkpoints.wait()
-            time.sleep(1)  # so that a soak, which looks five times a second, sees times without a save
+            time.sleep(
+                0.5
+            )  # so that a soak, which looks five times a second, sees times without a save in each quarter
     checkpoints.close()
 
 
