@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 
 from scalr_jax.config import Config, get_config
+from scalr_jax.data.scenes import RAW_INTENSITY, WHOLE_VIEW
 from scalr_jax.data.sensors import PANDARGT_FINETUNING, PANDASET_DOWNSTREAM, WAFFLEIRON
 from scalr_jax.runtime.errors import InputError
 
@@ -27,7 +28,6 @@ MIXED = ("bicycle", "motorcycle", "other-vehicle", "person", "bicyclist")  # of 
 VAVITS = ("vavit_b", "vavit_l")  # with ScaLR+'s settings: no distillation into a VaViT is published
 METHODS = ("scalr", "scalr_plus", *VAVITS)
 VAVIT_CHANNELS = 768  # of a point; the published 128 are few to tell 1,024 features of a teacher from
-WHOLE = ((-1e4, -1e4, -1e4), (1e4, 1e4, 1e4))  # metres: no field of view is cut, as VaViT's code cuts none
 BATCH_SIZE = 8
 MAX_POINTS = 20_000
 # Occupied and halo cells of a scene of 20,000 points, one camera's view or a whole turn: 1.2 times the most seen on
@@ -164,11 +164,11 @@ def vavit(dataset: str, drop_path: float) -> Config:
     config = get_config()
     config.task = "finetune"
     _dataset(config, dataset)
-    config.model.update(name="vavit_b", field_of_view=WHOLE, drop_path=drop_path, segmentation_head="linear")
+    config.model.update(name="vavit_b", field_of_view=WHOLE_VIEW, drop_path=drop_path, segmentation_head="linear")
     _batch(config, BATCH_SIZE, (), ())
     points = SCAN_POINTS[dataset]
     config.data.update(max_points=points, points_per_shard=BATCH_SIZE * points, pillars_per_shard=())
-    config.data.update(augmentation="vavit", pillarmix=7.5, intensity=(0.0, 1.0))  # raw intensities
+    config.data.update(augmentation="vavit", pillarmix=7.5, intensity=RAW_INTENSITY)
     _epochs(config, 45, TRAIN_FRAMES[dataset], warmup=4)
     config.optimizer.update(learning_rate=1e-3, weight_decay=0.003, schedule="cosine", final_learning_rate=0.0)
     if dataset == "semantic_kitti":
@@ -184,7 +184,7 @@ def _student(method: str, channels: int = 768) -> Config:
         )
     config = get_config()
     if method in VAVITS:
-        config.model.update(name=method, field_of_view=WHOLE)
+        config.model.update(name=method, field_of_view=WHOLE_VIEW)
         config.model.vavit.channels = VAVIT_CHANNELS
     else:
         config.model.update(channels=channels, activation="relu" if method == "scalr" else "gelu")

@@ -7,7 +7,6 @@ weights have unit gain, so that numbers neither vanish nor overflow (zeros would
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -129,9 +128,9 @@ def vavit_step(student: Student, batch: Batch) -> Callable[[], object]:
     assert isinstance(backbone, VaViTBackbone) and batch.pillars is not None  # noqa: PT018
     counts = [count for count in batch.pillars.counts.ravel().tolist() if count]
     num_points, num_features = int(batch.scene_points.sum()), batch.feats.shape[-1]
-    widths = [backbone.channels, *([student.head_hidden] if student.head_hidden else []), student.out_features]
+    sizes = Sizes(backbone.channels, backbone.depth, student.out_features, student.head_hidden)
     matrices = vavit_matrices(backbone, num_points, sum(counts), num_features)
-    matrices += [Matrix(num_points, inner, outer) for inner, outer in itertools.pairwise(widths)]
+    matrices += [Matrix(num_points, product.inner, product.outer) for product in head_products(sizes)]
     keys, heads = iter(jax.random.split(jax.random.key(0), 2 * len(matrices) + len(counts))), backbone.num_heads
     rows = [jax.random.normal(next(keys), (m.rows, m.inner)).astype(student.dtype) for m in matrices]
     kernels = [unit_gain(next(keys), m.inner, m.outer, dtype=student.dtype) for m in matrices]

@@ -169,7 +169,6 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: 
     times = {name: timing.Times(values) for name, values in seconds.items()}
     timing.show_times({name: (value, "") for name, value in times.items()})
     medians = {name: value.median for name, value in times.items()}
-    num_flops = flops_of(student, scenes.batch, scenes.num_points)
     result = {
         **described(scenes, student, runs),
         "rows": num_rows,
@@ -178,11 +177,7 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: 
         "layer_step_depths": list(depths),
         "spatial_share": medians["spatial_layer_s"] / medians["layer_step_direct_s"],
         **spatial_bytes,
-        "peak_bytes": plan_bytes,
-        "device_peak_bytes": peak_on_device,
-        "points_per_s": scenes.num_points / medians["step_s"],
-        "flops": num_flops,
-        "mfu": utilisation(num_flops, medians["step_s"], jax.local_devices()[0].device_kind),
+        **of_step(scenes, student, medians["step_s"], plan_bytes, peak_on_device),
         "ranges_s": timing.ranges(times),
     }
     show_result(result)
@@ -205,21 +200,30 @@ def measure_vavit(scenes: bench_scenes.Scenes, student: Student, runs: int) -> d
     times = {f"{name}_s": value for name, value in timing.interleave(programs, runs=runs).items()}
     timing.show_times({name: (value, "") for name, value in times.items()})
     medians = {name: value.median for name, value in times.items()}
-    num_flops = flops_of(student, scenes.batch, scenes.num_points)
     result = {
         **described(scenes, student, runs),
         **medians,
-        "peak_bytes": plan_bytes,
-        "device_peak_bytes": peak_on_device,
-        "points_per_s": scenes.num_points / medians["step_s"],
         "scenes_per_s": scenes.num_scenes / medians["step_s"],
-        "flops": num_flops,
-        "mfu": utilisation(num_flops, medians["step_s"], jax.local_devices()[0].device_kind),
+        **of_step(scenes, student, medians["step_s"], plan_bytes, peak_on_device),
         "ranges_s": timing.ranges(times),
     }
     ratio = medians["step_s"] / medians["matmul_step_s"]
     print(f"{result['scenes_per_s']:.2f} scenes/s; the step takes {ratio:.2f} times its products")
     return timing.rounded(result)
+
+
+def of_step(
+    scenes: bench_scenes.Scenes, student: Student, seconds: float, plan_bytes: int | None, peak_on_device: int | None
+) -> dict:
+    """Memory and rates of a training step."""
+    num_flops = flops_of(student, scenes.batch, scenes.num_points)
+    return {
+        "peak_bytes": plan_bytes,
+        "device_peak_bytes": peak_on_device,
+        "points_per_s": scenes.num_points / seconds,
+        "flops": num_flops,
+        "mfu": utilisation(num_flops, seconds, jax.local_devices()[0].device_kind),
+    }
 
 
 def described(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from scalr_jax.data.scenes import RAW_INTENSITY
+
 FARTHEST = 10_000.0  # metres along an axis: points beyond are no echo of a lidar
 LARGEST_INTENSITY = 1e8  # no sensor counts so far
 MAX_FAR = 0.03  # the share of points that may lie `FAR` away
@@ -119,10 +121,7 @@ def _check_intensity(intensity: np.ndarray, trained_mean: float, trained_std: fl
     mean, std, largest = intensity.mean(), intensity.std(), intensity.max()
     if std == 0.0:
         return f"the intensity is {mean:g} for every point, and the model was trained to use it"
-    if (trained_mean, trained_std) == (
-        0.0,
-        1.0,
-    ):  # raw intensities: a model that says nothing of what it was trained on
+    if (trained_mean, trained_std) == RAW_INTENSITY:  # which says nothing of what the model was trained on
         return None
     if abs(mean - trained_mean) < MEAN_WITHIN * trained_std and STD_WITHIN[0] < std / trained_std < STD_WITHIN[1]:
         return None

@@ -110,6 +110,9 @@ class Mix(Protocol):
 
 
 FieldOfView = tuple[tuple[float, float, float], tuple[float, float, float]]  # min and max corner, metres
+WHOLE_VIEW: FieldOfView = ((-1e4, -1e4, -1e4), (1e4, 1e4, 1e4))  # cuts no point that a lidar can have seen
+
+RAW_INTENSITY = (0.0, 1.0)  # the mean and deviation of a model that reads intensities as they are
 
 
 class SceneNeeds(NamedTuple):

@@ -206,12 +206,14 @@ def make_scene(
         return _distillation_scene(frame, index, intensity, settings, rng)
     if settings.votes:
         return _vote_scene(frame, index, intensity, settings, rng)
-    cloud = _cloud(frame, intensity, settings, rng)
+    raw = to_ego(frame.points, frame.to_ego)
+    cloud = _cloud(frame, raw, intensity, settings, rng)
     if others and settings.mixing:
-        cloud = settings.mixing.clouds([cloud, *(_cloud(*other, settings, rng) for other in others)], rng)
+        more = [_cloud(other, to_ego(other.points, other.to_ego), said, settings, rng) for other, said in others]
+        cloud = settings.mixing.clouds([cloud, *more], rng)
         kept = limit(cloud.xyz, settings.max_points, rng)
         cloud = Cloud(*(part[kept] for part in cloud))
-    return _segmentation_scene(frame, index, cloud, settings)
+    return _segmentation_scene(frame, raw, index, cloud, settings)
 
 
 def _distillation_scene(
@@ -251,9 +253,13 @@ def labels_of(frame: Frame) -> np.ndarray:
     return frame.labels if frame.labels is not None else np.full(len(frame.points), IGNORE, np.uint8)
 
 
-def _cloud(frame: Frame, intensity: tuple[float, float], settings: SceneSettings, rng: np.random.Generator) -> Cloud:
-    """One point a voxel; in training a random one, of so many points as the settings allow, augmented."""
-    raw = to_ego(frame.points, frame.to_ego)
+def _cloud(
+    frame: Frame, raw: np.ndarray, intensity: tuple[float, float], settings: SceneSettings, rng: np.random.Generator
+) -> Cloud:
+    """One point a voxel; in training a random one, of so many points as the settings allow, augmented.
+
+    raw [N, 3]: the frame's points as the student sees them.
+    """
     kept = voxelize(raw, settings.voxel_size, rng if settings.train else None)
     if settings.train:
         kept = kept[limit(raw[kept], settings.max_points, rng)]
@@ -269,13 +275,12 @@ def _cloud(frame: Frame, intensity: tuple[float, float], settings: SceneSettings
     return Cloud(xyz, feats, labels_of(frame)[kept])
 
 
-def _segmentation_scene(frame: Frame, index: int, cloud: Cloud, settings: SceneSettings) -> SceneView:
+def _segmentation_scene(frame: Frame, raw: np.ndarray, index: int, cloud: Cloud, settings: SceneSettings) -> SceneView:
     cut = in_view(cloud.xyz, settings.needs)
     xyz, feats, labels = (part[cut] for part in cloud)
     scene = _finish(frame.name, index, xyz, feats, settings.needs)._replace(labels=labels)
     if settings.train:
         return scene
-    raw = to_ego(frame.points, frame.to_ego)
     return _with_raw(scene, xyz, raw, labels_of(frame), np.linalg.norm(raw, axis=1))
 
 

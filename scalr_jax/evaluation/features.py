@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from scalr_jax.config import TrainSettings, all_keys
 from scalr_jax.data.build import check_labels, scene_settings
-from scalr_jax.data.packing import choose_capacities
+from scalr_jax.data.packing import Capacities, choose_capacities
 from scalr_jax.data.pipeline import Pipeline, prefetch
 from scalr_jax.data.readers import files
 from scalr_jax.data.scenes import Batch, Dataset, SceneNeeds, SceneView
@@ -38,9 +38,8 @@ from scalr_jax.runtime.storage import differences, flatten, read_json, reason, w
 FLOAT32 = "give --config.probe.cache_dtype=float32"
 AGAIN = "remove the folder, and the features are computed again"
 # Settings that change neither scenes nor features.
-FREE_DATA = ("num_workers", "prefetch", "split", "augmentation", "points_per_shard", "scenes_per_shard")
-FREE_DATA += ("scenes_per_step", "cells_per_shard", "halo_per_shard", "voxels_per_shard", "pairs_per_shard")
-FREE_DATA += ("pillars_per_shard",)
+FREE_DATA = ("num_workers", "prefetch", "split", "augmentation")
+FREE_DATA += ("scenes_per_step", *(f"{name}_per_shard" for name in Capacities._fields))
 FREE_DATA += ("image_size", "antialias", "image_dtype", "scaled_decode")
 FREE_MODEL = ("segmentation_head", "head_hidden", "drop_path", "remat", "num_classes")
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from scalr_jax.data.scenes import RAW_INTENSITY
 from scalr_jax.data.transforms import FEATURES
 from scalr_jax.interop.finite import check_weights
 from scalr_jax.interop.model import NORM, Published, extra_weights
@@ -36,7 +37,6 @@ PUBLISHED_FEATURES = {  # by layout and number
     ("torchsparse", 3): ("x", "y", "z"),  # OpenPCSeg, the one of coordinates alone
     ("torchsparse", 4): ("x", "y", "z", "intensity"),  # SPVNAS and OpenPCSeg on SemanticKITTI
 }
-INTENSITY = (0.0, 1.0)  # the statistics of raw intensities, which all of these take
 _HEADS = ("final.", "classifier.")
 CONTAINERS = ("model_points", "model_point", "state_dict", "model_state", "model")
 
@@ -130,7 +130,7 @@ def read(content: Mapping, name: str) -> Published:
     minkunet = {"width": width, "stem_convolutions": network.stem_convolutions, "voxel_size": voxel_size}
     model = {"name": network.name, "minkunet": minkunet, "num_features": len(FEATURES)}
     model |= {"head": network.head, "head_hidden": 0, "out_features": network.out_features}
-    return Published(model, variables, {"intensity": INTENSITY, "voxel_size": voxel_size})
+    return Published(model, variables, {"intensity": RAW_INTENSITY, "voxel_size": voxel_size})
 
 
 def find_network(content: Mapping, name: str) -> tuple[Network, dict[str, np.ndarray]]:

@@ -37,6 +37,26 @@ def linear(ours: str, theirs: str) -> list[Weight]:
     return [Weight(f"{ours}/kernel", f"{theirs}.weight", "linear"), Weight(f"{ours}/bias", f"{theirs}.bias", "same")]
 
 
+def layer_norm(ours: str, theirs: str) -> list[Weight]:
+    return [Weight(f"{ours}/{x}", f"{theirs}.{y}", "same") for x, y in NORM[:2]]
+
+
+_HEAD_NORM = batch_norm("head/norm", "classif.0")
+HEADS = {
+    "none": [],
+    "segment": [*_HEAD_NORM, *linear("head", "classif.1")],
+    # No published file has one; as Sequential(BatchNorm1d, Conv1d, ReLU, Conv1d) would name it.
+    "mlp": [*_HEAD_NORM, *linear("head/hidden", "classif.1"), *linear("head", "classif.3")],
+    "distill_mlp": [*linear("head/hidden", "classif.0"), *linear("head/out", "classif.2")],
+    "distill": linear("head/out", "classif"),
+    "linear": linear("head", "classif"),
+}
+
+
+def head_weights(student: Student) -> list[Weight]:
+    return HEADS["distill_mlp" if student.head == "distill" and student.head_hidden else student.head]
+
+
 def to_ours(array: np.ndarray, layout: str) -> np.ndarray:
     """same; linear: [out, in, 1...] -> [in, out]; matrix: [out, in]; depthwise: [C, 1, 3, 3] -> [9, C];
     flat: [C, 1, 1] -> [C]."""

@@ -11,25 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from scalr_jax.data.packing import Capacities, pack_shard
-from scalr_jax.data.scenes import Batch, ScenePillars, SceneView
+from scalr_jax.data.scenes import RAW_INTENSITY, WHOLE_VIEW, Batch, ScenePillars, SceneView
 from scalr_jax.interop.model import Published, student_of
-from scalr_jax.interop.names import Weight, batch_norm, convert, linear, state_dict
+from scalr_jax.interop.names import Weight, batch_norm, convert, head_weights, layer_norm, linear, state_dict
+from scalr_jax.interop.waffleiron import published_weights
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.models.vavit import ROTARY_BASE, SIZES, Size, VaViTBackbone
 from scalr_jax.runtime.errors import InputError
 
-CONTAINERS = ("net", "model_point", "state_dict", "model_state_dict", "model", "module")
 FIRST = "embed.0.point_mlp.0.weight"
-RAW_INTENSITY = (0.0, 1.0)  # mean and deviation: the published code normalises no intensity
-WHOLE = ((-1e4, -1e4, -1e4), (1e4, 1e4, 1e4))  # the published code cuts no field of view
 
 
 def _matrix(ours: str, theirs: str) -> Weight:
     return Weight(f"{ours}/kernel", f"{theirs}.weight", "matrix")
 
 
-def _biased(ours: str, theirs: str) -> list[Weight]:
-    return [weight._replace(layout=weight.layout.replace("linear", "matrix")) for weight in linear(ours, theirs)]
+def _matrices(weights: list[Weight]) -> list[Weight]:
+    """Linear layers, where WaffleIron has 1x1 convolutions."""
+    return [weight._replace(layout=weight.layout.replace("linear", "matrix")) for weight in weights]
 
 
 def weight_table(student: Student) -> list[Weight]:
@@ -45,16 +44,16 @@ def weight_table(student: Student) -> list[Weight]:
         ]
         table += batch_norm(f"{ours}/point_norm", f"{theirs}.point_mlp.1")
         table += batch_norm(f"{ours}/neighbor_norm", f"{theirs}.neigh_mlp.1")
-        table += [*_biased(f"{ours}/gate", f"{theirs}.neigh_gate.0"), _matrix(f"{ours}/final", f"{theirs}.final")]
+        table += [
+            *_matrices(linear(f"{ours}/gate", f"{theirs}.neigh_gate.0")),
+            _matrix(f"{ours}/final", f"{theirs}.final"),
+        ]
     for d in range(backbone.depth):
         for n, theirs, matrices in (
             ("1", f"vit.spatial_mix.{d}", {"attention/qkv": "qkv", "attention/projection": "proj"}),
             ("2", f"vit.channel_mix.{d}", {"mlp/linear_1": "l1", "mlp/linear_2": "l2"}),
         ):
-            rows = [
-                Weight(f"norm_{n}/layer/{x}", f"{theirs}.norm.{y}", "same")
-                for x, y in (("scale", "weight"), ("bias",) * 2)
-            ]
+            rows = layer_norm(f"norm_{n}/layer", f"{theirs}.norm")
             rows += [_matrix(ours, f"{theirs}.{name}") for ours, name in matrices.items()]
             rows.append(Weight(f"scale_{n}", f"{theirs}.gamma", "same"))
             table += [row._replace(ours=f"backbone/blocks/{row.ours}", row=d) for row in rows]
@@ -62,20 +61,7 @@ def weight_table(student: Student) -> list[Weight]:
     for ours, theirs in (("point", "point_proj"), ("pillar", "bev_proj"), ("out", "merge")):
         table.append(_matrix(f"backbone/merge/{ours}", f"merge.{theirs}.0"))
         table += batch_norm(f"backbone/merge/{ours}_norm", f"merge.{theirs}.1")
-    return [*table, *_biased("backbone/merge/gate", "merge.gate.0"), *_head(student)]
-
-
-def _head(student: Student) -> list[Weight]:
-    norm = batch_norm("head/norm", "classif.0")
-    if student.head == "distill" and student.head_hidden:
-        return [*_biased("head/hidden", "classif.0"), *_biased("head/out", "classif.2")]
-    return {
-        "none": [],
-        "linear": _biased("head", "classif"),
-        "distill": _biased("head/out", "classif"),
-        "segment": [*norm, *_biased("head", "classif.1")],
-        "mlp": [*norm, *_biased("head/hidden", "classif.1"), *_biased("head", "classif.3")],
-    }[student.head]
+    return [*table, *_matrices([*linear("backbone/merge/gate", "merge.gate.0"), *head_weights(student)])]
 
 
 def published_state_dict(student: Student, variables: Variables) -> dict[str, np.ndarray]:
@@ -100,13 +86,9 @@ def recognises(content: Mapping) -> bool:
 
 def read(content: Mapping, name: str) -> Published:
     """The student in a file's content. Raises `InputError` that begins with `name`."""
-    container = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), "")
-    found = content[container] if container else content
-    arrays = {key: x for key, x in found.items() if isinstance(key, str) and isinstance(x, np.ndarray)}
-    prefix = next(key.removesuffix(FIRST) for key in arrays if key.endswith(FIRST))
-    weights = {key.removeprefix(prefix): x for key, x in arrays.items() if key.startswith(prefix)}
+    weights, container = published_weights(content, name, FIRST)
     model = infer_model(weights, name)
-    if container == "model_point" and model["head"] == "linear":
+    if container.startswith("model_point") and model["head"] == "linear":
         model["head"] = "distill"  # `write_published` says so by the container
     try:
         student = student_of(model)
@@ -149,12 +131,8 @@ def infer_model(weights: Mapping[str, np.ndarray], name: str) -> dict:
     of_name = SIZES[known]._asdict()  # 0: as the name says, which is how configs have it
     vavit = {key: 0 if value == of_name[key] else value for key, value in size._asdict().items()}
     model = {"name": known, "vavit": vavit | {"point_depth": point_depth}, "num_neighbors": 16}
-    model |= {
-        "field_of_view": WHOLE,
-        "num_features": rows(FIRST, 1),
-        "head": heads.get(last, "distill"),
-        "segmentation_head": "linear",
-    }
+    model |= {"head": heads.get(last, "distill"), "segmentation_head": "linear"}
+    model |= {"field_of_view": WHOLE_VIEW, "num_features": rows(FIRST, 1)}  # the published code cuts no view
     hidden = rows("classif.0.weight") if last == "classif.2.weight" else 0
     return model | {"head_hidden": hidden, "out_features": rows(last) if last else 0}
 

@@ -13,8 +13,8 @@ import numpy as np
 from absl import logging
 
 from scalr_jax.data.scenes import PLANE_AXES
-from scalr_jax.interop.model import NORM, Published, student_of
-from scalr_jax.interop.names import Weight, batch_norm, convert, linear
+from scalr_jax.interop.model import Published, student_of
+from scalr_jax.interop.names import Weight, batch_norm, convert, head_weights, layer_norm, linear
 from scalr_jax.models.student import Student
 from scalr_jax.runtime.errors import InputError
 
@@ -38,7 +38,7 @@ EMBEDDING = [
 def _norm(kind: str, ours: str, theirs: str) -> list[Weight]:
     if kind == "batch":
         return batch_norm(f"{ours}/batch", theirs)
-    return [Weight(f"{ours}/layer/{x}", f"{theirs}.{y}", "same") for x, y in NORM[:2]]
+    return layer_norm(f"{ours}/layer", theirs)
 
 
 def _layer(kind: str, d: int) -> list[Weight]:
@@ -55,22 +55,10 @@ def _layer(kind: str, d: int) -> list[Weight]:
     ]
 
 
-_HEAD_NORM = batch_norm("head/norm", "classif.0")
-HEADS = {
-    "none": [],
-    "segment": [*_HEAD_NORM, *linear("head", "classif.1")],
-    # No published file has one; as Sequential(BatchNorm1d, Conv1d, ReLU, Conv1d) would name it.
-    "mlp": [*_HEAD_NORM, *linear("head/hidden", "classif.1"), *linear("head", "classif.3")],
-    "distill_mlp": [*linear("head/hidden", "classif.0"), *linear("head/out", "classif.2")],
-    "distill": linear("head/out", "classif"),
-    "linear": linear("head", "classif"),
-}
-
-
 def weight_table(student: Student) -> list[Weight]:
     """Every weight of a student with a WaffleIron."""
     backbone: Any = student.backbone
-    table = [*EMBEDDING, *HEADS["distill_mlp" if student.head == "distill" and student.head_hidden else student.head]]
+    table = [*EMBEDDING, *head_weights(student)]
     num_groups = backbone.depth // len(PLANE_AXES)
     for d in range(backbone.depth):
         group, plane = divmod(d, len(PLANE_AXES))
@@ -93,10 +81,11 @@ def convert_weights(weights: Mapping[str, np.ndarray], student: Student, name: s
     return convert(weights, student, weight_table(student), weights[FIRST].shape[1], name)
 
 
-def published_weights(content: Mapping, name: str) -> tuple[dict[str, np.ndarray], str]:
+def published_weights(content: Mapping, name: str, first: str = FIRST) -> tuple[dict[str, np.ndarray], str]:
     """The student's weights inside a published file and the one of `CONTAINERS` they stood under ("" for none).
 
-    Where their names begin with a prefix ("model." in a file of Lightning), others are of other models, and are told.
+    `first`: the weight that tells such a student. Where names begin with a prefix ("model." in a file of Lightning),
+    others are of other models, and are told.
     """
     container = next((key for key in (*CONTAINERS, *WRAPPED) if isinstance(content.get(key), Mapping)), "")
     content = content[container] if container else content
@@ -104,7 +93,7 @@ def published_weights(content: Mapping, name: str) -> tuple[dict[str, np.ndarray
     if not arrays:
         hint = next(filter(None, (_hint(part) for part in content.values() if isinstance(part, Mapping))), "")
         raise InputError(f"{name} holds no weights, neither under {', '.join(CONTAINERS)} nor at its top{hint}")
-    prefixes = [key.removesuffix(FIRST) for key in arrays if f".{key}".endswith(f".{FIRST}")]
+    prefixes = [key.removesuffix(first) for key in arrays if f".{key}".endswith(f".{first}")]
     if len(prefixes) > 1:
         raise InputError(f"{name} holds {len(prefixes)} students, under {', '.join(prefixes)}; keep one of them")
     prefix = "".join(prefixes)

@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.models.layers import BATCH_NORM_EPS, Linear, to_rows, torch_uniform, update_running
+from scalr_jax.models.layers import BATCH_NORM_EPS, Linear, norm_variables, to_rows, torch_uniform, update_running
 from scalr_jax.ops.neighbors import neighbor_max
 from scalr_jax.runtime.sharding import per_shard, whole
 
@@ -37,10 +37,7 @@ class _Statistics(nn.Module):
 
         `moments`: mean, variance and count of the batch; None: the running ones.
         """
-        scale = self.param("scale", nn.initializers.ones, (self.channels,))
-        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (self.channels,))
-        running_variance = self.variable("batch_stats", "variance", jnp.ones, (self.channels,))
+        scale, bias, running_mean, running_variance = norm_variables(self, self.channels)
         mean, variance = (running_mean.value, running_variance.value) if moments is None else moments[:2]
         if moments is not None:
             update_running(self, running_mean, running_variance, moments)

@@ -97,16 +97,20 @@ def update_running(module: nn.Module, mean: Any, variance: Any, moments: tuple[A
         variance.value = (1 - MOMENTUM) * variance.value + MOMENTUM * unbiased
 
 
+def norm_variables(module: nn.Module, channels: int) -> tuple[Array, Array, nn.Variable, nn.Variable]:
+    """Scale and bias [channels] of a batch norm, parameters of `module`, and its running mean and variance."""
+    scale = module.param("scale", nn.initializers.ones, (channels,))
+    bias = module.param("bias", nn.initializers.zeros, (channels,))
+    mean = module.variable("batch_stats", "mean", jnp.zeros, (channels,))
+    return scale, bias, mean, module.variable("batch_stats", "variance", jnp.ones, (channels,))
+
+
 def batch_statistics(
     module: nn.Module, x: Array, mask: Array, *, train: bool
 ) -> tuple[tuple[Array, Array], Array, Array]:
     """What a batch norm of rows is made of: the mean [C] and inverse deviation [C] over the rows where `mask` is true,
     all shards together (the running ones unless `train`), and its parameters scale [C] and bias [C]. Float32."""
-    channels = x.shape[-1]
-    scale = module.param("scale", nn.initializers.ones, (channels,))
-    bias = module.param("bias", nn.initializers.zeros, (channels,))
-    running_mean = module.variable("batch_stats", "mean", jnp.zeros, (channels,))
-    running_variance = module.variable("batch_stats", "variance", jnp.ones, (channels,))
+    scale, bias, running_mean, running_variance = norm_variables(module, x.shape[-1])
     if train:
         x = jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
         axes = tuple(range(x.ndim - 1))

@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 
 from scalr_jax.config import StudentSettings
 from scalr_jax.data.scenes import Batch, Pillars, SceneNeeds
-from scalr_jax.models.layers import BatchNorm, to_rows, update_running
+from scalr_jax.models.layers import BatchNorm, norm_variables, to_rows, update_running
 from scalr_jax.models.vit import Block, BlockConfig, Dense
 from scalr_jax.ops import attention
 from scalr_jax.ops.gated_neighbors import Form, Gate, Norm, gated_max
@@ -83,11 +83,7 @@ class _PairNorm(nn.Module):
 
     @nn.compact
     def __call__(self, apply: Callable[[Norm], tuple[Array, tuple[Array, Array, Array]]], *, train: bool) -> Array:
-        shape = (self.features,)
-        scale = self.param("scale", nn.initializers.ones, shape)
-        bias = self.param("bias", nn.initializers.zeros, shape)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        variance = self.variable("batch_stats", "variance", jnp.ones, shape)
+        scale, bias, mean, variance = norm_variables(self, self.features)
         y, moments = apply(Norm(scale, bias, mean.value, variance.value))
         if train:
             update_running(self, mean, variance, moments)

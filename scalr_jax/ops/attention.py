@@ -29,9 +29,14 @@ HALF = (jnp.bfloat16, jnp.float16)  # what cuDNN takes
 
 def dense(q: Array, k: Array, v: Array) -> Array:
     """Attention within each of B images: [B, n, heads, d] each, the result too, in the dtype of `q`."""
-    if platform_of(q) in ("gpu", "cuda") and q.dtype in HALF:
+    if _fused(q, q):
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     return jax.nn.dot_product_attention(q, k, v)
+
+
+def _fused(q: Array, of_batch: Array) -> bool:
+    """Whether cuDNN's kernels take `q` where a program that reads `of_batch` will run."""
+    return platform_of(of_batch) in ("gpu", "cuda") and q.dtype in HALF
 
 
 def packed(q: Array, k: Array, v: Array, counts: Array) -> Array:
@@ -40,7 +45,7 @@ def packed(q: Array, k: Array, v: Array, counts: Array) -> Array:
     q, k, v [D, T, heads, d]: the tokens of a shard's first scene, then those of its second, ..., then padding.
     counts [D, S] int32: tokens of each scene. Returns [D, T, heads, d] in the dtype of `q`.
     """
-    if platform_of(counts) in ("gpu", "cuda") and q.dtype in HALF:
+    if _fused(q, counts):
         return by_shard(_cudnn, (q, k, v, counts))
     if not isinstance(q.shape[1], int):  # a symbol, in an exported program: one head's logits at a time
         scene = scene_of(counts, q.shape[1])

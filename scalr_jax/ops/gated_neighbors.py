@@ -163,7 +163,7 @@ def _backward(form: Form, saved: tuple, gradients: tuple) -> tuple:
         """From each pair's gradient to its two points', through the norm's statistics too."""
 
         def visit(sums: Array, inputs: tuple) -> tuple[Array, None]:
-            (_, index), of_norm = inputs
+            index, of_norm = inputs
             of_d = multiplier * of_norm.astype(jnp.float32)
             if form.train:
                 d = _differences(u, index)
@@ -172,8 +172,7 @@ def _backward(form: Form, saved: tuple, gradients: tuple) -> tuple:
             return sums.at[index].add(of_d) - of_d.sum(0), None
 
         index = neighbors.T.reshape(-1, form.at_a_time, neighbors.shape[0])
-        inputs = (jnp.zeros(len(index)), index), of_norm
-        return jax.lax.scan(visit, jnp.zeros(u.shape, jnp.float32), inputs)[0]
+        return jax.lax.scan(visit, jnp.zeros(u.shape, jnp.float32), (index, of_norm))[0]
 
     of_u = per_shard(to_points, u, neighbors, mask, of_norm).astype(u.dtype)
     of_norm_parameters = Norm(of_scale, of_bias, jnp.zeros_like(norm.mean), jnp.zeros_like(norm.variance))

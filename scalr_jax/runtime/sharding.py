@@ -87,25 +87,27 @@ def per_shard(function: Callable, *arrays: Any) -> Any:
     return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], arrays)))
 
 
-def by_shard(function: Callable, arrays: Any) -> Any:
-    """`function(*arrays)` of each data shard alone: arrays [D, ...] of a batch and what follows from it -> [D, ...].
+def by_shard(function: Callable, arrays: Any, *replicated: Any) -> Any:
+    """`function(*arrays, *replicated)` of each data shard alone: arrays [D, ...] of a batch and what follows from it ->
+    [D, ...]; what is `replicated` has no axis D.
 
     Under a mesh each device calls it on its own shard, so that loops may depend on the data: mapped over D, as by
     `jax.vmap`, a loop goes on, on all devices, until the last shard has done.
     """
 
-    def run(arrays: Any) -> Any:
-        results = [
-            function(*jax.tree.map(lambda x, d=d: x[d], arrays)) for d in range(jax.tree.leaves(arrays)[0].shape[0])
-        ]
+    leaves = jax.tree.leaves(arrays)
+
+    def run(arrays: Any, *replicated: Any) -> Any:
+        shards = [jax.tree.map(lambda x, d=d: x[d], arrays) for d in range(jax.tree.leaves(arrays)[0].shape[0])]
+        results = [function(*shard, *replicated) for shard in shards]
         return jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
-    mesh = jax.typeof(jax.tree.leaves(arrays)[-1]).sharding.mesh  # of the batch; a derived array's may not be known
+    mesh = jax.typeof(leaves[-1]).sharding.mesh  # of an array of the batch; a derived one's may not be known
     if mesh.empty:
-        return run(arrays)
-    return jax.shard_map(run, mesh=mesh, in_specs=P(mesh.axis_names), out_specs=P(mesh.axis_names), check_vma=False)(
-        arrays
-    )
+        return run(arrays, *replicated)
+    spec = P(mesh.axis_names)
+    specs = (spec, *(P() for _ in replicated))
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(arrays, *replicated)
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:

@@ -11,7 +11,7 @@ import pytest
 
 import scalr_jax
 from scalr_jax import tasks
-from scalr_jax.compile import abstract, hlo
+from scalr_jax.compile import abstract
 from scalr_jax.data import packing
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.planes import cell_position
@@ -26,7 +26,7 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.settings import read_settings
 from scalr_jax.train import optim
 from tests.support.checks import mentions
-from tests.support.fast import FAST
+from tests.support.collectives import check_only_sums
 from tests.support.random_scenes import FIELD_OF_VIEW
 from tests.support.runs import distill, losses, on_one_device, open_split, scene_settings, small_config
 
@@ -245,26 +245,9 @@ def test_only_sums_cross_a_device(street_cache):
     """Of gradients and batch norms, in the compiled gradient of eight shards on eight devices; no table, no rows."""
     config = small_config(street_cache, **NARROW)
     student = make_student(config.model, head="none", out_features=0, platform="cpu")
-    mesh = sharding.make_mesh(8, 1)
-    batch = abstract.make_batch(
-        scene_settings(config, task="distill", train=True),
-        abstract.choose_capacities(read_settings(config).data, student.needs),
-        mesh,
-    )
-    shapes = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
-
-    def loss(params, statistics, batch):
-        variables = {"params": params, "batch_stats": statistics}
-        return student.apply(variables, batch, train=True, mutable=["batch_stats"])[0].sum()
-
-    variables = abstract.placed(shapes, sharding.parameter_shardings(shapes, mesh))
-    arguments = variables["params"], variables["batch_stats"], batch
-    text = jax.jit(jax.grad(loss)).lower(*arguments).compile(FAST).as_text() or ""
-    found = {kind for kind in hlo.COLLECTIVES if re.search(rf" {kind}(-start)?\(", text)}
-    assert found == {"all-reduce"}
-    largest = max(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    for shape in re.findall(r"= f32\[([\d,]*)\][^=]*? all-reduce\(", text):
-        assert np.prod([int(n) for n in shape.split(",") if n]) <= largest
+    scenes = scene_settings(config, task="distill", train=True)
+    capacities = abstract.choose_capacities(read_settings(config).data, student.needs)
+    check_only_sums(student, scenes, capacities, sharding.make_mesh(8, 1))
 
 
 def test_layer_decay_counts_residual_blocks():

@@ -1,14 +1,11 @@
 """A VaViT as the student: by `model.name` in any config, in the same tasks and packs as the others."""
 
-import re
-
 import jax
 import numpy as np
 import pytest
 
 import scalr_jax
 from scalr_jax import tasks
-from scalr_jax.compile import abstract, hlo
 from scalr_jax.data import packing
 from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.models.build import make_backbone, make_student
@@ -17,8 +14,8 @@ from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.settings import read_settings
 from tests.support.checks import mentions
-from tests.support.fast import FAST
-from tests.support.runs import config_of, distill, lines, on_one_device, open_split, scene_settings, small_config
+from tests.support.collectives import check_only_sums
+from tests.support.runs import config_of, distill, losses, on_one_device, open_split, scene_settings, small_config
 
 pytestmark = pytest.mark.usefixtures("fast_programs")
 
@@ -29,10 +26,6 @@ TINY |= {
     "model.vavit.point_depth": 2,
     "model.num_neighbors": 4,
 }
-
-
-def losses(workdir):
-    return [line["train/loss"] for line in lines(workdir) if "train/loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -101,27 +94,10 @@ def test_only_sums_cross_a_device(street_cache):
     over keys depend on each device's own scenes."""
     settings = read_settings(config(street_cache, **{"mesh.data": 8}))
     student = make_student(settings.model, head="none", out_features=0, platform="cpu")
-    mesh = sharding.make_mesh(8, 1)
+    points, number = settings.data.points_per_shard, settings.data.scenes_per_shard
+    capacities = packing.Capacities(points, number, (), (), pillars=(384,))
     scenes = scene_settings(config(street_cache), task="distill", train=True)
-    capacities = packing.Capacities(
-        settings.data.points_per_shard, settings.data.scenes_per_shard, (), (), pillars=(384,)
-    )
-    batch = abstract.make_batch(scenes, capacities, mesh)
-    shapes = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
-
-    def loss(params, statistics, batch):
-        variables = {"params": params, "batch_stats": statistics}
-        rngs = {"dropout": jax.random.key(0)}
-        return student.apply(variables, batch, train=True, rngs=rngs, mutable=["batch_stats"])[0].sum()
-
-    variables = abstract.placed(shapes, sharding.parameter_shardings(shapes, mesh))
-    arguments = variables["params"], variables["batch_stats"], batch
-    text = jax.jit(jax.grad(loss)).lower(*arguments).compile(FAST).as_text() or ""
-    found = {kind for kind in hlo.COLLECTIVES if re.search(rf" {kind}(-start)?\(", text)}
-    assert found == {"all-reduce"}
-    largest = max(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    for shape in re.findall(r"= f32\[([\d,]*)\][^=]*? all-reduce\(", text):
-        assert np.prod([int(n) for n in shape.split(",") if n]) <= largest
+    check_only_sums(student, scenes, capacities, sharding.make_mesh(8, 1))
 
 
 def test_pillars_are_counted_from_the_origin_and_packed_by_scene(street_cache, tmp_path):

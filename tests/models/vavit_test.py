@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scalr_jax.data.packing import Capacities, pack_shard
-from scalr_jax.data.scenes import Frame
+from scalr_jax.data.scenes import WHOLE_VIEW, Frame
 from scalr_jax.data.transforms import SceneSettings, make_scene
 from scalr_jax.interop import vavit as interop
 from scalr_jax.interop.model import Published, student_of
@@ -134,7 +134,7 @@ def with_padding(batch, *, points, pillars):
 def test_one_pillar_far_points_and_a_shard_without_a_scene():
     """Outputs and gradients are finite; points beyond the view of the published models, 10 km, are cut."""
     size = {"width": 8, "num_heads": 1, "hidden": 8, "depth": 1, "point_depth": 1, "point_hidden": 8, "channels": 8}
-    model, variables = tiny_model("linear", 3, name="vavit_tiny", field_of_view=interop.WHOLE, vavit=size)
+    model, variables = tiny_model("linear", 3, name="vavit_tiny", field_of_view=WHOLE_VIEW, vavit=size)
     student, rng = student_of(model), np.random.default_rng(0)
     settings, scenes = SceneSettings(task="segment", train=False, needs=student.needs, voxel_size=1e-3), []
     for far in ([], [(9_999.0, -9_999.0, 0.0)], [(2e4, 0.0, 0.0), (0.0, -1.01e4, 0.0)]):

@@ -26,10 +26,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from scalr_jax.runtime.sharding import platform_of
+from scalr_jax.runtime.sharding import by_shard, platform_of
 
 Array = jax.Array
 
@@ -128,21 +127,12 @@ sum_rows.defvjp(lambda values, links, n: (sum_rows(values, links, n), (links, va
 def over_shards(kernel: Callable[..., Array], sharded: tuple, replicated: Array | tuple = ()) -> Array:
     """`kernel(sharded, replicated, interpret=...)` on each shard; the leaves of `sharded` have a leading axis D.
 
-    Mosaic kernels cannot be partitioned automatically, so under a mesh this is a shard_map over all its axes.
+    Mosaic kernels cannot be partitioned automatically, so under a mesh this is a shard_map (`by_shard`).
     """
     leaf = jax.tree.leaves(sharded)[-1]  # an array of the batch, whose sharding is known; a derived one's may not be
     kernel = functools.partial(kernel, interpret=platform_of(leaf) != "tpu")
-
-    def run(sharded: tuple, replicated: Array | tuple) -> Array:
-        shards = [jax.tree.map(lambda x, d=d: x[d], sharded) for d in range(jax.tree.leaves(sharded)[0].shape[0])]
-        return jnp.stack([kernel(shard, replicated) for shard in shards])
-
-    mesh = jax.typeof(leaf).sharding.mesh
-    if mesh.empty:
-        return run(sharded, replicated)
-    spec = PartitionSpec(mesh.axis_names)
-    specs = (spec, PartitionSpec())
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(sharded, replicated)
+    out: Array = by_shard(lambda *parts: kernel(parts[:-1], parts[-1]), sharded, replicated)
+    return out
 
 
 def ones(index: Array, first_row: Array, window: int, dtype: DTypeLike) -> Array:
