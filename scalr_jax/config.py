@@ -149,6 +149,7 @@ class TeacherSettings:
     """`config.teacher`."""
 
     checkpoint: str = key("", "path of a DINO file; demo: the small ViT that comes with the package")
+    cache: str = key("", "distill: a folder of its tokens (docs/tokens.md); no teacher runs", resume=True, local=True)
     feature: str = key("x_pre_norm", "tokens before or after the last norm", choices=("x_pre_norm", "x"))
     position_interpolation: str = key("auto", "auto: as the file's project", choices=INTERPOLATIONS)
     num_heads: int | None = key(None, "attention heads; None: of 64 channels each", low=1, high=1024)

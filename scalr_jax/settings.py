@@ -78,6 +78,8 @@ def _problems(settings: Settings) -> Iterator[str]:
         yield f"evaluate.votes = {evaluate.votes} with data.augmentation = 'none' (give 'published' or 'consistent')"
     if settings.data.augmentation == "vavit" and settings.run.task in ("distill", "demo"):
         yield "data.augmentation = 'vavit' with an image (it is for labelled scans alone; give 'published')"
+    if settings.teacher.cache and settings.run.task == "demo":
+        yield f"teacher.cache = {settings.teacher.cache!r} with task 'demo' (it is for distill; leave it out)"
     if settings.mesh.data == 0:
         yield "mesh.data = 0 (expected: -1, or at least 1)"
 

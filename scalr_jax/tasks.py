@@ -19,6 +19,7 @@ import numpy as np
 from scalr_jax.config import Settings, TeacherSettings, all_keys
 from scalr_jax.data.build import make_dataset
 from scalr_jax.data.scenes import Dataset
+from scalr_jax.data.tokens.store import TokenStore
 from scalr_jax.evaluation import report
 from scalr_jax.evaluation import robustness as robust
 from scalr_jax.evaluation.features import cache_key, checksum, make_cache
@@ -29,7 +30,7 @@ from scalr_jax.evaluation.zero_shot import Images, zero_shot
 from scalr_jax.figures.charts import draw_confusion, draw_loss, draw_robustness
 from scalr_jax.interop.published import read_published
 from scalr_jax.interop.saved import AGAIN, Saved, read_saved, write_settings
-from scalr_jax.interop.teacher import make_teacher
+from scalr_jax.interop.teacher import make_teacher, open_tokens
 from scalr_jax.models.backbone import CachedFeatures
 from scalr_jax.models.build import make_backbone, make_student
 from scalr_jax.models.heads import segmentation_head
@@ -49,16 +50,19 @@ from scalr_jax.train.state import TrainState, variables_of
 
 
 @contextlib.contextmanager
-def claimed(settings: Settings, workdir: Path) -> Iterator[None]:
-    """Holds `workdir` for a run of these settings; see `runtime.workdir.claim`."""
-    with workdirs.claim(workdir, record_of(settings), all_keys()):
+def claimed(settings: Settings, workdir: Path, tokens: TokenStore | None = None) -> Iterator[None]:
+    """Holds `workdir` for a run of these settings, and of these `tokens`; see `runtime.workdir.claim`."""
+    record = record_of(settings)
+    if tokens is not None:
+        record["teacher"]["cache_digest"] = tokens.digest
+    with workdirs.claim(workdir, record, all_keys()):
         yield
 
 
-def open_dataset(settings: Settings, workdir: Path, split: str) -> Dataset:
+def open_dataset(settings: Settings, workdir: Path, split: str, tokens: TokenStore | None = None) -> Dataset:
     """The dataset of a split; prints the table of what was found."""
     task, seed = settings.run.task, settings.run.seed
-    dataset = make_dataset(settings.data, split, task=task, seed=seed, cache=workdir / "streets")
+    dataset = make_dataset(settings.data, split, task=task, seed=seed, cache=workdir / "streets", tokens=tokens)
     if jax.process_index() == 0:
         print(dataset.describe(), flush=True)
     return dataset
@@ -76,8 +80,14 @@ def step_options(settings: Settings) -> dict[str, int]:
     return {"seed": settings.run.seed, "batch_size": size, "scenes_per_group": group}
 
 
-def distillation(settings: Settings, teacher: tuple[ViTConfig, Any] | None = None) -> Task:
-    """The distillation of `config.teacher`, or of (architecture, parameters or their shapes)."""
+def distillation(
+    settings: Settings, teacher: tuple[ViTConfig, Any] | None = None, tokens: TokenStore | None = None
+) -> Task:
+    """The distillation of `config.teacher`, of (architecture, parameters or their shapes), or of its `tokens`."""
+    if tokens is not None:
+        student, size = student_of(settings, "distill", tokens.channels), settings.data.image_size
+        step = partial(steps.make_cached_step, student, size, **step_options(settings))
+        return Task("distill", "distill", student, None, step)
     teacher = teacher or make_teacher(settings.teacher, settings.data.image_size, sharding.platform())
     student = student_of(settings, "distill", teacher[0].width)
     which = settings.teacher.feature
@@ -184,9 +194,10 @@ def class_order(settings: Settings, class_names: Sequence[str], saved: Saved, nu
 
 def distill(settings: Settings, workdir: Path) -> TrainState:
     """Distils the teacher into the student; results.json holds the last logged metrics."""
-    with claimed(settings, workdir):
-        task = distillation(settings)  # a teacher that cannot be is said before streets are rendered
-        dataset = open_dataset(settings, workdir, settings.data.split)
+    tokens = open_tokens(settings.teacher, settings.data)
+    with claimed(settings, workdir, tokens):
+        task = distillation(settings, tokens=tokens)  # a teacher that cannot be is said before streets are rendered
+        dataset = open_dataset(settings, workdir, settings.data.split, tokens)
         save_settings(settings, workdir, task.student, dataset)
         state = train(settings.training, workdir, dataset, task)
         if jax.process_index() == 0:
@@ -251,7 +262,7 @@ def _check_teacher(path: Path, teacher: TeacherSettings) -> None:
     if not (isinstance(there, dict) and isinstance(there.get("checkpoint"), str)):
         raise InputError(f"{path}: teacher is not that of a run; {AGAIN}")
     there["checkpoint"], here["checkpoint"] = Path(there["checkpoint"]).name, Path(here["checkpoint"]).name
-    keys = ("checkpoint", "feature", "position_interpolation")
+    keys = ("checkpoint", "feature", "position_interpolation")[not there["checkpoint"] :]  # none: it had a cache
     if wrong := [f"{key} is {there.get(key)} there, {here[key]} here" for key in keys if there.get(key) != here[key]]:
         raise InputError(
             f"{path.parent} was distilled from another teacher than config.teacher ({'; '.join(wrong)}); give the one "

@@ -19,6 +19,8 @@ from scalr_jax.data.readers.records import Records, is_begun
 from scalr_jax.data.readers.scan_inputs import open_reader
 from scalr_jax.data.scenes import IGNORE, Dataset, SceneNeeds, SceneView
 from scalr_jax.data.streets.streets import Streets
+from scalr_jax.data.tokens.dataset import WithTokens
+from scalr_jax.data.tokens.store import TokenStore
 from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.ops.voxels import extent_of
 from scalr_jax.runtime import distributed
@@ -27,19 +29,22 @@ from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.settings import dataset_names
 
 
-def make_dataset(data: DataSettings, split: str, *, task: str, seed: int, cache: Path) -> Dataset:
+def make_dataset(
+    data: DataSettings, split: str, *, task: str, seed: int, cache: Path, tokens: TokenStore | None = None
+) -> Dataset:
     """The dataset of `config.data` for a split ("train", "validation", "test" or "all", as the dataset has them).
 
     `task`, of the config, says whether labels, images or both are read. Generated streets have a `seed`, and are
-    rendered to `cache` when `data.root` is empty. Raises InputError: a folder that is missing or holds something else,
-    or frames that cannot be chosen.
+    rendered to `cache` when `data.root` is empty. With `tokens`, frames have these in place of images. Raises
+    InputError: a folder that is missing or holds something else, or frames that cannot be chosen.
     """
     _check_sizes(data, images=task in ("distill", "demo"))
     names, datasets = dataset_names(data), []
     for name in names:  # each of several has a folder in data.root; PandaSet's two lidars share theirs
         folder = "" if len(names) == 1 else "pandaset" if name in PANDASET else name
         root = Path(data.root, folder) if data.root else None
-        datasets.append(_open(data, split, name, root, task=task, seed=seed, cache=cache))
+        opened = _open(data, split, name, root, task=task, seed=seed, cache=cache)
+        datasets.append(opened if tokens is None else WithTokens(opened, tokens))
     dataset = datasets[0]
     if len(datasets) > 1 or data.weights or data.intensity:
         intensity = (data.intensity[0], data.intensity[1]) if data.intensity else None

@@ -37,6 +37,10 @@ class Derived(Dataset):
         dataset, local = self.locate(index)
         return dataset.intensity(local)
 
+    def cameras_of(self, index: int) -> tuple[str, ...]:
+        dataset, local = self.locate(index)
+        return dataset.cameras_of(local)
+
     def sensor(self, index: int) -> str:
         dataset, local = self.locate(index)
         return dataset.sensor(local)

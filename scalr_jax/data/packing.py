@@ -225,14 +225,19 @@ def pack_shard(
 
 
 def _with_optional(batch: Batch, scenes: Sequence[SceneView], capacities: Capacities, template: SceneView) -> Batch:
-    """The batch with the fields that `template` has: images with pixels, voxels, pillars, labels."""
-    if template.image is not None and template.pixels is not None:
-        images = np.zeros((capacities.scenes, *template.image.shape), template.image.dtype)
-        for i, scene in enumerate(scenes):
-            assert scene.image is not None, "a scene without an image among scenes with one"
-            images[i] = scene.image
+    """The batch with the fields that `template` has: images or tokens with pixels, voxels, pillars, labels."""
+    if template.pixels is not None:
         pixels = _filled([scene.pixels for scene in scenes], capacities.points, 0, template.pixels)
-        batch = batch._replace(images=images, pixels=pixels)
+        batch = batch._replace(pixels=pixels)
+    if template.image is not None:
+        batch = batch._replace(images=_stacked([scene.image for scene in scenes], capacities, template.image))
+    if template.tokens is not None:
+        parts = zip(*(scene.tokens or (None, None) for scene in scenes), strict=True) if scenes else ((), ())
+        stacked = [
+            None if like is None else _stacked(part, capacities, like)
+            for part, like in zip(parts, template.tokens, strict=True)
+        ]
+        batch = batch._replace(tokens=stacked[0], token_scale=stacked[1])
     if template.voxels is not None:
         parts = [scene.voxels.coordinates for scene in scenes if scene.voxels is not None]
         coordinates = _filled(parts, capacities.points, 0.0, template.voxels.coordinates)
@@ -244,6 +249,15 @@ def _with_optional(batch: Batch, scenes: Sequence[SceneView], capacities: Capaci
         labels = _filled([scene.labels for scene in scenes], capacities.points, IGNORE, template.labels)
         batch = batch._replace(labels=labels.astype(np.int32))
     return batch
+
+
+def _stacked(parts: Sequence[np.ndarray | None], capacities: Capacities, like: np.ndarray) -> np.ndarray:
+    """What the scenes of a shard have one of, [S, ...]; zeros in empty slots."""
+    stacked = np.zeros((capacities.scenes, *like.shape), like.dtype)
+    for i, part in enumerate(parts):
+        assert part is not None, "a scene without an image among scenes with one"
+        stacked[i] = part
+    return stacked
 
 
 def stack_shards(shards: Sequence[Batch]) -> Batch:

@@ -46,6 +46,7 @@ class Dataset(Protocol):
     class_names: tuple[str, ...]
     cameras: tuple[str, ...] = ()  # that `frame` can be asked for; (): a frame has its one image, or none
     warnings: tuple[str, ...] = ()  # sentences about what looks wrong but may be meant
+    decode: bool = True  # False: images may be zeros of the right shape, as nobody looks at them
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -77,6 +78,10 @@ class Dataset(Protocol):
     def scan_file(self, index: int) -> str:
         """The path of a frame's scan below the raw dataset's root; "" where it is not known."""
         return ""
+
+    def cameras_of(self, index: int) -> tuple[str, ...]:
+        """The cameras that `frame` draws from; (): the frame has its one image, or none."""
+        return ()
 
 
 @runtime_checkable
@@ -147,6 +152,14 @@ class Frame(NamedTuple):
     to_sensor: np.ndarray | None = None  # [4, 4] float64: native frame -> the lidar, z up its axis; None: `to_ego`
     beams: np.ndarray | None = None  # [N] uint8: the beam of each point, 0 the lowest; None: see its elevation
     num_dropped: int = 0  # rows of the scan's file that were no usable point
+    tokens: Tokens | None = None  # the teacher's, of the image, which then is not needed
+
+
+class Tokens(NamedTuple):
+    """A teacher's th x tw tokens of one image, as `ops.tokens` stores them."""
+
+    values: np.ndarray  # [th, tw, C] uint16 (bfloat16's bits), int8 or float32
+    scale: np.ndarray | None = None  # [th, tw] float32, of int8
 
 
 class Cloud(NamedTuple):
@@ -182,6 +195,7 @@ class SceneView(NamedTuple):
     raw_ranges: np.ndarray | None = None  # [N_raw] float32: metres from the origin of the student's frame
     voxels: SceneVoxels | None = None  # for a MinkUNet, which needs no planes
     pillars: ScenePillars | None = None  # for a VaViT, likewise
+    tokens: Tokens | None = None  # instead of `image`
 
 
 class SceneVoxels(NamedTuple):
@@ -251,3 +265,5 @@ class Batch(NamedTuple, Generic[A]):
     labels: A | None = None  # [D, P] int32
     voxels: PackedVoxels[A] | None = None  # for a MinkUNet; `planes` is then ()
     pillars: Pillars[A] | None = None  # for a VaViT, likewise
+    tokens: A | None = None  # instead of `images`: [D, S, th, tw, C] as stored, see `Tokens`
+    token_scale: A | None = None  # [D, S, th, tw] float32, of int8

@@ -219,7 +219,8 @@ def make_scene(
 def _distillation_scene(
     frame: Frame, index: int, intensity: tuple[float, float], settings: SceneSettings, rng: np.random.Generator
 ) -> SceneView:
-    if frame.image is None or frame.pixels is None or frame.visible is None:
+    size = frame.image_shape or (None if frame.image is None else frame.image.shape[:2])
+    if size is None or frame.pixels is None or frame.visible is None:
         raise BadFrameError(f"{frame.name}: distillation needs an image, and the frame has none")
     kept = one_a_voxel(frame, settings.voxel_size, rng)
     kept = kept[frame.visible[kept]]
@@ -232,10 +233,13 @@ def _distillation_scene(
     cut = in_view(xyz, settings.needs)
     xyz, kept = xyz[cut], kept[cut]
     feats = make_features(xyz, frame.points[kept, 3], intensity)
-    ratio = np.array(settings.image_size) / np.array(frame.image_shape or frame.image.shape[:2])
+    ratio = np.array(settings.image_size) / np.array(size)
     pixels = np.floor(np.floor(frame.pixels[kept]) * ratio).astype(np.int32)  # the published readers floor first
-    image = resize_image(frame.image, settings.image_size, antialias=settings.antialias, dtype=settings.image_dtype)
-    return _finish(frame.name, index, xyz, feats, settings.needs)._replace(image=image, pixels=pixels)
+    image = None
+    if frame.image is not None:
+        image = resize_image(frame.image, settings.image_size, antialias=settings.antialias, dtype=settings.image_dtype)
+    scene = _finish(frame.name, index, xyz, feats, settings.needs)
+    return scene._replace(image=image, pixels=pixels, tokens=frame.tokens)
 
 
 def check_classes(frame: Frame, num_classes: int) -> None:

@@ -75,7 +75,7 @@ def licence_of(model_path: Path, training: Mapping | None, given: str) -> str:
     names = {"streets" if name in sensors.STREETS_INTENSITY else name for name in names}
     terms = [f"trained on: {'; '.join(sorted({TERMS.get(name, name) for name in names}))}"]
     if training["task"] == "distill":
-        teacher = training["teacher"]["checkpoint"]
+        teacher = training["teacher"]["checkpoint"] or f"that of the tokens in {training['teacher'].get('cache')}"
         terms.append(
             f"teacher: {'the packaged one, Apache-2.0' if teacher == 'demo' else f'{teacher}, see its licence'}"
         )

@@ -14,7 +14,8 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from scalr_jax.config import TeacherSettings
+from scalr_jax.config import DataSettings, TeacherSettings
+from scalr_jax.data.tokens.store import TokenStore
 from scalr_jax.interop.finite import check_weights
 from scalr_jax.interop.model import flat_shapes
 from scalr_jax.interop.safetensors_file import read_safetensors
@@ -22,7 +23,7 @@ from scalr_jax.interop.vit import load_dinov2
 from scalr_jax.models import vit
 from scalr_jax.models.build import compute_dtype
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.storage import written_whole
+from scalr_jax.runtime.storage import checksum, written_whole
 
 ASSET = "demo_teacher.safetensors"
 
@@ -54,6 +55,32 @@ def make_teacher(settings: TeacherSettings, image_size: tuple[int, int], platfor
         raise InputError(f"data.image_size = {image_size} is not a multiple of the patch, {patch}")
     dtype = compute_dtype("auto", platform)
     return vit_config, jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+
+
+def teacher_digest(settings: TeacherSettings) -> str:
+    """SHA-256 of the teacher's file. Raises `InputError` when it is missing."""
+    if settings.checkpoint == "demo":
+        with resources.as_file(resources.files("scalr_jax") / "assets" / ASSET) as path:
+            return checksum(path)
+    try:
+        return checksum(Path(settings.checkpoint))
+    except OSError as error:
+        sentence = f"teacher.checkpoint = {settings.checkpoint!r} cannot be read ({error.strerror}); give a DINO file"
+        raise InputError(sentence) from error
+
+
+def open_tokens(teacher: TeacherSettings, data: DataSettings) -> TokenStore | None:
+    """The cache of the teacher's tokens, where the config names one. Raises `InputError` when it is none, or one of
+    another teacher or image size."""
+    if not teacher.cache:
+        return None
+    store = TokenStore(teacher.cache)
+    expected = {"image_size": data.image_size, "antialias": data.antialias, "feature": teacher.feature}
+    expected |= {"position_interpolation": teacher.position_interpolation}
+    if teacher.checkpoint and any("sha256" in header["teacher"] for header in store.headers.values()):
+        expected["sha256"] = teacher_digest(teacher)
+    store.check(expected)
+    return store
 
 
 def load_demo_teacher() -> tuple[vit.ViTConfig, dict]:

@@ -4,6 +4,7 @@
     python -m scalr_jax.prepare --dataset=pandaset --sensor=pandargt --root=RAW --output=DIR --labels
     python -m scalr_jax.prepare --dataset=semantic_kitti --root=RAW --output=DIR --image_size=224,448
     python -m scalr_jax.prepare --output=DIR --verify
+    python -m scalr_jax.prepare --teacher=CHECKPOINT --image_size=224,448 --root=RECORDS --output=TOKENS
 
 Then train with --config.data.root=DIR. The same command again goes on where it stopped, also after a kill or a full
 disk. docs/data.md, "Prepared records", says what is stored.
@@ -23,6 +24,15 @@ Flags:
     --verify            compare every byte of a prepared folder with what was written
     --inspect           only look: tables, pictures and statistics of the raw dataset go to <output>
 
+Flags of a teacher's tokens, which are computed once and then train with --config.teacher.cache=TOKENS (docs/tokens.md):
+    --teacher           a DINO file, as teacher.checkpoint; demo: the packaged one
+    --root, --dataset   prepared records, and no --dataset; or a raw dataset (default split: train)
+    --image_size        rows,columns that the teacher sees, as data.image_size
+    --tokens            bfloat16 (default); int8, with a scale a token: half as large; float32: exact
+    --feature           x_pre_norm (default) or x, as teacher.feature
+    --noantialias       as data.antialias = False
+    --position_interpolation   as teacher.position_interpolation
+
 Exit codes: 0 done; 2 bad arguments or input, no space, or interrupted (one sentence on stderr); 1 a defect.
 """
 
@@ -35,12 +45,15 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
+from scalr_jax.config import INTERPOLATIONS, TeacherSettings
+from scalr_jax.data.joined import Joined
 from scalr_jax.data.manifest import FORMAT, IMAGE_FORMATS
 from scalr_jax.data.readers.folder import Folder
-from scalr_jax.data.readers.records import is_prepared
+from scalr_jax.data.readers.records import Records, is_begun, is_prepared
 from scalr_jax.data.readers.scan_inputs import open_reader
 from scalr_jax.data.scenes import Dataset
 from scalr_jax.data.streets.streets import Streets
+from scalr_jax.data.tokens.store import DTYPES, TOKENS
 from scalr_jax.prepare import session as record_run
 from scalr_jax.prepare.source import Images, Source
 from scalr_jax.prepare.writing import AGAIN, plan_shards
@@ -51,6 +64,8 @@ DATASETS = ("nuscenes", "semantic_kitti", "pandaset", "pandar64", "pandargt", "f
 VOXEL_SIZE = 0.1  # metres, as published; with another data.voxel_size a loader finds the voxels itself
 MAX_IMAGE_SIZE = 8_192  # rows or columns, as of data.image_size
 SENSORS = {"pandaset": "pandar64", "pandar64": "pandar64", "pandargt": "pandargt", "streets": "beams32"}
+
+FEATURES = ("x_pre_norm", "x")  # of a teacher
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
 flags.DEFINE_enum("dataset", None, DATASETS, "The raw dataset.", flag_values=FLAGS)
@@ -66,6 +81,11 @@ flags.DEFINE_integer("frames_per_shard", 128, "Frames of one file.", 1, 10**6, f
 flags.DEFINE_integer("num_scenes", 64, "Of streets.", 1, 10**6, flag_values=FLAGS)
 flags.DEFINE_boolean("verify", False, "Compare every byte with what was written.", flag_values=FLAGS)
 flags.DEFINE_boolean("inspect", False, "Only look at the raw dataset.", flag_values=FLAGS)
+flags.DEFINE_string("teacher", None, "Whose tokens are computed.", flag_values=FLAGS)
+flags.DEFINE_enum("tokens", "bfloat16", tuple(DTYPES), "How tokens are stored.", flag_values=FLAGS)
+flags.DEFINE_enum("feature", "x_pre_norm", FEATURES, "Which tokens.", flag_values=FLAGS)
+flags.DEFINE_boolean("antialias", True, "How images are resized.", flag_values=FLAGS)
+flags.DEFINE_enum("position_interpolation", "auto", INTERPOLATIONS, "Of the teacher.", flag_values=FLAGS)
 
 
 def image_choice() -> Images:
@@ -147,7 +167,7 @@ def write_records(images: Images) -> None:
     choices |= {"image_format": images.format, "image_size": images.size}
     settings = record_run.run_settings(choices, sources, FLAGS.frames_per_shard)
     shards = [s for name, source in sources.items() for s in plan_shards(name, len(source), FLAGS.frames_per_shard)]
-    with record_run.claimed(folder, settings) as finished:
+    with record_run.claimed(folder, settings, record_run.finished_records) as finished:
         found, total = record_run.estimate(sources), sum(len(source) for source in sources.values())
         missing = sum(shard.last - shard.first for shard in shards if shard.file not in finished)
         space = record_run.need_space(folder, missing * found.bytes_per_frame * record_run.SPARE)
@@ -185,9 +205,42 @@ def write_records(images: Images) -> None:
     print(f"train with --config.data.root={FLAGS.output}")
 
 
+def open_images() -> Dataset:
+    """The frames whose images the teacher sees: records, also those of several lidars, or a raw dataset."""
+    root, size, datasets = Path(FLAGS.root), FLAGS.image_size, []
+    folders = [root] if is_begun(root) or not root.is_dir() else sorted(filter(is_prepared, root.iterdir()))
+    for split in FLAGS.split or ("train",):
+        if folders and (is_begun(root) or folders != [root]):
+            size = image_choice().size
+            datasets += [Records(folder, split=split, image_size=size) for folder in folders]
+        else:
+            require(FLAGS, "dataset", "root", example="--root=RECORDS, or --dataset=nuscenes --root=RAW")
+            datasets.append(open_raw(split, labels=False))
+    return Joined(datasets)
+
+
+def write_teacher() -> None:
+    """--teacher."""
+    size = image_choice().size
+    if size is None:
+        raise InputError("--teacher needs --image_size=ROWS,COLUMNS, that of data.image_size, as in 224,448")
+    from scalr_jax.prepare import tokens
+
+    settings = {"feature": FLAGS.feature, "position_interpolation": FLAGS.position_interpolation}
+    choices = tokens.Choices(TeacherSettings(checkpoint=FLAGS.teacher, **settings), size, FLAGS.antialias, FLAGS.tokens)
+    more = {"images_per_file": FLAGS.frames_per_shard, "num_threads": FLAGS.num_processes}
+    tokens.write_tokens(Path(FLAGS.output), open_images(), choices, **more)
+
+
 def verify() -> None:
     """--verify, of a folder or of the folders of several sensors in it."""
     output = Path(FLAGS.output)
+    if (output / TOKENS).is_file():
+        from scalr_jax.prepare import tokens
+
+        with tqdm(unit="B", unit_scale=True, mininterval=1.0) as bar:
+            found = tokens.verify(output, bar.update)
+        return print(found)
     folders = [output] if is_prepared(output) or not output.is_dir() else sorted(filter(is_prepared, output.iterdir()))
     for folder in folders or [output]:
         with tqdm(unit="B", unit_scale=True, mininterval=1.0) as bar:
@@ -198,7 +251,9 @@ def verify() -> None:
 def run(arguments: list[str]) -> None:
     """The command. Raises InputError and what the operating system raises."""
     parse_flags(FLAGS, arguments, __doc__)
-    if not (FLAGS.verify and FLAGS.output):
+    if FLAGS.teacher is not None and not FLAGS.verify:
+        require(FLAGS, "teacher", "root", "output", example="--teacher=CHECKPOINT --root=RECORDS --output=TOKENS")
+    elif not (FLAGS.verify and FLAGS.output):
         require(FLAGS, "dataset", "root", "output", example="--dataset=nuscenes --root=RAW --output=DIR")
     images = image_choice()
     if FLAGS.verify:
@@ -207,6 +262,8 @@ def run(arguments: list[str]) -> None:
         from scalr_jax.prepare.inspect import inspect_dataset
 
         inspect_dataset(open_raw((FLAGS.split or ["train"])[0], labels=FLAGS.labels), Path(FLAGS.output))
+    elif FLAGS.teacher is not None:
+        write_teacher()
     else:
         write_records(images)
 

@@ -14,9 +14,9 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -28,8 +28,9 @@ from scalr_jax.prepare import source as record_source
 from scalr_jax.prepare.source import Source
 from scalr_jax.prepare.writing import PARTS, Progress, Shard, write_shards
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
-from scalr_jax.runtime.storage import checksum, differences, locked, read_json, remove_partial, write_json
+from scalr_jax.runtime.storage import PARTIAL, checksum, differences, locked, read_json, remove_partial, write_json
 
+P = TypeVar("P")  # what is known of a finished shard
 LOCK = "prepare.lock"
 AGAIN = "delete it and run the same command again"
 SPARE = 1.02  # of the estimated size: the frames that were looked at may be smaller than the others
@@ -55,18 +56,24 @@ def run_settings(choices: dict, sources: Mapping[str, Source], frames_per_shard:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, settings: dict) -> Iterator[dict[str, Part]]:
-    """Holds the folder for one run; gives the parts of finished shards, by file.
+def claimed(
+    folder: Path, settings: dict, find: Callable[[Path, dict], dict[str, P]], manifest: str = MANIFEST
+) -> Iterator[dict[str, P]]:
+    """Holds the folder for one run; gives the parts of finished shards by file, which `find(folder, settings)` finds.
+    `manifest` is the file that is written last.
 
     Raises InputError: another run holds it, it is complete, was begun with other settings, or holds something else.
     """
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if there and not {SETTINGS, MANIFEST, LOCK} & set(there):
-        raise InputError(f"{folder} is not empty (it has {there[0]}) and was not begun by prepare; give a new --output")
+    others = [name for name in there if name != LOCK and not name.endswith(PARTIAL)]
+    if others and not {SETTINGS, manifest} & set(there):
+        raise InputError(
+            f"{folder} is not empty (it has {others[0]}) and was not begun by prepare; give a new --output"
+        )
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK, "wait for it or stop it"):
-        finished = _finished(folder, settings)
+        finished = find(folder, settings)
         if not (folder / SETTINGS).exists():
             write_json(folder / SETTINGS, settings)
         (folder / PARTS).mkdir(exist_ok=True)
@@ -74,14 +81,14 @@ def claimed(folder: Path, settings: dict) -> Iterator[dict[str, Part]]:
         try:
             yield finished
         except BaseException:
-            _leave(folder, made)
+            _leave(folder, made, manifest)
             raise
 
 
-def _leave(folder: Path, made: Sequence[Path]) -> None:
+def _leave(folder: Path, made: Sequence[Path], manifest: str) -> None:
     """Of a run that failed before it finished a shard nothing stays, so that other settings may be tried; nor do the
     folders that it `made`."""
-    if records.is_prepared(folder) or any((folder / PARTS).iterdir()):
+    if (folder / manifest).is_file() or any((folder / PARTS).iterdir()):
         return
     (folder / PARTS).rmdir()
     for name in (SETTINGS, LOCK):
@@ -91,7 +98,7 @@ def _leave(folder: Path, made: Sequence[Path]) -> None:
             path.rmdir()
 
 
-def _finished(folder: Path, settings: dict) -> dict[str, Part]:
+def finished_records(folder: Path, settings: dict) -> dict[str, Part]:
     """The parts of shards whose file is there and has the size that was written."""
     parts: dict[str, Part] = {}
     complete, found = records.is_prepared(folder), settings
@@ -101,11 +108,7 @@ def _finished(folder: Path, settings: dict) -> dict[str, Part]:
         parts = {part["file"]: part for split in manifest["splits"].values() for part in split["shards"]}
     elif (folder / SETTINGS).exists():
         found = read_json(folder / SETTINGS, AGAIN)
-    if different := differences(found, settings):
-        raise InputError(
-            f"{folder} was begun with other settings or other raw files ({different}); "
-            "repeat the command that began it, give another --output, or delete the folder"
-        )
+    check_same(folder, found, settings)
     own = [read_part(path, AGAIN) for path in sorted((folder / PARTS).glob("*.json"))]
     parts |= {part["file"]: part for part in own}
     whole = {name: part for name, part in parts.items() if records.file_size(folder / name) == part["bytes"]}
@@ -119,6 +122,15 @@ def _finished(folder: Path, settings: dict) -> dict[str, Part]:
             "file of it to have that one written again"
         )
     return whole
+
+
+def check_same(folder: Path, found: dict, settings: dict) -> None:
+    """Raises InputError with the settings in which this run differs from the one that began the folder."""
+    if different := differences(found, settings):
+        raise InputError(
+            f"{folder} was begun with other settings or other raw files ({different}); "
+            "repeat the command that began it, give another --output, or delete the folder"
+        )
 
 
 def estimate(sources: Mapping[str, Source]) -> Estimate:

@@ -57,7 +57,7 @@ def test_an_unreadable_image_is_left_out_and_named(tmp_path, capsys):
     folder = make("pandaset", tmp_path, tmp_path / "out")
     assert "left out an image: " in capsys.readouterr().out
     records = Records(folder)
-    assert ["left_camera" in records._cameras_of(i) for i in range(3)] == [True, False, True]
+    assert ["left_camera" in records.cameras_of(i) for i in range(3)] == [True, False, True]
 
 
 def test_a_camera_that_sees_nothing_is_not_listed(tmp_path):
@@ -65,7 +65,7 @@ def test_a_camera_that_sees_nothing_is_not_listed(tmp_path):
     backwards = [raw.pandaset_pose(number, (0.5, -0.5, -0.5, 0.5)) for number in range(4)]
     raw.write_json(tmp_path / "pandaset" / "001" / "camera" / "back_camera" / "poses.json", backwards)
     records = Records(make("pandaset", tmp_path, tmp_path / "out"))
-    assert [records._cameras_of(i) for i in range(4)] == [["front_camera"]] * 4
+    assert [records.cameras_of(i) for i in range(4)] == [("front_camera",)] * 4
     assert records.frame(0).name.endswith("/front_camera"), "no draw among one"
 
 

@@ -284,9 +284,9 @@ def test_a_folder_with_something_else_is_refused(kitti):
 def test_two_runs_do_not_write_into_one_folder(kitti):
     folder = kitti / "out"
     with (
-        record_run.claimed(folder, {"a": 1}),
+        record_run.claimed(folder, {"a": 1}, record_run.finished_records),
         pytest.raises(InputError, match=f"in use by .*process {os.getpid()} on"),
-        record_run.claimed(folder, {"a": 1}),
+        record_run.claimed(folder, {"a": 1}, record_run.finished_records),
     ):
         pass
 

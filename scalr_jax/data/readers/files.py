@@ -133,10 +133,11 @@ def read_floats(path: Path, columns: int) -> np.ndarray:
     return np.frombuffer(content, "<f4").reshape(-1, columns)
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_image(path: Path, size: tuple[int, int] | None = None, *, decode: bool = True) -> np.ndarray:
     """An image file -> [h, w, 3] uint8. Raises BadFrameError: missing, unreadable, cut short, or of another size.
 
-    size: (width, height) in pixels that the calibration was made for, when it is known.
+    size: (width, height) in pixels that the calibration was made for, when it is known. decode: False for zeros, and
+    only the file's header is read.
     """
     try:
         with Image.open(path) as file:
@@ -145,11 +146,18 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
                     f"{path}: the image is {file.width} x {file.height} pixels, its calibration is for "
                     f"{size[0]} x {size[1]}; use the dataset's original images."
                 )
+            if not decode:
+                return undecoded(file.height, file.width)
             return np.asarray(file if file.mode == "RGB" else file.convert("RGB"))
     except FileNotFoundError as error:
         raise BadFrameError(f"{path}: no such image; copy it, or leave this camera out.") from error
     except UNREADABLE as error:
         raise BadFrameError(f"{path}: unreadable image ({reason(error, path)}); copy the file again.") from error
+
+
+def undecoded(height: int, width: int) -> np.ndarray:
+    """Zeros [h, w, 3] uint8 that take no memory, in place of an image of which only the shape counts."""
+    return np.broadcast_to(np.zeros((), np.uint8), (height, width, 3))
 
 
 def decode_image(content: bytes, name: str, *, at_least: tuple[int, int] | None = None) -> np.ndarray:

@@ -145,7 +145,7 @@ class Folder(RawDataset[_Entry]):
         if camera not in entry.images:
             raise BadFrameError(f"{frame.name}: no image of {camera}; add it, or leave this camera out.")
         lens = self._calibrations[entry.scene][camera]
-        image = files.read_image(entry.images[camera], lens.size)
+        image = files.read_image(entry.images[camera], lens.size, decode=self.decode)
         scan = (frame.points, lens, self.settings.min_depth)
         pixels, visible = calibration.project(*scan)
         reason = "" if visible.any() else calibration.explain_nothing_visible(*scan)

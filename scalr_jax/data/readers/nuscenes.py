@@ -128,7 +128,7 @@ class NuScenes(RawDataset[_Entry]):
         if camera not in entry.images:
             raise BadFrameError(f"{frame.name}: no image of {camera}; unpack it, or leave this camera out.")
         shot = entry.images[camera]
-        image = files.read_image(self.root / shot.file, shot.size)
+        image = files.read_image(self.root / shot.file, shot.size, decode=self.decode)
         local = _to_camera(frame.points[:, :3].T, entry.scan, shot)  # [3, N] float32
         in_front = local[2] > MIN_DEPTH
         pixels = shot.sensor.intrinsics @ local.astype(np.float64)  # [3, N]

@@ -235,7 +235,7 @@ class PandaSet(RawDataset[_Entry]):
 
     def _pair(self, frame: Frame, entry: _Entry, camera: str) -> Frame:
         folder = self.root / entry.scene / "camera" / camera
-        image = files.read_image(self._image_path(entry, camera), IMAGE_SIZE)
+        image = files.read_image(self._image_path(entry, camera), IMAGE_SIZE, decode=self.decode)
         lens = files.read_json(folder / "intrinsics.json")
         try:
             focal, centre = (np.array([lens[a], lens[b]], np.float64) for a, b in (("fx", "fy"), ("cx", "cy")))

@@ -84,7 +84,6 @@ class RawDataset(Dataset, Generic[E]):
         return scan if camera is None else self.view(scan, index, camera)
 
     def cameras_of(self, index: int) -> tuple[str, ...]:
-        """The cameras of a frame that `frame` draws from."""
         return self._drawn(self._entries[index])
 
     def view(self, scan: Frame, index: int, camera: str) -> Frame:

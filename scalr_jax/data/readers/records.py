@@ -148,7 +148,7 @@ class Records(Dataset):
 
         Raises InputError when this camera or the whole scan is not prepared, BadFrameError for a damaged record.
         """
-        cameras, place = self._cameras_of(index), self._places[index]
+        cameras, place = self.cameras_of(index), self._places[index]
         camera = files.pick_camera(camera, () if self.labels else cameras, self.metadata["cameras"], rng)
         shard, record, has_scan = int(place["shard"]), int(place["record"]), bool(place["has_scan"])
         if camera is None:
@@ -159,9 +159,9 @@ class Records(Dataset):
             raise BadFrameError(f"{self.name(index)}: {camera} sees nothing, or its image could not be used")
         return self._view(self._read(shard, record + has_scan + cameras.index(camera)))
 
-    def _cameras_of(self, index: int) -> list[str]:
+    def cameras_of(self, index: int) -> tuple[str, ...]:
         mask = int(self._places[index]["cameras"])
-        return [camera for k, camera in enumerate(self.metadata["cameras"]) if mask >> k & 1]
+        return tuple(camera for k, camera in enumerate(self.metadata["cameras"]) if mask >> k & 1)
 
     def _scan(self, parts: dict[str, memoryview], name: str) -> Frame:
         labels = _array(parts, "labels", "u1") if self.labels else None
@@ -173,7 +173,9 @@ class Records(Dataset):
         name = str(parts["name"], "utf-8")
         points, start = self._points(parts), _array(parts, "voxel_start", "<i4")
         height, width, *stored = (int(size) for size in _array(parts, "image_shape", "<i4"))
-        if self.metadata["image_format"] == "raw":
+        if not self.decode:
+            image = files.undecoded(height, width)
+        elif self.metadata["image_format"] == "raw":
             image = _array(parts, "image", "u1").reshape(*stored, 3)
         else:
             image = files.decode_image(bytes(parts["image"]), f"{self.root}: {name}", at_least=self._scale_to)

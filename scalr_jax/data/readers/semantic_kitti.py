@@ -131,7 +131,7 @@ class SemanticKITTI(RawDataset[_Entry]):
             self._calibrations[entry.sequence] = self._read_calibration(entry.sequence)
         calibration = self._calibrations[entry.sequence]
         path = self._image_path(entry, camera)
-        image = files.read_image(path)
+        image = files.read_image(path, decode=self.decode)
         height, width = image.shape[:2]
         off = np.array(calibration.centre) / (width, height) - 0.5
         if np.abs(off).max() > CENTRE_TOLERANCE:  # KITTI's sizes differ by day and stand nowhere
