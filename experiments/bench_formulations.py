@@ -25,7 +25,7 @@ from scalr_jax.bench.timing import Parser
 from scalr_jax.data.scenes import Plane
 from scalr_jax.ops import cell_conv, cells, windows
 from scalr_jax.runtime import sharding
-from scalr_jax.runtime.chips import tpu_devices
+from scalr_jax.runtime.chips import devices_of
 from scalr_jax.runtime.sharding import per_shard
 
 Array = jax.Array
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--only", default="", help="windows, cells or dense; default all three")
     sizes = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and libtpu would look for a TPU
-    mesh = sharding.make_mesh(devices=tpu_devices(sizes.topology)[:1])
+    mesh = sharding.make_mesh(devices=devices_of(sizes.topology)[:1])
 
     def array(*shape: int, dtype: Any = jnp.int32, spec: tuple = (("data", "fsdp"),)) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))

@@ -7,8 +7,10 @@ architecture follows from its name.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,17 +27,21 @@ from scalr_jax.data.scenes import Batch, SceneNeeds
 from scalr_jax.data.transforms import FEATURES, SceneSettings
 from scalr_jax.interop.model import empty_scene
 from scalr_jax.models import vit
+from scalr_jax.models.student import Student
 from scalr_jax.models.vit import TEACHERS, ViTConfig
 from scalr_jax.runtime import sharding
+from scalr_jax.runtime.chips import Chip
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import loop as train
 
+HOPPER_CAPABILITY = 9.0
 SIZES = {"s": "vits14", "b": "vitb14", "l": "vitl14", "g": "vitg14", "7": "vit7b16"}  # by what follows "vit" in names
 
 
 class AbstractRun(NamedTuple):
     """What a step takes, all shapes with shardings, and the step."""
 
+    student: Student
     program: train.Program
     teacher: Any
     batch: Batch
@@ -68,7 +74,32 @@ def make_run(settings: Settings, mesh: Mesh, teacher: str | None = None) -> Abst
     expected = settings.data.scenes_per_step or capacities.scenes * mesh.size  # a constant of the schedule
     program = train.make_program(settings.training, task, batch, mesh, float(expected))
     params = placed(task.teacher, sharding.parameter_shardings(task.teacher, mesh))
-    return AbstractRun(program, params, batch, capacities, teacher_config)
+    return AbstractRun(task.student, program, params, batch, capacities, teacher_config)
+
+
+@contextlib.contextmanager
+def compiling_for(chip: Chip) -> Iterator[dict[str, Any]]:
+    """The compiler's options for a chip that is not there.
+
+    On a GPU kernels cannot be tried out, so that products are cuBLAS's. JAX asks the GPU of this machine what cuDNN can
+    do; here it is told of the chip's (a private function: JAX has no public way).
+    """
+    if not chip.gpu:
+        yield {}
+        return
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    told: dict = {"check_compute_capability": lambda wanted: float(wanted) <= HOPPER_CAPABILITY}
+    told["is_cuda_compute_capability_equal"] = lambda asked: float(asked) == HOPPER_CAPABILITY
+    told["check_cudnn_version"] = lambda: 91000
+    before = {name: getattr(cudnn, name) for name in told}
+    try:
+        for name, function in told.items():
+            setattr(cudnn, name, function)
+        yield {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    finally:
+        for name, function in before.items():
+            setattr(cudnn, name, function)
 
 
 def check_divides(scenes: int, num_devices: int) -> None:
@@ -143,12 +174,11 @@ def choose_capacities(data: DataSettings, needs: SceneNeeds) -> Capacities:
             voxels, pairs, of_points = recipes.SCENE_VOXELS, recipes.SCENE_PAIRS, recipes.MAX_POINTS
         voxels, pairs = tables(data.voxels_per_shard, voxels, of_points), tables(data.pairs_per_shard, pairs, of_points)
         return Capacities(points, scenes, (), (), voxels, pairs)
-    if needs.pillar_size is not None:  # of 0.5 m, as the cells of the top view are
-        exactly = data.scenes_per_step > 0
-        cells, of_points = (
-            (recipes.TURN_CELLS, recipes.MAX_POINTS) if exactly else (recipes.PACK_CELLS, recipes.PACK_POINTS)
-        )
-        return Capacities(points, scenes, (), (), pillars=tables(data.pillars_per_shard, cells[:1], of_points))
+    if needs.pillar_size is not None:
+        pillars, of_points = (recipes.PACK_PILLARS,), recipes.PACK_POINTS
+        if data.scenes_per_step:
+            pillars, of_points = (recipes.TURN_PILLARS,), recipes.MAX_POINTS
+        return Capacities(points, scenes, (), (), pillars=tables(data.pillars_per_shard, pillars, of_points))
     cells, halo = tables(data.cells_per_shard, recipes.PACK_CELLS), tables(data.halo_per_shard, recipes.PACK_HALO)
     return Capacities(points, scenes, cells, halo)
 

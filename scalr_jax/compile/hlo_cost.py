@@ -19,17 +19,31 @@ SLICES = ("dynamic-slice", "slice", "gather")  # read what they return and not t
 
 
 def flops(program: Program) -> int:
-    """Of matrix products and convolutions, fused or not; positions in a convolution's padding do not count."""
+    """Of matrix products and convolutions, fused or not, and of cuBLAS and cuDNN; positions in a convolution's padding
+    do not count."""
     total = 0
     for computation, instruction, times in walk(program):
         total += times * _flops(program, computation, instruction)
     return total
 
 
+def costs(program: Program, computation: Computation, instruction: Instruction) -> tuple[int, int]:
+    """FLOPs of one instruction, and bytes of the main memory that it reads and writes."""
+    moved = _read(program, computation, instruction) + _written(program, computation, instruction)
+    return _flops(program, computation, instruction), moved
+
+
+def runs(instruction: Instruction) -> bool:
+    """Whether it moves or computes anything, and was not counted at its start."""
+    return instruction.opcode not in FREE and not instruction.opcode.endswith(("-done", "-update"))
+
+
 def _flops(program: Program, computation: Computation, instruction: Instruction) -> int:
     if instruction.opcode == "fusion":
         inner = program.computations[called(instruction, "calls")[0]]
         return sum(_flops(program, inner, i) for i in inner.instructions.values())
+    if instruction.opcode == "custom-call":
+        return _library_flops(computation, instruction)
     if instruction.opcode == "dot":
         dims = computation.operands(instruction)[0].arrays[0].dims
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
@@ -38,6 +52,22 @@ def _flops(program: Program, computation: Computation, instruction: Instruction)
     if instruction.opcode == "convolution":
         left, right = (operand.arrays[0].dims for operand in computation.operands(instruction))
         return _convolution_flops(left, right, instruction.arrays[0].dims, instruction.attributes)
+    return 0
+
+
+def _library_flops(computation: Computation, instruction: Instruction) -> int:
+    """cuBLAS's products; cuDNN's attention (five products backward) for scenes of one size where it has several."""
+    text = instruction.attributes
+    if "__cublas" in text:
+        dims = computation.operands(instruction)[0].arrays[0].dims
+        contracted = re.search(r'"lhs_contracting_dimensions":\["(\d+)"\]', text)
+        return 2 * math.prod(instruction.arrays[0].dims) * dims[int(contracted[1])] if contracted else 0
+    if "fmhaSoftmax" in text:
+        shape = re.search(r'"intermediate_tensor_shape".*?"dimensions": ?\[(.*?)\]', text)
+        segments = re.search(r'"max_seg_per_batch": ?(\d+)', text)
+        logits = math.prod(int(n) for n in re.findall(r"\d+", shape[1])) if shape else 0
+        width = computation.operands(instruction)[0].arrays[0].dims[-1]
+        return (10 if "Backward" in text else 4) * logits * width // int(segments[1] if segments else 1)
     return 0
 
 
@@ -76,8 +106,8 @@ def hbm_bytes(program: Program) -> int:
     """
     total = 0
     for computation, instruction, times in walk(program):
-        if instruction.opcode not in FREE and not instruction.opcode.endswith(("-done", "-update")):
-            total += times * (_read(program, computation, instruction) + _written(program, computation, instruction))
+        if runs(instruction):
+            total += times * costs(program, computation, instruction)[1]
     return total
 
 
@@ -121,6 +151,8 @@ def _read_inside(program: Program, inner: Computation, number: int, whole: int) 
 def _written(program: Program, computation: Computation, instruction: Instruction) -> int:
     if instruction.opcode.endswith("-start"):  # the type holds operands, results and flags
         return _hbm(instruction.arrays[:1]) if instruction.opcode == "copy-start" else 0
+    if "__cublas" in instruction.attributes:  # the second result is its workspace
+        return _hbm(instruction.arrays[:1])
     if instruction.opcode in ("dynamic-update-slice", "fusion"):
         return min(_hbm(instruction.arrays), _updated(program, computation, instruction))
     return _hbm(instruction.arrays)

@@ -1,28 +1,35 @@
-"""Compiles a config's training step for TPUs that are not there: does it fit, and what do the devices send each other?
+"""Compiles a config's training step for accelerators that are not there: does it fit, how fast would it be, and what
+do the devices send each other?
 
     python -m scalr_jax.compile --config=configs/pretrain/scalr_packed_wi48_768.py:1024 --topology=v5p:8x8x16
     python -m scalr_jax.compile --config=configs/pretrain/scalr_packed_wi48_768.py:512 --topology=v6e:16x16 --slices=2
     python -m scalr_jax.compile --config=configs/pretrain/scalr_packed_wi48_768.py:16 --topology=v5e:4x4 \\
         --teacher=vit7b16 --config.mesh.fsdp=16
     python -m scalr_jax.compile --config=configs/finetune/nuscenes_100p.py --topology=v4:2x2x1
+    python -m scalr_jax.compile --config=configs/pretrain/vavit_b.py:8 --topology=h100:8
 
-The step is the one that trains, with its shardings; shapes stand for weights and data, so neither is needed, nor a TPU:
-any machine with the tpu extra will do. A table comes first, one JSON object last:
+The step is the one that trains, with its shardings; shapes stand for weights and data, so neither is needed, nor a
+chip: any machine with the tpu or the cuda extra will do. A table comes first, one JSON object last:
 
     topology, devices       devices of JAX, of all slices: a chip is one of them, of TPU7x two
     peak_bytes_per_device   arguments, results, temporary buffers and the program; hbm_bytes is what there is
     fits                    exit code 2 and the shortfall when false
-    flops_per_device        of a step's matrix products as compiled (padding and what remat computes again included,
-                            inside of custom kernels not), read off the program with loops times their trips (of a
-                            VaViT's attention those of scenes of one size)
+    flops_per_device        of a step's matrix products as compiled, cuBLAS's and cuDNN's too (padding and what remat
+                            computes again included, inside of other custom kernels not), read off the program with
+                            loops times their trips (of a VaViT's attention those of scenes of one size)
     bytes_per_device        main memory, read or written, likewise
+    predicted_ms            of a step, by compile/predict.py: bytes and FLOPs of each kernel against the chip's, times
+                            `constants`, communication left out; categories: the same by kind of kernel
+    predicted_mfu           useful FLOPs of valid points and scenes (89 and 75 % of a pack) over the peak
+    scenes_per_s            of all devices
     collectives             kind -> count a step, and bytes of the whole arrays that they are about
     parameter_bytes         the student's
     compile_s               lowering and compiling
 
 Flags:
     --config     a config file of configs/; any key can be set: --config.model.remat=none
-    --topology   CHIP:AxBxC, chips along each axis of one slice: v4, v5p and tpu7x have three, v5e and v6e two
+    --topology   CHIP:AxBxC, chips along each axis of one slice: v4, v5p and tpu7x have three, v5e and v6e two; h100:N
+                 and h200:N are N GPUs
     --slices     so many of them, joined by the data-centre network (default 1)
     --teacher    vits14, vitb14, vitl14, vitg14 (DINOv2), vit7b16 (DINOv3), their width, or demo (default: what
                  teacher.checkpoint is called, else vitl14)
@@ -43,7 +50,7 @@ from ml_collections import config_flags
 
 from scalr_jax.compile import hlo, hlo_cost
 from scalr_jax.config import Settings
-from scalr_jax.runtime.chips import ENVIRONMENT, Topology, parse_topology, tpu_devices
+from scalr_jax.runtime.chips import ENVIRONMENT, Topology, devices_of, parse_topology
 from scalr_jax.runtime.command_line import exit_codes, parse_flags, require
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import json_text
@@ -56,6 +63,8 @@ flags.DEFINE_integer("slices", 1, "How many.", flag_values=FLAGS)
 flags.DEFINE_string("teacher", None, "The teacher's architecture.", flag_values=FLAGS)
 flags.DEFINE_string("text", None, "Where to write the compiled program.", flag_values=FLAGS)
 
+MEASURED = ("flops_per_device", "bytes_per_device", "predicted_ms", "predicted_mfu", "scenes_per_s", "categories")
+MEASURED += ("constants", "collectives")
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -63,18 +72,24 @@ def compile_step(settings: Settings, topology: Topology, num_slices: int, teache
     """The result and the compiled program's text, "" when it does not fit. Raises `InputError`."""
     import jax
 
-    from scalr_jax.compile.abstract import make_run
+    from scalr_jax.compile import predict
+    from scalr_jax.compile.abstract import compiling_for, make_run
     from scalr_jax.runtime import sharding
 
-    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, devices=tpu_devices(topology.name, num_slices))
-    run = make_run(settings, mesh, teacher)
+    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, devices=devices_of(topology.name, num_slices))
+    with compiling_for(topology.chip):
+        run = make_run(settings, mesh, teacher)
+    room, work = topology.chip.hbm_bytes, None
+    if (student := run.student).backbone.needs.voxel_size is None:
+        work = predict.useful(student, run.teacher_config, settings.data.image_size, run.capacities)
     result: dict = {"topology": topology.name, "slices": num_slices, "devices": mesh.size}
     began = time.monotonic()
     try:
-        compiled = run.lower().compile()
+        with compiling_for(topology.chip) as options:
+            compiled = run.lower().compile(options)
     except jax.errors.JaxRuntimeError as error:
         peak, text = needed_bytes(str(error)), ""
-        measured: dict = dict.fromkeys(("flops_per_device", "bytes_per_device", "collectives"))
+        measured: dict = dict.fromkeys(MEASURED)
     else:
         plan = compiled.memory_analysis()
         results = plan.output_size_in_bytes - plan.alias_size_in_bytes
@@ -84,10 +99,10 @@ def compile_step(settings: Settings, topology: Topology, num_slices: int, teache
         measured = {
             "flops_per_device": hlo_cost.flops(program),
             "bytes_per_device": hlo_cost.hbm_bytes(program),
+            **predict.predict(program, topology.chip, mesh.size, work),
             "collectives": hlo.summary(hlo.collectives(program)),
         }
-    hbm = topology.chip.hbm_bytes
-    result |= {"peak_bytes_per_device": int(peak), "hbm_bytes": hbm, "fits": bool(text) and peak <= hbm, **measured}
+    result |= {"peak_bytes_per_device": int(peak), "hbm_bytes": room, "fits": bool(text) and peak <= room, **measured}
     result |= {"parameter_bytes": run.parameter_bytes, "compile_s": round(time.monotonic() - began, 1)}
     return {**result, "jax": jax.__version__}, text
 
@@ -114,11 +129,24 @@ def show(result: dict, mesh: str) -> None:
             ("FLOPs a device", f"{result['flops_per_device'] / 1e12:.2f} T"),
             ("memory traffic", f"{result['bytes_per_device'] / 1e9:.1f} GB"),
         ]
+        for kind, total in result["categories"].items():
+            figures = f"{total['ms']:.2f} ms, {total['bytes'] / 1e9:.2f} GB, {total['flops'] / 1e12:.2f} TFLOP"
+            rows.append((f"  {kind}", f"{figures} in {total['kernels']:,} kernels"))
+        rows.append(("predicted", f"{result['predicted_ms']:.1f} ms a step; {_speed(result)}"))
+        rows.append(
+            ("  by the constants", ", ".join(f"{name} {value:g}" for name, value in result["constants"].items()))
+        )
         for kind, total in result["collectives"].items():
             rows.append((kind, f"{total['count']:,} of {total['bytes'] / 1e6:.1f} MB together"))
     rows.append(("compiled in", f"{result['compile_s']:.0f} s"))
     for name, text in rows:
         print(f"{name:<28}{text}")
+
+
+def _speed(result: dict) -> str:
+    if result["predicted_mfu"] is None:
+        return "its useful FLOPs are not counted"
+    return f"MFU {100 * result['predicted_mfu']:.1f} %, {result['scenes_per_s']:.0f} scenes/s"
 
 
 def run(arguments: list[str]) -> dict:

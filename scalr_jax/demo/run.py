@@ -29,6 +29,7 @@ from scalr_jax.evaluation.report import results_of
 from scalr_jax.figures.charts import draw_loss, read_curve
 from scalr_jax.figures.colors import cosine_similarity
 from scalr_jax.figures.pictures import Panel, draw_with_image
+from scalr_jax.models.layers import MOMENTUM
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import read_json, write_json
@@ -135,7 +136,7 @@ def part_settings(settings: Settings, task: str) -> Settings:
 
 
 def _random_backbone(settings: Settings, student: Student, dataset: Dataset) -> dict:
-    """Random weights whose batch norms have seen some steps of data: without it the probe would read raw metres."""
+    """Random weights, with batch norms' statistics of some steps of data: else the probe would read raw metres."""
     scenes = scene_settings(settings.data, student.needs, task="distill", train=True)
     pipeline = Pipeline(dataset, scenes, seed=settings.run.seed + 1)
     sample = pipeline.sample()
@@ -143,6 +144,8 @@ def _random_backbone(settings: Settings, student: Student, dataset: Dataset) -> 
     variables = jax.jit(lambda batch: student.init(jax.random.key(settings.run.seed), batch, train=False))(
         jax.tree.map(jax.numpy.asarray, pipeline.empty_batch(capacities, sample[0]))
     )
+
+    initial = variables["batch_stats"]
 
     @jax.jit
     def observe(variables, batch):
@@ -154,7 +157,12 @@ def _random_backbone(settings: Settings, student: Student, dataset: Dataset) -> 
     steps = pipeline.steps(capacities, sample[0])
     for _ in range(CALIBRATION_STEPS):
         variables = observe(variables, jax.tree.map(jax.numpy.asarray, next(steps).batch))
-    return jax.device_get(dict(variables))
+    # The mean over the steps alone. A share of the initial variance of 1 in each norm of a chain of narrow layers would
+    # make their features vanish, and the comparison with random weights too easy.
+    share = (1 - MOMENTUM) ** CALIBRATION_STEPS
+    only = lambda now, first: (now - share * first) / (1 - share)  # noqa: E731
+    statistics = jax.tree.map(only, variables["batch_stats"], initial)
+    return jax.device_get({**variables, "batch_stats": statistics})
 
 
 def draw_correlations(

@@ -13,6 +13,7 @@ depth. The CLS token's own position is part of `cls`. Norms, softmax and the res
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -153,9 +154,12 @@ class Dense(nn.Module):
     kernel_init: Callable[..., Array] = INIT
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, scale: Array | None = None) -> Array:
+        """scale [features]: of each output; put into the weights, which are fewer than the outputs."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        if scale is not None:
+            kernel, bias = kernel * scale, None if bias is None else bias * scale
         rows = x.astype(self.dtype or kernel.dtype).reshape(-1, x.shape[-1])
         return linear(rows, kernel, bias).reshape(*x.shape[:-1], self.features)
 
@@ -168,6 +172,22 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         return nn.LayerNorm(self.eps, dtype=jnp.float32, use_fast_variance=False, name="layer")(x)
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """x P(Z < x) of a standard normal Z (Hendrycks and Gimpel, 2016). The gradient keeps x alone."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
+    wide = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2 * math.pi)
+    slope = 0.5 * (1 + jax.lax.erf(wide / math.sqrt(2))) + wide * density
+    return ((gradient * slope).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def rotate(x: Array | np.ndarray, angles: Array | np.ndarray, axes: int = 1) -> Array:
@@ -188,27 +208,27 @@ def rotate(x: Array | np.ndarray, angles: Array | np.ndarray, axes: int = 1) -> 
 
 class Mlp(nn.Module):
     """mlp: linear(gelu(linear(x))), exact GELU; swiglu, geglu: linear(act(a) * b), [a, b] = linear(x), with SiLU or
-    GELU. [B, tokens, C]."""
+    GELU. [B, tokens, C]; `scale` [C] multiplies the result."""
 
     config: BlockConfig
     dtype: DTypeLike | None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, scale: Array | None) -> Array:
         width, config = x.shape[-1], self.config
-        gelu = partial(jax.nn.gelu, approximate=False)
         if config.ffn == "mlp":
             x = gelu(config.dense(config.hidden, self.dtype, "linear_1")(x))
         else:
             a, b = jnp.split(config.dense(2 * config.hidden, self.dtype, "linear_1")(x), 2, axis=-1)
             x = (jax.nn.silu if config.ffn == "swiglu" else gelu)(a) * b
-        return config.dense(width, self.dtype, "linear_2")(x)
+        return config.dense(width, self.dtype, "linear_2")(x, scale)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention, [B, tokens, C] -> [B, tokens, C]; queries, keys, values in one product.
 
-    attend: (queries, keys, values [B, tokens, heads, C / heads], *context) -> the same shape.
+    attend: (queries, keys, values [B, tokens, heads, C / heads], *context) -> the same shape. `scale` [C] multiplies
+    the result.
     """
 
     config: BlockConfig
@@ -216,7 +236,7 @@ class Attention(nn.Module):
     dtype: DTypeLike | None
 
     @nn.compact
-    def __call__(self, x: Array, angles: Array | np.ndarray | None, context: tuple) -> Array:
+    def __call__(self, x: Array, scale: Array | None, angles: Array | np.ndarray | None, context: tuple) -> Array:
         batch, tokens, width = x.shape
         qkv = self.config.dense(3 * width, self.dtype, "qkv")(x)
         qkv = qkv.reshape(batch, tokens, 3, self.config.num_heads, -1)
@@ -224,11 +244,12 @@ class Attention(nn.Module):
         if angles is not None:
             q, k = (rotate(x, angles, self.config.axes) for x in (q, k))
         x = self.attend(q, k, v, *context).reshape(batch, tokens, width)
-        return self.config.dense(width, self.dtype, "projection")(x)
+        return self.config.dense(width, self.dtype, "projection")(x, scale)
 
 
 class Block(nn.Module):
-    """One transformer block as the body of a scan: float32 tokens [B, tokens, C] in and out.
+    """One transformer block as the body of a scan: tokens [B, tokens, C] in and out, in float32 or the dtype in which
+    their sum is to be kept.
 
     angles [..., T, C / heads / 2] or None; context: what `attend` reads beside queries, keys and values; scene
     [B, tokens], where `config.drop_path` drops branches of scenes in training.
@@ -248,12 +269,12 @@ class Block(nn.Module):
         attend = Attention(config, self.attend, self.dtype, name="attention")
         branches = {"1": partial(attend, angles=angles, context=context), "2": Mlp(config, self.dtype, name="mlp")}
         for n, branch in branches.items():
-            y = branch(Norm(config.norm_eps, name=f"norm_{n}")(x)).astype(jnp.float32)
+            scale = None
             if config.layer_scale is not None:
-                init = nn.initializers.constant(config.layer_scale)
-                y *= self.param(f"scale_{n}", init, (config.width,)).astype(jnp.float32)
+                scale = self.param(f"scale_{n}", nn.initializers.constant(config.layer_scale), (config.width,))
+            y = branch(Norm(config.norm_eps, name=f"norm_{n}")(x), scale).astype(jnp.float32)
             keep = None if scene is None else keep_scenes(self, scene, self.num_scenes, config.drop_path, self.train)
-            x += y if keep is None else y * keep[..., None]
+            x = (x + (y if keep is None else y * keep[..., None])).astype(x.dtype)
         return x, None
 
 

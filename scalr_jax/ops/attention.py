@@ -11,13 +11,14 @@ never kept, and are computed again for the gradient).
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.runtime.sharding import by_shard, platform_of
+from scalr_jax.runtime.sharding import by_shard, device_kind_of, platform_of
 
 Array = jax.Array
 
@@ -25,6 +26,7 @@ QUERIES, KEYS = 128, 128  # of a tile
 NONE = -1e30  # a logit that counts for nothing
 Sums = tuple[Array, Array, Array]
 HALF = (jnp.bfloat16, jnp.float16)  # what cuDNN takes
+RAGGED = r"H100|H200|GH200|B[123]00|RTX PRO"  # devices whose cuDNN takes scenes one after another
 
 
 def dense(q: Array, k: Array, v: Array) -> Array:
@@ -45,7 +47,7 @@ def packed(q: Array, k: Array, v: Array, counts: Array) -> Array:
     q, k, v [D, T, heads, d]: the tokens of a shard's first scene, then those of its second, ..., then padding.
     counts [D, S] int32: tokens of each scene. Returns [D, T, heads, d] in the dtype of `q`.
     """
-    if _fused(q, counts):
+    if _fused(q, counts) and re.search(RAGGED, device_kind_of(counts)):
         return by_shard(_cudnn, (q, k, v, counts))
     if not isinstance(q.shape[1], int):  # a symbol, in an exported program: one head's logits at a time
         scene = scene_of(counts, q.shape[1])

@@ -109,7 +109,7 @@ def _forward(form: Form, u: Array, norm: Norm, gate: Gate, neighbors: Array, mas
         def visit(best: tuple[Array, Array, Array], inputs: tuple[Array, Array]) -> tuple[tuple, None]:
             k, index = inputs
             r = jax.nn.relu(_differences(u, index) * multiplier + shift).astype(form.dtype)
-            opened = jax.nn.sigmoid(jnp.matmul(r, kernel, preferred_element_type=jnp.float32) + gate.bias)
+            opened = jax.nn.sigmoid((r @ kernel).astype(jnp.float32) + gate.bias)
             y = (r.astype(jnp.float32) * opened).astype(form.dtype)
             for n in range(len(k)):
                 better = y[n] > best[0]
@@ -141,16 +141,17 @@ def _backward(form: Form, saved: tuple, gradients: tuple) -> tuple:
             d, chosen = _differences(u, index), winner == k[:, None, None]
             r = jax.nn.relu(d * multiplier + shift).astype(form.dtype)
             of_gate = jnp.where(chosen, into_gate, 0)
-            back = jnp.matmul(of_gate, kernel.T, preferred_element_type=jnp.float32)
+            back = (of_gate @ kernel.T).astype(jnp.float32)
             of_norm = jnp.where(r > 0, jnp.where(chosen, into_product, 0).astype(jnp.float32) + back, 0.0)
+            of_norm = of_norm.astype(form.dtype)  # all that leaves this pass
             rows = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
             parts = (
                 jnp.matmul(rows(r).T, rows(of_gate), preferred_element_type=jnp.float32),
                 of_gate.sum((0, 1), dtype=jnp.float32),
-                of_norm.sum((0, 1)),
+                of_norm.sum((0, 1), dtype=jnp.float32),
                 (of_norm * d).sum((0, 1)),
             )
-            return jax.tree.map(jnp.add, sums, parts), of_norm.astype(form.dtype)
+            return jax.tree.map(jnp.add, sums, parts), of_norm
 
         zeros = jnp.zeros(u.shape[-1], jnp.float32)
         return _visit(form, neighbors, visit, (jnp.zeros(kernel.shape, jnp.float32), zeros, zeros, zeros))

@@ -1,8 +1,9 @@
-"""Peaks of known chips, TPU topologies to compile for, and the memory of this machine.
+"""Peaks of known chips, topologies to compile for, and the memory of this machine.
 
-Memory: what the TPU compiler grants a program of one device (it says so when one does not fit; libtpu 0.0.42,
+Memory of a TPU: what the TPU compiler grants a program of one device (it says so when one does not fit; libtpu 0.0.42,
 2026-11-23). Peaks and the data-centre network (DCN): Google's Cloud TPU page of each chip. Links between chips (ICI):
-Austin et al., "How to Scale Your Model" (2025), chapter 2, a tenth below Google's pages; TPU7x has v5p's on both.
+Austin et al., "How to Scale Your Model" (2025), chapter 2, a tenth below Google's pages; TPU7x has v5p's on both. GPUs:
+NVIDIA's data sheets of the SXM modules; links are NVLink's, the network one card of 400 Gb/s a GPU.
 """
 
 from __future__ import annotations
@@ -31,22 +32,41 @@ MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 class Chip(NamedTuple):
     devices: int  # of JAX, a chip; the next two are of one device
     hbm_bytes: int
+    bandwidth: float  # bytes a second of that memory
     flops: float  # bfloat16 a second, dense
     axes: int  # of the torus
     ring: int  # an axis is closed to a ring where the chips along it are a multiple of so many
     link_bytes: float  # a second, one way, of each of the two links along an axis
     dcn_bytes: float  # a second, out of a chip
     examples: str  # of topologies
+    gpu: str = ""  # a GPU's name, as its driver has it
 
 
 CHIPS = {
-    "v4": Chip(1, int(30.75 * GIB), 275e12, 3, 4, 4.5e10, 6.25e9, "2x2x1, 2x2x2, 4x4x4, 4x4x8, 8x8x16"),
-    "v5e": Chip(1, int(15.75 * GIB), 197e12, 2, 16, 4.5e10, 3.125e9, "2x2, 4x4, 4x8, 8x8, 16x16"),
-    "v5p": Chip(1, int(95.74 * GIB), 459e12, 3, 4, 9e10, 6.25e9, "2x2x1, 2x2x2, 4x4x4, 8x8x8, 8x8x16"),
-    "v6e": Chip(1, int(31.25 * GIB), 918e12, 2, 16, 9e10, 12.5e9, "2x2, 4x4, 4x8, 8x8, 16x16"),
-    "tpu7x": Chip(2, int(94.75 * GIB), 1153.5e12, 3, 4, 9e10, 12.5e9, "2x2x1, 2x2x2, 4x4x4, 8x8x8"),
+    "v4": Chip(1, int(30.75 * GIB), 1.228e12, 275e12, 3, 4, 4.5e10, 6.25e9, "2x2x1, 2x2x2, 4x4x4, 4x4x8, 8x8x16"),
+    "v5e": Chip(1, int(15.75 * GIB), 8.19e11, 197e12, 2, 16, 4.5e10, 3.125e9, "2x2, 4x4, 4x8, 8x8, 16x16"),
+    "v5p": Chip(1, int(95.74 * GIB), 2.765e12, 459e12, 3, 4, 9e10, 6.25e9, "2x2x1, 2x2x2, 4x4x4, 8x8x8, 8x8x16"),
+    "v6e": Chip(1, int(31.25 * GIB), 1.64e12, 918e12, 2, 16, 9e10, 12.5e9, "2x2, 4x4, 4x8, 8x8, 16x16"),
+    "tpu7x": Chip(2, int(94.75 * GIB), 3.69e12, 1153.5e12, 3, 4, 9e10, 12.5e9, "2x2x1, 2x2x2, 4x4x4, 8x8x8"),
+    "h100": Chip(1, 84_942_979_072, 3.352e12, 989e12, 1, 1, 2.25e11, 5e10, "1, 8", "NVIDIA H100 80GB HBM3"),
+    "h200": Chip(1, 151_397_597_184, 4.8e12, 989e12, 1, 1, 2.25e11, 5e10, "1, 8", "NVIDIA H200"),
 }
 
+# A Hopper GPU as XLA wants it described to compile for one that is not there: NVIDIA's figures of capability 9.0.
+HOPPER = """gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448  shared_memory_per_core: 233472
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98  l2_cache_size: 52428800
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  cuda_compute_capability {{ major: 9 }}
+  memory_bandwidth: {bandwidth:.0f}  device_memory_size: {memory}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 13 }}
+device_description_str: "{name}"
+"""
 
 # Dense bfloat16 FLOP/s by `device_kind`; the first pattern that matches counts. From the makers' data sheets.
 PEAKS: tuple[tuple[str, float], ...] = (
@@ -107,33 +127,48 @@ def parse_topology(name: str) -> Topology:
     dims = tuple(int(size) for size in sizes.split("x"))
     if len(dims) != CHIPS[kind].axes:
         raise InputError(
-            f"--topology={name}: {kind} is a torus of {CHIPS[kind].axes} axes, as in {CHIPS[kind].examples}"
+            f"--topology={name}: {kind} has chips along {CHIPS[kind].axes} axes, as in {CHIPS[kind].examples}"
         )
     return Topology(name, kind, dims)
 
 
-def tpu_devices(name: str, num_slices: int = 1) -> list:
-    """The devices of so many slices of a topology, to compile for; no TPU is needed.
+def devices_of(name: str, num_slices: int = 1) -> list:
+    """The devices of so many slices of a topology, to compile for; no TPU and no GPU is needed.
 
-    Raises `InputError` without libtpu, and for a topology that does not exist.
+    Raises `InputError` without the chip's compiler, and for a topology that does not exist.
     """
     topology = parse_topology(name)
     if num_slices < 1:
         raise InputError(f"--slices={num_slices} must be 1 or more")
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError("compiling for a TPU needs its compiler, and no TPU: pip install 'scalr_jax[tpu]'")
+    if topology.chip.gpu and num_slices > 1:
+        raise InputError(f"--slices={num_slices} is for TPUs; write {topology.kind}:{num_slices * topology.num_chips}")
+    extra, module = ("cuda", "jax_plugins.xla_cuda13") if topology.chip.gpu else ("tpu", "libtpu")
+    with contextlib.suppress(ModuleNotFoundError):
+        if importlib.util.find_spec(module) is not None:
+            return _described(topology, num_slices)
+    raise InputError(f"compiling for {name} needs its compiler, and no chip: pip install 'scalr_jax[{extra}]'")
+
+
+def _described(topology: Topology, num_slices: int) -> list:
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     from jax.experimental import topologies
 
-    settings: dict = {"num_slices": num_slices} if num_slices > 1 else {}
+    chip = topology.chip
+    settings: dict = {}
+    if chip.gpu:
+        described = HOPPER.format(bandwidth=chip.bandwidth, memory=chip.hbm_bytes, name=chip.gpu)
+        settings = {"target_config": described, "topology": f"1x1x{topology.num_chips}"}
+    elif num_slices > 1:
+        settings = {"num_slices": num_slices}
     if topology.kind == "v4":
         settings["chip_config_name"] = "megacore"  # its two cores as one device, as JAX runs it
+    platform = "cuda" if chip.gpu else "tpu"
     try:
-        return list(topologies.get_topology_desc(name, "tpu", **settings).devices)
+        return list(topologies.get_topology_desc(topology.name, platform, **settings).devices)
     except Exception as error:  # JAX raises several types for a topology that it does not know
         reason = str(error).splitlines()[0]
-        raise InputError(f"--topology={name}: {reason}; known are {topology.chip.examples}") from error
+        raise InputError(f"--topology={topology.name}: {reason}; known are {chip.examples}") from error
 
 
 def host_bytes() -> int:

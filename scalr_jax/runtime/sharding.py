@@ -76,8 +76,18 @@ def platform_of(array: jax.Array) -> str:
     The mesh of the array's sharding knows, also when a CPU compiles ahead of time for a TPU. Without a mesh it is the
     default device's.
     """
-    device = getattr(jax.typeof(array).sharding.mesh, "abstract_device", None)
+    device = _device_of(array)
     return platform() if device is None else device.platform
+
+
+def device_kind_of(array: jax.Array) -> str:
+    """The maker's name of the device that `platform_of` asks for, as in "NVIDIA H100 80GB HBM3"."""
+    device = _device_of(array)
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def _device_of(array: jax.Array) -> Any:
+    return getattr(jax.typeof(array).sharding.mesh, "abstract_device", None)
 
 
 def per_shard(function: Callable, *arrays: Any) -> Any:

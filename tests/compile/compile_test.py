@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from scalr_jax import recipes
-from scalr_jax.compile import abstract, hlo
+from scalr_jax.compile import abstract, hlo, hlo_cost, predict
 from scalr_jax.compile import run as compile
 from scalr_jax.config import OptimizerSettings
 from scalr_jax.data.packing import Capacities, pack_shard, stack_shards
@@ -92,10 +92,17 @@ def test_teachers_are_known_by_name_width_and_file():
         abstract.teacher_shapes((224, 450), TEACHERS["vitl14"])
 
 
-def test_without_libtpu_the_extra_is_named(monkeypatch):
+@pytest.mark.parametrize(("topology", "extra"), [("v5e:2x2", "tpu"), ("h100:1", "cuda")])
+def test_without_a_compiler_its_extra_is_named(monkeypatch, topology, extra):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'scalr_jax\[tpu\]'"):
-        chips.tpu_devices("v5e:2x2")
+    with pytest.raises(InputError, match=rf"pip install 'scalr_jax\[{extra}\]'"):
+        chips.devices_of(topology)
+
+
+@pytest.mark.parametrize(("topology", "slices", "said"), [("h100:8", 2, "h100:16"), ("h100:2x2", 1, "h100:2x2")])
+def test_topologies_of_gpus_have_one_axis_and_no_slices(topology, slices, said):
+    with pytest.raises(InputError, match=said):
+        chips.devices_of(topology, slices)
 
 
 def test_configs_that_train_nothing_or_do_not_divide_are_named():
@@ -242,7 +249,7 @@ def pod_run(topology, *, slices=1, fsdp=1, **model):
     config.model.update(model)
     config.data.update(points_per_shard=POINTS, scenes_per_shard=2, scenes_per_step=0, image_size=IMAGE)
     config.data.update(cells_per_shard=(CELLS,) * 3, halo_per_shard=(HALO,) * 3, pillars_per_shard=(PILLARS,))
-    mesh = sharding.make_mesh(-1, fsdp, devices=chips.tpu_devices(topology, slices))
+    mesh = sharding.make_mesh(-1, fsdp, devices=chips.devices_of(topology, slices))
     return abstract.make_run(read_settings(config), mesh, "vits14"), mesh.size
 
 
@@ -295,3 +302,40 @@ def test_slices_exchange_their_share_of_the_gradients():
     summary = hlo.summary(found)
     assert reduced_bytes(found) == pytest.approx(run.parameter_bytes, rel=0.1)
     assert summary[hlo.BETWEEN_SLICES]["bytes"] == pytest.approx(run.parameter_bytes / 4, rel=0.25)
+
+
+# Bytes and FLOPs of a step on one H100 (jax 0.10.2, 2026-11-29).
+TRAFFIC_VAVIT, FLOPS_VAVIT = 1.0, 1.0
+TRAFFIC, FLOPS = 1.0, 1.0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("model", "traffic", "work"),
+    [({"name": "vavit_tiny", "dtype": "bfloat16"}, TRAFFIC_VAVIT, FLOPS_VAVIT), ({"depth": 3}, TRAFFIC, FLOPS)],
+)
+def test_a_gpu_steps_bytes_and_flops_are_those_committed(model, traffic, work):
+    """Within 3 %: what costs a GPU time is not added unseen."""
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the cuda extra: pip install 'scalr_jax[cuda]'")
+    chip = chips.CHIPS["h100"]
+    with abstract.compiling_for(chip) as options:
+        run, _ = pod_run("h100:1", **model)
+        program = hlo.parse(run.lower().compile(options).as_text())
+    assert hlo_cost.hbm_bytes(program) == pytest.approx(traffic, rel=0.03)
+    assert hlo_cost.flops(program) == pytest.approx(work, rel=0.03)
+    work = predict.useful(run.student, run.teacher_config, IMAGE, run.capacities)
+    found = predict.predict(program, chip, 1, work)
+    assert {"teacher", "products", "optimiser", "embedding"} <= found["categories"].keys()
+    assert 0 < found["predicted_mfu"] < predict.CONSTANTS["peak_share"]
+    assert sum(kind["bytes"] for kind in found["categories"].values()) == hlo_cost.hbm_bytes(program)
+
+
+@pytest.mark.cuda
+def test_several_gpus_reduce_the_gradients_alone():
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the cuda extra: pip install 'scalr_jax[cuda]'")
+    with abstract.compiling_for(chips.CHIPS["h100"]) as options:
+        run, num_devices = pod_run("h100:8", name="vavit_tiny")
+        found = hlo.collectives(hlo.parse(run.lower().compile(options).as_text()))
+    check_no_activations(found, (POINTS, PILLARS), num_devices)
+    assert set(hlo.summary(found)) == {"all-reduce"}
+    assert reduced_bytes(found) == pytest.approx(run.parameter_bytes, rel=0.1)

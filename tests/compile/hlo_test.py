@@ -6,8 +6,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from scalr_jax.compile import hlo, hlo_cost
+from scalr_jax.compile import hlo, hlo_cost, predict
 from scalr_jax.runtime import sharding
+from scalr_jax.runtime.chips import CHIPS
 from tests.support.checks import present
 
 # Two nested loops: the outer one's trips XLA knows, the inner one's stand in its condition, as on TPUs.
@@ -188,3 +189,50 @@ async_execution_thread="sparsecore", to_apply=%offloaded
 }
 """
     assert hlo.summary(hlo.collectives(hlo.parse(text))) == {"all-reduce": {"count": 1, "bytes": 4 * 256 * 64}}
+
+
+LIBRARIES = """HloModule jit_step
+
+ENTRY %main (x: bf16[64,32], w: bf16[32,16], q: bf16[1,48,2,8]) -> bf16[64,16] {
+  %x = bf16[64,32]{1,0} parameter(0)
+  %w = bf16[32,16]{1,0} parameter(1)
+  %q = bf16[1,48,2,8]{3,2,1,0} parameter(2)
+  %fwd = (bf16[1,2,48,8]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", \
+metadata={op_name="jit(step)/Student/attention"}, backend_config={"cudnn_fmha_backend_config": \
+{"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["1", "2", "48", "48"]}, "max_seg_per_batch": 3}}
+  %bwd = (bf16[1,2,48,8]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), \
+custom_call_target="__cudnn$fmhaSoftmaxBackward", metadata={op_name="jit(step)/Student/attention"}, backend_config=\
+{"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"dimensions": ["1", "2", "48", "48"]}}}
+  %gemm = (bf16[64,16]{1,0}, s8[4194304]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", \
+metadata={op_name="jit(step)/Student/head"}, backend_config={"gemm_backend_config":{"dot_dimension_numbers":\
+{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %y = bf16[64,16]{1,0} get-tuple-element(%gemm), index=0
+}
+"""
+
+
+def test_products_and_attention_of_gpu_libraries_are_counted():
+    """A product without its workspace; attention of three scenes in one table, and of one with its five products."""
+    program = hlo.parse(LIBRARIES)
+    pairs = 2 * 48 * 48 * 8
+    assert hlo_cost.flops(program) == 2 * 64 * 32 * 16 + 4 * pairs // 3 + 10 * pairs
+    found = predict.predict(program, CHIPS["h100"], 1, None)["categories"]
+    assert found["products"]["bytes"] == 2 * (64 * 32 + 32 * 16 + 64 * 16)
+    assert found["attention"]["kernels"] == 2
+    assert found["attention"]["bytes"] == 2 * 4 * 2 * 48 * 2 * 8
+
+
+def test_a_prediction_is_the_slower_of_bytes_and_flops():
+    """Twice the bandwidth halves what bytes decide; the share of a GPU's start stays."""
+    program = hlo.parse(LIBRARIES)
+    chip = CHIPS["h100"]
+    at = lambda **given: predict.predict(program, chip._replace(**given), 1, None)["predicted_ms"]  # noqa: E731
+    starts = 3 * 2e-3
+    slow = at(bandwidth=1e6, flops=1e30)
+    assert at(bandwidth=2e6, flops=1e30) - starts == pytest.approx((slow - starts) / 2)
+    assert at(bandwidth=1e30, flops=1e30) == pytest.approx(starts)
+    assert at(bandwidth=1e30, flops=1e6) > at(bandwidth=1e30, flops=2e6)
+    work = predict.Useful(10**6, 3.0)
+    found = predict.predict(program, chip, 2, work)
+    assert found["scenes_per_s"] == pytest.approx(6 / (found["predicted_ms"] * 1e-3))
+    assert found["predicted_mfu"] == pytest.approx(1e6 / (found["predicted_ms"] * 1e-3) / 989e12)

@@ -15,7 +15,7 @@ from scalr_jax.models import vit
 from scalr_jax.models.student import Student
 from scalr_jax.models.waffleiron import WaffleIronBackbone
 from scalr_jax.runtime import sharding
-from scalr_jax.runtime.chips import tpu_devices
+from scalr_jax.runtime.chips import devices_of
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import init_state
 from tests.support.checks import present
@@ -31,7 +31,7 @@ POINTS, SCENES, CELLS, HALO, IMAGE = 4096, 2, 1024, 2048, (56, 84)
 def mesh():
     """Four devices of a v5e: two data shards, two parameter shards."""
     pytest.importorskip("libtpu", reason="needs the tpu extra: pip install 'scalr_jax[tpu]'")
-    return sharding.make_mesh(2, 2, devices=tpu_devices("v5e:2x2"))
+    return sharding.make_mesh(2, 2, devices=devices_of("v5e:2x2"))
 
 
 def abstract_batch(mesh):

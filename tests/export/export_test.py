@@ -223,13 +223,13 @@ def unknown_operators(add):
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
 def test_the_stablehlo_program_compiles_for_a_tpu(models, tmp_path, topology):
     pytest.importorskip("libtpu", reason="needs the tpu extra: pip install 'scalr_jax[tpu]'")
-    from scalr_jax.runtime.chips import tpu_devices
+    from scalr_jax.runtime.chips import devices_of
 
     export.export_model(models["waffleiron"], "stablehlo", tmp_path / "a")
     program = jax.export.deserialize(bytearray((tmp_path / "a" / "model.stablehlo").read_bytes()))
     weights, example = (dict(np.load(tmp_path / "a" / name)) for name in ("weights.npz", "example.npz"))
     inputs = {name: array for name, array in example.items() if not name.startswith("output/")}
-    place = jax.sharding.SingleDeviceSharding(tpu_devices(topology)[0])
+    place = jax.sharding.SingleDeviceSharding(devices_of(topology)[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (weights, inputs))
     compiled = jax.jit(program.call).lower(*shapes).compile()
     assert "T(8,128)" in present(compiled.as_text()), "tiles are a TPU's"
