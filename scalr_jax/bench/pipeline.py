@@ -1,6 +1,7 @@
 """How fast scenes are made: samples a second a core, packing included, beside the published steps written plainly.
 
     python -m scalr_jax.bench pipeline --dataset=nuscenes --root=RECORDS --reference=RAW
+    python -m scalr_jax.bench pipeline --dataset=nuscenes --root=RECORDS --cache=TOKENS
 
 Times are CPU seconds of one process with one thread each (`time.process_time`), so a busy machine does not change them
 much; files come from the page cache after the first round. Ours and the reference take turns. `--soak=5000` runs the
@@ -33,12 +34,25 @@ from scalr_jax.data.build import make_dataset, scene_settings
 from scalr_jax.data.joined import Derived
 from scalr_jax.data.readers import files
 from scalr_jax.data.readers.raw import RawDataset
-from scalr_jax.data.scenes import PLANE_AXES, Dataset, Frame
+from scalr_jax.data.scenes import PLANE_AXES, Dataset, Frame, SceneView
+from scalr_jax.data.tokens.store import Rows, TokenStore
 from scalr_jax.models.build import make_backbone
 from scalr_jax.runtime.errors import InputError
 
 BATCH_SIZE = 8  # of the published loader
-STAGES = ("read", "decode", "voxelise", "project", "resize", "augment", "neighbours", "cells", "pack", "other")
+STAGES = (
+    "read",
+    "decode",
+    "voxelise",
+    "project",
+    "resize",
+    "tokens",
+    "augment",
+    "neighbours",
+    "cells",
+    "pack",
+    "other",
+)
 
 
 def main(argv: list[str]) -> dict:
@@ -67,6 +81,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dataset", required=True, help="nuscenes, semantic_kitti, pandaset, folder; several with +")
     parser.add_argument("--root", required=True, help="raw dataset or prepared records; of several, a folder of them")
     parser.add_argument("--reference", default="", help="raw dataset for the published steps; none: no ratio")
+    parser.add_argument("--cache", default="", help="a teacher's tokens: scenes are also made with these, in turns")
     parser.add_argument("--image_size", default="224,448", help="rows,columns that the teacher sees")
     parser.add_argument("--sensor", default="pandar64", help="of pandaset: pandar64 or pandargt")
     parser.add_argument("--samples", type=int, default=24, help="scenes a run")
@@ -102,9 +117,9 @@ def _settings(arguments: argparse.Namespace) -> tuple[DataSettings, transforms.S
     return data, scene_settings(data, make_backbone(StudentSettings()).needs, task="distill", train=True)
 
 
-def _dataset(data: DataSettings, name: str, root: str, *, several: bool) -> Any:
+def _dataset(data: DataSettings, name: str, root: str, *, several: bool, tokens: TokenStore | None = None) -> Dataset:
     data = dataclasses.replace(data, dataset=name, root=str(Path(root) / name) if several else root)
-    return make_dataset(data, "all", task="distill", seed=0, cache=Path(root))
+    return make_dataset(data, "all", task="distill", seed=0, cache=Path(root), tokens=tokens)
 
 
 def _measure(name: str, data: DataSettings, settings: transforms.SceneSettings, arguments: argparse.Namespace) -> dict:
@@ -119,10 +134,16 @@ def _measure(name: str, data: DataSettings, settings: transforms.SceneSettings, 
     points, scenes = data.points_per_shard, data.scenes_per_shard
     capacities = packing.derive_capacities(sample, points=points, scenes=scenes)
 
-    def run(stages: _Stages) -> None:
+    kinds = [(make, sample[0])]
+    if arguments.cache:
+        cached = _dataset(data, name, arguments.root, several=several, tokens=TokenStore(arguments.cache))
+        make = pipeline.BuildScene(cached, settings, seed=0)
+        kinds.append((make, make(0, (0, records[0]))))
+
+    def run(make: pipeline.BuildScene, template: SceneView, stages: _Stages) -> None:
         made = (stages.call("other", make, i, (0, record)) for i, record in enumerate(records))
         for pack in packing.pack_stream(made, capacities):
-            stages.call("pack", packing.pack_shard, pack.scenes, capacities, sample[0], settings.needs.grids)
+            stages.call("pack", packing.pack_shard, pack.scenes, capacities, template, settings.needs.grids)
 
     def run_plain() -> None:
         assert plain is not None
@@ -135,22 +156,30 @@ def _measure(name: str, data: DataSettings, settings: transforms.SceneSettings, 
                 plain_batch(made)
                 made = []
 
-    ours_s, plain_s, by_stage = [], [], []
+    plain_s, timed = [], [([], []) for _ in kinds]
     for _ in range(arguments.runs):
-        stages = _Stages()
-        with stages.watching(ours):
-            ours_s.append(_cpu_seconds(lambda: run(stages)))  # noqa: B023
-        by_stage.append(stages.seconds)
+        for kind, (seconds, by_stage) in zip(kinds, timed, strict=True):
+            stages = _Stages()
+            with stages.watching(ours):
+                seconds.append(_cpu_seconds(lambda: run(*kind, stages)))  # noqa: B023
+            by_stage.append({stage: 1e3 * each / len(records) for stage, each in stages.seconds.items()})
         if plain is not None:
             plain_s.append(_cpu_seconds(run_plain))
-    per_sample = float(np.median(ours_s)) / len(records)
+    per_sample, *per_cached = (float(np.median(seconds)) / len(records) for seconds, _ in timed)
     per_plain = float(np.median(plain_s)) / len(records) if plain_s else None
-    stages_s = {stage: float(np.median([seconds[stage] for seconds in by_stage])) / len(records) for stage in STAGES}
+    stages_ms, *cached_ms = (
+        {stage: float(np.median([each[stage] for each in by_stage])) for stage in STAGES} for _, by_stage in timed
+    )
+    more: dict[str, object] = {}
+    if per_cached:
+        more = {"cached_samples_per_s_per_core": 1.0 / per_cached[0], "cached_ratio": per_sample / per_cached[0]}
+        more["cached_stages_ms"] = cached_ms[0]
     return {
+        **more,
         "samples_per_s_per_core": 1.0 / per_sample,
         "reference_samples_per_s_per_core": 1.0 / per_plain if per_plain else None,
         "ratio": per_plain / per_sample if per_plain else None,
-        "stages_ms": {stage: 1e3 * seconds for stage, seconds in stages_s.items()},
+        "stages_ms": stages_ms,
         "points": float(np.mean([len(scene.feats) for scene in sample])),
     }
 
@@ -186,7 +215,7 @@ class _Stages:
         places += [(reader, "_pair", "project")] if issubclass(reader, RawDataset) else []
         places += [(transforms, "one_a_voxel", "voxelise"), (transforms, "resize_image", "resize")]
         places += [(transforms, name, "augment") for name in ("limit", "to_ego", "augment", "make_features")]
-        places += [(transforms, "find_neighbors", "neighbours")]
+        places += [(transforms, "find_neighbors", "neighbours"), (Rows, "read", "tokens")]
         places += [(transforms, name, "cells") for name in ("in_view", "make_plane")]
         for owner, name, stage in places:
             stack.enter_context(mock.patch.object(owner, name, self._timed(stage, getattr(owner, name))))
@@ -258,8 +287,12 @@ def plain_batch(scenes: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
 
 def _print_table(name: str, result: dict) -> None:
     print(f"{name}: {result['points']:.0f} points a sample, {result['samples_per_s_per_core']:.1f} samples/s a core")
+    cached = result.get("cached_stages_ms", {})
     for stage, milliseconds in result["stages_ms"].items():
-        print(f"  {stage:<11}{milliseconds:8.2f} ms")
+        print(f"  {stage:<11}{milliseconds:8.2f} ms" + (f"{cached[stage]:8.2f} ms with tokens" if cached else ""))
+    if cached:
+        rate = result["cached_samples_per_s_per_core"]
+        print(f"  with tokens: {rate:.1f} samples/s a core, {result['cached_ratio']:.2f} times as many")
     if result["ratio"] is not None:
         reference = result["reference_samples_per_s_per_core"]
         print(f"  published steps, plainly: {reference:.1f} samples/s a core; ratio {result['ratio']:.2f}")

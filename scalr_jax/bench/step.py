@@ -8,6 +8,7 @@ Weights are random, in the published shapes. Medians of --runs turns, seconds of
     step_s            the step
     teacher_s         the teacher's features at the paired pixels alone
     student_step_s    the rest of the step alone, for random targets
+    cached_step_s     with --cache: the whole step with stored tokens in the batch in place of teacher and images
     flops, mfu        matrix products of valid points and of images, nothing counted twice (models/flops.py)
     peak_bytes        arguments (teacher and optimiser included), outputs and temporary buffers by XLA's plan;
                       device_peak_bytes: what the device reports, where it does
@@ -15,6 +16,7 @@ Weights are random, in the published shapes. Medians of --runs turns, seconds of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,9 +27,12 @@ from scalr_jax.bench import scenes as bench_scenes
 from scalr_jax.bench.student import add_student_arguments, described, flops_of, student_of
 from scalr_jax.bench.teacher import add_teacher_arguments, teacher_of
 from scalr_jax.bench.timing import Parser, device_bytes, interleave, ranges, rounded, show_times
+from scalr_jax.data.scenes import Batch
+from scalr_jax.data.tokens.store import DTYPES
 from scalr_jax.models.flops import teacher_flops
 from scalr_jax.models.student import Student
-from scalr_jax.models.vit import ViTConfig
+from scalr_jax.models.vit import ViTConfig, patch_grid
+from scalr_jax.ops.tokens import encode
 from scalr_jax.runtime.chips import utilisation
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import steps
@@ -41,6 +46,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     bench_scenes.add_arguments(parser)
     add_student_arguments(parser)
     add_teacher_arguments(parser)
+    parser.add_argument("--cache", choices=tuple(DTYPES), default=None, help="also a step with tokens stored like this")
     arguments = parser.parse_args(argv)
     scenes = bench_scenes.get_scenes(arguments)
     if scenes.batch.images is None:
@@ -49,12 +55,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     vit_config, teacher = teacher_of(arguments, image_size)
     arguments.out_features = vit_config.width
     student = student_of(arguments, scenes.grids)
-    result = measure(scenes, student, vit_config, teacher, arguments.runs)
+    result = measure(scenes, student, vit_config, teacher, arguments.runs, arguments.cache)
     return rounded({**result, "teacher": arguments.teacher, "image_size": list(image_size)})
 
 
 def measure(
-    scenes: bench_scenes.Scenes, student: Student, vit_config: ViTConfig, teacher: Any, runs: int
+    scenes: bench_scenes.Scenes, student: Student, vit_config: ViTConfig, teacher: Any, runs: int, cache: str | None
 ) -> dict[str, Any]:
     """All figures of one student and teacher on one batch."""
     batch = jax.tree.map(jnp.asarray, scenes.batch)
@@ -68,6 +74,8 @@ def measure(
         "teacher_s": lambda: features(teacher, batch),
         "student_step_s": bench_programs.training_step(student, batch._replace(images=None, pixels=None))[0],
     }
+    if cache is not None:
+        programs["cached_step_s"] = _cached_step(student, vit_config, batch, cache)
     times = interleave(programs, runs=runs)
     show_times({name: (value, "") for name, value in times.items()})
     images = scenes.batch.images
@@ -88,4 +96,17 @@ def measure(
         "ranges_s": ranges(times),
     }
     print(f"{result['scenes_per_s']:.2f} scenes/s, {result['points_per_s']:,.0f} points/s")
+    if cache is not None:
+        result["cached_ratio"] = seconds / times["cached_step_s"].median
+        print(f"with {cache} tokens {result['cached_ratio']:.2f} times as many")
     return result
+
+
+def _cached_step(student: Student, vit_config: ViTConfig, batch: Batch[jax.Array], dtype: str) -> Callable[[], object]:
+    """A step on random tokens, stored as `dtype`."""
+    assert batch.images is not None
+    size = (batch.images.shape[2], batch.images.shape[3])
+    shape = (*batch.images.shape[:2], *patch_grid(vit_config, size), vit_config.width)
+    values, scale = encode(jax.random.normal(jax.random.key(1), shape), dtype)
+    batch = batch._replace(images=None, tokens=values, token_scale=scale)
+    return bench_programs.compiled_step(*bench_programs.training(student, steps.make_cached_step, size), None, batch)[0]

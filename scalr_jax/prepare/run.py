@@ -32,6 +32,7 @@ Flags of a teacher's tokens, which are computed once and then train with --confi
     --feature           x_pre_norm (default) or x, as teacher.feature
     --noantialias       as data.antialias = False
     --position_interpolation   as teacher.position_interpolation
+    --cache             with --inspect: draw these tokens over images and points of --root
 
 Exit codes: 0 done; 2 bad arguments or input, no space, or interrupted (one sentence on stderr); 1 a defect.
 """
@@ -53,7 +54,7 @@ from scalr_jax.data.readers.records import Records, is_begun, is_prepared
 from scalr_jax.data.readers.scan_inputs import open_reader
 from scalr_jax.data.scenes import Dataset
 from scalr_jax.data.streets.streets import Streets
-from scalr_jax.data.tokens.store import DTYPES, TOKENS
+from scalr_jax.data.tokens.store import DTYPES, TOKENS, TokenStore
 from scalr_jax.prepare import session as record_run
 from scalr_jax.prepare.source import Images, Source
 from scalr_jax.prepare.writing import AGAIN, plan_shards
@@ -81,6 +82,7 @@ flags.DEFINE_integer("frames_per_shard", 128, "Frames of one file.", 1, 10**6, f
 flags.DEFINE_integer("num_scenes", 64, "Of streets.", 1, 10**6, flag_values=FLAGS)
 flags.DEFINE_boolean("verify", False, "Compare every byte with what was written.", flag_values=FLAGS)
 flags.DEFINE_boolean("inspect", False, "Only look at the raw dataset.", flag_values=FLAGS)
+flags.DEFINE_string("cache", None, "Tokens to look at.", flag_values=FLAGS)
 flags.DEFINE_string("teacher", None, "Whose tokens are computed.", flag_values=FLAGS)
 flags.DEFINE_enum("tokens", "bfloat16", tuple(DTYPES), "How tokens are stored.", flag_values=FLAGS)
 flags.DEFINE_enum("feature", "x_pre_norm", FEATURES, "Which tokens.", flag_values=FLAGS)
@@ -251,13 +253,19 @@ def verify() -> None:
 def run(arguments: list[str]) -> None:
     """The command. Raises InputError and what the operating system raises."""
     parse_flags(FLAGS, arguments, __doc__)
-    if FLAGS.teacher is not None and not FLAGS.verify:
+    if FLAGS.cache is not None:
+        require(FLAGS, "cache", "root", "output", example="--inspect --cache=TOKENS --root=RECORDS --output=DIR")
+    elif FLAGS.teacher is not None and not FLAGS.verify:
         require(FLAGS, "teacher", "root", "output", example="--teacher=CHECKPOINT --root=RECORDS --output=TOKENS")
     elif not (FLAGS.verify and FLAGS.output):
         require(FLAGS, "dataset", "root", "output", example="--dataset=nuscenes --root=RAW --output=DIR")
     images = image_choice()
     if FLAGS.verify:
         verify()
+    elif FLAGS.cache is not None:
+        from scalr_jax.prepare.token_pictures import inspect_tokens
+
+        inspect_tokens(open_images(), TokenStore(FLAGS.cache), Path(FLAGS.output))
     elif FLAGS.inspect:
         from scalr_jax.prepare.inspect import inspect_dataset
 

@@ -5,9 +5,12 @@ import pytest
 
 from scalr_jax.bench import pipeline as bench_pipeline
 from scalr_jax.data import transforms
+from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
 from scalr_jax.data.scenes import Frame, SceneNeeds
+from scalr_jax.data.tokens.dataset import images_of
 from tests.support import raw_datasets as raw
 from tests.support.checks import present
+from tests.support.token_files import write_cache
 
 SETTINGS = transforms.SceneSettings(
     "distill",
@@ -72,6 +75,20 @@ def test_a_report_has_every_stage_and_the_ratio(kitti, capsys):
     assert all(stages[name] > 0 for name in ("read", "decode", "voxelise", "project", "neighbours", "cells", "pack"))
     assert sum(stages.values()) == pytest.approx(1e3 / speed, rel=0.5)
     assert "published steps, plainly" in capsys.readouterr().out
+
+
+def test_scenes_with_tokens_are_timed_in_turns(kitti, tmp_path, capsys):
+    names = [name for _, _, name in images_of(SemanticKITTI(kitti, split="all"))]
+    cache = write_cache(tmp_path, {name: np.ones((2, 4, 3), np.float32) for name in names})
+    arguments = [f"--root={kitti}", f"--cache={cache}", "--image_size=28,56", "--samples=3", "--runs=1"]
+    line = bench_pipeline.main(["--dataset=semantic_kitti", *arguments])
+    stages, cached = (line[f"{kind}stages_ms"]["semantic_kitti"] for kind in ("", "cached_"))
+    assert set(stages) == set(cached) == set(bench_pipeline.STAGES)
+    assert stages["tokens"] == cached["resize"] == 0
+    assert min(stages["resize"], cached["tokens"], cached["neighbours"]) > 0
+    speed, speed_cached = (line[f"{kind}samples_per_s_per_core"]["semantic_kitti"] for kind in ("", "cached_"))
+    assert line["cached_ratio"]["semantic_kitti"] == pytest.approx(speed_cached / speed)
+    assert "with tokens" in capsys.readouterr().out
 
 
 def test_the_soak_run_watches_every_process(kitti):

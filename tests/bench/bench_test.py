@@ -69,10 +69,14 @@ def test_student(capsys, batch_file, monkeypatch):
     assert result["spatial_peak_bytes"] < result["spatial_dense_peak_bytes"]
 
 
+DEMO = ("--teacher=demo", "--image_size=32,64")
+
+
 @pytest.mark.slow
 def test_step(capsys, batch_file):
-    result = run(capsys, "step", f"--batch={batch_file}", *SMALL, "--depth=1", "--teacher=demo", "--image_size=32,64")
-    check(result, STEP)
+    result = run(capsys, "step", f"--batch={batch_file}", *SMALL, "--depth=1", *DEMO, "--cache=int8")
+    check(result, {*STEP, "cached_step_s", "cached_ratio"})
+    assert result["cached_ratio"] == pytest.approx(result["step_s"] / result["cached_step_s"], rel=1e-3)
     assert result["image_size"] == [32, 64]
 
 

@@ -62,6 +62,8 @@ FLAGS = [
     flags("--inspect", "--split=val", words=("val", "train")),
     flags("--verify", "--output=none", words=("none: not prepared",)),
     flags("--teacher=demo", words=("--image_size=ROWS,COLUMNS",)),
+    flags("--inspect", "--cache=none", words=("none holds no finished token cache",)),
+    flags("--inspect", "--cache=", words=("--cache, --root and --output are required",)),
     flags("--teacher=", words=("--teacher, --root and --output are required",)),
     flags("--teacher=demo", "--image_size=8,9", words=("(8, 9)", "patch")),
     flags("--teacher=none.pth", "--image_size=8,8", words=("none.pth", "is not a file")),
