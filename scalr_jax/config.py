@@ -114,6 +114,7 @@ class VavitSettings:
     channels: int = key(0, "features of a point, after the merge", low=0, high=16_384)
     pillar_size: float = key(0.5, "metres", low=0.05, high=100)
     padding_tokens: str = key("none", "published: scenes of a shard are filled up", choices=("none", "published"))
+    residual_dtype: str = key("float32", "of the sum that its blocks add to", choices=("float32", "bfloat16"))
 
 
 @dataclass(frozen=True)

@@ -80,12 +80,11 @@ def step_options(settings: Settings) -> dict[str, int]:
     return {"seed": settings.run.seed, "batch_size": size, "scenes_per_group": group}
 
 
-def distillation(
-    settings: Settings, teacher: tuple[ViTConfig, Any] | None = None, tokens: TokenStore | None = None
-) -> Task:
-    """The distillation of `config.teacher`, of (architecture, parameters or their shapes), or of its `tokens`."""
-    if tokens is not None:
-        student, size = student_of(settings, "distill", tokens.channels), settings.data.image_size
+def distillation(settings: Settings, teacher: tuple[ViTConfig, Any] | None = None, token_channels: int = 0) -> Task:
+    """The distillation of `config.teacher`, of (architecture, parameters or their shapes), or, with so many channels,
+    of tokens in the batch."""
+    if token_channels:
+        student, size = student_of(settings, "distill", token_channels), settings.data.image_size
         step = partial(steps.make_cached_step, student, size, **step_options(settings))
         return Task("distill", "distill", student, None, step)
     teacher = teacher or make_teacher(settings.teacher, settings.data.image_size, sharding.platform())
@@ -196,7 +195,8 @@ def distill(settings: Settings, workdir: Path) -> TrainState:
     """Distils the teacher into the student; results.json holds the last logged metrics."""
     tokens = open_tokens(settings.teacher, settings.data)
     with claimed(settings, workdir, tokens):
-        task = distillation(settings, tokens=tokens)  # a teacher that cannot be is said before streets are rendered
+        # A teacher that cannot be is said before streets are rendered.
+        task = distillation(settings, token_channels=tokens.channels if tokens else 0)
         dataset = open_dataset(settings, workdir, settings.data.split, tokens)
         save_settings(settings, workdir, task.student, dataset)
         state = train(settings.training, workdir, dataset, task)

@@ -23,7 +23,7 @@ from scalr_jax.config import DataSettings, Settings
 from scalr_jax.data.build import scene_settings
 from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.data.readers.files import read_label_map
-from scalr_jax.data.scenes import Batch, SceneNeeds
+from scalr_jax.data.scenes import Batch, SceneNeeds, Tokens
 from scalr_jax.data.transforms import FEATURES, SceneSettings
 from scalr_jax.interop.model import empty_scene
 from scalr_jax.models import vit
@@ -57,24 +57,25 @@ class AbstractRun(NamedTuple):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.program.state.params))
 
 
-def make_run(settings: Settings, mesh: Mesh, teacher: str | None = None) -> AbstractRun:
+def make_run(settings: Settings, mesh: Mesh, teacher: str | None = None, *, cached: bool = False) -> AbstractRun:
     """The step of a config on `mesh`, in bfloat16 unless `model.dtype` says float32.
 
+    cached: the teacher's tokens come with the batch, as with `teacher.cache`, in bfloat16.
     `teacher` names one of `TEACHERS` or its width, or "demo"; None: what `teacher.checkpoint` is called, else ViT-L.
     Raises `InputError` for a config that trains nothing or does not divide among the devices.
     """
     if settings.model.dtype == "auto":  # it asks the machine that compiles, which is no accelerator
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype="bfloat16"))
     check_divides(settings.data.scenes_per_step, mesh.size)
-    task, teacher_config = make_task(settings, teacher)
+    task, teacher_config = make_task(settings, teacher, cached=cached)
     needs = task.student.needs
     capacities = choose_capacities(settings.data, needs)
     scenes = scene_settings(settings.data, needs, task=task.scene_task, train=True)
-    batch = make_batch(scenes, capacities, mesh)
+    batch = make_batch(scenes, capacities, mesh, teacher_config if cached else None)
     expected = settings.data.scenes_per_step or capacities.scenes * mesh.size  # a constant of the schedule
     program = train.make_program(settings.training, task, batch, mesh, float(expected))
     params = placed(task.teacher, sharding.parameter_shardings(task.teacher, mesh))
-    return AbstractRun(task.student, program, params, batch, capacities, teacher_config)
+    return AbstractRun(task.student, program, params, batch, capacities, None if cached else teacher_config)
 
 
 @contextlib.contextmanager
@@ -111,7 +112,7 @@ def check_divides(scenes: int, num_devices: int) -> None:
         )
 
 
-def make_task(settings: Settings, teacher: str | None) -> tuple[train.Task, ViTConfig | None]:
+def make_task(settings: Settings, teacher: str | None, *, cached: bool = False) -> tuple[train.Task, ViTConfig | None]:
     """The task of a config with the teacher's shapes, and the teacher's architecture (None without one)."""
     task = settings.run.task
     if task == "distill":
@@ -120,7 +121,13 @@ def make_task(settings: Settings, teacher: str | None) -> tuple[train.Task, ViTC
         if interpolation != "auto":
             vit_config = dataclasses.replace(vit_config, position_interpolation=interpolation)
         params = teacher_shapes(settings.data.image_size, vit_config)
+        if cached:
+            return tasks.distillation(settings, token_channels=vit_config.width), vit_config
         return tasks.distillation(settings, (vit_config, params)), vit_config
+    if cached:
+        raise InputError(
+            f"--cached_teacher is for task distill, and config.task = {task!r} has no teacher; leave it out"
+        )
     if task not in ("probe", "finetune"):
         raise InputError(f"config.task = {task!r} trains no student in one step; distill, probe and finetune do")
     number = settings.model.num_classes or num_classes(settings.data.dataset)
@@ -183,10 +190,13 @@ def choose_capacities(data: DataSettings, needs: SceneNeeds) -> Capacities:
     return Capacities(points, scenes, cells, halo)
 
 
-def make_batch(settings: SceneSettings, capacities: Capacities, mesh: Mesh) -> Batch:
-    """Shapes of a batch, by packing no scene at all as a run packs its first."""
+def make_batch(settings: SceneSettings, capacities: Capacities, mesh: Mesh, cached: ViTConfig | None = None) -> Batch:
+    """Shapes of a batch, by packing no scene at all as a run packs its first; with tokens of the teacher `cached`."""
     nothing = empty_scene(len(FEATURES), settings.needs)
-    if settings.task == "distill":
+    if cached is not None:
+        values = np.zeros((*vit.patch_grid(cached, settings.image_size), cached.width), np.uint16)
+        nothing = nothing._replace(tokens=Tokens(values), pixels=np.zeros((0, 2), np.int32))
+    elif settings.task == "distill":
         image = np.zeros((*settings.image_size, 3), settings.image_dtype)
         nothing = nothing._replace(image=image, pixels=np.zeros((0, 2), np.int32))
     else:

@@ -33,6 +33,7 @@ Flags:
     --slices     so many of them, joined by the data-centre network (default 1)
     --teacher    vits14, vitb14, vitl14, vitg14 (DINOv2), vit7b16 (DINOv3), their width, or demo (default: what
                  teacher.checkpoint is called, else vitl14)
+    --cached_teacher   its tokens come with the batch, as with teacher.cache; no cache is needed
     --text       also write the compiled program here
 
 Exit codes: 0 it fits; 2 it does not, or bad arguments (one sentence on stderr); 1 a defect.
@@ -61,6 +62,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a conf
 flags.DEFINE_string("topology", None, "CHIP:AxBxC.", flag_values=FLAGS)
 flags.DEFINE_integer("slices", 1, "How many.", flag_values=FLAGS)
 flags.DEFINE_string("teacher", None, "The teacher's architecture.", flag_values=FLAGS)
+flags.DEFINE_bool("cached_teacher", False, "Tokens instead of a teacher.", flag_values=FLAGS)
 flags.DEFINE_string("text", None, "Where to write the compiled program.", flag_values=FLAGS)
 
 MEASURED = ("flops_per_device", "bytes_per_device", "predicted_ms", "predicted_mfu", "scenes_per_s", "categories")
@@ -68,7 +70,9 @@ MEASURED += ("constants", "collectives")
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def compile_step(settings: Settings, topology: Topology, num_slices: int, teacher: str | None) -> tuple[dict, str]:
+def compile_step(
+    settings: Settings, topology: Topology, num_slices: int, teacher: str | None, *, cached: bool = False
+) -> tuple[dict, str]:
     """The result and the compiled program's text, "" when it does not fit. Raises `InputError`."""
     import jax
 
@@ -78,7 +82,7 @@ def compile_step(settings: Settings, topology: Topology, num_slices: int, teache
 
     mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, devices=devices_of(topology.name, num_slices))
     with compiling_for(topology.chip):
-        run = make_run(settings, mesh, teacher)
+        run = make_run(settings, mesh, teacher, cached=cached)
     room, work = topology.chip.hbm_bytes, None
     if (student := run.student).backbone.needs.voxel_size is None:
         work = predict.useful(student, run.teacher_config, settings.data.image_size, run.capacities)
@@ -155,7 +159,8 @@ def run(arguments: list[str]) -> dict:
     require(FLAGS, "config", "topology", example="--config=configs/smoke.py --topology=v5e:2x2")
     settings = read_settings(CONFIG.value)
     topology = parse_topology(FLAGS.topology)
-    result, text = compile_step(settings, topology, FLAGS.slices, FLAGS.teacher)
+    cached = FLAGS.cached_teacher
+    result, text = compile_step(settings, topology, FLAGS.slices, FLAGS.teacher, cached=cached)
     if FLAGS.text and text:
         Path(FLAGS.text).write_text(text)
     show(result, f"{FLAGS.slices} x {topology.name}, mesh.fsdp = {settings.mesh.fsdp}")

@@ -164,13 +164,14 @@ class VaViT(nn.Module):
         size, counts = self.backbone, pillars.counts
         num_pillars, num_scenes = pillars.coordinates.shape[1], counts.shape[1]
         token = self.param("pad_token", nn.initializers.zeros, (size.width,))
-        x = per_shard(partial(pillar_max, num_pillars=num_pillars), points, pillars.cell).astype(jnp.float32)
+        x = per_shard(partial(pillar_max, num_pillars=num_pillars), points, pillars.cell)
+        x = x.astype(size.residual_dtype)
         scene, coordinates = attention.scene_of(counts, num_pillars), pillars.coordinates
         attend, context = attention.packed, (counts,)
         if size.padding_tokens == "published":
             missing = counts.max(axis=1, keepdims=True) - counts
             copies = jnp.concatenate([scene < num_scenes, missing], axis=1).astype(jnp.float32)
-            x = jnp.concatenate([x, jnp.broadcast_to(token, (*counts.shape, size.width))], axis=1)
+            x = jnp.concatenate([x, jnp.broadcast_to(token.astype(x.dtype), (*counts.shape, size.width))], axis=1)
             scene = jnp.concatenate([scene, jnp.broadcast_to(jnp.arange(num_scenes), counts.shape)], axis=1)
             coordinates = jnp.pad(coordinates, ((0, 0), (0, num_scenes), (0, 0)))
             attend, context = attention.reference, (scene, copies)
@@ -225,6 +226,7 @@ class VaViTBackbone:
     channels: int
     point_depth: int = 4
     padding_tokens: str = "none"
+    residual_dtype: str = "float32"
     drop_path: float = 0.0
     remat: str = "none"
 
@@ -245,7 +247,7 @@ class VaViTBackbone:
             )
         needs = SceneNeeds(settings.field_of_view, settings.num_neighbors, pillar_size=vavit.pillar_size)
         drop_path, remat = settings.drop_path, settings.remat
-        return cls(needs, *size, vavit.point_depth, vavit.padding_tokens, drop_path, remat)
+        return cls(needs, *size, vavit.point_depth, vavit.padding_tokens, vavit.residual_dtype, drop_path, remat)
 
     @property
     def block(self) -> BlockConfig:

@@ -131,7 +131,7 @@ def test_what_does_not_fit_ends_with_code_2_and_the_shortfall(monkeypatch, capsy
         compile.needed_bytes("Mosaic failed")
     result = {"topology": "v5e:4x4", "devices": 16, "peak_bytes_per_device": peak, "parameter_bytes": 1, "fits": False}
     result |= {"hbm_bytes": chips.CHIPS["v5e"].hbm_bytes, "compile_s": 1.0, "collectives": None}
-    monkeypatch.setattr(compile, "compile_step", lambda *_: (result, ""))
+    monkeypatch.setattr(compile, "compile_step", lambda *_, **__: (result, ""))
     monkeypatch.setattr(compile.os, "environ", dict(compile.os.environ))
     with pytest.raises(SystemExit) as end:
         compile.main(["compile", f"--config={ROOT}/configs/smoke.py", "--topology=v5e:4x4"])

@@ -4,6 +4,9 @@ tests/golden/student_vavit.npz: the published code (valeoai/VaViT, 2026) run in 
 with random weights. In float32 its gradients are up to 3e-5 of scale from these.
 """
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,3 +182,13 @@ def test_a_file_goes_back(published, read):
         if name.startswith("param/") and "tracked" not in name:
             np.testing.assert_allclose(again.pop(name.removeprefix("param/")), theirs, rtol=1e-6, err_msg=name)
     assert all(name.endswith("num_batches_tracked") for name in again)
+
+
+def test_a_residual_in_bfloat16_follows_the_one_in_float32(published, read):
+    """Its dtype is that of the sum alone: an output off by the rounding of two blocks, and finite gradients."""
+    batch, _ = interop.published_batch(*arrays_of(published, "scene")[0])
+    exact = student_of(read.model)
+    rounded = exact.clone(backbone=dataclasses.replace(exact.backbone, residual_dtype="bfloat16"))
+    outputs = [fast_jit(partial(s.apply, train=False))(read.variables, batch) for s in (exact, rounded)]
+    assert 1e-6 < scale_error(outputs[1], outputs[0]) < 0.02
+    assert outputs[1].dtype == jnp.float32
