@@ -100,7 +100,8 @@ class Model:
         needs, config = self.student.needs, self.config
         scene, nearest = whole_scan(check_points(points), needs, config.intensity, config.voxel_size)
         shard = pack_shard([scene], static_capacities(scene, needs.grids), scene, needs.grids)
-        batch = jax.tree.map(lambda x: jnp.asarray(x)[None], shard)
+        # Not jnp.asarray, which compiles a program for each shape (JAX 0.10).
+        batch = jax.device_put(jax.tree.map(lambda x: np.asarray(x)[None], shard))
         rows = np.asarray(function(self.variables, batch))[0]
         check_outputs(rows[: len(scene.feats)], what)
         out = rows[nearest]

@@ -114,7 +114,7 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace, torch: A
     """All figures of both on one batch."""
     student, runs = student_of(arguments, scenes.grids), arguments.runs
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # so that PyTorch has the GPU to itself
-        batch = jax.tree.map(jnp.asarray, scenes.batch._replace(images=None, pixels=None, labels=None))
+        batch = jax.device_put(scenes.batch._replace(images=None, pixels=None, labels=None))
         variables = jax.tree.map(np.asarray, jax.jit(lambda b: student.init(jax.random.key(0), b, train=False))(batch))
     theirs = _Published(torch, package, student, published_state_dict(student, variables), scenes)
     wanted = theirs.outputs()
@@ -125,7 +125,7 @@ def measure(scenes: bench_scenes.Scenes, arguments: argparse.Namespace, torch: A
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
-    batch = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, batch))
+    batch = jax.device_put(jax.tree.map(np.asarray, batch))
     precise = student.clone(dtype=jnp.float32)
     found = np.asarray(jax.jit(lambda v, b: precise.apply(v, b, train=False))(variables, batch))
     found = found.reshape(-1, found.shape[-1])[: len(wanted)]

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from scalr_jax.bench import programs as bench_programs
 from scalr_jax.bench import scenes as bench_scenes
@@ -63,7 +62,7 @@ def measure(
     scenes: bench_scenes.Scenes, student: Student, vit_config: ViTConfig, teacher: Any, runs: int, cache: str | None
 ) -> dict[str, Any]:
     """All figures of one student and teacher on one batch."""
-    batch = jax.tree.map(jnp.asarray, scenes.batch)
+    batch = jax.device_put(scenes.batch)
     init, make = bench_programs.training(student, steps.make_distill_step, vit_config, which=FEATURE)
     step, plan_bytes = bench_programs.compiled_step(init, make, teacher, batch)
     jax.block_until_ready(step())

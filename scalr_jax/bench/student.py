@@ -140,7 +140,7 @@ def sizes_of(student: Student, batch: Any) -> Sizes:
 
 def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: bool = True) -> dict[str, Any]:
     """All figures of one student on one batch; `spatial_dense_s` is null when not `dense`."""
-    batch = jax.tree.map(jnp.asarray, scenes.batch._replace(images=None, pixels=None, labels=None))
+    batch = jax.device_put(scenes.batch._replace(images=None, pixels=None, labels=None))
     sizes, num_rows = sizes_of(student, batch), batch.scene.size
     step, plan_bytes = bench_programs.training_step(student, batch)
     jax.block_until_ready(step())
@@ -188,7 +188,7 @@ def measure_vavit(scenes: bench_scenes.Scenes, student: Student, runs: int) -> d
     """All figures of a VaViT on one batch."""
     if scenes.batch.pillars is None:
         raise InputError("the batch has no pillars; save it again")
-    batch = jax.tree.map(jnp.asarray, scenes.batch._replace(images=None, pixels=None, labels=None))
+    batch = jax.device_put(scenes.batch._replace(images=None, pixels=None, labels=None))
     step, plan_bytes = bench_programs.training_step(student, batch)
     jax.block_until_ready(step())
     peak_on_device = timing.device_bytes()

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -47,7 +46,7 @@ def published_batch(
     ]
     points = sum(len(scene.feats) for scene in scenes)
     shard = pack_shard(scenes, Capacities(points, len(scenes), *totals), scenes[0], grids)
-    return jax.tree.map(lambda x: jnp.asarray(x)[None], shard)
+    return jax.device_put(jax.tree.map(lambda x: np.asarray(x)[None], shard))
 
 
 def apply_published_layout(

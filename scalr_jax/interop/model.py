@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -72,10 +73,22 @@ def empty_batch(num_features: int, needs: SceneNeeds) -> Batch:
     return jax.tree.map(lambda x: x[None], shard)
 
 
+def abstract_variables(student: Student, num_features: int) -> Variables:
+    """A student's variables as `jax.ShapeDtypeStruct`."""
+    return _kept_variables(student, num_features)
+
+
+def _trace(student: Student, num_features: int) -> Variables:
+    batch = empty_batch(num_features, student.needs)
+    return jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
+
+
+_kept_variables: Any = functools.lru_cache(maxsize=64)(_trace)  # tracing a student takes longer than reading a file
+
+
 def shapes_of(student: Student, num_features: int) -> dict[str, dict[str, tuple[int, ...]]]:
     """Shapes of a student's "params" and "batch_stats", by path."""
-    batch = empty_batch(num_features, student.needs)
-    variables = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
+    variables = abstract_variables(student, num_features)
     return {kind: flat_shapes(variables.get(kind, {})) for kind in ("params", "batch_stats")}
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from scalr_jax.data.packing import Capacities, pack_shard
@@ -164,7 +163,7 @@ def published_batch(
         first, points = first + count, points + len(order)
     capacities = Capacities(len(feat), len(scenes), (), (), pillars=(int(counts.sum()),))
     shard = pack_shard(scenes, capacities, scenes[0], ())
-    return jax.tree.map(lambda x: jnp.asarray(x)[None], shard), places
+    return jax.device_put(jax.tree.map(lambda x: np.asarray(x)[None], shard)), places
 
 
 def apply_published_vavit(

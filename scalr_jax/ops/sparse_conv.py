@@ -230,6 +230,12 @@ def convolve(rows: Array, pairs: Pairs, kernel: Array, centre: int | None = None
     return _alone(functools.partial(_convolve, centre), rows, pairs, kernel)
 
 
+# Traced once for each set of shapes, and then written into the program as if it were no function of its own: `_alone`
+# needs its branches several times, and 27 gathers take Python a tenth of a second.
+traced_once = functools.partial(jax.jit, static_argnums=0, inline=True)
+
+
+@traced_once
 def _convolve(centre: int | None, rows: Array, pairs: Pairs, kernel: Array) -> Array:
     products = _multiply(_blocks(rows, pairs.source, pairs), kernel, pairs)
     # An unused slot holds the product of some row. Only the last of them is read, by outputs that lack a neighbour.
@@ -270,6 +276,7 @@ def _convolve_backward(centre: int | None, residuals: tuple[Array, Pairs, Array]
     return of_rows, None, of_kernel
 
 
+@traced_once
 def _gradients(centre: int | None, rows: Array, pairs: Pairs, kernel: Array, gradient: Array) -> tuple[Array, Array]:
     """Of rows and kernel. The former are the transposed convolution of the gradient."""
     gradient = gradient.astype(rows.dtype)
