@@ -20,8 +20,6 @@ from tests.support.checks import mentions
 from tests.support.datasets import Frames
 from tests.support.tiny_student import tiny_model, write_workdir
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 EXPLICIT = {
     "intensity": (10.0, 5.0),
     "field_of_view": ((-16.0, -16.0, -4.0), (16.0, 16.0, 4.0)),

@@ -3,15 +3,17 @@
 import fcntl
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
 import pytest
 
-from tests.support.fast import fast_jit
+from tests.support.fast import FAST, RUNNING
 from tests.support.paths import GOLDEN
+
+flags = ["--xla_force_host_platform_device_count=8", *(FAST if os.environ["JAX_PLATFORMS"] == "cpu" else [])]
+os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])  # read when the first device is used
 
 
 @pytest.fixture
@@ -47,13 +49,27 @@ def _compilation_cache(shared_folder):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _rendering_that_runs():
+    """Streets are rendered by a program that takes longer to compile, and is run often enough to be worth it."""
+    from scalr_jax.data.streets import render
+
+    for name in ("trace_lidar", "trace_camera"):
+        setattr(render, name, jax.jit(getattr(render, name).__wrapped__, compiler_options=RUNNING))
+
+
 @pytest.fixture(scope="module")
-def fast_programs():
-    """Every program that the package compiles in this file is compiled with `FAST`: for files that test what comes out,
-    and neither speed nor what XLA makes of a program."""
+def few_blocks():
+    """A minkunet14 is the same net with two residual blocks, one down and one up, which compiles in a third of the
+    time."""
+    from scalr_jax.interop.model import _kept_variables
+    from scalr_jax.models import minkunet
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", fast_jit)
+        patch.setitem(minkunet.BLOCKS, "minkunet14", (1, 0, 0, 0, 0, 0, 0, 1))
+        _kept_variables.cache_clear()
         yield
+    _kept_variables.cache_clear()
 
 
 @pytest.fixture(scope="module", autouse=True)

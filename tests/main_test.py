@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from scalr_jax import tasks
+from scalr_jax import main, tasks
 from scalr_jax.data.streets.streets import Streets
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.settings import read_settings
@@ -38,24 +38,23 @@ def test_help_says_what_the_command_does():
 
 
 @pytest.mark.slow
-def test_bad_labels_and_weights_exit_with_2_and_one_sentence(tmp_path):
+def test_bad_labels_and_weights_are_one_sentence(tmp_path):
     """A probe on a checkpoint of another width; scans without a labelled point; labels outside the map."""
     write_workdir(tmp_path / "run", "probe", "segment", 19, dataset="semantic_kitti")
     write_semantic_kitti(tmp_path, "08")
-    evaluate = ["--config=configs/evaluate.py:" + str(tmp_path / "run"), "--config.data.root=" + str(tmp_path)]
-    probe = ["--config=configs/smoke.py", "--config.task=probe", "--config.checkpoint=" + str(tmp_path / "run")]
+    evaluate, probe = config_of("evaluate", str(tmp_path / "run")), config_of("smoke")
+    evaluate.data.root, probe.task, probe.checkpoint = str(tmp_path), "probe", str(tmp_path / "run")
     labels = list((tmp_path / "dataset" / "sequences" / "08" / "labels").iterdir())
-    for arguments, label, words in (
+    for config, label, words in (
         (probe, 10, "channels is 8 there, 32 in config.model"),
         (evaluate, 0, "the evaluation set has no labelled point"),
-        (evaluate, 77, "labels [77] are in no class"),
+        (evaluate, 77, r"labels \[77\] are in no class"),
     ):
         for path in labels:
             path.write_bytes(np.full(50, label, "<u4").tobytes())
-        result = command(*arguments, f"--workdir={tmp_path / str(label)}", "--config.data.num_workers=0")
-        assert result.returncode == 2, result.stderr
-        assert words in result.stderr.strip().splitlines()[-1]
-        assert "Traceback" not in result.stderr
+        config.data.num_workers = 0
+        with pytest.raises(InputError, match=words):
+            main.run(config, tmp_path / str(label))
         assert not (tmp_path / str(label) / "results.json").exists()
 
 

@@ -50,9 +50,12 @@ assert wanted.std(axis=0).min() > 0
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """One for all, as a user's folder is: the later notebooks find what the first one trained."""
-    return tmp_path_factory.mktemp("notebooks")
+def folder(tmp_path_factory, shared_folder):
+    """One for all, as a user's folder is: the later notebooks find what the first one trained, and what it compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(shared_folder / "compiled"))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+        yield tmp_path_factory.mktemp("notebooks")
 
 
 @pytest.mark.slow

@@ -24,8 +24,6 @@ from tests.support.checks import present
 from tests.support.small_student import small_student
 from tests.support.traced_flops import traced_flops
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 HEADER = ("device", "jax", "runs")
 STUDENT = ["points", "points_per_s", "flops", "peak_bytes", "spatial_peak_bytes", "spatial_dense_peak_bytes"]
 STUDENT += ["forward_s", "step_s", "layer_forward_s", "layer_step_direct_s", "layer_matmul_s", "layer_matmul_step_s"]
@@ -148,7 +146,7 @@ SIZES = flops.Sizes(channels=64, depth=6, out_features=48, head_hidden=96, num_n
 def test_flops_of_a_step_are_those_that_are_traced(batch_file):
     """The embedding's statistics (5 features wide) are the only products that are not counted."""
     loaded = scenes.load(batch_file)
-    batch = jax.tree.map(jnp.asarray, loaded.batch)
+    batch = jax.device_put(loaded.batch)
     student = small_student(channels=64, depth=6, out_features=48, head_hidden=96)
     optimizer = optim.make_optimizer(programs.OPTIMIZER, student.backbone)
     schedule = optim.make_schedule(programs.OPTIMIZER, 1.0)
@@ -178,7 +176,7 @@ def test_products_of_a_step_are_all_there():
 def test_flops_of_layers_are_nearly_all_that_xla_counts(batch_file):
     """At 256 channels, norms, activations and spatial mixing are a few percent of a layer's operations."""
     loaded = scenes.load(batch_file)
-    batch = jax.tree.map(jnp.asarray, loaded.batch)
+    batch = jax.device_put(loaded.batch)
     backbone, rows = small_student(channels=256).backbone, batch.scene.size
     assert isinstance(backbone, WaffleIronBackbone)
     model = WaffleIron(backbone)

@@ -12,7 +12,7 @@ from scalr_jax.data.readers.semantic_kitti import SemanticKITTI
 from tests.support.paths import SAMPLES
 from tests.support.runs import scene_settings
 
-NUM_SCENES = 120
+NUM_SCENES = 60
 
 
 @pytest.mark.samples

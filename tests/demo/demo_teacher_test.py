@@ -17,8 +17,6 @@ from scalr_jax.settings import read_settings
 from tests.support.paths import ROOT
 from tests.support.runs import config_of
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 IMAGE_SIZE = (112, 224)
 SMALL = {"patch_size": 8, "width": 32, "depth": 1, "num_heads": 2, "hidden": 64, "position_grid": (14, 28)}
 

@@ -30,8 +30,6 @@ from tests.support.raw_datasets import write_nuscenes, write_semantic_kitti
 from tests.support.runs import config_of, evaluator_of, open_split, scene_settings
 from tests.support.tiny_student import write_workdir
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 RINGS = (8.0, 16.0)
 
 

@@ -23,8 +23,6 @@ from tests.support.datasets import Frames
 from tests.support.runs import config_of, on_one_device, open_split
 from tests.support.tiny_student import write_workdir
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 TEACHER_WIDTH = 128  # the packaged one's
 
 

@@ -28,8 +28,6 @@ from tests.support.raw_datasets import write_nuscenes, write_semantic_kitti
 from tests.support.runs import config_of
 from tests.support.tiny_student import write_workdir
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 # Rows of the public benchmark table on nuScenes-C: clear mIoU, mIoU by corruption (means over severities), mCE, mRR.
 WAFFLEIRON = (76.07, (56.07, 73.93, 49.59, 59.46, 65.19, 33.12, 61.51, 44.01), 106.73, 72.78)
 MINKUNET_34 = (74.66, (62.96, 70.65, 55.48, 51.71, 62.01, 31.56, 59.64, 39.41), 112.20, 72.57)

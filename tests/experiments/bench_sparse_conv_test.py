@@ -14,8 +14,6 @@ from scalr_jax.ops.voxels import count_levels, sizes_for
 from scalr_jax.train import steps
 from tests.support.bench_batch import save_batch
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 
 @pytest.fixture(scope="module")
 def batch_file(tmp_path_factory):

@@ -16,13 +16,13 @@ from scalr_jax.config import get_config
 from scalr_jax.export import run as export
 from scalr_jax.export.inputs import make_inputs, pad_inputs
 from scalr_jax.export.voxel_tables import BLOCK, voxel_tables
-from scalr_jax.interop.model import empty_batch, student_of
+from scalr_jax.interop.model import abstract_variables, student_of
 from scalr_jax.ops.voxels import NEIGHBORS
 from scalr_jax.runtime.errors import InputError
 from tests.support.checks import mentions
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
+pytestmark = pytest.mark.usefixtures("few_blocks")
 
 VIEW = ((-16.0, -16.0, -4.0), (16.0, 16.0, 4.0))
 
@@ -33,10 +33,7 @@ def make_model(head="distill", out_features=6, **minkunet):
     model["minkunet"] |= {"width": 0.1, "voxel_size": 0.2, **minkunet}
     model |= {"name": "minkunet14", "head": head, "head_hidden": 0, "out_features": out_features, "num_features": 5}
     model |= {"intensity": (10.0, 5.0), "field_of_view": VIEW, "voxel_size": 0.1}
-    student = student_of(model)
-    shapes = jax.eval_shape(
-        lambda batch: student.init(jax.random.key(0), batch, train=False), empty_batch(5, student.needs)
-    )
+    shapes = abstract_variables(student_of(model), 5)
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):

@@ -27,8 +27,6 @@ from scalr_jax.runtime.errors import InputError
 from tests.support.checks import assert_one_sentence, mentions, present
 from tests.support.tiny_student import tiny_model, write_workdir
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 SETTINGS = {
     "intensity": (10.0, 5.0),
     "field_of_view": ((-16.0, -16.0, -4.0), (16.0, 16.0, 4.0)),
@@ -156,7 +154,9 @@ def test_an_exported_folder_has_all_settings(models, tmp_path, form):
     assert "kind 6" in (output / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize(
+    "name", ["distilled", "waffleiron", *(pytest.param(n, marks=pytest.mark.slow) for n in ("probed", "mlp_probed"))]
+)
 def test_folding_changes_no_output(models, name):
     model = models[name]
     original = jax.device_get(model.variables)

@@ -17,8 +17,6 @@ from scalr_jax.interop.torch_file import write_torch_file
 from scalr_jax.runtime.errors import InputError
 from tests.support.paths import GOLDEN
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 
 @pytest.fixture(scope="module")
 def published():
@@ -78,7 +76,7 @@ def assert_close(found, expected, scale):
     assert np.abs(found - expected).max() < 1e-5 * scale
 
 
-@pytest.mark.parametrize("form", ["onnx", "stablehlo"])
+@pytest.mark.parametrize("form", ["onnx", pytest.param("stablehlo", marks=pytest.mark.slow)])
 def test_a_program_has_the_published_outputs(model, published, tmp_path, form):
     """Also of a scan in one pillar, whose maximum is of more points than a tree's level takes."""
     assert export.export_model(model, form, tmp_path / "program") < 1e-5

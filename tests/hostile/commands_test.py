@@ -345,12 +345,12 @@ BENCH = [
 ]
 
 
-@pytest.mark.parametrize("row", hostile.rows_of(EXPORT))
+@pytest.mark.parametrize("row", hostile.rows_of(EXPORT, fast=5))
 def test_export(row, things, loaded_once, tmp_path, capfd):
     hostile.check(row, hostile.run("export", row, things, tmp_path, capfd))
 
 
-@pytest.mark.parametrize("row", hostile.rows_of(VISUALIZE))
+@pytest.mark.parametrize("row", hostile.rows_of(VISUALIZE, fast=3))
 def test_visualize(row, things, loaded_once, tmp_path, capfd):
     hostile.check(row, hostile.run("visualize", row, things, tmp_path, capfd))
 

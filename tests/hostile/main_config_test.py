@@ -407,7 +407,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("row", hostile.rows_of(FLAGS, FILES, KEYS, SIZES))
+@pytest.mark.parametrize("row", hostile.rows_of(FLAGS, FILES, KEYS, SIZES, fast=4))
 def test_the_law(row, things, street_cache, tmp_path, capfd):
     outcome = hostile.run("main", row, things, tmp_path, capfd)
     hostile.check(row, outcome)

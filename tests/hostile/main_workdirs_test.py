@@ -290,6 +290,6 @@ EVALUATIONS = [
 ]
 
 
-@pytest.mark.parametrize("row", hostile.rows_of(OWN, START, EVALUATIONS))
+@pytest.mark.parametrize("row", hostile.rows_of(OWN, START, EVALUATIONS, fast=4))
 def test_the_law(row, things, tmp_path, capfd):
     hostile.check(row, hostile.run("main", row, things, tmp_path, capfd))

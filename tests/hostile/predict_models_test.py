@@ -169,6 +169,6 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("row", hostile.rows_of(MODELS))
+@pytest.mark.parametrize("row", hostile.rows_of(MODELS, fast=4))
 def test_the_law(row, things, tmp_path, capfd):
     hostile.check(row, hostile.run("predict", row, things, tmp_path, capfd))

@@ -26,7 +26,11 @@ PROCESSES = {
 }
 
 
-@pytest.mark.parametrize("command", PROCESSES)
+def marks(command):
+    return () if command in ("main", "prepare", "predict") else pytest.mark.slow
+
+
+@pytest.mark.parametrize("command", [pytest.param(command, marks=marks(command)) for command in PROCESSES])
 def test_the_law(command, tmp_path):
     row = PROCESSES[command]
     if row.damage:

@@ -21,8 +21,6 @@ from tests.support.checks import assert_one_sentence, mentions
 from tests.support.predict_runs import EXPLICIT, make_points, write_bin
 from tests.support.tiny_student import tiny_model, write_workdir
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 VIT = vit.ViTConfig(patch_size=8, width=16, depth=1, num_heads=2, hidden=32, position_grid=(2, 2))
 
 
@@ -63,7 +61,7 @@ def test_a_workdir(tmp_path):
     _, variables = tiny_model("segment", 4)
     variables["batch_stats"]["embedding"]["norm"]["mean"][2] = np.nan
     checkpoints = Checkpoints(path / "checkpoints", every=1, keep=1)
-    checkpoints.save(2, jax.tree.map(jnp.asarray, variables), jnp.zeros(1), force=True)
+    checkpoints.save(2, jax.device_put(variables), jnp.zeros(1), force=True)
     checkpoints.wait()
     checkpoints.close()
     with pytest.raises(InputError, match=mentions(path, "batch_stats/embedding/norm/mean")):

@@ -24,8 +24,6 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.settings import read_settings
 from tests.support.checks import mentions
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 VIEW, SIZE = ((0.0, 0.0, 0.0), (12.0, 10.0, 6.0)), 0.5
 STEM, WIDTHS, BLOCKS, FEATURES, CLASSES = 4, (4, 6, 8, 8, 8, 6, 6, 5), (1, 2, 1, 1, 1, 1, 1, 1), 3, 7
 LAYOUTS = ("minkowski", "torchsparse")

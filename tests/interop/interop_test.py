@@ -20,8 +20,6 @@ from scalr_jax.runtime.errors import InputError
 from tests.support.checks import mentions
 from tests.support.paths import GOLDEN
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 LAYOUT = ("feat", "cell_ind", "occupied_cells", "neighbors_emb", "grids")
 ACTIVATION = {"probe_scalr": "relu", "probe_scalr_plus": "gelu"}
 FILES = ("student_scalr", "student_scalr_plus", "student_batchnorm", *ACTIVATION)

@@ -16,8 +16,6 @@ from scalr_jax.runtime.errors import InputError
 from tests.support import numpy_vit
 from tests.support.checks import mentions
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 features = jax.jit(vit.features, static_argnums=0, static_argnames="which")
 
 # Names in the other projects, by their conversion scripts: (Meta's, theirs), tried in order.

@@ -10,9 +10,6 @@ import pytest
 from scalr_jax.data.scenes import PackedVoxels
 from scalr_jax.models import minkunet
 from scalr_jax.ops.voxels import count_levels, extent_of, sizes_for
-from tests.support.fast import fast_jit
-
-pytestmark = pytest.mark.usefixtures("fast_programs")
 
 VIEW = ((-3.2, -3.2, -1.6), (3.2, 3.2, 1.6))
 SMALL = minkunet.MinkUNet((1, 0, 0, 0, 1, 0, 0, 0), (4, 6, 8, 10, 8, 6, 6, 6), 4)
@@ -61,7 +58,7 @@ def forward(variables, feats, index, num_scenes, train):
     return out.reshape(*index.shape, -1), voxels.missing
 
 
-compiled = fast_jit(forward, static_argnums=(3, 4))
+compiled = jax.jit(forward, static_argnums=(3, 4))
 
 
 @pytest.fixture(scope="module")

@@ -28,19 +28,11 @@ from scalr_jax.train import optim
 from tests.support.checks import mentions
 from tests.support.collectives import check_only_sums
 from tests.support.random_scenes import FIELD_OF_VIEW
-from tests.support.runs import distill, losses, on_one_device, open_split, scene_settings, small_config
+from tests.support.runs import distill, losses, on_devices, on_one_device, open_split, scene_settings, small_config
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
+pytestmark = pytest.mark.usefixtures("few_blocks")
 
 NARROW = {"model.name": "minkunet14", "model.minkunet.width": 0.1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_blocks():
-    """The same net with two residual blocks, one down and one up, which compiles in a third of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(minkunet.BLOCKS, "minkunet14", (1, 0, 0, 0, 0, 0, 0, 1))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +117,16 @@ def test_one_scene_alone_gets_sizes_of_a_short_list(scenes):
 
 @pytest.fixture(scope="module")
 def run(street_cache, tmp_path_factory):
-    """Two steps of distillation, and what they left."""
+    """Two steps of distillation on two devices, and what they left."""
     workdir = tmp_path_factory.mktemp("distilled")
-    config = small_config(street_cache, **NARROW, num_steps=2)
-    state = distill(config, workdir)
-    return workdir, jax.device_get(state)
+    with pytest.MonkeyPatch.context() as patch:
+        return workdir, distilled(street_cache, workdir, patch)
+
+
+def distilled(street_cache, workdir, monkeypatch):
+    on_devices(monkeypatch, 2)
+    config = small_config(street_cache, **NARROW, **{"num_steps": 2, "mesh.data": 2})
+    return jax.device_get(distill(config, workdir))
 
 
 @pytest.mark.slow
@@ -156,9 +153,9 @@ def test_distilled_probed_and_loaded(run, street_cache, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_same_run_twice_is_bit_identical(run, street_cache, tmp_path):
+def test_the_same_run_twice_is_bit_identical(run, street_cache, tmp_path, monkeypatch):
     workdir, state = run
-    again = jax.device_get(distill(small_config(street_cache, **NARROW, num_steps=2), tmp_path))
+    again = distilled(street_cache, tmp_path, monkeypatch)
     assert losses(tmp_path) == losses(workdir)
     jax.tree.map(np.testing.assert_array_equal, again, state)
 

@@ -17,8 +17,6 @@ from tests.support.checks import mentions
 from tests.support.collectives import check_only_sums
 from tests.support.runs import config_of, distill, losses, on_one_device, open_split, scene_settings, small_config
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 TINY = {"model.name": "vavit_tiny", "model.vavit.width": 16, "model.vavit.num_heads": 2, "model.vavit.depth": 2}
 TINY |= {
     "model.vavit.hidden": 24,

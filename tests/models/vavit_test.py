@@ -20,10 +20,10 @@ from scalr_jax.interop.model import Published, student_of
 from scalr_jax.models.student import Student
 from scalr_jax.runtime.errors import InputError
 from tests.support.checks import present
-from tests.support.fast import fast_jit, plain_jit
+from tests.support.fast import usual_jit
 from tests.support.tiny_student import tiny_model
 
-pytestmark = [pytest.mark.usefixtures("fast_programs", "highest_precision")]
+pytestmark = pytest.mark.usefixtures("highest_precision")
 
 ARRAYS = ("feat", "neighbors", "xy_bev", "idx_bev", "splits_bev")
 FEATURES_BIAS = tuple(map(jax.tree_util.DictKey, ("embedding", "norm", "bias")))
@@ -58,6 +58,7 @@ def test_published_outputs(published, read, tag):
     assert scale_error(out, published[f"{tag}/out_eval"]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tag", ["scene", "batch"])
 def test_published_training_step(published, read, tag):
     """Outputs in training, loss, every gradient and every running statistic; of the batch also the padding token's."""
@@ -72,7 +73,7 @@ def test_published_training_step(published, read, tag):
         return jnp.mean(jnp.square(out[0][places] - target)), (out[0][places], updated["batch_stats"])
 
     # Compiled without care a rounding differs, another of two near neighbours wins, and norm.weight is off by 1e-3.
-    step = plain_jit(jax.value_and_grad(loss_of, has_aux=True))
+    step = usual_jit(jax.value_and_grad(loss_of, has_aux=True))
     (loss, (out, statistics)), gradients = step(read.variables["params"])
     assert scale_error(out, published[f"{tag}/out_train"]) < 1e-5
     assert abs(loss / published[f"{tag}/loss_train"] - 1) < 1e-6
@@ -87,6 +88,7 @@ def test_published_training_step(published, read, tag):
     assert np.abs(ours["norm.bias"]).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_packed_equals_apart(published, read):
     """Two scenes in one table, with padding behind them and an empty place for a third: outputs, gradients in training
     with the statistics of prediction."""
@@ -95,12 +97,12 @@ def test_packed_equals_apart(published, read):
     loose = with_padding(tight, points=37, pillars=75)
     student = student_of(read.model)
     alone, _ = interop.published_batch(*arrays_of(published, "scene")[0])
-    apply = fast_jit(lambda batch: student.apply(read.variables, batch, train=False))
+    apply = jax.jit(lambda batch: student.apply(read.variables, batch, train=False))
     first = apply(alone)[0]
     for batch in (tight, loose):
         np.testing.assert_allclose(apply(batch)[0, : len(first)], first, rtol=1e-5, atol=2e-6)
 
-    gradient = fast_jit(jax.grad(loss_in_training(student, read.variables)))
+    gradient = jax.jit(jax.grad(loss_in_training(student, read.variables)))
     near, far = gradient(read.variables["params"], tight), gradient(read.variables["params"], loose)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(near), jax.tree.leaves(far), strict=True):
         assert np.isfinite(b).all(), path
@@ -152,7 +154,7 @@ def test_one_pillar_far_points_and_a_shard_without_a_scene():
     capacities = Capacities(100, 3, (), (), pillars=(5,))
     shards = [pack_shard(packed, capacities, scenes[0], ()) for packed in (scenes, ())]
     batch = jax.tree.map(lambda *arrays: jnp.stack(arrays), *shards)
-    loss = fast_jit(jax.value_and_grad(loss_in_training(student, variables)))
+    loss = jax.jit(jax.value_and_grad(loss_in_training(student, variables)))
     for leaf in jax.tree.leaves(loss(variables["params"], batch)):
         assert np.isfinite(leaf).all()
 
@@ -189,6 +191,6 @@ def test_a_residual_in_bfloat16_follows_the_one_in_float32(published, read):
     batch, _ = interop.published_batch(*arrays_of(published, "scene")[0])
     exact = student_of(read.model)
     rounded = exact.clone(backbone=dataclasses.replace(exact.backbone, residual_dtype="bfloat16"))
-    outputs = [fast_jit(partial(s.apply, train=False))(read.variables, batch) for s in (exact, rounded)]
+    outputs = [jax.jit(partial(s.apply, train=False))(read.variables, batch) for s in (exact, rounded)]
     assert 1e-6 < scale_error(outputs[1], outputs[0]) < 0.02
     assert outputs[1].dtype == jnp.float32

@@ -11,8 +11,6 @@ from scalr_jax.models import vit
 from scalr_jax.ops.positions import resample_matrix, rotary_angles, rotary_periods
 from tests.support.checks import mentions
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 SMALL = vit.ViTConfig(patch_size=4, width=32, depth=3, num_heads=2, hidden=48, position_grid=(3, 5))
 SIZE = (8, 12)  # 2 x 3 patches
 IMAGES = np.random.default_rng(0).random((3, *SIZE, 3), np.float32)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from scalr_jax.ops import attention
-from tests.support.fast import fast_jit
 
 pytestmark = pytest.mark.usefixtures("highest_precision")
 
@@ -46,12 +45,12 @@ def test_tiles_are_the_reference_and_the_reference_is_the_formula(num_rows, coun
         return jnp.where(valid, attention.reference(q, k, v, scene), 0.0)
 
     def along(function):
-        return fast_jit(jax.value_and_grad(lambda q, k, v: (function(q, k, v) * direction).sum(), (0, 1, 2)))
+        return jax.jit(jax.value_and_grad(lambda q, k, v: (function(q, k, v) * direction).sum(), (0, 1, 2)))
 
     def tiles(q, k, v):
         return attention.packed(q, k, v, counts)
 
-    packed = fast_jit(tiles)(q, k, v)
+    packed = jax.jit(tiles)(q, k, v)
     for d in range(len(counts)):
         np.testing.assert_allclose(packed[d], naive(q[d], k[d], v[d], counts[d]), atol=2e-6)
     ours, theirs = along(tiles)(q, k, v), along(reference)(q, k, v)
@@ -63,10 +62,10 @@ def test_a_key_counts_as_often_as_it_is_copied():
     """`copies` equals so many rows of the same token, and 0 leaves it out."""
     q, k, v = random(*[(1, 6, 1, 4)] * 3)
     repeats = np.array([1, 3, 1, 2, 1, 0])
-    scene = jnp.asarray([[0, 0, 0, 1, 1, 1]])
+    q, k, v, scene = *map(np.asarray, (q, k, v)), np.array([[0, 0, 0, 1, 1, 1]])
     wide = [np.repeat(x, repeats, axis=1) for x in (k, v)]
-    seen = np.repeat(np.asarray(scene[0]), repeats)
-    found = attention.reference(q, k, v, scene, jnp.asarray(repeats[None], jnp.float32))
+    seen = np.repeat(scene[0], repeats)
+    found = jax.jit(attention.reference)(q, k, v, scene, repeats[None].astype(np.float32))
     for row in range(6):
         mine = seen == scene[0, row]
         same = np.repeat(q[0, row : row + 1], mine.sum(), axis=0)

@@ -9,7 +9,6 @@ import pytest
 
 from scalr_jax.ops.gated_neighbors import EPS, Form, Gate, Norm, gated_max
 from scalr_jax.ops.pillars import pillar_max, to_points
-from tests.support.fast import fast_jit
 
 pytestmark = pytest.mark.usefixtures("highest_precision")
 
@@ -59,7 +58,7 @@ def test_it_is_the_published_branch(inputs, train, at_a_time):
             y, *moments = function(u, norm, gate)
             return (y * direction).sum(), (y, moments)
 
-        return fast_jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))(u, norm, gate)
+        return jax.jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))(u, norm, gate)
 
     def ours(u, norm, gate):
         result: Any = gated_max(form, u, norm, gate, neighbors, mask)

@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 
 from scalr_jax.ops import cells, sparse_conv
 from scalr_jax.ops.voxels import Sizes, count_levels, sizes_for
-from tests.support.fast import FAST, fast_jit
-
-pytestmark = pytest.mark.usefixtures("fast_programs")
 
 EXTENT, NUM_SCENES, NUM_POINTS, LEVELS = (8, 6, 4), 2, 160, 3
 SIZES = (Sizes(160, 28 * 256, 256), Sizes(64, 28 * 128, 128), Sizes(16, 28 * 128, 128))
-make = fast_jit(functools.partial(sparse_conv.make_levels, sizes=SIZES, num_scenes=NUM_SCENES, extent=EXTENT))
+make = jax.jit(functools.partial(sparse_conv.make_levels, sizes=SIZES, num_scenes=NUM_SCENES, extent=EXTENT))
 
 
 def dense(rows, index, extent):
@@ -135,7 +132,7 @@ def reference(kind, depth, index, x, kernel):
     return read(out, index[1])
 
 
-@functools.partial(fast_jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def both(kind, depth, level, index, x, kernel, gradient):
     """Outputs and gradients of both, of the rows that count."""
     with jax.default_matmul_precision("highest"):
@@ -181,7 +178,7 @@ def test_counts_say_what_is_needed_and_without_room_it_is_said():
 
     def missing(sizes):
         limits = {"sizes": sizes, "num_scenes": NUM_SCENES, "extent": EXTENT}
-        return int(fast_jit(functools.partial(sparse_conv.make_levels, **limits))(coordinates, scene).missing)
+        return int(jax.jit(functools.partial(sparse_conv.make_levels, **limits))(coordinates, scene).missing)
 
     assert missing(exact) == 0
     for level in (0, LEVELS - 1):
@@ -206,7 +203,7 @@ def test_on_a_cpu_nothing_is_fused_into_a_convolution():
         arguments = jnp.ones((size.voxels, 4)), jnp.ones((27, 4, 4)), level
         for program, number in ((net, 2), (jax.grad(net, argnums=(0, 1)), 4)):
             lowered = jax.jit(program).lower(*arguments)
-            compiled = lowered.compile(FAST).as_text() or ""
+            compiled = lowered.compile().as_text() or ""
             assert len(re.findall(r" conditional\(", compiled)) == number
             for platform in ("tpu", "cuda"):
                 others = jax.jit(program).trace(*arguments).lower(lowering_platforms=(platform,))

@@ -30,8 +30,6 @@ from tests.support.cell_planes import (
 from tests.support.random_scenes import GRIDS, random_scene, stack
 from tests.support.small_student import init, small_student
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_tiles():

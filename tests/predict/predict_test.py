@@ -25,8 +25,6 @@ from tests.support.predict_runs import (
 )
 from tests.support.scan_writers import make_table, write_pcd, write_ply
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):

@@ -29,7 +29,7 @@ TINY = vit.ViTConfig(8, 8, 1, 2, 16, position_grid=(2, 3))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny_teacher(fast_programs):
+def tiny_teacher():
     """A ViT of one block in place of the packaged one."""
     params = vit.init(TINY, jax.random.key(1), SIZE)
     with pytest.MonkeyPatch.context() as patch:

@@ -23,7 +23,7 @@ def packed_plane(positions):
         feats = np.zeros((len(position), 1), np.float32)
         scenes.append(SceneView("", 0, feats, np.zeros((len(position), 1), np.int32), (plane,), None, None, None))
     shard = pack_shard(scenes, Capacities(POINTS, SCENES, (CELLS,), (HALO,)), scenes[0], (GRID,))
-    return jax.tree.map(jnp.asarray, shard.planes[0])
+    return jax.device_put(shard.planes[0])
 
 
 @jax.jit

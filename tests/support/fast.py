@@ -1,22 +1,25 @@
-"""Programs that XLA compiles two to four times as fast, which is what most tests spend their time on."""
+"""How XLA compiles in the tests: two to four times as fast as it does otherwise, which is what most of them spend their
+time on, eager operations too. What it makes of a program is then slower, and not what users run."""
 
-import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.core import Tracer
 
-FAST: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
-if jax.__version_info__ < (0, 11):
-    FAST["xla_cpu_use_fusion_emitters"] = False  # an option that later ones do not have
-plain_jit = jax.jit
+FAST = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+USUAL: dict[str, str | bool] = {"xla_backend_optimization_level": "3", "xla_llvm_disable_expensive_passes": False}
+if jax.__version_info__ < (0, 11):  # an option that later ones do not have
+    FAST.append("--xla_cpu_use_fusion_emitters=false")
+    USUAL["xla_cpu_use_fusion_emitters"] = True
+RUNNING: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 
 
-def fast_jit(function: Any = None, /, **options: Any) -> Any:
-    """`jax.jit` with the options `FAST`, or with them and those that are given; inside of another one without."""
-    if function is None:
-        return functools.partial(fast_jit, **options)
-    if isinstance(jnp.zeros(()), Tracer):  # while one is traced; only the outermost takes options
-        return plain_jit(function, **options)
-    return plain_jit(function, **{**options, "compiler_options": {**FAST, **(options.get("compiler_options") or {})}})
+def usual_jit(function: Any, **options: Any) -> Any:
+    """`jax.jit` as users have it: for programs whose time goes into running, and for rounding that has to be theirs.
+
+    It must be the outermost; one inside of another takes no compile options.
+    """
+    return jax.jit(function, compiler_options=USUAL, **options)

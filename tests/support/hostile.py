@@ -53,9 +53,12 @@ class Outcome(NamedTuple):
     trace: str
 
 
-def rows_of(*tables: list[Row]) -> list[Any]:
-    """The rows as parameters of `pytest.mark.parametrize("row", ...)`."""
-    return [pytest.param(row, id=row.name) for table in tables for row in table]
+def rows_of(*tables: list[Row], fast: int = 1) -> list[Any]:
+    """The rows as parameters of `pytest.mark.parametrize("row", ...)`; one of `fast` is fast, the others are slow, for
+    together they take long."""
+    rows = [row for table in tables for row in table]
+    marks = [() if number % fast == 0 else pytest.mark.slow for number in range(len(rows))]
+    return [pytest.param(row, id=row.name, marks=mark) for row, mark in zip(rows, marks, strict=True)]
 
 
 def content(folder: Path) -> dict[str, str]:

@@ -47,6 +47,5 @@ def pack(scenes, *, extra=0, extra_scenes=0):
 def stack(shards):
     """Batches without a D axis -> one batch [D, ...] of JAX arrays."""
     import jax
-    import jax.numpy as jnp
 
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *shards)
+    return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *shards))

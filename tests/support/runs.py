@@ -9,6 +9,7 @@ from scalr_jax import tasks
 from scalr_jax.data import build
 from scalr_jax.models.build import make_backbone
 from scalr_jax.runtime import sharding
+from scalr_jax.runtime.sharding import make_mesh
 from scalr_jax.settings import read_settings
 from scalr_jax.train.loop import train
 from tests.support.paths import ROOT
@@ -54,10 +55,14 @@ def scene_settings(config, *, task, train, fixed=False):
     return build.scene_settings(settings.data, needs, task=task, train=train, fixed=fixed)
 
 
+def on_devices(monkeypatch, number):
+    """Makes meshes of the first `number` devices from here on."""
+    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, jax.devices()[:number]))
+
+
 def on_one_device(monkeypatch):
     """Makes meshes of one device from here on, for which programs compile and run faster."""
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, devices=jax.devices()[:1]))
+    on_devices(monkeypatch, 1)
 
 
 def evaluator_of(config, classifier, variables, num_classes, **more):

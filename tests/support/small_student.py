@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from scalr_jax.data.scenes import SceneNeeds
@@ -24,5 +23,6 @@ def init(student, batch):
     """Random variables without compiling the initialisers."""
     shapes = jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda x: jnp.asarray(rng.uniform(-0.5, 0.5, x.shape), jnp.float32), shapes)
-    return {**variables, "batch_stats": jax.tree.map(lambda x: jnp.abs(x) + 0.5, variables["batch_stats"])}
+    variables = jax.tree.map(lambda x: rng.uniform(-0.5, 0.5, x.shape).astype(np.float32), shapes)
+    variables = {**variables, "batch_stats": jax.tree.map(lambda x: np.abs(x) + 0.5, variables["batch_stats"])}
+    return jax.device_put(variables)

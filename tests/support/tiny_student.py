@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scalr_jax.config import get_config
-from scalr_jax.interop.model import empty_batch, student_of
+from scalr_jax.interop.model import abstract_variables, student_of
 from scalr_jax.interop.saved import write_settings
 from scalr_jax.runtime.checkpoint import Checkpoints
 from scalr_jax.settings import read_settings
@@ -17,10 +17,7 @@ def tiny_model(head, out_features, **changes):
     model = get_config().model
     model.unlock()
     model.update({"channels": 8, "depth": 1, "head": head, "out_features": out_features, "num_features": 5, **changes})
-    student = student_of(model)
-    shapes = jax.eval_shape(
-        lambda batch: student.init(jax.random.key(0), batch, train=False), empty_batch(5, student.needs)
-    )
+    shapes = abstract_variables(student_of(model), 5)
     rng = np.random.default_rng(0)
     return model, jax.tree.map(lambda x: rng.uniform(0.1, 0.9, x.shape).astype(np.float32), shapes)
 
@@ -38,7 +35,7 @@ def write_workdir(path, task, head, out_features, *, class_names=(), **data):
     dataset.class_names = tuple(class_names)
     write_settings(path, settings.model, settings.data, student_of(model), dataset)
     checkpoints = Checkpoints(path / "checkpoints", every=1, keep=1)
-    checkpoints.save(1, jax.tree.map(jnp.asarray, variables), jnp.zeros(1), force=True)
+    checkpoints.save(1, jax.device_put(variables), jnp.zeros(1), force=True)
     checkpoints.wait()
     checkpoints.close()
     return path

@@ -3,7 +3,6 @@
 import contextlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,7 +24,7 @@ SHARDS, SCENES, POINTS, SIZE = 2, 3, 40, (16, 24)
 
 
 @pytest.fixture(scope="module")
-def live(fast_programs):
+def live():
     """A batch with images, the tokens of these and the teacher's feature of each point."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (SHARDS, SCENES, *SIZE, 3), np.uint8)
@@ -33,7 +32,7 @@ def live(fast_programs):
     pixels = rng.integers(0, SIZE, (SHARDS, POINTS, 2)).astype(np.int32)
     points = np.zeros((SHARDS, SCENES), np.int32)
     nothing = np.zeros((SHARDS, POINTS, 0), np.float32)
-    batch = jax.tree.map(jnp.asarray, Batch(nothing, scene, points, nothing, (), images, pixels))
+    batch = jax.device_put(Batch(nothing, scene, points, nothing, (), images, pixels))
     params = vit.init(TINY, jax.random.key(0), SIZE)
 
     def both(params, batch):
@@ -60,7 +59,7 @@ def test_features_of_stored_tokens_are_the_live_ones(live, dtype, share):
 
 
 @pytest.mark.slow
-def test_a_cached_run_needs_no_teacher_resumes_and_may_move(fast_programs, tmp_path, street_cache, monkeypatch):
+def test_a_cached_run_needs_no_teacher_resumes_and_may_move(tmp_path, street_cache, monkeypatch):
     """That its losses are the live ones follows from the features above; docs/measurements/tokens.md has 20 steps."""
     on_one_device(monkeypatch)
     changes = {"num_steps": 2, "checkpoint_every_steps": 1, "log_every_steps": 1, "mesh.data": 1}

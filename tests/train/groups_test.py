@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,11 +14,11 @@ from scalr_jax.settings import read_settings
 from scalr_jax.train import losses
 from scalr_jax.train.groups import make_groups
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 SLOTS, CLASSES = 3, 5
 SIZES = ((9, 4, 7), (12, 0, 0), (3, 8, 0))  # points of each scene of three shards; 0: an empty slot
 POINTS = 24
+
+grouped = jax.jit(make_groups, static_argnums=3)
 
 
 def batch(seed=0):
@@ -36,7 +35,7 @@ def batch(seed=0):
                 count += 1
     labels = rng.integers(0, CLASSES - 1, scene.shape)
     labels[rng.random(scene.shape) < 0.2] = 255
-    return jnp.asarray(scene), jnp.asarray(np.array(SIZES)), labels, order
+    return scene, np.array(SIZES), labels, order
 
 
 def mean_of_groups(loss_of, order, mask, k):
@@ -79,9 +78,9 @@ def test_segmentation_is_the_mean_over_groups(k, segmentation):
     scene, scene_points, labels, order = batch()
     labels[0, :9] = 255  # a scene without a label takes no part
     logits = np.random.default_rng(1).normal(size=(*scene.shape, CLASSES)).astype(np.float32)
-    logits[np.asarray(scene) == SLOTS] = np.nan  # padding may hold anything
-    mask = (np.asarray(scene) < SLOTS) & (labels != 255)
-    groups = make_groups(scene, scene_points, jnp.asarray(mask), k)
+    logits[scene == SLOTS] = np.nan  # padding may hold anything
+    mask = (scene < SLOTS) & (labels != 255)
+    groups = grouped(scene, scene_points, mask, k)
     (_, (entropy, lovasz)), gradient = segmentation(logits, labels, mask, groups)
 
     def entropy_of(rows):
@@ -103,9 +102,9 @@ def test_distillation_is_the_mean_over_groups(k):
     scene, scene_points, _, order = batch()
     rng = np.random.default_rng(2)
     student, teacher = rng.normal(size=(2, *scene.shape, 4)).astype(np.float32)
-    mask = np.asarray(scene) < SLOTS
+    mask = scene < SLOTS
     student[~mask], teacher[~mask] = 0, np.nan
-    groups = make_groups(scene, scene_points, jnp.asarray(mask), k)
+    groups = grouped(scene, scene_points, mask, k)
 
     def loss_of(rows):
         p, q = (x[rows] / np.linalg.norm(x[rows], axis=-1, keepdims=True) for x in (student, teacher))
@@ -123,9 +122,9 @@ def test_distillation_is_the_mean_over_groups(k):
 
 def test_without_groups_and_without_points(segmentation):
     scene, scene_points, _, _ = batch()
-    assert make_groups(scene, scene_points, scene < SLOTS, 0) is None
-    nothing = jnp.zeros(scene.shape, bool)
-    groups = make_groups(scene, jnp.zeros_like(scene_points), nothing, 1)
+    assert grouped(scene, scene_points, scene < SLOTS, 0) is None
+    nothing = np.zeros(scene.shape, bool)
+    groups = grouped(scene, np.zeros_like(scene_points), nothing, 1)
     logits = np.ones((*scene.shape, CLASSES), np.float32)
     (loss, _), gradient = segmentation(logits, np.zeros(scene.shape, int), nothing, groups)
     assert loss == 0

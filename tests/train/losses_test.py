@@ -14,8 +14,6 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import losses
 from tests.support.checks import mentions, present
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 
 def test_published_distillation_loss(golden):
     arrays = golden("distill_loss")
@@ -27,7 +25,7 @@ def test_published_distillation_loss(golden):
         p = jnp.concatenate([features[b].T[points[b]] for b in (0, 1)])
         return losses.distillation(p, q, mask)
 
-    loss, gradient = jax.value_and_grad(loss_of)(jnp.asarray(arrays["feat_point"]))
+    loss, gradient = jax.jit(jax.value_and_grad(loss_of))(jnp.asarray(arrays["feat_point"]))
     np.testing.assert_allclose(loss, arrays["loss"], rtol=1e-6)
     np.testing.assert_allclose(gradient, arrays["grad_feat_point"], atol=1e-6 * np.abs(arrays["grad_feat_point"]).max())
 
@@ -38,22 +36,24 @@ def test_padding_does_not_touch_the_distillation_loss_or_its_gradient():
     p, q = rng.normal(size=(2, 6, 4)).astype(np.float32)
     padded_p, padded_q = (np.concatenate([x, np.zeros((3, 4), np.float32)]) for x in (p, q))
     mask = np.arange(9) < 6
-    loss, gradient = jax.value_and_grad(losses.distillation)(p, q, np.ones(6, bool))
-    padded_loss, padded_gradient = jax.value_and_grad(losses.distillation)(padded_p, padded_q, mask)
+    along = jax.jit(jax.value_and_grad(losses.distillation))
+    loss, gradient = along(p, q, np.ones(6, bool))
+    padded_loss, padded_gradient = along(padded_p, padded_q, mask)
     np.testing.assert_allclose(padded_loss, loss, rtol=1e-6)
     np.testing.assert_allclose(padded_gradient[:6], gradient, rtol=1e-5, atol=1e-7)
     assert np.all(padded_gradient[6:] == 0)
-    assert np.all(np.isfinite(jax.grad(losses.distillation)(q, q, np.ones(6, bool))))
+    assert np.all(np.isfinite(along(q, q, np.ones(6, bool))[1]))
 
 
 def test_best_constant_is_the_best():
     rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.normal(size=(300, 5)) + np.array([2, 0, 0, 1, 0]), jnp.float32)
-    mask = jnp.arange(300) < 250
-    best = losses.best_constant(q, mask, iterations=20)
-    np.testing.assert_allclose(losses.best_constant(q, mask), best, rtol=1e-3)
-    for constant in jnp.asarray(rng.normal(size=(200, 5)) * 0.3 + np.array([2, 0, 0, 1, 0]), jnp.float32):
-        assert losses.distillation(jnp.broadcast_to(constant, q.shape), q, mask) >= best - 1e-6
+    q = (rng.normal(size=(300, 5)) + np.array([2, 0, 0, 1, 0])).astype(np.float32)
+    q, mask = jax.device_put((q, np.arange(300) < 250))
+    best = jax.jit(lambda *a: losses.best_constant(*a, iterations=20))(q, mask)
+    np.testing.assert_allclose(jax.jit(losses.best_constant)(q, mask), best, rtol=1e-3)
+    constants = (rng.normal(size=(200, 5)) * 0.3 + np.array([2, 0, 0, 1, 0])).astype(np.float32)
+    loss_of = jax.vmap(lambda constant: losses.distillation(jnp.broadcast_to(constant, q.shape), q, mask))
+    assert jax.jit(loss_of)(constants).min() >= best - 1e-6
 
 
 def test_a_label_outside_the_classes_is_named():
@@ -62,15 +62,24 @@ def test_a_label_outside_the_classes_is_named():
         report.confusion_matrix(labels, classes, 3)
 
 
+@jax.jit
+def segmentation_gradient(logits, labels, mask):
+    """The gradient of both losses' sum, and the losses."""
+
+    def total(logits):
+        parts = losses.segmentation(logits, labels, mask)
+        return sum(parts), parts
+
+    return jax.grad(total, has_aux=True)(logits)
+
+
 def test_published_segmentation_losses_and_metrics(golden):
     arrays = golden("segmentation")
     logits, labels = arrays["logits"], arrays["labels"]
     mask = labels != 255
-    entropy, lovasz = losses.segmentation(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(mask))
+    gradient, (entropy, lovasz) = segmentation_gradient(logits, labels, mask)
     np.testing.assert_allclose(entropy, arrays["loss_ce"], rtol=1e-6)
     np.testing.assert_allclose(entropy + lovasz, arrays["loss_ce_plus_lovasz"], rtol=1e-6)
-    total = lambda x: sum(losses.segmentation(x, jnp.asarray(labels), jnp.asarray(mask)))  # noqa: E731
-    gradient = np.asarray(jax.grad(total)(jnp.asarray(logits)))
     name = next(name for name in arrays if name.startswith("grad"))
     np.testing.assert_allclose(gradient, arrays[name], atol=1e-6 * np.abs(arrays[name]).max() + 1e-8)
     confusion = report.confusion_matrix(labels, logits.argmax(1), logits.shape[1])
@@ -92,11 +101,12 @@ def test_published_segmentation_losses_in_a_packed_batch(golden):
     mask = np.zeros(3 * 260, bool)
     mask[places] = arrays["labels"] != 255
     mask = mask.reshape(3, 260)
-    total = lambda x: sum(losses.segmentation(x, jnp.asarray(labels), jnp.asarray(mask)))  # noqa: E731
-    loss, gradient = jax.value_and_grad(total)(jnp.asarray(logits))
-    np.testing.assert_allclose(loss, arrays["loss_ce_plus_lovasz"], rtol=1e-6)
+    gradient, parts = segmentation_gradient(logits, labels, mask)
+    np.testing.assert_allclose(sum(parts), arrays["loss_ce_plus_lovasz"], rtol=1e-6)
     wanted = arrays["grad_logits"]
-    np.testing.assert_allclose(gradient.reshape(-1, 7)[places], wanted, atol=1e-6 * np.abs(wanted).max() + 1e-8)
+    np.testing.assert_allclose(
+        np.asarray(gradient).reshape(-1, 7)[places], wanted, atol=1e-6 * np.abs(wanted).max() + 1e-8
+    )
     assert not np.any(np.asarray(gradient)[~mask])
 
 
@@ -118,11 +128,11 @@ def lovasz_reference(logits, labels):
 
 def test_lovasz_equals_its_reference_and_ignores_padding():
     rng = np.random.default_rng(1)
-    logits, labels = jnp.asarray(rng.normal(size=(40, 5)), jnp.float32), jnp.asarray(rng.integers(0, 4, 40))
-    expected = lovasz_reference(np.asarray(logits, np.float64), np.asarray(labels))
-    np.testing.assert_allclose(losses.lovasz_softmax(logits, labels, jnp.ones(40, bool)), expected, rtol=1e-5)
-    more = jnp.concatenate([logits, 10 * rng.normal(size=(9, 5)).astype(np.float32)])
-    padded = losses.lovasz_softmax(more, jnp.append(labels, np.full(9, 255)), jnp.arange(49) < 40)
+    logits, labels = rng.normal(size=(40, 5)).astype(np.float32), rng.integers(0, 4, 40)
+    expected, lovasz = lovasz_reference(logits.astype(np.float64), labels), jax.jit(losses.lovasz_softmax)
+    np.testing.assert_allclose(lovasz(logits, labels, np.ones(40, bool)), expected, rtol=1e-5)
+    more = np.concatenate([logits, 10 * rng.normal(size=(9, 5)).astype(np.float32)])
+    padded = lovasz(more, np.append(labels, np.full(9, 255)), np.arange(49) < 40)
     np.testing.assert_allclose(padded, expected, rtol=1e-5)
 
 

@@ -11,10 +11,23 @@ from scalr_jax import tasks
 from scalr_jax.runtime import sharding
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.sharding import make_mesh
 from scalr_jax.settings import read_settings
 from scalr_jax.train.loop import train
+from tests.support import runs
 from tests.support.checks import mentions
-from tests.support.runs import distill, lines, losses, on_one_device, open_split, scene_settings, small_config
+from tests.support.runs import distill, lines, losses, on_devices, on_one_device, open_split, scene_settings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _four_devices():
+    with pytest.MonkeyPatch.context() as patch:
+        on_devices(patch, 4)
+        yield
+
+
+def small_config(street_cache, **changes):
+    return runs.small_config(street_cache, **{"mesh.data": 4, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +206,7 @@ def test_no_gather_or_scatter_crosses_a_device(street_cache, tmp_path):
 
     config = small_config(street_cache)
     dataset = open_split(config, "train", cache=tmp_path)
-    mesh = sharding.make_mesh(8, 1)
+    mesh = make_mesh(8, 1)
     pipeline = Pipeline(
         dataset,
         scene_settings(config, task="distill", train=True),
@@ -227,8 +240,8 @@ def test_resuming_on_another_number_of_devices_is_refused(whole_run, street_cach
     from scalr_jax.runtime.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(whole_run[0] / "checkpoints", every=3, keep=2)
-    positions = jax.ShapeDtypeStruct((4,), np.int32)
-    with pytest.raises(InputError, match=mentions(8, "shards", 4)):
+    positions = jax.ShapeDtypeStruct((2,), np.int32)
+    with pytest.raises(InputError, match=mentions(4, "shards", 2)):
         checkpoints.restore({}, positions)
     checkpoints.close()
 

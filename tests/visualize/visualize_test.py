@@ -27,8 +27,6 @@ from tests.support.checks import present
 from tests.support.tiny_student import tiny_model, write_workdir
 from tests.support.viewer_page import decode, read_viewer
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
 pytest.importorskip("plotly")
 
 
