@@ -117,6 +117,20 @@ def test_configs_that_train_nothing_or_do_not_divide_are_named():
         abstract.make_run(read_settings(config), mesh)
 
 
+def test_a_cached_teacher_is_tokens_in_the_batch_and_nothing_in_the_step():
+    mesh = sharding.make_mesh(8, 1)
+    config = config_of("smoke")
+    run = abstract.make_run(read_settings(config), mesh, "vits14", cached=True)
+    assert not jax.tree.leaves(run.teacher)
+    assert run.batch.images is None
+    rows, columns = (size // 14 for size in config.data.image_size)
+    assert run.batch.tokens.shape == (8, config.data.scenes_per_shard, rows, columns, 384)
+    assert run.batch.tokens.dtype == np.uint16
+    config.task = "finetune"
+    with pytest.raises(InputError, match="--cached_teacher"):
+        abstract.make_run(read_settings(config), mesh, cached=True)
+
+
 @CONFIG_FILES
 def test_what_does_not_fit_ends_with_code_2_and_the_shortfall(monkeypatch, capsys):
     """The compiler's message as it was for a 7B teacher on a v5e; the chip's memory is the one it names."""
@@ -306,8 +320,8 @@ def test_slices_exchange_their_share_of_the_gradients():
 
 
 # Bytes and FLOPs of a step on one H100 (jax 0.10.2, 2026-11-29).
-TRAFFIC_VAVIT, FLOPS_VAVIT = 1.0, 1.0
-TRAFFIC, FLOPS = 1.0, 1.0
+TRAFFIC_VAVIT, FLOPS_VAVIT = 719_936_736, 5_768_094_720
+TRAFFIC, FLOPS = 1_224_140_969, 14_250_964_480
 
 
 @pytest.mark.cuda
