@@ -18,9 +18,6 @@ from typing import NamedTuple
 import grain
 import numpy as np
 from absl import logging
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import KDTree
 
 from scalr_jax.data.readers import files
 from scalr_jax.data.scenes import Dataset, Frame
@@ -149,6 +146,10 @@ def cut(frame: Frame, classes: Sequence[int], statistics: tuple[float, float]) -
 
 def connected(xyz: np.ndarray) -> np.ndarray:
     """The connected set [n] of each point [n, 3] (metres): voxels of `GAP` that touch, corners included, are one."""
+    from scipy.sparse import coo_matrix  # these take a third of a second, and most runs mix no instances
+    from scipy.sparse.csgraph import connected_components
+    from scipy.spatial import KDTree
+
     voxels, inverse = np.unique(np.floor(xyz / GAP).astype(np.int64), axis=0, return_inverse=True)
     pairs = KDTree(voxels).query_pairs(1.5, p=np.inf, output_type="ndarray")
     graph = coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(voxels), len(voxels)))

@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
-import scipy.special
 
 from scalr_jax.config import ProbeSettings
 from scalr_jax.data.readers import files
@@ -77,6 +75,9 @@ def fit_logistic(features: np.ndarray, labels: np.ndarray, num_classes: int, str
     which IGLOSS uses; so the bias is regularised too, and only the positive samples are balanced. A class without a
     sample gets bias -inf. features [n, C], labels [n] integers.
     """
+    import scipy.optimize
+    import scipy.special
+
     x = np.concatenate([features, np.ones((len(features), 1))], axis=1).astype(np.float64)
     weights, biases = np.zeros((num_classes, features.shape[1])), np.full(num_classes, -np.inf)
     present = np.unique(labels)

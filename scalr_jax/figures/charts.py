@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from scalr_jax.figures.pictures import save_figure
 from scalr_jax.runtime.logging import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def _figure(**options: Any) -> Figure:
+    from matplotlib.figure import Figure  # takes half a second, which a run spends at its end, not at its start
+
+    return Figure(**options)
+
+
+def _save(figure: Figure, path: Path, title: str) -> None:
+    from scalr_jax.figures.pictures import save_figure
+
+    save_figure(figure, path, title)
 
 
 def read_curve(workdir: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -22,7 +36,7 @@ def draw_loss(workdir: Path, output: Path | None = None) -> Path:
     """The loss over steps, with the best constant prediction beside it, into `figures/loss.png`."""
     output = output or workdir / "figures" / "loss.png"
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = _figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(*read_curve(workdir, "train/loss"), label="student")
     steps, constant = read_curve(workdir, "train/loss_constant")
@@ -46,7 +60,7 @@ def draw_confusion(path: Path, confusion: np.ndarray, results: Mapping, title: s
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     by_ring = np.array([[part["iou"][name] for part in (results, *rings.values())] for name in names], float) * 100
     side = max(3.2, 0.42 * size)
-    figure = Figure(figsize=(side + 0.62 * by_ring.shape[1] + 4.2, side + 1.8), layout="constrained")
+    figure = _figure(figsize=(side + 0.62 * by_ring.shape[1] + 4.2, side + 1.8), layout="constrained")
     axes = figure.subplots(1, 2, width_ratios=(size, 1.25 * by_ring.shape[1]), sharey=True)
     panels = (
         ("where the points of each label went, %", percent, names, "Blues"),
@@ -65,14 +79,14 @@ def draw_confusion(path: Path, confusion: np.ndarray, results: Mapping, title: s
     axes[0].set_yticks(range(size), names)
     axes[0].set(xlabel="prediction", ylabel="label")
     axes[1].set_xlabel("metres from the lidar")
-    save_figure(figure, path, title)
+    _save(figure, path, title)
 
 
 def draw_robustness(path: Path, results: Mapping, title: str) -> None:
     """A PNG: mIoU of each corruption and severity beside that of clear scans, from the results of task robustness."""
     found = results["robustness"]
     names, severities = list(found["corruptions"]), found["severities"]
-    figure = Figure(figsize=(2.2 + 1.25 * len(names), 4.6), layout="constrained")
+    figure = _figure(figsize=(2.2 + 1.25 * len(names), 4.6), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(severities)
     shades = ("#9ecae1", "#4292c6", "#08519c")[-len(severities) :]
@@ -90,4 +104,4 @@ def draw_robustness(path: Path, results: Mapping, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(ncols=4, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     means = [f"{name} {found[key]:.1f} %" for name, key in (("mCE", "mce"), ("mRR", "mrr")) if found[key] is not None]
-    save_figure(figure, path, f"{title}\n{'; '.join([*means, 'corrupted by ' + found['corrupted_by']])}")
+    _save(figure, path, f"{title}\n{'; '.join([*means, 'corrupted by ' + found['corrupted_by']])}")
