@@ -62,14 +62,14 @@ def _rendering_that_runs():
 def few_blocks():
     """A minkunet14 is the same net with two residual blocks, one down and one up, which compiles in a third of the
     time."""
-    from scalr_jax.interop.model import _kept_variables
+    from scalr_jax.interop.model import kept_variables
     from scalr_jax.models import minkunet
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(minkunet.BLOCKS, "minkunet14", (1, 0, 0, 0, 0, 0, 0, 1))
-        _kept_variables.cache_clear()
+        kept_variables.clear()
         yield
-    _kept_variables.cache_clear()
+    kept_variables.clear()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _figure(**options: Any) -> Figure:
+def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # takes half a second, which a run spends at its end, not at its start
 
-    return Figure(**options)
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Figure, path: Path, title: str) -> None:
@@ -36,7 +36,7 @@ def draw_loss(workdir: Path, output: Path | None = None) -> Path:
     """The loss over steps, with the best constant prediction beside it, into `figures/loss.png`."""
     output = output or workdir / "figures" / "loss.png"
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure = _figure(figsize=(6, 3.6), layout="constrained")
+    figure = _figure(6, 3.6)
     axes = figure.subplots()
     axes.plot(*read_curve(workdir, "train/loss"), label="student")
     steps, constant = read_curve(workdir, "train/loss_constant")
@@ -60,7 +60,7 @@ def draw_confusion(path: Path, confusion: np.ndarray, results: Mapping, title: s
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     by_ring = np.array([[part["iou"][name] for part in (results, *rings.values())] for name in names], float) * 100
     side = max(3.2, 0.42 * size)
-    figure = _figure(figsize=(side + 0.62 * by_ring.shape[1] + 4.2, side + 1.8), layout="constrained")
+    figure = _figure(side + 0.62 * by_ring.shape[1] + 4.2, side + 1.8)
     axes = figure.subplots(1, 2, width_ratios=(size, 1.25 * by_ring.shape[1]), sharey=True)
     panels = (
         ("where the points of each label went, %", percent, names, "Blues"),
@@ -86,7 +86,7 @@ def draw_robustness(path: Path, results: Mapping, title: str) -> None:
     """A PNG: mIoU of each corruption and severity beside that of clear scans, from the results of task robustness."""
     found = results["robustness"]
     names, severities = list(found["corruptions"]), found["severities"]
-    figure = _figure(figsize=(2.2 + 1.25 * len(names), 4.6), layout="constrained")
+    figure = _figure(2.2 + 1.25 * len(names), 4.6)
     axes = figure.subplots()
     width = 0.8 / len(severities)
     shades = ("#9ecae1", "#4292c6", "#08519c")[-len(severities) :]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -74,16 +73,16 @@ def empty_batch(num_features: int, needs: SceneNeeds) -> Batch:
 
 
 def abstract_variables(student: Student, num_features: int) -> Variables:
-    """A student's variables as `jax.ShapeDtypeStruct`."""
-    return _kept_variables(student, num_features)
+    """A student's variables as `jax.ShapeDtypeStruct`. Kept, for tracing a student takes longer than reading a file."""
+    key = (student, num_features)
+    if key not in kept_variables:
+        batch = empty_batch(num_features, student.needs)
+        init = lambda batch: student.init(jax.random.key(0), batch, train=False)  # noqa: E731
+        kept_variables[key] = jax.eval_shape(init, batch)
+    return kept_variables[key]
 
 
-def _trace(student: Student, num_features: int) -> Variables:
-    batch = empty_batch(num_features, student.needs)
-    return jax.eval_shape(lambda batch: student.init(jax.random.key(0), batch, train=False), batch)
-
-
-_kept_variables: Any = functools.lru_cache(maxsize=64)(_trace)  # tracing a student takes longer than reading a file
+kept_variables: dict[tuple[object, int], Variables] = {}  # of students and their numbers of features
 
 
 def shapes_of(student: Student, num_features: int) -> dict[str, dict[str, tuple[int, ...]]]:
