@@ -47,6 +47,7 @@ class RunSettings:
     keep_checkpoints: int = key(2, "how many of the newest checkpoints are kept", low=1, resume=True)
     keep_every_steps: int = key(0, "besides these, one checkpoint every so many steps; 0: none", low=0, resume=True)
     deterministic: bool = key(False, "GPU: only operations that give the same result every time (slower)")
+    profile: tuple[int, ...] = key((), "(START, STOP): an XProf trace of these steps, in WORKDIR/profile", resume=True)
     checkpoint: str = key("", "probe, finetune, evaluate, robustness: a workdir or a published file to start from")
 
 

@@ -10,6 +10,9 @@ Exit codes: 0 done, or stopped as asked (SIGTERM, Ctrl-C while training) and sav
 Flags:
     --config               a config file of configs/ (required)
     --workdir              where config.json, metrics.jsonl, checkpoints/, results.json and figures/ go (required)
+    --profile              START:STOP: an XProf trace of the steps from START to before STOP, in WORKDIR/profile
+    --cache                folder of compiled programs, found again by the next run; none: they are not kept (default:
+                           the user's cache)
     --coordinator_address  host:port of process 0, for several processes without a detected cluster
     --num_processes        how many there are
     --process_id           which one this is, from 0
@@ -19,6 +22,7 @@ Flags:
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -29,11 +33,14 @@ from ml_collections import ConfigDict, config_flags
 
 from scalr_jax.config import Settings, all_keys
 from scalr_jax.runtime import stopping
-from scalr_jax.runtime.command_line import exit_codes, fail, parse_flags, require, sentence_of
+from scalr_jax.runtime.command_line import exit_codes, fail, parse_flags, require, sentence_of, use_cache
+from scalr_jax.runtime.errors import InputError
 from scalr_jax.settings import read_settings
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a config file.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go.")
+PROFILE = flags.DEFINE_string("profile", None, "START:STOP.")
+CACHE = flags.DEFINE_string("cache", None, "Folder of compiled programs.")
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which process this is.")
@@ -75,8 +82,17 @@ def main(_: list[str]) -> None:
             print(stop, flush=True)
 
 
+def _profile(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+    if not found:
+        raise InputError(f"--profile={text} is not START:STOP, two numbers of steps, as in 100:110")
+    return int(found[1]), int(found[2])
+
+
 def _main() -> None:
     with exit_codes():
+        if PROFILE.value is not None:
+            CONFIG.value.profile = _profile(PROFILE.value)
         settings = read_settings(CONFIG.value)
     if settings.run.deterministic:
         flags_before = os.environ.get("XLA_FLAGS", "")  # XLA reads them when the first device is used
@@ -87,6 +103,8 @@ def _main() -> None:
 
     try:
         distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CONNECT_SECONDS.value)
+        if CACHE.value or "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            use_cache(CACHE.value)
         perform(settings, Path(WORKDIR.value or ""))
     except (Exception, KeyboardInterrupt) as error:
         resumes = "the same command resumes from the last checkpoint"

@@ -80,6 +80,9 @@ def _problems(settings: Settings) -> Iterator[str]:
         yield "data.augmentation = 'vavit' with an image (it is for labelled scans alone; give 'published')"
     if settings.teacher.cache and settings.run.task == "demo":
         yield f"teacher.cache = {settings.teacher.cache!r} with task 'demo' (it is for distill; leave it out)"
+    profile = settings.run.profile
+    if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1]):
+        yield f"profile = {profile} (expected: two steps, the first, from 0, before the second)"
     if settings.mesh.data == 0:
         yield "mesh.data = 0 (expected: -1, or at least 1)"
 

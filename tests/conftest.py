@@ -45,7 +45,9 @@ def shared_folder(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def _compilation_cache(shared_folder):
     """A program that several tests run is compiled once a session."""
-    jax.config.update("jax_compilation_cache_dir", str(shared_folder / "compiled"))
+    folder = str(shared_folder / "compiled")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # of the commands that tests start, which else keep the user's
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

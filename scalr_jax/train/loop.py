@@ -34,6 +34,7 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.logging import MetricWriter
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import AveragedState, TrainState, init_state, start_average
+from scalr_jax.train.trace import Trace
 from scalr_jax.train.watch import Made, Watch, explain
 
 
@@ -100,13 +101,15 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
     # The loop. Its order matters: read, step, save what the step finished, log.
     number, stopped = int(state.step), False
     source = prefetch(iter(pipeline.steps(capacities, sample[0], positions.tolist())), settings.data.prefetch)
+    trace = Trace(run.profile, workdir / "profile")
     log, watch = _Log(writer, capacities, mesh.size, run.log_every_steps), Watch()
     # Whatever ends the loop, a save that was begun is finished.
     closing = contextlib.closing
-    with distributed.preemption() as reached, closing(writer), closing(checkpoints), closing(source):
+    with distributed.preemption() as reached, closing(writer), closing(checkpoints), closing(source), closing(trace):
         while number < run.num_steps and not stopped:
             item = next(source)
             batch = sharding.put_batch(item.batch, mesh)
+            trace.before(number, state)
             with jax.transfer_guard("disallow"):
                 state, metrics = program.step(state, teacher, batch)
             number += 1

@@ -34,6 +34,8 @@ FLAGS = [
     flags("text for a number", "num_steps", add=("--config.num_steps=many",)),
     flags("half a tuple", "image_size", add=("--config.data.image_size=(1,",)),
     flags("code for a tuple", "image_size", add=("--config.data.image_size=__import__('os').getpid()",)),
+    flags("profile of text", "--profile=soon", "100:110", add=("--profile=soon",)),
+    flags("profile that ends before it begins", "profile = (5, 3)", add=("--profile=5:3",)),
     flags("negative connect_seconds", "--connect_seconds=-1", add=("--connect_seconds=-1",)),
     flags("connect_seconds 0", "--connect_seconds=0", add=("--connect_seconds=0",)),
     flags("endless connect_seconds", "--connect_seconds=9999999999", add=("--connect_seconds=9999999999",)),
