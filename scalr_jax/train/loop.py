@@ -73,9 +73,7 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
     batch = sharding.put_batch(pipeline.empty_batch(capacities, sample[0]), mesh)
     program = make_program(settings, task, batch, mesh, expected)
     if sharding.platform() == "cpu":  # whose memory the system grants until it kills
-        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
-        remedy = "lower model.channels or model.depth (of a VaViT model.vavit.width or model.vavit.depth)"
-        check_room(needed, "the training state of the student", remedy)
+        _check_memory(program.state)
     teacher = jax.device_put(task.teacher, sharding.parameter_shardings(task.teacher, mesh))
 
     # Resume, or begin.
@@ -134,6 +132,12 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
             "optimizer.learning_rate, or look at the data, and train in another --workdir"
         )
     return state
+
+
+def _check_memory(state: TrainState) -> None:
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    remedy = "lower model.channels or model.depth (of a VaViT model.vavit.width or model.vavit.depth)"
+    check_room(needed, "the training state of the student", remedy)
 
 
 def _make_pipeline(
