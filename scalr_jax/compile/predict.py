@@ -78,13 +78,15 @@ def category(program: Program, instruction: Instruction) -> str:
         return "products"
     if "embedding" in source:
         return "embedding"
+    if opcode == "copy" or re.search(r"dynamic_(update_)?(index_in_dim|slice)", source):
+        return "copies"  # of what a scan keeps
     if inside & set(MOVES):
         return "gathers and scatters"
-    if "norm" in source:
+    if "norm" in source or "rsqrt" in inside:
         return "norms"
     if "Student" not in source and "jvp" not in source and source:
         return "optimiser"
-    return "copies" if opcode.startswith(("copy", "dynamic", "transpose", "slice", "concatenate")) else "other"
+    return "copies" if opcode.startswith(("dynamic", "transpose", "slice", "concatenate")) else "other"
 
 
 class Useful(NamedTuple):

@@ -65,15 +65,15 @@ def test_open_capacities_are_those_of_the_published_mixture():
     assert abstract.choose_capacities(data, needs) == given
     data = dataclasses.replace(data, points_per_shard=data.points_per_shard // 2)
     assert abstract.choose_capacities(data, needs).cells == tuple(n // 2 for n in given.cells)
-    # Pillars of 0.5 m are as many as cells of the top view.
-    config.model.name = "vavit_b"
-    settings = read_settings(config)
-    needs = make_backbone(settings.model).needs
-    capacities = abstract.choose_capacities(settings.data, needs)
-    assert (capacities.pillars, capacities.cells) == (given.cells[:1], ())
-    config = recipes.waffleiron("nuscenes", 256)
-    data = read_settings(config).data
-    assert abstract.choose_capacities(data, needs).pillars[0] == pytest.approx(data.cells_per_shard[0], abs=128)
+    # Pillars are those of a pack, or of so many whole turns.
+    config = recipes.packed(recipes.pretraining("vavit_b"), 1)
+    needs = make_backbone(read_settings(config).model).needs
+    config.data.pillars_per_shard = ()
+    capacities = abstract.choose_capacities(read_settings(config).data, needs)
+    assert (capacities.pillars, capacities.cells) == ((recipes.PACK_PILLARS,), ())
+    data = read_settings(recipes.waffleiron("nuscenes", 256)).data
+    turns = data.points_per_shard / recipes.MAX_POINTS
+    assert abstract.choose_capacities(data, needs).pillars[0] == pytest.approx(turns * recipes.TURN_PILLARS, abs=128)
     data = dataclasses.replace(data, pillars_per_shard=(640,))
     assert abstract.choose_capacities(data, needs).pillars == (640,)
 
