@@ -295,6 +295,7 @@ BENCH = [
     batch("1", {"a": np.zeros(3)}),
     batch("2", {"feats": np.array([{"x": 1}], object)}),
     bench("step", "--registers=-1", "--batch=none.npz", words=("none.npz",)),
+    bench("step", "--cache=int4", words=("--cache", "int4", "bfloat16")),
     bench("step", "--teacher=resnet", words=("--teacher", "resnet")),
     bench("teacher", "--teacher=resnet", words=("--teacher", "resnet")),
     bench("teacher", "--images=0", words=("--images",)),
