@@ -220,7 +220,7 @@ COMPILE = [
     compiled(words=("--config and --topology are required",)),
     compiled("--topology=", words=("are required",)),
     compiled("--topology=v9:2x2", words=("--topology=v9:2x2", "v4: 2x2x1", "tpu7x")),
-    compiled("--topology=v5p:8x8", words=("v5p is a torus of 3 axes",)),
+    compiled("--topology=v5p:8x8", words=("v5p has chips along 3 axes",)),
     compiled("--topology=v5e:4x0", words=("--topology=v5e:4x0",)),
     compiled("--topology=v5e", words=("--topology=v5e",)),
     compiled("--topology=v5e:axb", words=("--topology=v5e:axb",)),
