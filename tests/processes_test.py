@@ -206,7 +206,7 @@ def test_processes_with_different_configs_both_stop(start, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("process", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_processes_that_never_meet_end_in_a_sentence(start, tmp_path, process):
     code, output = end_of(start(tmp_path / "run", "--connect_seconds=3", of=(process, 2, free_port())), timeout=120)
     assert code == 2, output

@@ -30,7 +30,7 @@ Flags of a teacher's tokens, which are computed once and then train with --confi
     --image_size        rows,columns that the teacher sees, as data.image_size
     --tokens            bfloat16 (default); int8, with a scale a token: half as large; float32: exact
     --feature           x_pre_norm (default) or x, as teacher.feature
-    --noantialias       as data.antialias = False
+    --antialias         as data.antialias, which it is by default; --noantialias: not
     --position_interpolation   as teacher.position_interpolation
     --cache             with --inspect: draw these tokens over images and points of --root
 

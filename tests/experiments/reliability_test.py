@@ -44,6 +44,7 @@ def results(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_damages(results):
     code, found = results("damages", "--cases=10")
     assert (code, found["wrong"]) == (0, 0)
@@ -60,6 +61,7 @@ def test_values_that_were_damaged_unnoticed_are_told(results, monkeypatch):
     assert found["wrong"] > 0
 
 
+@pytest.mark.slow
 def test_a_soak(results):
     code, found = results("soak", "--steps=60", "--saves=20")
     assert (code, found["wrong"]) == (0, 0)

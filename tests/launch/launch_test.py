@@ -260,6 +260,7 @@ def test_a_preempted_slice_is_asked_for_again_and_the_run_goes_on(cloud):
     assert result.stdout.rstrip().endswith("the run is finished")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_and_saved_is_started_again_on_the_same_slice(cloud):
     result, verbs = cloud(ATTEMPT + "((attempt == 1)) ||" + FINISH)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -289,6 +290,7 @@ def test_workers_that_cannot_be_reached_cost_no_slice(cloud):
     assert verbs == ["create"]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_without_the_launcher_is_followed(cloud, tmp_path):
     """The launcher ends, as when its connection breaks; the same command finds the run and starts no other."""
     breaks = ATTEMPT + 'sleep 1; kill -KILL -- "-$(cat "$CLOUD/launcher")"; sleep 5\n' + FINISH
