@@ -8,9 +8,10 @@ import pytest
 
 from scalr_jax import tasks
 from scalr_jax.data.scenes import Batch
-from scalr_jax.data.tokens.dataset import images_of
+from scalr_jax.interop import teacher as teachers
 from scalr_jax.models import vit
 from scalr_jax.ops.tokens import encode
+from scalr_jax.prepare.tokens import Choices, write_tokens
 from scalr_jax.runtime import distributed, stopping
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.settings import read_settings
@@ -59,30 +60,36 @@ def test_features_of_stored_tokens_are_the_live_ones(live, dtype, share):
 
 
 @pytest.mark.slow
-def test_a_cached_run_needs_no_teacher_resumes_and_may_move(tmp_path, street_cache, monkeypatch):
-    """That its losses are the live ones follows from the features above; docs/measurements/tokens.md has 20 steps."""
+def test_a_cached_run_has_the_live_losses_resumes_exactly_and_may_move(tmp_path, street_cache, monkeypatch):
+    """From float32 tokens of a small teacher; the resumed run's weights are those of one that was not stopped."""
     on_one_device(monkeypatch)
+    params = vit.init(TINY, jax.random.key(1), SIZE)
+    monkeypatch.setattr(teachers, "load_demo_teacher", lambda: (TINY, params))
     changes = {"num_steps": 2, "checkpoint_every_steps": 1, "log_every_steps": 1, "mesh.data": 1}
     changes |= {"data.num_workers": 0, "data.scenes_per_shard": 3, "data.num_scenes": 5, "data.max_points": 500}
-    config = small_config(street_cache, **changes)
-    streets, rng, cache = open_split(config, "train", cache=tmp_path), np.random.default_rng(0), tmp_path / "tokens"
-    images = {name: rng.standard_normal((2, 3, 8), np.float32) for _, _, name in images_of(streets)}
-    header = {"image_size": list(config.data.image_size), "teacher": {"feature": "x_pre_norm", "sha256": "ab"}}
-    write_cache(cache, images, **header)
+    config = small_config(street_cache, **changes, **{"teacher.checkpoint": "demo"})
+    settings, cache = read_settings(config), tmp_path / "tokens"
+    choices = Choices(settings.teacher, settings.data.image_size, settings.data.antialias, "float32")
+    write_tokens(cache, open_split(config, "train", cache=tmp_path), choices)
+    tasks.distill(settings, tmp_path / "live")
 
     def cached(workdir, cache, **more):
         given = {"teacher.cache": str(cache), "teacher.checkpoint": "", **changes, **more}
         return tasks.distill(read_settings(small_config(street_cache, **given)), tmp_path / workdir)
 
+    whole = cached("whole", cache)
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "preemption", lambda: contextlib.nullcontext(lambda step: step == 1))
         with pytest.raises(stopping.Preempted):
             cached("run", cache)
     cache.rename(tmp_path / "moved")
     state = cached("run", tmp_path / "moved")
-    assert list(losses(tmp_path / "run")) == [1, 2]
-    assert state.params["head"]["out"]["kernel"].shape[1] == 8
-    images["streets/train/0"][0, 0, 0] += 1
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (whole.params, whole.opt_state))
+    live, found = losses(tmp_path / "live"), losses(tmp_path / "run")
+    assert list(found) == [1, 2]
+    assert found == pytest.approx(live, rel=1e-5)
+    images = {"streets/train/0": np.ones((14, 28, 8), np.float32)}
+    header = {"image_size": list(config.data.image_size), "teacher": {"feature": "x_pre_norm", "sha256": "ab"}}
     with pytest.raises(InputError, match=mentions("teacher.cache_digest", "--workdir")):
         cached("run", write_cache(tmp_path / "other", images, **header))
     for key, value in (("data.image_size", (56, 112)), ("teacher.feature", "x"), ("teacher.checkpoint", __file__)):
