@@ -47,6 +47,7 @@ def test_every_stage_is_measured(root, capsys):
     assert result["total_ms"] > result["stages_ms"]["neighbours"]
 
 
+@pytest.mark.slow
 def test_networks_that_differ_are_not_compared(root, capsys, monkeypatch):
     """Another network beside ours, as a wrong export would be."""
     right = export_onnx.serialize

@@ -155,7 +155,7 @@ def test_an_exported_folder_has_all_settings(models, tmp_path, form):
 
 
 @pytest.mark.parametrize(
-    "name", ["distilled", "waffleiron", *(pytest.param(n, marks=pytest.mark.slow) for n in ("probed", "mlp_probed"))]
+    "name", ["waffleiron", *(pytest.param(n, marks=pytest.mark.slow) for n in ("distilled", "probed", "mlp_probed"))]
 )
 def test_folding_changes_no_output(models, name):
     model = models[name]

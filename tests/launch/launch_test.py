@@ -343,11 +343,13 @@ def test_a_worker_says_whether_the_run_is_finished(train, code, tmp_path):
     assert worker(tmp_path, train)[0] == code
 
 
+@pytest.mark.slow
 def test_a_worker_hands_sigterm_on_and_waits_for_the_save(tmp_path):
     train = 'trap "sleep 1; echo saved; exit 0" TERM\necho ready\nwhile :; do sleep 0.1; done\n'
     assert worker(tmp_path, train, stop=True) == (75, "saved\n")
 
 
+@pytest.mark.slow
 def test_a_worker_whose_command_had_only_begun_to_start_is_to_run_again(tmp_path):
     assert worker(tmp_path, "echo ready\nexec sleep 60\n", stop=True) == (75, "")
 

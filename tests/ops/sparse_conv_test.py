@@ -159,6 +159,7 @@ def test_equal_to_dense_convolutions(name):
     check(*CASES[name])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, NUM_POINTS), st.integers(0, 2**31))
 def test_equal_to_dense_convolutions_at_random(number, seed):

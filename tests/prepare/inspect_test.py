@@ -180,6 +180,7 @@ def test_scans_without_intensity(root, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_every_camera_of_a_short_dataset_is_drawn(tmp_path):
     raw.write_nuscenes(tmp_path)
     report = inspect.inspect_dataset(NuScenes(tmp_path, split="all"), tmp_path / "out", num_frames=3)
