@@ -22,7 +22,7 @@ from scalr_jax.runtime.sharding import by_shard, device_kind_of, platform_of
 
 Array = jax.Array
 
-QUERIES, KEYS = 128, 128  # of a tile
+CPU_TILE, TILE = 128, 512  # the most queries, and keys, of a tile: on a CPU for its cache, else for fewer bytes
 NONE = -1e30  # a logit that counts for nothing
 Sums = tuple[Array, Array, Array]
 HALF = (jnp.bfloat16, jnp.float16)  # what cuDNN takes
@@ -53,7 +53,8 @@ def packed(q: Array, k: Array, v: Array, counts: Array) -> Array:
         scene = scene_of(counts, q.shape[1])
         heads = tuple(jnp.moveaxis(x, 2, 0)[:, :, :, None] for x in (q, k, v))
         return jnp.moveaxis(jax.lax.map(lambda head: reference(*head, scene=scene)[:, :, 0], heads), 0, 2)
-    return by_shard(_tiled, (q, k, v, counts))
+    most = CPU_TILE if platform_of(counts) == "cpu" else TILE
+    return by_shard(functools.partial(_tiled, most), (q, k, v, counts))
 
 
 def scene_of(counts: Array, num_rows: int) -> Array:
@@ -93,10 +94,10 @@ def _cudnn(q: Array, k: Array, v: Array, counts: Array) -> Array:
     return jnp.where((jnp.arange(len(q)) < ends[-1])[:, None, None], y[0], 0)
 
 
-@jax.custom_vjp
-def _tiled(q: Array, k: Array, v: Array, counts: Array) -> Array:
-    """`packed` of one shard, a tile of queries and keys at a time: [T, heads, d] each."""
-    out: Array = _forward(q, k, v, counts)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled(most: int, q: Array, k: Array, v: Array, counts: Array) -> Array:
+    """`packed` of one shard, a tile of at most `most` queries and keys at a time: [T, heads, d] each."""
+    out: Array = _forward(most, q, k, v, counts)[0]
     return out
 
 
@@ -108,6 +109,7 @@ class _Tiles(NamedTuple):
     end: Array
     scene: Array  # [T]
     num_scenes: int
+    most: int  # rows of a tile
 
     @property
     def queries(self) -> int:
@@ -116,7 +118,7 @@ class _Tiles(NamedTuple):
     def visit(self, begin: Array, end: Array, function: Callable[..., Sums], start: Sums) -> Sums:
         """`function(sums, first, scene)` of one tile of keys after another: where it begins, and of which scenes its
         rows are (-1: of none that counts)."""
-        size = min(KEYS, len(self.scene))
+        size = min(self.most, len(self.scene))
 
         def step(n: Array, sums: Sums) -> Sums:
             wanted = begin + n * size
@@ -130,14 +132,14 @@ class _Tiles(NamedTuple):
             return jax.lax.fori_loop(0, -((begin - end) // size), step, start)
 
 
-def _tiles(num_rows: int, counts: Array) -> _Tiles:
-    size = QUERIES if num_rows % QUERIES == 0 else num_rows
+def _tiles(most: int, num_rows: int, counts: Array) -> _Tiles:
+    size = next((size for size in (most, most // 2, most // 4) if num_rows % size == 0), num_rows)
     ends = jnp.cumsum(counts)
     scene, first = scene_of(counts[None], num_rows)[0], jnp.arange(0, num_rows, size)
     last = jnp.clip(first + size, 1, jnp.maximum(ends[-1], 1)) - 1  # that is no padding
     used, of = first < ends[-1], lambda rows: jnp.minimum(scene[rows], len(counts) - 1)
     begin, end = (ends - counts)[of(first)], ends[of(last)]
-    return _Tiles(first, jnp.where(used, begin, 0), jnp.where(used, end, 0), scene, len(counts))
+    return _Tiles(first, jnp.where(used, begin, 0), jnp.where(used, end, 0), scene, len(counts), most)
 
 
 def _rows(x: Array, first: Array, size: int) -> Array:
@@ -148,9 +150,9 @@ def _rows(x: Array, first: Array, size: int) -> Array:
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _forward(q: Array, k: Array, v: Array, counts: Array) -> tuple[Array, tuple]:
+def _forward(most: int, q: Array, k: Array, v: Array, counts: Array) -> tuple[Array, tuple]:
     """The result, and what the gradient needs: inputs, result and the logarithm of each query's sum."""
-    tiles, heads, width = _tiles(len(q), counts), *q.shape[1:]
+    tiles, heads, width = _tiles(most, len(q), counts), *q.shape[1:]
     q, k, v = (x.transpose(1, 0, 2) for x in (q, k, v))
 
     def block(of_block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
@@ -178,10 +180,10 @@ def _forward(q: Array, k: Array, v: Array, counts: Array) -> tuple[Array, tuple]
     return y.transpose(0, 2, 1, 3).reshape(-1, heads, width), (q, k, v, counts, y, log_sum)
 
 
-def _backward(saved: tuple, gradient: Array) -> tuple:
+def _backward(most: int, saved: tuple, gradient: Array) -> tuple:
     q, k, v, counts, y, log_sum = saved
     heads, num_rows, width = q.shape
-    tiles = _tiles(num_rows, counts)
+    tiles = _tiles(most, num_rows, counts)
     gradient = gradient.reshape(-1, tiles.queries, heads, width).transpose(0, 2, 1, 3)  # [b, heads, rows, d]
     slope = (gradient.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1)  # [b, heads, rows]
 

@@ -29,13 +29,15 @@ def naive(q, k, v, counts):
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "counts"),
+    ("most", "num_rows", "counts"),
     [
-        (384, [[100, 0, 150, 30], [0, 0, 384, 0]]),  # blocks of several scenes, an empty one, padding; no padding
-        (70, [[40, 20], [0, 0]]),  # a table that is no whole number of tiles; a shard without a scene
+        (128, 384, [[100, 0, 150, 30], [0, 0, 384, 0]]),  # blocks of several scenes, an empty one, padding; no padding
+        (128, 70, [[40, 20], [0, 0]]),  # a table that is no whole number of tiles; a shard without a scene
+        (256, 512, [[300, 150, 20, 0], [512, 0, 0, 0]]),  # an accelerator's tiles are larger
     ],
 )
-def test_tiles_are_the_reference_and_the_reference_is_the_formula(num_rows, counts):
+def test_tiles_are_the_reference_and_the_reference_is_the_formula(monkeypatch, most, num_rows, counts):
+    monkeypatch.setattr(attention, "CPU_TILE", most)
     shape, counts = (len(counts), num_rows, 2, 4), jnp.asarray(counts, jnp.int32)
     q, k, v, direction = random(*[shape] * 4)
     scene = attention.scene_of(counts, num_rows)
