@@ -18,6 +18,7 @@ from scalr_jax.data.transforms import SceneSettings, make_scene
 from scalr_jax.interop import vavit as interop
 from scalr_jax.interop.model import Published, student_of
 from scalr_jax.models.student import Student
+from scalr_jax.models.vavit import VaViTBackbone
 from scalr_jax.runtime.errors import InputError
 from tests.support.checks import present
 from tests.support.fast import usual_jit
@@ -190,6 +191,7 @@ def test_a_residual_in_bfloat16_follows_the_one_in_float32(published, read):
     """Its dtype is that of the sum alone: an output off by the rounding of two blocks, and finite gradients."""
     batch, _ = interop.published_batch(*arrays_of(published, "scene")[0])
     exact = student_of(read.model)
+    assert isinstance(exact.backbone, VaViTBackbone)
     rounded = exact.clone(backbone=dataclasses.replace(exact.backbone, residual_dtype="bfloat16"))
     outputs = [jax.jit(partial(s.apply, train=False))(read.variables, batch) for s in (exact, rounded)]
     assert 1e-6 < scale_error(outputs[1], outputs[0]) < 0.02
