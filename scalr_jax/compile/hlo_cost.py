@@ -15,6 +15,7 @@ from scalr_jax.compile.hlo import CONTROL, Array, Computation, Instruction, Prog
 # Instructions that move nothing, or whose start has been counted.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "replica-id", "recv")
 FREE += ("after-all", "optimization-barrier", "domain", *CONTROL)
+ATTENTION = "fmhaSoftmax"  # in the names of cuDNN's kernels, forward and backward
 SLICES = ("dynamic-slice", "slice", "gather")  # read what they return and not their whole operand
 
 
@@ -62,7 +63,7 @@ def _library_flops(computation: Computation, instruction: Instruction) -> int:
         dims = computation.operands(instruction)[0].arrays[0].dims
         contracted = re.search(r'"lhs_contracting_dimensions":\["(\d+)"\]', text)
         return 2 * math.prod(instruction.arrays[0].dims) * dims[int(contracted[1])] if contracted else 0
-    if "fmhaSoftmax" in text:
+    if ATTENTION in text:
         shape = re.search(r'"intermediate_tensor_shape".*?"dimensions": ?\[(.*?)\]', text)
         segments = re.search(r'"max_seg_per_batch": ?(\d+)', text)
         logits = math.prod(int(n) for n in re.findall(r"\d+", shape[1])) if shape else 0

@@ -32,7 +32,7 @@ CONSTANTS = {
     "attention_backward_share": 0.28,
     "kernel_us": 2.0,
 }
-ATTENTION, MOVES = ("fmhaSoftmax", "splash", "flash"), ("gather", "scatter", "sort", "dynamic-gather")
+MOVES = ("gather", "scatter", "sort")
 
 
 class Kernel(NamedTuple):
@@ -52,16 +52,16 @@ def kernels(program: Program, chip: Chip) -> Iterator[Kernel]:
     for computation, instruction, times in walk(program):
         if not hlo_cost.runs(instruction):
             continue
-        flops, moved = hlo_cost.costs(program, computation, instruction)
+        work, moved = hlo_cost.costs(program, computation, instruction)
         share = CONSTANTS["peak_share"]
         if attends(instruction):
             share = CONSTANTS[f"attention_{'backward' if 'Backward' in instruction.attributes else 'forward'}_share"]
-        seconds = max(moved / bandwidth, flops / (share * peak)) + started
-        yield Kernel(category(program, instruction), seconds, moved, flops, times)
+        seconds = max(moved / bandwidth, work / (share * peak)) + started
+        yield Kernel(category(program, instruction), seconds, moved, work, times)
 
 
 def attends(instruction: Instruction) -> bool:
-    return instruction.opcode == "custom-call" and any(name in instruction.attributes for name in ATTENTION)
+    return instruction.opcode == "custom-call" and hlo_cost.ATTENTION in instruction.attributes
 
 
 def category(program: Program, instruction: Instruction) -> str:
@@ -70,7 +70,7 @@ def category(program: Program, instruction: Instruction) -> str:
     inside = {opcode}
     for name in called(instruction, "calls") if opcode == "fusion" else ():
         inside |= {i.opcode for i in program.computations[name].instructions.values()}
-    if re.search(r"(^|/)(jit\([^)]*\)/)*ViT/", source):
+    if re.search(r"(^|/)ViT/", source):
         return "teacher"
     if attends(instruction) or ("/attention/" in source and "dot" in inside):
         return "attention"

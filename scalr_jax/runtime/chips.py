@@ -143,10 +143,13 @@ def devices_of(name: str, num_slices: int = 1) -> list:
     if topology.chip.gpu and num_slices > 1:
         raise InputError(f"--slices={num_slices} is for TPUs; write {topology.kind}:{num_slices * topology.num_chips}")
     extra, module = ("cuda", "jax_plugins.xla_cuda13") if topology.chip.gpu else ("tpu", "libtpu")
-    with contextlib.suppress(ModuleNotFoundError):
-        if importlib.util.find_spec(module) is not None:
-            return _described(topology, num_slices)
-    raise InputError(f"compiling for {name} needs its compiler, and no chip: pip install 'scalr_jax[{extra}]'")
+    try:
+        installed = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that would hold it
+        installed = False
+    if not installed:
+        raise InputError(f"compiling for {name} needs its compiler, and no chip: pip install 'scalr_jax[{extra}]'")
+    return _described(topology, num_slices)
 
 
 def _described(topology: Topology, num_slices: int) -> list:

@@ -164,13 +164,10 @@ def make_distill_step(
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     *,
-    seed: int,
-    batch_size: int,
     which: str,
-    scenes_per_group: int = 0,
+    **options: int,
 ) -> Step:
-    """The step of a distillation; `which` names the teacher's feature."""
-    options: dict = {"seed": seed, "batch_size": batch_size, "scenes_per_group": scenes_per_group}
+    """The step of a distillation; `which` names the teacher's feature, `options` are those of `make_student_step`."""
     step = make_student_step(student, optimizer, schedule, **options)
     return lambda state, teacher, batch: step(state, teacher_features(vit_config, teacher, batch, which=which), batch)
 
@@ -180,13 +177,9 @@ def make_cached_step(
     image_size: tuple[int, int],
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
-    *,
-    seed: int,
-    batch_size: int,
-    scenes_per_group: int = 0,
+    **options: int,
 ) -> Step:
     """The step of a distillation whose batches have the teacher's tokens: there is no teacher (None)."""
-    options: dict = {"seed": seed, "batch_size": batch_size, "scenes_per_group": scenes_per_group}
     step = make_student_step(student, optimizer, schedule, **options)
     return lambda state, _, batch: step(state, cached_features(batch, image_size), batch)
 
