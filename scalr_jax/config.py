@@ -26,6 +26,7 @@ CORRUPTIONS: tuple[str, ...] = ("fog", "wet_ground", "snow", "motion_blur", "bea
 CORRUPTIONS += ("incomplete_echo", "cross_sensor")
 SEVERITIES = ("light", "moderate", "heavy")
 FEATURES = ("augmented", "fixed", "cached")  # of a probe
+NORMALIZATIONS = ("none", "center", "standardize", "phi_s")  # of a teacher's features
 INTERPOLATIONS = ("auto", "dinov2", "size", "antialias")
 DTYPES = ("auto", "float32", "bfloat16")
 USES = ("camera", "lidar", "radar", "map", "external")
@@ -153,6 +154,9 @@ class TeacherSettings:
     checkpoint: str = key("", "path of a DINO file; demo: the small ViT that comes with the package")
     cache: str = key("", "distill: a folder of its tokens (docs/tokens.md); no teacher runs", resume=True, local=True)
     feature: str = key("x_pre_norm", "tokens before or after the last norm", choices=("x_pre_norm", "x"))
+    normalize: str = key(
+        "none", "features, by statistics of the first scenes; docs/teachers.md", choices=NORMALIZATIONS
+    )
     position_interpolation: str = key("auto", "auto: as the file's project", choices=INTERPOLATIONS)
     num_heads: int | None = key(None, "attention heads; None: of 64 channels each", low=1, high=1024)
 

@@ -44,7 +44,10 @@ from scalr_jax.runtime.storage import flatten, read_json, write_json
 from scalr_jax.settings import record_of
 from scalr_jax.train import steps
 from scalr_jax.train.loop import Task, train
+from scalr_jax.train.normalization import FILE as NORMALIZATIONS
+from scalr_jax.train.normalization import read_normalizations
 from scalr_jax.train.state import TrainState, variables_of
+from scalr_jax.train.teachers import Source, unmeasured
 
 # ---- what every task needs
 
@@ -80,18 +83,18 @@ def step_options(settings: Settings) -> dict[str, int]:
     return {"seed": settings.run.seed, "batch_size": size, "scenes_per_group": group}
 
 
-def distillation(settings: Settings, teacher: tuple[ViTConfig, Any] | None = None, token_channels: int = 0) -> Task:
+def distillation(settings: Settings, teacher: tuple[ViTConfig, dict] | None = None, token_channels: int = 0) -> Task:
     """The distillation of `config.teacher`, of (architecture, parameters or their shapes), or, with so many channels,
     of tokens in the batch."""
+    size, params, options = settings.data.image_size, None, settings.teacher
     if token_channels:
-        student, size = student_of(settings, "distill", token_channels), settings.data.image_size
-        step = partial(steps.make_cached_step, student, size, **step_options(settings))
-        return Task("distill", "distill", student, None, step)
-    teacher = teacher or make_teacher(settings.teacher, settings.data.image_size, sharding.platform())
-    student = student_of(settings, "distill", teacher[0].width)
-    which = settings.teacher.feature
-    step = partial(steps.make_distill_step, student, teacher[0], which=which, **step_options(settings))
-    return Task("distill", "distill", student, None, step, teacher[1])
+        source = Source(token_channels, size, normalize=options.normalize)
+    else:
+        vit_config, params = teacher or make_teacher(options, size, sharding.platform())
+        source = Source(vit_config.width, size, vit_config, options.feature, options.normalize)
+    student = student_of(settings, "distill", source.width)
+    step = partial(steps.make_distill_step, student, sources=(source,), **step_options(settings))
+    return Task("distill", "distill", student, None, step, (unmeasured(source, params),), sources=(source,))
 
 
 def segmentation(settings: Settings, num_classes: int, *, label: str, frozen: bool, initial: Variables | None) -> Task:
@@ -105,7 +108,7 @@ def segmentation(settings: Settings, num_classes: int, *, label: str, frozen: bo
     scene_task = "features" if isinstance(student.backbone, CachedFeatures) else "segment"
     trainable = ("head",) if frozen else None
     step = partial(steps.make_segment_step, student, trainable=trainable, **step_options(settings))
-    return Task(label, scene_task, student, trainable, step, None, initial, num_classes, fixed)
+    return Task(label, scene_task, student, trainable, step, (), initial, num_classes, fixed)
 
 
 def num_classes_of(settings: Settings, dataset: Dataset) -> int:
@@ -247,10 +250,15 @@ def _zero_shot(settings: Settings, dataset: Dataset, variables: Variables) -> tu
             f"{settings.teacher.checkpoint!r} is {teacher[0].width} wide; give the one it was distilled from"
         )
     _check_teacher(Path(checkpoint) / "config.json", settings.teacher)
-    data = settings.data
+    data, options = settings.data, settings.teacher
+    source = Source(width, data.image_size, teacher[0], options.feature, options.normalize)
+    found = unmeasured(source, teacher[1])
+    if found.normalization is not None:
+        (read,) = read_normalizations(Path(checkpoint) / NORMALIZATIONS, [found.normalization])
+        found = found._replace(normalization=read)
     images = Images(data.image_size, data.antialias, settings.run.seed, data.image_dtype)
     student = student_of(settings, "distill", width).clone(head_hidden=hidden)
-    return zero_shot(settings.probe, student, teacher, settings.teacher.feature, dataset, variables, images)
+    return zero_shot(settings.probe, student, (source, found), dataset, variables, images)
 
 
 def _check_teacher(path: Path, teacher: TeacherSettings) -> None:
@@ -262,7 +270,8 @@ def _check_teacher(path: Path, teacher: TeacherSettings) -> None:
     if not (isinstance(there, dict) and isinstance(there.get("checkpoint"), str)):
         raise InputError(f"{path}: teacher is not that of a run; {AGAIN}")
     there["checkpoint"], here["checkpoint"] = Path(there["checkpoint"]).name, Path(here["checkpoint"]).name
-    keys = ("checkpoint", "feature", "position_interpolation")[not there["checkpoint"] :]  # none: it had a cache
+    keys = ("checkpoint", "feature", "normalize", "position_interpolation")[not there["checkpoint"] :]  # none: a cache
+    there = {"normalize": "none", **there}  # of before there was another
     if wrong := [f"{key} is {there.get(key)} there, {here[key]} here" for key in keys if there.get(key) != here[key]]:
         raise InputError(
             f"{path.parent} was distilled from another teacher than config.teacher ({'; '.join(wrong)}); give the one "

@@ -109,7 +109,7 @@ def same_parameters(a, b, **tolerance):
 
 @pytest.mark.slow
 def test_one_or_two_processes_give_the_same_run(start, tmp_path):
-    """Four devices in both; the losses depend on which scenes are in which pack, so the order of data is the same too."""
+    """Four devices in both; the losses depend on which scenes are in which pack, so the data's order is the same."""
     for number in (1, 2):
         flags = ("--config.mesh.data=4", "--config.num_steps=4")
         processes = group(start, number, 4 // number, tmp_path / str(number), *flags)

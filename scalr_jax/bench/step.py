@@ -35,6 +35,7 @@ from scalr_jax.ops.tokens import encode
 from scalr_jax.runtime.chips import utilisation
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import steps
+from scalr_jax.train.teachers import Source, Teacher, features
 
 FEATURE = "x_pre_norm"
 
@@ -62,25 +63,26 @@ def measure(
     scenes: bench_scenes.Scenes, student: Student, vit_config: ViTConfig, teacher: Any, runs: int, cache: str | None
 ) -> dict[str, Any]:
     """All figures of one student and teacher on one batch."""
-    batch = jax.device_put(scenes.batch)
-    init, make = bench_programs.training(student, steps.make_distill_step, vit_config, which=FEATURE)
-    step, plan_bytes = bench_programs.compiled_step(init, make, teacher, batch)
+    batch, images = jax.device_put(scenes.batch), scenes.batch.images
+    assert images is not None
+    size = (images.shape[2], images.shape[3])
+    source, teacher = Source(vit_config.width, size, vit_config, FEATURE), Teacher(teacher)
+    init, make = bench_programs.training(student, steps.make_distill_step, sources=(source,))
+    step, plan_bytes = bench_programs.compiled_step(init, make, (teacher,), batch)
     jax.block_until_ready(step())
     peak_on_device = device_bytes()  # before other programs raise it
-    features = jax.jit(lambda teacher, batch: steps.teacher_features(vit_config, teacher, batch, which=FEATURE))
+    target = jax.jit(lambda teacher, batch: features(source, teacher, batch))
     programs = {
         "step_s": step,
-        "teacher_s": lambda: features(teacher, batch),
+        "teacher_s": lambda: target(teacher, batch),
         "student_step_s": bench_programs.training_step(student, batch._replace(images=None, pixels=None))[0],
     }
     if cache is not None:
         programs["cached_step_s"] = _cached_step(student, vit_config, batch, cache)
     times = interleave(programs, runs=runs)
     show_times({name: (value, "") for name, value in times.items()})
-    images = scenes.batch.images
-    assert images is not None
     of_student = flops_of(student, scenes.batch, scenes.num_points)
-    of_teacher = teacher_flops(vit_config, scenes.num_scenes, (images.shape[2], images.shape[3]))
+    of_teacher = teacher_flops(vit_config, scenes.num_scenes, size)
     begin, seconds = described(scenes, student, runs), times["step_s"].median
     result = {
         **begin,
@@ -108,4 +110,6 @@ def _cached_step(student: Student, vit_config: ViTConfig, batch: Batch[jax.Array
     shape = (*batch.images.shape[:2], *patch_grid(vit_config, size), vit_config.width)
     values, scale = encode(jax.random.normal(jax.random.key(1), shape), dtype)
     batch = batch._replace(images=None, tokens=values, token_scale=scale)
-    return bench_programs.compiled_step(*bench_programs.training(student, steps.make_cached_step, size), None, batch)[0]
+    sources = (Source(vit_config.width, size),)
+    made = bench_programs.training(student, steps.make_distill_step, sources=sources)
+    return bench_programs.compiled_step(*made, (Teacher(),), batch)[0]

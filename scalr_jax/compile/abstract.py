@@ -74,8 +74,8 @@ def make_run(settings: Settings, mesh: Mesh, teacher: str | None = None, *, cach
     batch = make_batch(scenes, capacities, mesh, teacher_config if cached else None)
     expected = settings.data.scenes_per_step or capacities.scenes * mesh.size  # a constant of the schedule
     program = train.make_program(settings.training, task, batch, mesh, float(expected))
-    params = placed(task.teacher, sharding.parameter_shardings(task.teacher, mesh))
-    return AbstractRun(task.student, program, params, batch, capacities, None if cached else teacher_config)
+    teachers = placed(task.teachers, sharding.parameter_shardings(task.teachers, mesh))
+    return AbstractRun(task.student, program, teachers, batch, capacities, None if cached else teacher_config)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,11 @@ from scalr_jax.config import ProbeSettings
 from scalr_jax.data.readers import files
 from scalr_jax.data.scenes import IGNORE, Batch, Dataset, SceneNeeds
 from scalr_jax.data.transforms import check_classes, resize_image
-from scalr_jax.models import vit
 from scalr_jax.models.student import Classifier, Student, Variables
-from scalr_jax.models.vit import ViTConfig
 from scalr_jax.ops.bilinear import sample_tokens
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
 from scalr_jax.train.losses import normalize
+from scalr_jax.train.teachers import Source, Teacher, tokens_of_images
 
 Array = jax.Array
 
@@ -99,15 +98,14 @@ def fit_logistic(features: np.ndarray, labels: np.ndarray, num_classes: int, str
 def zero_shot(
     probe: ProbeSettings,
     student: Student,
-    teacher: tuple[ViTConfig, Any],
-    feature: str,
+    teacher: tuple[Source, Teacher],
     dataset: Dataset,
     variables: Variables,
     images: Images,
 ) -> tuple[ZeroShot, dict]:
     """The classifier of `config.probe` and its variables, from a student with its distillation head, the `teacher`
     that it was distilled from, and the training frames. Raises `InputError` for prototypes that cannot be read."""
-    features, labels = gather_prototypes(probe.prototypes, dataset, teacher, feature, images)
+    features, labels = gather_prototypes(probe.prototypes, dataset, teacher, images)
     num_classes = len(dataset.class_names)
     counts = np.bincount(labels, minlength=num_classes)
     missing = [name for name, count in zip(dataset.class_names, counts, strict=True) if not count]
@@ -120,21 +118,20 @@ def zero_shot(
 
 
 def gather_prototypes(
-    prototypes: str, dataset: Dataset, teacher: tuple[ViTConfig, Any], feature: str, images: Images
+    prototypes: str, dataset: Dataset, teacher: tuple[Source, Teacher], images: Images
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Unit prototypes [n, C_teacher] float32 and their classes [n]. Every process computes them all.
+    """Unit prototypes [n, C_teacher] float32, normalised as the student's features are, and their classes [n]. Every
+    process computes them all.
 
     Raises `InputError` when there is none.
     """
-    vit_config, params = teacher
+    source, arrays = teacher
     if prototypes:
         images = images._replace(size=(images.size[0], images.size[0]))
-    grid = vit.patch_grid(vit_config, images.size)
 
     @jax.jit
     def tokens_of(image: Array) -> Array:
-        tokens = vit.features(vit_config, params, image[None].astype(jnp.float32) / 255.0, which=feature)
-        return vit.patch_tokens(tokens, vit_config).reshape(1, *grid, -1)
+        return tokens_of_images(source, arrays, image[None])
 
     if prototypes:
         found = list(_from_folder(Path(prototypes), dataset.class_names, images, tokens_of))

@@ -54,7 +54,7 @@ from scalr_jax.runtime import sharding
 from scalr_jax.runtime.errors import BadFrameError, InputError, too_many_bad
 from scalr_jax.runtime.keys import listed
 from scalr_jax.runtime.storage import read_json, write_json, written_whole
-from scalr_jax.train.steps import token_grid
+from scalr_jax.train.teachers import token_grid
 
 BATCH = 4  # images of a device
 

@@ -17,7 +17,8 @@ from scalr_jax.runtime.logging import read_metrics
 from scalr_jax.runtime.storage import PARTIAL, differences, flatten, locked, read_json, write_json
 
 SETTINGS = ("config.json", "settings.json")
-BEFORE_A_STEP = ("lock", "streets", "instances", "features", "tensorboard")  # what may lie there before the first step
+# What may lie there before the first step.
+BEFORE_A_STEP = ("lock", "streets", "instances", "features", "tensorboard", "teacher_statistics.safetensors")
 
 
 @contextlib.contextmanager

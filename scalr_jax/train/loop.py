@@ -2,16 +2,16 @@
 
 Order of resuming: (1) the workdir is claimed, and the config compared with its own; (2) capacities are derived again
 from the same first scenes; (3) the state's shapes and shardings; (4) the newest readable checkpoint fills them, or
-fresh values do; (5) metrics.jsonl is cut to the checkpoint's step; (6) every data stream starts at its first
-unfinished scene.
+fresh values do; (5) metrics.jsonl is cut to the checkpoint's step; (6) statistics of the teacher's features are read,
+or measured anew; (7) every data stream starts at its first unfinished scene.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.logging import MetricWriter
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import AveragedState, TrainState, init_state, start_average
+from scalr_jax.train.teachers import Source, Teacher, first_batches, with_statistics
 from scalr_jax.train.trace import Trace
 from scalr_jax.train.watch import Made, Watch, explain
 
@@ -45,11 +46,12 @@ class Task(NamedTuple):
     scene_task: str  # "distill", "segment" or "features"
     student: Student
     trainable: tuple[str, ...] | None  # top-level parameters that are trained; None: all
-    make_step: Callable  # (optimizer, schedule) -> step(state, teacher, batch)
-    teacher: Any = None  # frozen parameters, an argument of the step
+    make_step: Callable  # (optimizer, schedule) -> step(state, teachers, batch)
+    teachers: tuple[Teacher, ...] = ()  # their frozen arrays, an argument of the step
     initial: Variables | None = None  # parameters and batch statistics to start from, by top-level name
     num_classes: int = 0  # of the labels; 0: none are used
     fixed: bool = False  # the same scenes in every epoch, not augmented
+    sources: tuple[Source, ...] = ()  # of the teachers
 
 
 def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedScenes, task: Task) -> TrainState:
@@ -74,7 +76,6 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
     program = make_program(settings, task, batch, mesh, expected)
     if sharding.platform() == "cpu":  # whose memory the system grants until it kills
         _check_memory(program.state)
-    teacher = jax.device_put(task.teacher, sharding.parameter_shardings(task.teacher, mesh))
 
     # Resume, or begin.
     writer = MetricWriter(workdir, num_steps=run.num_steps, active=jax.process_index() == 0, label=task.label)
@@ -95,6 +96,8 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
         if task.initial is not None:
             state = _start_from(state, task.initial, program.shardings)
     del batch
+    first = first_batches(pipeline, capacities, sample[0], expected, mesh)
+    teachers = with_statistics(task.sources, task.teachers, workdir, first, mesh, resumed=restored is not None)
 
     # The loop. Its order matters: read, step, save what the step finished, log.
     number, stopped = int(state.step), False
@@ -102,14 +105,13 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
     trace = Trace(run.profile, workdir / "profile")
     log, watch = _Log(writer, capacities, mesh.size, run.log_every_steps), Watch()
     # Whatever ends the loop, a save that was begun is finished.
-    closing = contextlib.closing
     with distributed.preemption() as reached, closing(writer), closing(checkpoints), closing(source), closing(trace):
         while number < run.num_steps and not stopped:
             item = next(source)
             batch = sharding.put_batch(item.batch, mesh)
             trace.before(number, state)
             with jax.transfer_guard("disallow"):
-                state, metrics = program.step(state, teacher, batch)
+                state, metrics = program.step(state, teachers, batch)
             number += 1
             stopped = reached(number)
             global_positions = sharding.put_batch(item.positions.astype(np.int32), mesh)
@@ -158,7 +160,7 @@ class Program(NamedTuple):
     fresh: Callable  # batch -> TrainState
     state: TrainState  # abstract, with shardings
     shardings: Any
-    step: Any  # jitted: (state, teacher, batch) -> (state, metrics); the state is donated
+    step: Any  # jitted: (state, teachers, batch) -> (state, metrics); the state is donated
 
 
 def make_program(settings: TrainSettings, task: Task, batch: Any, mesh: Mesh, expected: float) -> Program:

@@ -8,7 +8,7 @@ classify: step(variables, batch) -> (classes [D, P], counts)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +16,11 @@ import jax.numpy as jnp
 import optax
 
 from scalr_jax.data.scenes import IGNORE, Batch
-from scalr_jax.models import vit
 from scalr_jax.models.student import Classifier, Student, Variables
-from scalr_jax.ops.bilinear import sample_tokens
-from scalr_jax.ops.tokens import decode
 from scalr_jax.train import losses
 from scalr_jax.train.groups import make_groups
 from scalr_jax.train.state import AveragedState, TrainState, split
+from scalr_jax.train.teachers import Source, targets
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -37,37 +35,6 @@ def compiler_options(platform: str) -> dict[str, bool]:
     backward pass. In the order of least memory a layer takes 240 MB instead of 343 (62,592 points x 256, 2026-11-23).
     """
     return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if platform == "cpu" else {}
-
-
-def token_grid(vit_config: vit.ViTConfig, params: dict, images: Array, *, which: str) -> Array:
-    """The patch tokens of uint8 or float32 images [B, h, w, 3] in 0..255, where they are: float32 [B, th, tw, C]."""
-    tokens = vit.features(vit_config, params, images.astype(jnp.float32) / 255.0, which=which)
-    grid = vit.patch_grid(vit_config, (images.shape[1], images.shape[2]))
-    return vit.patch_tokens(tokens, vit_config).reshape(len(images), *grid, -1)
-
-
-def teacher_features(vit_config: vit.ViTConfig, params: dict, batch: Batch[Array], *, which: str) -> Array:
-    """The teacher's feature of each point's pixel: [D, P, C_teacher], zero for padded points.
-
-    Samples the token grid; the upsampled map of the published code is never made.
-    """
-    assert batch.images is not None
-    images = batch.images.reshape(-1, *batch.images.shape[2:])
-    grid = token_grid(vit_config, params, images, which=which)
-    grid = grid.reshape(*batch.images.shape[:2], *grid.shape[1:])
-    return _at_pixels(grid, batch, (batch.images.shape[2], batch.images.shape[3]))
-
-
-def cached_features(batch: Batch[Array], image_size: tuple[int, int]) -> Array:
-    """As `teacher_features`, from the tokens in the batch; `image_size` (rows, columns) is what `pixels` count in."""
-    assert batch.tokens is not None
-    return _at_pixels(decode(batch.tokens, batch.token_scale), batch, image_size)
-
-
-def _at_pixels(grid: Array, batch: Batch[Array], image_size: tuple[int, int]) -> Array:
-    """Tokens [D, S, th, tw, C] at the points' pixels: [D, P, C]."""
-    sample = jax.vmap(lambda g, s, p: sample_tokens(g, s, p, image_size))
-    return jax.lax.stop_gradient(sample(grid, batch.scene, batch.pixels))
 
 
 def averaged(step: Callable, decay: float) -> Callable:
@@ -160,28 +127,15 @@ def make_student_step(
 
 def make_distill_step(
     student: Student,
-    vit_config: vit.ViTConfig,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     *,
-    which: str,
+    sources: Sequence[Source],
     **options: int,
 ) -> Step:
-    """The step of a distillation; `which` names the teacher's feature, `options` are those of `make_student_step`."""
+    """The step of a distillation from one `Teacher` a source; `options` are those of `make_student_step`."""
     step = make_student_step(student, optimizer, schedule, **options)
-    return lambda state, teacher, batch: step(state, teacher_features(vit_config, teacher, batch, which=which), batch)
-
-
-def make_cached_step(
-    student: Student,
-    image_size: tuple[int, int],
-    optimizer: optax.GradientTransformation,
-    schedule: Schedule,
-    **options: int,
-) -> Step:
-    """The step of a distillation whose batches have the teacher's tokens: there is no teacher (None)."""
-    step = make_student_step(student, optimizer, schedule, **options)
-    return lambda state, _, batch: step(state, cached_features(batch, image_size), batch)
+    return lambda state, teachers, batch: step(state, targets(sources, teachers, batch), batch)
 
 
 def make_segment_step(

@@ -29,6 +29,7 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.settings import read_settings
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import init_state
+from scalr_jax.train.teachers import Source, Teacher
 from tests.support.checks import present
 from tests.support.fast import usual_jit
 from tests.support.paths import ROOT
@@ -200,9 +201,8 @@ def split_steps():
     weights = vit.init(vit_config, jax.random.key(1), IMAGE_SIZE)
     student = small_student(channels=40, depth=15, out_features=48)  # five groups, so that CPUs loop too
     optimizer = optim.make_optimizer(OptimizerSettings(), student.backbone)
-    step = steps.make_distill_step(
-        student, vit_config, optimizer, lambda t: jnp.full((), 1e-3), seed=0, batch_size=8, which="x"
-    )
+    options = {"sources": (Source(48, IMAGE_SIZE, vit_config, "x"),), "seed": 0, "batch_size": 8}
+    step = steps.make_distill_step(student, optimizer, lambda t: jnp.full((), 1e-3), **options)
 
     one = jax.tree.map(lambda x: x[:1], batch)
     fresh = jax.jit(lambda b: init_state(student, b, optimizer, None, jax.random.key(0)))(one)
@@ -212,7 +212,7 @@ def split_steps():
         put = sharding.put_batch(batch, mesh)
         places = sharding.parameter_shardings(fresh, mesh)
         state = jax.device_put(fresh, places)
-        teacher = jax.device_put(weights, sharding.parameter_shardings(weights, mesh))
+        teacher = (Teacher(jax.device_put(weights, sharding.parameter_shardings(weights, mesh))),)
         lowered = jax.jit(step, out_shardings=(places, sharding.replicated(mesh))).lower(state, teacher, put)
         program = lowered.compile()
         state, metrics = program(state, teacher, put)

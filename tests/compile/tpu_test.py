@@ -18,6 +18,7 @@ from scalr_jax.runtime import sharding
 from scalr_jax.runtime.chips import devices_of
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import init_state
+from scalr_jax.train.teachers import Source, Teacher
 from tests.support.checks import present
 from tests.support.random_scenes import FIELD_OF_VIEW
 
@@ -87,10 +88,9 @@ def sources(text, instruction):
 
 def test_the_distillation_step_has_kernels_and_no_scatter(mesh):
     def make_step(student, optimizer, teacher_config, state, teacher, batch):
-        step = steps.make_distill_step(
-            student, teacher_config, optimizer, lambda t: t, seed=0, batch_size=8, which="x_pre_norm"
-        )
-        return step, (state, teacher, batch)
+        options = {"sources": (Source(384, IMAGE, teacher_config),), "seed": 0, "batch_size": 8}
+        step = steps.make_distill_step(student, optimizer, lambda t: t, **options)
+        return step, (state, (Teacher(teacher),), batch)
 
     text = compiled_text(mesh, "distill", make_step)
     counts = bench_formulations.count_instructions(present(text))

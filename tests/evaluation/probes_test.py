@@ -18,6 +18,7 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.settings import read_settings, record_of
 from scalr_jax.train.loop import train
 from scalr_jax.train.state import variables_of
+from scalr_jax.train.teachers import Source, Teacher
 from tests.support.checks import mentions, present
 from tests.support.datasets import Frames
 from tests.support.runs import config_of, on_one_device, open_split
@@ -264,10 +265,11 @@ def test_zero_shot_without_a_labelled_point_in_any_image(tmp_path, street_cache,
             return frame._replace(labels=np.where(present(frame.visible), IGNORE, present(frame.labels)))
 
     settings = read_settings(config)
-    teacher = make_teacher(settings.teacher, settings.data.image_size, "cpu")
+    vit_config, params = make_teacher(settings.teacher, settings.data.image_size, "cpu")
+    teacher = Source(vit_config.width, settings.data.image_size, vit_config), Teacher(params)
     images = zero_shot.Images(settings.data.image_size, antialias=True, seed=0)
     with pytest.raises(InputError, match=mentions("3 training images", "labelled point")):
-        zero_shot.gather_prototypes("", Unlabelled(), teacher, "x_pre_norm", images)
+        zero_shot.gather_prototypes("", Unlabelled(), teacher, images)
 
 
 def test_a_folder_without_settings_is_refused(tmp_path, street_cache, backbone):

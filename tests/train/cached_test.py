@@ -15,7 +15,9 @@ from scalr_jax.prepare.tokens import Choices, write_tokens
 from scalr_jax.runtime import distributed, stopping
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.settings import read_settings
-from scalr_jax.train import steps
+from scalr_jax.train import teachers as train_teachers
+from scalr_jax.train.normalization import FILE
+from scalr_jax.train.teachers import Source, Teacher, features, token_grid
 from tests.support.checks import mentions
 from tests.support.runs import losses, on_one_device, open_split, small_config
 from tests.support.token_files import write_cache
@@ -37,9 +39,9 @@ def live():
     params = vit.init(TINY, jax.random.key(0), SIZE)
 
     def both(params, batch):
-        grid = steps.token_grid(TINY, params, batch.images.reshape(-1, *SIZE, 3), which="x")
-        features = steps.teacher_features(TINY, params, batch, which="x")
-        return grid.reshape(SHARDS, SCENES, *grid.shape[1:]), features
+        grid = token_grid(TINY, params, batch.images.reshape(-1, *SIZE, 3), which="x")
+        found = features(Source(8, SIZE, TINY, "x"), Teacher(params), batch)
+        return grid.reshape(SHARDS, SCENES, *grid.shape[1:]), found
 
     return batch, *jax.device_get(jax.jit(both)(params, batch))
 
@@ -51,7 +53,7 @@ def test_features_of_stored_tokens_are_the_live_ones(live, dtype, share):
 
     def cached(batch, grid):
         values, scale = encode(grid, dtype)
-        return steps.cached_features(batch._replace(images=None, tokens=values, token_scale=scale), SIZE)
+        return features(Source(8, SIZE), Teacher(), batch._replace(images=None, tokens=values, token_scale=scale))
 
     found = np.asarray(jax.jit(cached)(batch, grid))
     assert found.dtype == np.float32
@@ -61,11 +63,14 @@ def test_features_of_stored_tokens_are_the_live_ones(live, dtype, share):
 
 @pytest.mark.slow
 def test_a_cached_run_has_the_live_losses_resumes_exactly_and_may_move(tmp_path, street_cache, monkeypatch):
-    """From float32 tokens of a small teacher; the resumed run's weights are those of one that was not stopped."""
+    """From float32 tokens of a small teacher, normalised by statistics that a resumed run reads; its weights are those
+    of one that was not stopped."""
     on_one_device(monkeypatch)
+    monkeypatch.setattr(train_teachers, "STATISTICS_SCENES", 6)
     params = vit.init(TINY, jax.random.key(1), SIZE)
     monkeypatch.setattr(teachers, "load_demo_teacher", lambda: (TINY, params))
     changes = {"num_steps": 2, "checkpoint_every_steps": 1, "log_every_steps": 1, "mesh.data": 1}
+    changes: dict = {**changes, "teacher.normalize": "phi_s"}
     changes |= {"data.num_workers": 0, "data.scenes_per_shard": 3, "data.num_scenes": 5, "data.max_points": 500}
     config = small_config(street_cache, **changes, **{"teacher.checkpoint": "demo"})
     settings, cache = read_settings(config), tmp_path / "tokens"
@@ -82,12 +87,16 @@ def test_a_cached_run_has_the_live_losses_resumes_exactly_and_may_move(tmp_path,
         patch.setattr(distributed, "preemption", lambda: contextlib.nullcontext(lambda step: step == 1))
         with pytest.raises(stopping.Preempted):
             cached("run", cache)
+    monkeypatch.setattr(train_teachers, "STATISTICS_SCENES", 1)  # nothing is measured anew
     cache.rename(tmp_path / "moved")
     state = cached("run", tmp_path / "moved")
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (whole.params, whole.opt_state))
     live, found = losses(tmp_path / "live"), losses(tmp_path / "run")
     assert list(found) == [1, 2]
     assert found == pytest.approx(live, rel=1e-5)
+    (tmp_path / "run" / FILE).unlink()
+    with pytest.raises(InputError, match=mentions(FILE, "missing", "workdir")):
+        cached("run", tmp_path / "moved")
     images = {"streets/train/0": np.ones((14, 28, 8), np.float32)}
     header = {"image_size": list(config.data.image_size), "teacher": {"feature": "x_pre_norm", "sha256": "ab"}}
     with pytest.raises(InputError, match=mentions("teacher.cache_digest", "--workdir")):

@@ -223,7 +223,7 @@ def test_no_gather_or_scatter_crosses_a_device(street_cache, tmp_path):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), tree
     )
     step = jax.jit(task.make_step(optimizer, optim.make_schedule(settings.optimizer, 10.0)))
-    text = step.lower(place(state), place(task.teacher), batch).compile().as_text() or ""
+    text = step.lower(place(state), place(task.teachers), batch).compile().as_text() or ""
     assert steps  # the step under test
     assert "all-reduce" in text
     for name in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
