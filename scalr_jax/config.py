@@ -83,6 +83,7 @@ class DataSettings:
     points_per_shard: int = key(65_536, "points of a pack (of each device)", low=1, high=2**24)
     scenes_per_shard: int = key(10, "scenes of a pack, at most", low=1, high=2**16)
     scenes_per_step: int = key(0, "0: as many as fit; n (published: 8): exactly, over all devices", low=0, high=2**20)
+    lookahead: int = key(1, "training: scenes that wait for room before a pack is closed; 4: fuller", low=1, high=64)
     cells_per_shard: tuple[int, ...] = key((), "occupied, a plane; (): from the first scenes", **TABLE)
     halo_per_shard: tuple[int, ...] = key((), "halo, a plane; (): likewise", **TABLE)
     voxels_per_shard: tuple[int, ...] = key((), "minkunet: voxels, a level; (): likewise", **TABLE)

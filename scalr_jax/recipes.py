@@ -33,20 +33,20 @@ MAX_POINTS = 20_000
 # Occupied and halo cells of a scene of 20,000 points, one camera's view or a whole turn: 1.2 times the most seen on
 # frames of the four datasets (2026-11-22); a batch has room for eight such scenes.
 VIEW_CELLS, VIEW_HALO = (3_000, 1_600, 1_600), (7_600, 2_700, 2_700)
-# A pack of the four datasets in the published proportions: points filled to 89 %, images to 75 % (docs/data.md).
-PACK_POINTS, PACK_SCENES, PACK_MEAN = 65_536, 10, 7.5  # a device; the last is the mean number of scenes
-PACK_FILL, PILLARS_A_POINT = 0.89, 0.152  # the second of eight real scenes (62,555 points and 9,513 pillars)
+# A pack of a device, its mean number of scenes and its share of points that are none of padding, of the four datasets
+# in the published proportions (docs/data.md).
+PACK_POINTS, PACK_SCENES, PACK_LOOKAHEAD = 65_536, 10, 8
+PACK_MEAN, PACK_FILL = 7.9, 0.96
 PACK_CELLS, PACK_HALO = (13_312, 6_656, 6_656), (33_792, 14_336, 14_336)
 # Of a MinkUNet with voxels of 0.1 m, by level; 62,555 points of eight of these scenes fill 85 % of them.
 PACK_VOXELS, PACK_PAIRS = (64_512, 44_544, 23_552, 11_264, 4_864), (202_752, 226_304, 140_288, 77_312, 37_888)
 # A scene of 20,000 points, likewise: 1.1 times the most seen on frames of the four datasets, as a run derives it.
 SCENE_VOXELS, SCENE_PAIRS = (20_000, 14_464, 8_576, 4_864, 2_368), (138_368, 100_864, 61_568, 33_152, 17_536)
 TURN_CELLS, TURN_HALO = (5_200, 2_100, 2_600), (14_600, 4_300, 5_100)
-# Pillars of 0.5 m: of a pack, which then closes before it is full of points now and then (3 % fewer scenes than with
-# 11,776 pillars, eight real scenes drawn in the published proportions); of a turn of 20,000 points, 1.2 times the most
-# seen (2026-11-29).
-PACK_PILLARS, TURN_PILLARS = 9_728, 5_632
-PILLARS_CLOSE = 0.97
+# Pillars of 0.5 m: of a pack, which now and then is full of them before it is full of points, but costs fewer rows; of
+# a turn of 20,000 points, 1.2 times the most seen (2026-11-29).
+PACK_PILLARS, TURN_PILLARS = 9_216, 5_632
+VAVIT_MEAN, VAVIT_FILL, PILLARS_A_POINT = 7.3, 0.90, 0.142
 # Points of a whole scan after 0.1 m voxels: 1.5 times the most seen in mixed ones, 18,807 and 64,198 (2026-11-29).
 SCAN_POINTS = {"nuscenes": 28_672, "semantic_kitti": 98_304}
 
@@ -79,9 +79,11 @@ def packed(config: Config, num_shards: int) -> Config:
     """The same pretraining with as many scenes a step as fit: the schedule, which counts scenes, stays the same."""
     scenes = config.num_steps * BATCH_SIZE
     config.optimizer.total_updates = config.num_steps
-    config.num_steps = math.ceil(scenes / (PACK_MEAN * num_shards))
+    vavit = config.model.name in VAVITS
+    config.num_steps = math.ceil(scenes / ((VAVIT_MEAN if vavit else PACK_MEAN) * num_shards))
     config.data.update(scenes_per_step=0, points_per_shard=PACK_POINTS, scenes_per_shard=PACK_SCENES)
-    if config.model.name in VAVITS:
+    config.data.lookahead = PACK_LOOKAHEAD
+    if vavit:
         config.data.pillars_per_shard = (PACK_PILLARS,)
     else:
         config.data.update(cells_per_shard=PACK_CELLS, halo_per_shard=PACK_HALO)

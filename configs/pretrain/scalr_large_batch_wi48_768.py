@@ -4,7 +4,7 @@
         --workdir=runs/scalr_64_devices --config.data.root=DATASETS \\
         --config.teacher.checkpoint=dinov2_vitl14_pretrain.pth
 
-The number after the colon is that of the devices; each has 7.5 scenes of a step on average, 64 of them 480 where the
+The number after the colon is that of the devices; each has 7.9 scenes of a step on average, 64 of them 506 where the
 published run has 8. A run sees as many scenes as the published one. The recipe was tested on generated streets only, at
 1, 4 and 16 times a small batch; there is no figure for this run yet.
 """

@@ -1,4 +1,4 @@
-"""As scalr_wi48_768.py, but packed: each device trains on as many scenes as fit into 65,536 points, 7.5 on average.
+"""As scalr_wi48_768.py, but packed: each device trains on as many scenes as fit into 65,536 points, 7.9 on average.
 
     python -m scalr_jax.main --config=configs/pretrain/scalr_packed_wi48_768.py:4 \\
         --workdir=runs/scalr_packed --config.data.root=DATASETS \\
@@ -6,7 +6,7 @@
 
 The number after the colon is that of the devices. On real frames in the published proportions 89 % of the points and
 75 % of the images of a step are filled (tests/fill_test.py). The schedule counts scenes, so it is the published one; a
-step on n devices has about 7.5 n scenes where the published one has 8. There is no figure for this run yet.
+step on n devices has about 7.9 n scenes where the published one has 8. There is no figure for this run yet.
 """
 
 from scalr_jax import recipes

@@ -4,7 +4,7 @@
         --workdir=runs/vavit_b --config.data.root=DATASETS \\
         --config.teacher.checkpoint=vit_large_patch14_dinov2.safetensors
 
-The number after the colon is that of the devices: each trains on as many scenes as fit into 65,536 points, 7.5 on
+The number after the colon is that of the devices: each trains on as many scenes as fit into 65,536 points, 7.3 on
 average. 85.9 M parameters without the head. DATASETS holds the folders nuscenes, semantic_kitti and pandaset.
 ScaLR+'s recipe with another student, whose points have 768 features instead of the published 128, and no field of view
 is cut. The schedule counts scenes, so it is ScaLR+'s. No distillation into a VaViT is published, and there is no figure

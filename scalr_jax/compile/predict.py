@@ -97,14 +97,13 @@ class Useful(NamedTuple):
 
 
 def useful(student: Student, teacher: ViTConfig | None, image_size: tuple[int, int], room: Capacities) -> Useful:
-    """As full as a pack of the published mixture: 89 % of the points, and 75 % of the images or scenes; 3 % less where
-    pillars close it.
+    """As full as a pack of the published mixture on average (`recipes`).
 
     Raises TypeError for a backbone whose FLOPs nobody counts.
     """
-    share = recipes.PILLARS_CLOSE if room.pillars else 1.0
-    scenes = share * room.scenes * recipes.PACK_MEAN / recipes.PACK_SCENES
-    points, backbone = int(share * recipes.PACK_FILL * room.points), student.backbone
+    mean, fill = (recipes.VAVIT_MEAN, recipes.VAVIT_FILL) if room.pillars else (recipes.PACK_MEAN, recipes.PACK_FILL)
+    scenes = room.scenes * mean / recipes.PACK_SCENES
+    points, backbone = int(fill * room.points), student.backbone
     if isinstance(backbone, VaViTBackbone):
         head = head_products(Sizes(backbone.channels, 0, student.out_features, student.head_hidden))
         pillars = int(points * recipes.PILLARS_A_POINT / scenes)

@@ -20,7 +20,7 @@ chip: any machine with the tpu or the cuda extra will do. A table comes first, o
     bytes_per_device        main memory, read or written, likewise
     predicted_ms            of a step, by compile/predict.py: bytes and FLOPs of each kernel against the chip's, times
                             `constants`, communication left out; categories: the same by kind of kernel
-    predicted_mfu           useful FLOPs of valid points and scenes (89 and 75 % of a pack) over the peak
+    predicted_mfu           useful FLOPs, of as many points and scenes as a pack has on average, over the peak
     scenes_per_s            of all devices
     collectives             kind -> count a step, and bytes of the whole arrays that they are about
     parameter_bytes         the student's

@@ -1,12 +1,14 @@
 """Packing: scenes of different sizes share one flat buffer of static size, as language models pack sequences.
 
-Scenes are added in order until the next one would overflow any capacity; that one opens the next pack. So nothing
-is dropped and the order is that of the stream. All in NumPy, in the main process.
+Scenes are added in the order of their stream. One that would overflow any capacity waits, and opens the next pack; when
+`lookahead` scenes wait the pack is closed. So nothing is dropped, a pack that closes at the first (`lookahead` 1) keeps
+the order of the stream, and one that closes later is fuller. All in NumPy, in the main process.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -38,7 +40,7 @@ class Pack(NamedTuple):
     """Scenes that fill one shard for one step, and where their stream goes on."""
 
     scenes: tuple[SceneView, ...]
-    next_index: int  # position in the stream of the first scene that is not in this pack or an earlier one
+    waiting: tuple[int, ...]  # positions of the scenes read but in no pack yet; from the last on the stream is unread
 
 
 def sizes(scene: SceneView) -> Capacities:
@@ -174,30 +176,36 @@ def round_up(need: Capacities, grids: Sequence[tuple[int, int]]) -> Capacities:
     raise AssertionError("more cells than points or than the grid has")
 
 
-def pack_stream(scenes: Iterator[SceneView], capacities: Capacities, *, exactly: int | None = None) -> Iterator[Pack]:
-    """Packs of consecutive scenes. With `exactly`, every pack holds that many scenes.
+def pack_stream(
+    scenes: Iterator[SceneView], capacities: Capacities, *, exactly: int | None = None, lookahead: int = 1
+) -> Iterator[Pack]:
+    """Packs of a stream's scenes. With `exactly`, every pack holds that many consecutive scenes.
 
     Raises `InputError` for a scene (or, with `exactly`, a group of scenes) that does not fit, naming what to raise.
     """
-    held: list[SceneView] = []
     empty = Capacities(0, 0, *((0,) * len(table) for table in capacities[2:]))
-    need = empty
-    for scene in scenes:
-        check_fits(scene, capacities)
-        size = sizes(scene)
-        if exceeded := overflow(add(need, size), capacities):
-            if exactly:
-                group = f"a group of {exactly} scenes up to {scene.name}"
-                raise InputError(f"{group} needs {', '.join(exceeded)}; raise it")
-            yield Pack(tuple(held), scene.stream_index)
-            held, need = [], empty
-        held.append(scene)
-        need = add(need, size)
-        if exactly and len(held) == exactly:
-            yield Pack(tuple(held), scene.stream_index + 1)
-            held, need = [], empty
-    if held:
-        yield Pack(tuple(held), held[-1].stream_index + 1)
+    waiting: list[SceneView] = []
+    end = 0
+    while True:
+        source, waiting = itertools.chain(waiting, scenes), []
+        held: list[SceneView] = []
+        need = empty
+        for scene in source:
+            check_fits(scene, capacities)
+            end, more = max(end, scene.stream_index + 1), add(need, sizes(scene))
+            if exceeded := overflow(more, capacities):
+                if exactly:
+                    group = f"a group of {exactly} scenes up to {scene.name}"
+                    raise InputError(f"{group} needs {', '.join(exceeded)}; raise it")
+                waiting.append(scene)
+            else:
+                held.append(scene)
+                need = more
+            if len(waiting) == lookahead or len(held) == exactly:
+                break
+        if not held:
+            return
+        yield Pack(tuple(held), tuple(scene.stream_index for scene in waiting) or (end,))
 
 
 def pack_shard(

@@ -3,12 +3,14 @@
 Scene i of the shuffled global order belongs to data shard i mod D, and every shard packs its own stream, so the
 order depends on the seed and on D, not on processes or workers. Every scene's randomness comes from (seed, epoch,
 record). Nothing is filtered in the workers: a bad frame travels as a record with an error, which is dropped, named
-and counted here. What a checkpoint needs is one number a stream: the first scene not yet in a finished step.
+and counted here. What a checkpoint needs of a stream is the scenes that wait to be packed, the last of which is where
+reading goes on: with `lookahead` 1 one number, the first scene not yet in a finished step.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import signal
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import grain
 import numpy as np
 from absl import flags, logging
+from numpy.typing import ArrayLike
 
 from scalr_jax.data import packing
 from scalr_jax.data.frame_checks import read_frame
@@ -40,7 +43,7 @@ class Step(NamedTuple):
     """One step's input on this process."""
 
     batch: Batch  # leading axis: this process's shards
-    positions: np.ndarray  # [D_local] int64: where each stream goes on after this step
+    positions: np.ndarray  # [D_local(, lookahead)] int64: where each stream goes on after this step
     num_scenes: int
     bad_frames: int  # distinct bad frames met so far on this process
     scenes: tuple[tuple[SceneView, ...], ...]  # per shard, for evaluation
@@ -139,6 +142,7 @@ class Pipeline:
         scenes_per_step: None, or exactly so many scenes a step over all shards.
         votes: of an evaluation: how often each frame comes, one after the other on its shard, with other random
             numbers each time. A scene's `index` is its frame's.
+        lookahead: of training: scenes that may wait for room before a pack is closed.
     """
 
     dataset: Dataset | FinishedScenes
@@ -150,6 +154,7 @@ class Pipeline:
     num_workers: int = 0
     scenes_per_step: int | None = None
     votes: int = 1
+    lookahead: int = 1
 
     def __post_init__(self):
         if len(self.dataset) == 0:
@@ -247,27 +252,49 @@ class Pipeline:
         return packing.stack_shards([empty] * len(self.shards))
 
     def steps(
-        self, capacities: packing.Capacities, template: SceneView, positions: Sequence[int] | None = None
+        self, capacities: packing.Capacities, template: SceneView, positions: ArrayLike | None = None
     ) -> Iterator[Step]:
-        """Batches from `positions` (one a local shard; default: the beginning) on.
+        """Batches from `positions` (of a `Step`; default: the beginning) on.
 
         Ends after the longest stream of an evaluation; other shards, and other processes, then see empty packs.
         """
-        positions = list(self.shards) if positions is None else list(positions)
+        positions = self.beginning() if positions is None else np.asarray(positions)
         bad: dict[str, str] = {}
+        packed = functools.partial(
+            packing.pack_stream, capacities=capacities, exactly=self.exactly, lookahead=self.lookahead
+        )
         streams = [
-            packing.pack_stream(self._good(self.stream(shard, first), bad), capacities, exactly=self.exactly)
-            for shard, first in zip(self.shards, positions, strict=True)
+            packed(self._good(self._resumed(shard, position), bad))
+            for shard, position in zip(self.shards, positions, strict=True)
         ]
         while True:
-            packs = [next(stream, packing.Pack((), position)) for stream, position in zip(streams, positions)]  # noqa: B905
-            positions = [  # the first of each shard that is not before its pack's end
-                pack.next_index + (shard - pack.next_index) % self.num_shards
-                for shard, pack in zip(self.shards, packs, strict=True)
-            ]
+            packs = [next(stream, packing.Pack((), ())) for stream in streams]
+            positions = np.stack(list(map(self._after, self.shards, packs, positions)))
             arrays = [packing.pack_shard(p.scenes, capacities, template, self.settings.needs.grids) for p in packs]
             scenes = tuple(pack.scenes for pack in packs)
-            yield Step(packing.stack_shards(arrays), np.array(positions), sum(map(len, scenes)), len(bad), scenes)
+            yield Step(packing.stack_shards(arrays), positions, sum(map(len, scenes)), len(bad), scenes)
+
+    def beginning(self) -> np.ndarray:
+        """`Step.positions` before the first step: nothing waits (-1), each stream goes on at its first scene."""
+        first = np.array(self.shards, np.int64)
+        return first if self.lookahead == 1 else np.stack([*[np.full_like(first, -1)] * (self.lookahead - 1), first], 1)
+
+    def _resumed(self, shard: int, position: np.ndarray) -> Iterator[SceneView]:
+        """The scenes of a shard that wait, then its stream."""
+        *waiting, first = np.atleast_1d(position).tolist()
+        order = self.order()
+        yield from (order[number] for number in waiting if number >= 0)
+        yield from self.stream(shard, first)
+
+    def _after(self, shard: int, pack: packing.Pack, position: np.ndarray) -> np.ndarray:
+        """A shard's row of `Step.positions` after a pack, from that before it."""
+        if not pack.scenes:
+            return position
+        *waiting, last = pack.waiting
+        last += (shard - last) % self.num_shards  # the first of this shard that is not before the pack's end
+        after = np.full(self.lookahead, -1)
+        after[self.lookahead - len(pack.waiting) :] = [*waiting, last]
+        return after.reshape(position.shape)
 
     def _good(self, scenes: Iterator[SceneView], bad: dict[str, str]) -> Iterator[SceneView]:
         """Drops, names and counts bad frames; stops when more than 1 % (and more than one) are bad."""

@@ -81,8 +81,8 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
     writer = MetricWriter(workdir, num_steps=run.num_steps, active=jax.process_index() == 0, label=task.label)
     keep = {"keep": run.keep_checkpoints, "keep_every": run.keep_every_steps}
     checkpoints = Checkpoints(workdir / "checkpoints", every=run.checkpoint_every_steps, **keep)
-    positions = np.array(pipeline.shards, np.int32)
-    global_positions = sharding.put_batch(positions, mesh)
+    positions = pipeline.beginning()
+    global_positions = sharding.put_batch(positions.astype(np.int32), mesh)
     shapes = jax.ShapeDtypeStruct(global_positions.shape, global_positions.dtype, sharding=global_positions.sharding)
     restored = checkpoints.restore(program.state, shapes)
     if restored is not None:
@@ -101,7 +101,7 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
 
     # The loop. Its order matters: read, step, save what the step finished, log.
     number, stopped = int(state.step), False
-    source = prefetch(iter(pipeline.steps(capacities, sample[0], positions.tolist())), settings.data.prefetch)
+    source = prefetch(iter(pipeline.steps(capacities, sample[0], positions)), settings.data.prefetch)
     trace = Trace(run.profile, workdir / "profile")
     log, watch = _Log(writer, capacities, mesh.size, run.log_every_steps), Watch()
     # Whatever ends the loop, a save that was begun is finished.
@@ -151,6 +151,7 @@ def _make_pipeline(
         scenes = dataclasses.replace(scenes, mixing=make_mixing(settings.data, dataset, workdir / "instances"))
     shards: dict = {"num_shards": mesh.size, "shards": sharding.local_shards(mesh)}
     options: dict = {"num_workers": settings.data.num_workers, "scenes_per_step": settings.data.scenes_per_step or None}
+    options["lookahead"] = settings.data.lookahead
     return Pipeline(dataset, scenes, seed=settings.run.seed, **shards, **options)
 
 

@@ -42,12 +42,11 @@ def test_points_and_images_are_filled_on_the_published_mixture():
     capacities = packing.Capacities(
         data.points_per_shard, data.scenes_per_shard, tuple(data.cells_per_shard), tuple(data.halo_per_shard)
     )
-    packs = list(packing.pack_stream(iter(scenes), capacities))[:-1]  # the last is what was left
+    packs = list(packing.pack_stream(iter(scenes), capacities, lookahead=data.lookahead))[
+        :-2
+    ]  # the last: what was left
     points = np.mean([sum(len(scene.feats) for scene in pack.scenes) for pack in packs])
     images = np.mean([len(pack.scenes) for pack in packs])
     print(f"points {points / capacities.points:.1%}, images {images / capacities.scenes:.1%} of {len(packs)} packs")
-    assert points / capacities.points >= 0.85
-    assert images / capacities.scenes >= 0.70
-    assert images == pytest.approx(recipes.PACK_MEAN, rel=0.05)
-    packed = [scene.stream_index for pack in packs for scene in pack.scenes]
-    assert packed == list(range(packed[-1] + 1))
+    assert points / capacities.points == pytest.approx(recipes.PACK_FILL, abs=0.02)
+    assert images == pytest.approx(recipes.PACK_MEAN, rel=0.03)

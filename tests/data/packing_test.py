@@ -70,17 +70,41 @@ def test_greedy_packing_keeps_order_and_drops_nothing(counts):
     packs = list(pack_stream(iter(scenes), capacities))
     assert [scene.stream_index for pack in packs for scene in pack.scenes] == [scene.stream_index for scene in scenes]
     for pack, following in itertools.pairwise(packs):
-        assert pack.next_index == following.scenes[0].stream_index
+        assert pack.waiting == (following.scenes[0].stream_index,)
         joined = [*pack.scenes, following.scenes[0]]
         assert len(joined) > 3 or sum(len(scene.feats) for scene in joined) > 150
-    assert packs[-1].next_index == scenes[-1].stream_index + 1
+    assert packs[-1].waiting == (scenes[-1].stream_index + 1,)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(6, 120), min_size=1, max_size=40), st.integers(2, 5))
+def test_with_a_lookahead_nothing_is_dropped_and_who_waited_longest_comes_first(counts, lookahead):
+    capacities = Capacities(150, 3, (150,) * 3, (900,) * 3)
+    scenes = [random_scene(i, count, index=2 * i) for i, count in enumerate(counts)]
+    packs = list(pack_stream(iter(scenes), capacities, lookahead=lookahead))
+    places = [scene.stream_index for pack in packs for scene in pack.scenes]
+    assert sorted(places) == list(range(0, 2 * len(scenes), 2))
+    for pack, following in itertools.pairwise(packs):
+        assert len(pack.waiting) <= lookahead
+        assert pack.waiting[0] == following.scenes[0].stream_index
+        read = set(places[: places.index(pack.waiting[0])]) | set(pack.waiting)
+        if len(pack.waiting) == lookahead:  # else the stream has ended
+            assert read == set(range(0, pack.waiting[-1] + 1, 2)), "from the last that waits on, nothing has been read"
+
+
+def test_a_lookahead_fills_packs():
+    sizes = np.random.default_rng(0).integers(6, 60, 120)
+    scenes = [random_scene(i, count, index=i) for i, count in enumerate(sizes)]
+    capacities = Capacities(150, 10, (150,) * 3, (900,) * 3)
+    plain, fuller = (len(list(pack_stream(iter(scenes), capacities, lookahead=n))) for n in (1, 4))
+    assert fuller < 0.93 * plain
 
 
 def test_an_exact_number_of_scenes():
     scenes = [random_scene(i, 20, index=i) for i in range(6)]
     packs = list(pack_stream(iter(scenes), ROOMY, exactly=2))
     assert [len(pack.scenes) for pack in packs] == [2, 2, 2]
-    assert [pack.next_index for pack in packs] == [2, 4, 6]
+    assert [pack.waiting for pack in packs] == [(2,), (4,), (6,)]
 
 
 def test_a_scene_that_does_not_fit_names_the_capacity():

@@ -101,16 +101,16 @@ def test_augmentation_differs_between_epochs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stop", "workers"), [(1, 0), (5, 2), (9, 0)])
-def test_resume_is_exact(stop, workers):
-    """In the middle of an epoch, with a carried-over scene and bad frames, whatever the number of workers."""
-    dataset = Clouds(bad=(5,))
-    whole = run(dataset=dataset, num_shards=2, shards=range(2))
-    p = pipeline(dataset=dataset, num_shards=2, shards=range(2))
-    steps = p.steps(CAPACITIES, p.sample(4)[0])
-    positions = [next(steps).positions for _ in range(stop)][-1]
-    resumed = run(positions.tolist(), 12 - stop, dataset=dataset, num_shards=2, shards=range(2), num_workers=workers)
-    assert resumed == whole[stop:]
+@pytest.mark.parametrize(("stop", "workers", "lookahead"), [(1, 0, 1), (5, 2, 1), (9, 0, 3), (4, 2, 3), (0, 0, 3)])
+def test_resume_is_exact(stop, workers, lookahead):
+    """In the middle of an epoch, with scenes that wait and bad frames, whatever the number of workers."""
+    options = {"dataset": Clouds(bad=(5,)), "num_shards": 2, "shards": range(2), "lookahead": lookahead}
+    whole = run(**options)
+    p = pipeline(**options)
+    steps, positions = p.steps(CAPACITIES, p.sample(4)[0]), p.beginning()
+    for _ in range(stop):
+        positions = next(steps).positions
+    assert run(positions.tolist(), 12 - stop, num_workers=workers, **options) == whole[stop:]
 
 
 def mixture(**weights):
