@@ -27,7 +27,7 @@ from scalr_jax.data.transforms import FEATURES
 from scalr_jax.data.whole_scan import check_points, whole_scan
 from scalr_jax.interop.finite import check_outputs
 from scalr_jax.interop.published import read_published
-from scalr_jax.interop.saved import choose_intensity, read_saved
+from scalr_jax.interop.saved import choose_intensity, columns_of, read_saved
 from scalr_jax.models.build import make_student
 from scalr_jax.models.heads import SEGMENTATION_HEADS
 from scalr_jax.models.student import Variables
@@ -77,11 +77,13 @@ class Model:
         features are not finite."""
         return self._run(self._embed, points, "features", fill=0.0)
 
-    def distilled(self, points: ArrayLike) -> np.ndarray:
-        """Features in the teacher's space [N, C_teacher] float32; ValueError for a segmentation model."""
+    def distilled(self, points: ArrayLike, *, teacher: str | None = None) -> np.ndarray:
+        """Features in the teacher's space [N, C_teacher] float32, normalised where its were (docs/teachers.md); of
+        several teachers those of one by its name, or one after the other. ValueError for a segmentation model."""
         if self.config.head != "distill":
             raise InputError(f"this model has head {self.config.head!r} and no features in a teacher's space")
-        return self._run(self._head, points, "distilled features", fill=0.0)
+        columns = slice(None) if teacher is None else columns_of(self.config, teacher)
+        return self._run(self._head, points, "distilled features", fill=0.0)[:, columns]
 
     def segment(self, points: ArrayLike) -> np.ndarray:
         """Class ids [N] int32; ValueError for a model that was only distilled."""

@@ -9,6 +9,7 @@ schedule, so that shortening a run keeps its shape.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -50,6 +51,7 @@ class RunSettings:
     deterministic: bool = key(False, "GPU: only operations that give the same result every time (slower)")
     profile: tuple[int, ...] = key((), "(START, STOP): an XProf trace of these steps, in WORKDIR/profile", resume=True)
     checkpoint: str = key("", "probe, finetune, evaluate, robustness: a workdir or a published file to start from")
+    teachers: tuple[dict, ...] = key((), "distill: several, each {key of teacher: value} (docs/teachers.md)")
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,8 @@ class TeacherSettings:
     checkpoint: str = key("", "path of a DINO file; demo: the small ViT that comes with the package")
     cache: str = key("", "distill: a folder of its tokens (docs/tokens.md); no teacher runs", resume=True, local=True)
     feature: str = key("x_pre_norm", "tokens before or after the last norm", choices=("x_pre_norm", "x"))
-    normalize: str = key(
-        "none", "features, by statistics of the first scenes; docs/teachers.md", choices=NORMALIZATIONS
-    )
+    weight: float = key(1.0, "of its loss, beside those of other teachers", above=0)
+    normalize: str = key("none", "features, by statistics of first scenes; docs/teachers.md", choices=NORMALIZATIONS)
     position_interpolation: str = key("auto", "auto: as the file's project", choices=INTERPOLATIONS)
     num_heads: int | None = key(None, "attention heads; None: of 64 channels each", low=1, high=1024)
 
@@ -167,6 +168,7 @@ class LossSettings:
     """`config.loss`."""
 
     scenes_per_group: int = key(0, "mean over groups of n scenes, then over groups; 0: over all points", low=0)
+    teacher_dropping: float = key(0.0, "share of steps without a teacher's loss, the largest excepted", low=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -304,8 +306,22 @@ class Settings:
     teacher_training: TeacherTrainingSettings
 
     @property
+    def teachers(self) -> tuple[TeacherSettings, ...]:
+        """All to distil from: `config.teachers`, else `config.teacher`."""
+        return read_teachers(self.run.teachers, self.teacher, []) or (self.teacher,)
+
+    @property
     def training(self) -> TrainSettings:
         return TrainSettings(self.run, self.data, self.optimizer, self.mesh)
+
+
+def read_teachers(
+    given: Sequence[Mapping[str, object]], teacher: TeacherSettings, problems: list[str]
+) -> tuple[TeacherSettings, ...]:
+    """`config.teachers`; what one does not say is as in `teacher`, but for its checkpoint and cache."""
+    shared = {**dataclasses.asdict(teacher), "checkpoint": "", "cache": ""}
+    parts = (({**shared, **each}, f"teachers[{k}].") for k, each in enumerate(given))
+    return tuple(keys.read(TeacherSettings, values, problems, prefix) for values, prefix in parts)
 
 
 SECTIONS: dict[str, type] = {name: table for name, table in get_type_hints(Settings).items() if name != "run"}

@@ -17,6 +17,7 @@ from scalr_jax.config import (
     Settings,
     StudentSettings,
     get_config,
+    read_teachers,
 )
 from scalr_jax.runtime import keys
 from scalr_jax.runtime.errors import InputError
@@ -78,13 +79,28 @@ def _problems(settings: Settings) -> Iterator[str]:
         yield f"evaluate.votes = {evaluate.votes} with data.augmentation = 'none' (give 'published' or 'consistent')"
     if settings.data.augmentation == "vavit" and settings.run.task in ("distill", "demo"):
         yield "data.augmentation = 'vavit' with an image (it is for labelled scans alone; give 'published')"
-    if settings.teacher.cache and settings.run.task == "demo":
-        yield f"teacher.cache = {settings.teacher.cache!r} with task 'demo' (it is for distill; leave it out)"
+    yield from _teacher_problems(settings)
     profile = settings.run.profile
     if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1]):
         yield f"profile = {profile} (expected: two steps, the first, from 0, before the second)"
     if settings.mesh.data == 0:
         yield "mesh.data = 0 (expected: -1, or at least 1)"
+
+
+def _teacher_problems(settings: Settings) -> Iterator[str]:
+    """What the teachers say against one another."""
+    task, teacher, given = settings.run.task, settings.teacher, settings.run.teachers
+    if teacher.cache and task == "demo":
+        yield f"teacher.cache = {teacher.cache!r} with task 'demo' (it is for distill; leave it out)"
+    wrong: list[str] = []
+    read_teachers(given, teacher, wrong)
+    yield from wrong
+    if given and task != "distill":
+        yield f"teachers with task {task!r} (they are for distill; give the key teacher)"
+    if given and (teacher.checkpoint or teacher.cache):
+        yield f"teacher.checkpoint = {teacher.checkpoint!r} beside teachers (name each one in teachers alone)"
+    if settings.loss.teacher_dropping and len(given) < 2:
+        yield f"loss.teacher_dropping = {settings.loss.teacher_dropping} with one teacher (give several in teachers)"
 
 
 def _data_problems(settings: Settings) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from scalr_jax.config import Settings, TeacherSettings, all_keys
+from scalr_jax.config import Settings, all_keys
 from scalr_jax.data.build import make_dataset
 from scalr_jax.data.scenes import Dataset
 from scalr_jax.data.tokens.store import TokenStore
@@ -29,8 +29,8 @@ from scalr_jax.evaluation.submission import Submission
 from scalr_jax.evaluation.zero_shot import Images, zero_shot
 from scalr_jax.figures.charts import draw_confusion, draw_loss, draw_robustness
 from scalr_jax.interop.published import read_published
-from scalr_jax.interop.saved import AGAIN, Saved, read_saved, write_settings
-from scalr_jax.interop.teacher import make_teacher, open_tokens
+from scalr_jax.interop.saved import AGAIN, TEACHER, Saved, columns_of, read_saved, write_settings
+from scalr_jax.interop.teacher import make_teacher, names_of, open_tokens, taught_by
 from scalr_jax.models.backbone import CachedFeatures
 from scalr_jax.models.build import make_backbone, make_student
 from scalr_jax.models.heads import segmentation_head
@@ -45,27 +45,29 @@ from scalr_jax.settings import record_of
 from scalr_jax.train import steps
 from scalr_jax.train.loop import Task, train
 from scalr_jax.train.normalization import FILE as NORMALIZATIONS
-from scalr_jax.train.normalization import read_normalizations
+from scalr_jax.train.normalization import read_normalizations, shapes
 from scalr_jax.train.state import TrainState, variables_of
-from scalr_jax.train.teachers import Source, unmeasured
+from scalr_jax.train.teachers import Source, Teacher, unmeasured
 
 # ---- what every task needs
 
 
 @contextlib.contextmanager
-def claimed(settings: Settings, workdir: Path, tokens: TokenStore | None = None) -> Iterator[None]:
-    """Holds `workdir` for a run of these settings, and of these `tokens`; see `runtime.workdir.claim`."""
+def claimed(settings: Settings, workdir: Path, tokens: Sequence[TokenStore | None] = ()) -> Iterator[None]:
+    """Holds `workdir` for a run of these settings, and of each teacher's `tokens`; see `runtime.workdir.claim`."""
     record = record_of(settings)
-    if tokens is not None:
-        record["teacher"]["cache_digest"] = tokens.digest
+    for teacher, store in zip(record["teachers"] or [record["teacher"]], tokens, strict=False):
+        if store is not None:  # the cache may move, but not change
+            teacher |= {"cache_digest": store.digest} | ({"cache": ""} if record["teachers"] else {})
     with workdirs.claim(workdir, record, all_keys()):
         yield
 
 
-def open_dataset(settings: Settings, workdir: Path, split: str, tokens: TokenStore | None = None) -> Dataset:
-    """The dataset of a split; prints the table of what was found."""
-    task, seed = settings.run.task, settings.run.seed
-    dataset = make_dataset(settings.data, split, task=task, seed=seed, cache=workdir / "streets", tokens=tokens)
+def open_dataset(settings: Settings, workdir: Path, split: str, tokens: Sequence[TokenStore | None] = ()) -> Dataset:
+    """The dataset of a split, with each teacher's `tokens` where it has a cache; prints the table of what was found."""
+    options = {"task": settings.run.task, "seed": settings.run.seed, "cache": workdir / "streets"}
+    stores = [store for store in tokens if store]
+    dataset = make_dataset(settings.data, split, **options, tokens=stores, images=len(stores) < len(tokens))
     if jax.process_index() == 0:
         print(dataset.describe(), flush=True)
     return dataset
@@ -83,18 +85,22 @@ def step_options(settings: Settings) -> dict[str, int]:
     return {"seed": settings.run.seed, "batch_size": size, "scenes_per_group": group}
 
 
-def distillation(settings: Settings, teacher: tuple[ViTConfig, dict] | None = None, token_channels: int = 0) -> Task:
-    """The distillation of `config.teacher`, of (architecture, parameters or their shapes), or, with so many channels,
-    of tokens in the batch."""
-    size, params, options = settings.data.image_size, None, settings.teacher
-    if token_channels:
-        source = Source(token_channels, size, normalize=options.normalize)
-    else:
-        vit_config, params = teacher or make_teacher(options, size, sharding.platform())
-        source = Source(vit_config.width, size, vit_config, options.feature, options.normalize)
-    student = student_of(settings, "distill", source.width)
-    step = partial(steps.make_distill_step, student, sources=(source,), **step_options(settings))
-    return Task("distill", "distill", student, None, step, (unmeasured(source, params),), sources=(source,))
+def distillation(settings: Settings, given: Sequence[tuple[ViTConfig, dict] | int] = ()) -> Task:
+    """The distillation of the config's teachers. `given`: of each its architecture and parameters (or their shapes),
+    where the batch brings its tokens their channels, or 0; what is not given is made."""
+    size, chosen, sources, arrays = settings.data.image_size, settings.teachers, [], []
+    for name, options, made in zip(names_of(chosen), chosen, given or (0,) * len(chosen), strict=True):
+        made = made or make_teacher(options, size, sharding.platform())
+        width, vit_config, params = (made, None, None) if isinstance(made, int) else (made[0].width, *made)
+        cache = sum(source.vit is None for source in sources)
+        more = (options.feature, options.normalize, options.weight, name, cache)
+        sources.append(Source(width, size, vit_config, *more))
+        arrays.append(unmeasured(sources[-1], params))
+    widths = tuple(source.width for source in sources)
+    student = student_of(settings, "distill", sum(widths)).clone(teacher_widths=widths if len(widths) > 1 else ())
+    options = {"sources": tuple(sources), "teacher_dropping": settings.loss.teacher_dropping, **step_options(settings)}
+    step = partial(steps.make_distill_step, student, **options)
+    return Task("distill", "distill", student, None, step, tuple(arrays), sources=tuple(sources))
 
 
 def segmentation(settings: Settings, num_classes: int, *, label: str, frozen: bool, initial: Variables | None) -> Task:
@@ -196,12 +202,12 @@ def class_order(settings: Settings, class_names: Sequence[str], saved: Saved, nu
 
 def distill(settings: Settings, workdir: Path) -> TrainState:
     """Distils the teacher into the student; results.json holds the last logged metrics."""
-    tokens = open_tokens(settings.teacher, settings.data)
+    tokens = [open_tokens(teacher, settings.data) for teacher in settings.teachers]
     with claimed(settings, workdir, tokens):
         # A teacher that cannot be is said before streets are rendered.
-        task = distillation(settings, token_channels=tokens.channels if tokens else 0)
+        task = distillation(settings, [store.channels if store else 0 for store in tokens])
         dataset = open_dataset(settings, workdir, settings.data.split, tokens)
-        save_settings(settings, workdir, task.student, dataset)
+        save_settings(settings, workdir, task, dataset)
         state = train(settings.training, workdir, dataset, task)
         if jax.process_index() == 0:
             lines = [line for line in read_metrics(workdir / "metrics.jsonl") if "train/loss" in line]
@@ -212,10 +218,11 @@ def distill(settings: Settings, workdir: Path) -> TrainState:
     return state
 
 
-def save_settings(settings: Settings, workdir: Path, student: Student, dataset: Dataset) -> None:
+def save_settings(settings: Settings, workdir: Path, task: Task, dataset: Dataset) -> None:
     """Writes settings.json, on process 0."""
     if jax.process_index() == 0:
-        write_settings(workdir, settings.model, settings.data, student, dataset)
+        teachers = [{name: getattr(source, name) for name in TEACHER} for source in task.sources]
+        write_settings(workdir, settings.model, settings.data, task.student, dataset, teachers)
 
 
 def probe(settings: Settings, workdir: Path) -> dict:
@@ -233,50 +240,37 @@ def probe(settings: Settings, workdir: Path) -> dict:
                 settings.probe, settings.training, student, dataset, saved.variables, num_classes
             )
         else:
-            classifier, variables = _zero_shot(settings, dataset, saved.variables)
+            classifier, variables = _zero_shot(settings, dataset, saved)
         return _report(settings, workdir, validation, classifier, variables, label=settings.probe.method)
 
 
-def _zero_shot(settings: Settings, dataset: Dataset, variables: Variables) -> tuple[Classifier, Variables]:
-    """The zero-shot classifier of a distilled student. Raises `InputError` without the teacher that taught it."""
-    checkpoint, head = settings.run.checkpoint, variables["params"].get("head", {})
+def _zero_shot(settings: Settings, dataset: Dataset, saved: Saved) -> tuple[Classifier, Variables]:
+    """The zero-shot classifier of a distilled student. Raises `InputError` without a teacher that taught it."""
+    path, options, data = Path(settings.run.checkpoint), settings.teacher, settings.data
+    head = saved.variables["params"].get("head", {})
     if "out" not in head:
-        raise InputError(f"{checkpoint} holds no distillation head; zero-shot needs the workdir of a distillation")
-    width, hidden = head["out"]["kernel"].shape[1], head["hidden"]["kernel"].shape[1] if "hidden" in head else 0
-    teacher = make_teacher(settings.teacher, settings.data.image_size, sharding.platform())
-    if teacher[0].width != width:
+        raise InputError(f"{path} holds no distillation head; zero-shot needs the workdir of a distillation")
+    vit_config, params = make_teacher(options, data.image_size, sharding.platform())
+    number, normalization, columns = 0, None, slice(0, head["out"]["kernel"].shape[1])
+    if known := saved.settings.get("teachers"):
+        number = taught_by(path / "config.json", options)
+        like = [shapes(each["normalize"], each["width"]) for each in known]
+        normalization = read_normalizations(path / NORMALIZATIONS, like)[number] if any(like) else None
+        columns = columns_of(saved.settings, known[number]["name"])
+    elif (path / "config.json").is_file():
+        taught_by(path / "config.json", options)
+    if vit_config.width != (width := columns.stop - columns.start):
         raise InputError(
-            f"{checkpoint} was distilled from a teacher {width} wide, and teacher.checkpoint = "
-            f"{settings.teacher.checkpoint!r} is {teacher[0].width} wide; give the one it was distilled from"
+            f"{path} was distilled from a teacher {width} wide, and teacher.checkpoint = {options.checkpoint!r} is "
+            f"{vit_config.width} wide; give the one it was distilled from"
         )
-    _check_teacher(Path(checkpoint) / "config.json", settings.teacher)
-    data, options = settings.data, settings.teacher
-    source = Source(width, data.image_size, teacher[0], options.feature, options.normalize)
-    found = unmeasured(source, teacher[1])
-    if found.normalization is not None:
-        (read,) = read_normalizations(Path(checkpoint) / NORMALIZATIONS, [found.normalization])
-        found = found._replace(normalization=read)
-    images = Images(data.image_size, data.antialias, settings.run.seed, data.image_dtype)
+    source = Source(width, data.image_size, vit_config, options.feature, options.normalize)
+    out = {name: array[..., columns] for name, array in head["out"].items()}
+    variables = {**saved.variables, "params": {**saved.variables["params"], "head": {**head, "out": out}}}
+    hidden = head["hidden"]["kernel"].shape[1] if "hidden" in head else 0
     student = student_of(settings, "distill", width).clone(head_hidden=hidden)
-    return zero_shot(settings.probe, student, (source, found), dataset, variables, images)
-
-
-def _check_teacher(path: Path, teacher: TeacherSettings) -> None:
-    """Raises `InputError` with what differs between `config.teacher` and that of the distillation, by its config.json;
-    files are compared by their name."""
-    if not path.is_file():
-        return
-    there, here = read_json(path, AGAIN).get("teacher"), dataclasses.asdict(teacher)
-    if not (isinstance(there, dict) and isinstance(there.get("checkpoint"), str)):
-        raise InputError(f"{path}: teacher is not that of a run; {AGAIN}")
-    there["checkpoint"], here["checkpoint"] = Path(there["checkpoint"]).name, Path(here["checkpoint"]).name
-    keys = ("checkpoint", "feature", "normalize", "position_interpolation")[not there["checkpoint"] :]  # none: a cache
-    there = {"normalize": "none", **there}  # of before there was another
-    if wrong := [f"{key} is {there.get(key)} there, {here[key]} here" for key in keys if there.get(key) != here[key]]:
-        raise InputError(
-            f"{path.parent} was distilled from another teacher than config.teacher ({'; '.join(wrong)}); give the one "
-            "it was distilled from"
-        )
+    images = Images(data.image_size, data.antialias, settings.run.seed, data.image_dtype)
+    return zero_shot(settings.probe, student, (source, Teacher(params, normalization)), dataset, variables, images)
 
 
 def finetune(settings: Settings, workdir: Path) -> dict:
@@ -293,7 +287,7 @@ def _segment(settings: Settings, workdir: Path, *, label: str, frozen: bool, ini
         num_classes = num_classes_of(settings, dataset)
         task = segmentation(settings, num_classes, label=label, frozen=frozen, initial=initial)
         student = task.student
-        save_settings(settings, workdir, student, dataset)
+        save_settings(settings, workdir, task, dataset)
         if isinstance(student.backbone, CachedFeatures) and initial is not None:
             student = student.clone(backbone=student.backbone.backbone)
             key, dtype = cache_key(record_of(settings), dataset, initial), settings.probe.cache_dtype

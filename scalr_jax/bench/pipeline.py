@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def _settings(arguments: argparse.Namespace) -> tuple[DataSettings, transforms.S
     return data, scene_settings(data, make_backbone(StudentSettings()).needs, task="distill", train=True)
 
 
-def _dataset(data: DataSettings, name: str, root: str, *, several: bool, tokens: TokenStore | None = None) -> Dataset:
+def _dataset(data: DataSettings, name: str, root: str, *, several: bool, tokens: Sequence[TokenStore] = ()) -> Dataset:
     data = dataclasses.replace(data, dataset=name, root=str(Path(root) / name) if several else root)
     return make_dataset(data, "all", task="distill", seed=0, cache=Path(root), tokens=tokens)
 
@@ -136,7 +136,7 @@ def _measure(name: str, data: DataSettings, settings: transforms.SceneSettings, 
 
     kinds = [(make, sample[0])]
     if arguments.cache:
-        cached = _dataset(data, name, arguments.root, several=several, tokens=TokenStore(arguments.cache))
+        cached = _dataset(data, name, arguments.root, several=several, tokens=(TokenStore(arguments.cache),))
         make = pipeline.BuildScene(cached, settings, seed=0)
         kinds.append((make, make(0, (0, records[0]))))
 

@@ -26,7 +26,7 @@ from scalr_jax.bench import scenes as bench_scenes
 from scalr_jax.bench.student import add_student_arguments, described, flops_of, student_of
 from scalr_jax.bench.teacher import add_teacher_arguments, teacher_of
 from scalr_jax.bench.timing import Parser, device_bytes, interleave, ranges, rounded, show_times
-from scalr_jax.data.scenes import Batch
+from scalr_jax.data.scenes import Batch, PackedTokens
 from scalr_jax.data.tokens.store import DTYPES
 from scalr_jax.models.flops import teacher_flops
 from scalr_jax.models.student import Student
@@ -109,7 +109,7 @@ def _cached_step(student: Student, vit_config: ViTConfig, batch: Batch[jax.Array
     size = (batch.images.shape[2], batch.images.shape[3])
     shape = (*batch.images.shape[:2], *patch_grid(vit_config, size), vit_config.width)
     values, scale = encode(jax.random.normal(jax.random.key(1), shape), dtype)
-    batch = batch._replace(images=None, tokens=values, token_scale=scale)
+    batch = batch._replace(images=None, tokens=(PackedTokens(values, scale),))
     sources = (Source(vit_config.width, size),)
     made = bench_programs.training(student, steps.make_distill_step, sources=sources)
     return bench_programs.compiled_step(*made, (Teacher(),), batch)[0]

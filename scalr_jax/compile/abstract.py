@@ -122,8 +122,8 @@ def make_task(settings: Settings, teacher: str | None, *, cached: bool = False) 
             vit_config = dataclasses.replace(vit_config, position_interpolation=interpolation)
         params = teacher_shapes(settings.data.image_size, vit_config)
         if cached:
-            return tasks.distillation(settings, token_channels=vit_config.width), vit_config
-        return tasks.distillation(settings, (vit_config, params)), vit_config
+            return tasks.distillation(settings, [vit_config.width]), vit_config
+        return tasks.distillation(settings, [(vit_config, params)]), vit_config
     if cached:
         raise InputError(
             f"--cached_teacher is for task distill, and config.task = {task!r} has no teacher; leave it out"
@@ -195,7 +195,7 @@ def make_batch(settings: SceneSettings, capacities: Capacities, mesh: Mesh, cach
     nothing = empty_scene(len(FEATURES), settings.needs)
     if cached is not None:
         values = np.zeros((*vit.patch_grid(cached, settings.image_size), cached.width), np.uint16)
-        nothing = nothing._replace(tokens=Tokens(values), pixels=np.zeros((0, 2), np.int32))
+        nothing = nothing._replace(tokens=(Tokens(values),), pixels=np.zeros((0, 2), np.int32))
     elif settings.task == "distill":
         image = np.zeros((*settings.image_size, 3), settings.image_dtype)
         nothing = nothing._replace(image=image, pixels=np.zeros((0, 2), np.int32))

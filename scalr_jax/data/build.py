@@ -30,13 +30,21 @@ from scalr_jax.settings import dataset_names
 
 
 def make_dataset(
-    data: DataSettings, split: str, *, task: str, seed: int, cache: Path, tokens: TokenStore | None = None
+    data: DataSettings,
+    split: str,
+    *,
+    task: str,
+    seed: int,
+    cache: Path,
+    tokens: Sequence[TokenStore] = (),
+    images: bool = False,
 ) -> Dataset:
     """The dataset of `config.data` for a split ("train", "validation", "test" or "all", as the dataset has them).
 
     `task`, of the config, says whether labels, images or both are read. Generated streets have a `seed`, and are
-    rendered to `cache` when `data.root` is empty. With `tokens`, frames have these in place of images. Raises
-    InputError: a folder that is missing or holds something else, or frames that cannot be chosen.
+    rendered to `cache` when `data.root` is empty. With `tokens`, frames have these in place of images, or
+    beside `images`. Raises InputError: a folder that is missing or holds something else, or frames that cannot be
+    chosen.
     """
     _check_sizes(data, images=task in ("distill", "demo"))
     names, datasets = dataset_names(data), []
@@ -44,7 +52,7 @@ def make_dataset(
         folder = "" if len(names) == 1 else "pandaset" if name in PANDASET else name
         root = Path(data.root, folder) if data.root else None
         opened = _open(data, split, name, root, task=task, seed=seed, cache=cache)
-        datasets.append(opened if tokens is None else WithTokens(opened, tokens))
+        datasets.append(WithTokens(opened, *tokens, images=images) if tokens else opened)
     dataset = datasets[0]
     if len(datasets) > 1 or data.weights or data.intensity:
         intensity = (data.intensity[0], data.intensity[1]) if data.intensity else None

@@ -16,7 +16,17 @@ from typing import NamedTuple
 import numpy as np
 
 from scalr_jax.config import DataSettings
-from scalr_jax.data.scenes import IGNORE, Batch, PackedVoxels, Pillars, Plane, ScenePillars, ScenePlane, SceneView
+from scalr_jax.data.scenes import (
+    IGNORE,
+    Batch,
+    PackedTokens,
+    PackedVoxels,
+    Pillars,
+    Plane,
+    ScenePillars,
+    ScenePlane,
+    SceneView,
+)
 from scalr_jax.ops.voxels import sizes_for
 from scalr_jax.runtime.errors import InputError
 
@@ -239,13 +249,13 @@ def _with_optional(batch: Batch, scenes: Sequence[SceneView], capacities: Capaci
         batch = batch._replace(pixels=pixels)
     if template.image is not None:
         batch = batch._replace(images=_stacked([scene.image for scene in scenes], capacities, template.image))
-    if template.tokens is not None:
-        parts = zip(*(scene.tokens or (None, None) for scene in scenes), strict=True) if scenes else ((), ())
-        stacked = [
-            None if like is None else _stacked(part, capacities, like)
-            for part, like in zip(parts, template.tokens, strict=True)
-        ]
-        batch = batch._replace(tokens=stacked[0], token_scale=stacked[1])
+    tokens = []
+    for k, like in enumerate(template.tokens):
+        columns = zip(
+            like, zip(*(scene.tokens[k] for scene in scenes), strict=True) if scenes else ((), ()), strict=True
+        )
+        tokens.append(PackedTokens(*(x if x is None else _stacked(parts, capacities, x) for x, parts in columns)))
+    batch = batch._replace(tokens=tuple(tokens))
     if template.voxels is not None:
         parts = [scene.voxels.coordinates for scene in scenes if scene.voxels is not None]
         coordinates = _filled(parts, capacities.points, 0.0, template.voxels.coordinates)
@@ -275,6 +285,10 @@ def stack_shards(shards: Sequence[Batch]) -> Batch:
     arrays = {name: np.stack([getattr(shard, name) for shard in shards]) for name in names}
     planes = zip(*(shard.planes for shard in shards), strict=True)
     batch = first._replace(**arrays, planes=tuple(Plane(*map(np.stack, zip(*plane, strict=True))) for plane in planes))
+    if first.tokens:
+        of_teachers = (zip(*parts, strict=True) for parts in zip(*(shard.tokens for shard in shards), strict=True))
+        stack = lambda parts: None if parts[0] is None else np.stack(parts)  # noqa: E731
+        batch = batch._replace(tokens=tuple(PackedTokens(*map(stack, parts)) for parts in of_teachers))
     if first.pillars is not None:
         parts = zip(*(shard.pillars for shard in shards if shard.pillars is not None), strict=True)
         batch = batch._replace(pillars=Pillars(*map(np.stack, parts)))

@@ -152,7 +152,7 @@ class Frame(NamedTuple):
     to_sensor: np.ndarray | None = None  # [4, 4] float64: native frame -> the lidar, z up its axis; None: `to_ego`
     beams: np.ndarray | None = None  # [N] uint8: the beam of each point, 0 the lowest; None: see its elevation
     num_dropped: int = 0  # rows of the scan's file that were no usable point
-    tokens: Tokens | None = None  # the teacher's, of the image, which then is not needed
+    tokens: tuple[Tokens, ...] = ()  # of teachers with a cache, of the image
 
 
 class Tokens(NamedTuple):
@@ -160,6 +160,13 @@ class Tokens(NamedTuple):
 
     values: np.ndarray  # [th, tw, C] uint16 (bfloat16's bits), int8 or float32
     scale: np.ndarray | None = None  # [th, tw] float32, of int8
+
+
+class PackedTokens(NamedTuple, Generic[A]):
+    """The same of the images of a batch."""
+
+    values: A  # [D, S, th, tw, C]
+    scale: A | None = None  # [D, S, th, tw]
 
 
 class Cloud(NamedTuple):
@@ -195,7 +202,7 @@ class SceneView(NamedTuple):
     raw_ranges: np.ndarray | None = None  # [N_raw] float32: metres from the origin of the student's frame
     voxels: SceneVoxels | None = None  # for a MinkUNet, which needs no planes
     pillars: ScenePillars | None = None  # for a VaViT, likewise
-    tokens: Tokens | None = None  # instead of `image`
+    tokens: tuple[Tokens, ...] = ()
 
 
 class SceneVoxels(NamedTuple):
@@ -265,5 +272,4 @@ class Batch(NamedTuple, Generic[A]):
     labels: A | None = None  # [D, P] int32
     voxels: PackedVoxels[A] | None = None  # for a MinkUNet; `planes` is then ()
     pillars: Pillars[A] | None = None  # for a VaViT, likewise
-    tokens: A | None = None  # instead of `images`: [D, S, th, tw, C] as stored, see `Tokens`
-    token_scale: A | None = None  # [D, S, th, tw] float32, of int8
+    tokens: tuple[PackedTokens[A], ...] = ()  # of each teacher with a cache

@@ -96,7 +96,7 @@ def run_demo(settings: Settings, workdir: Path) -> dict:
 def _train(settings: Settings, workdir: Path, dataset: Dataset, task: Task) -> TrainState:
     """One part, in its own workdir."""
     with tasks.claimed(settings, workdir):
-        tasks.save_settings(settings, workdir, task.student, dataset)
+        tasks.save_settings(settings, workdir, task, dataset)
         return train(settings.training, workdir, dataset, task)
 
 

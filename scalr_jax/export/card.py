@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from scalr_jax.interop.exported import FILES, VERSION
 from scalr_jax.models.student import Student
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import read_json, write_json
+from scalr_jax.train.normalization import FILE as NORMALIZATIONS
 
 # Terms of the training data, as their providers state them: what bears on a licence of weights.
 TERMS = {
@@ -75,10 +77,10 @@ def licence_of(model_path: Path, training: Mapping | None, given: str) -> str:
     names = {"streets" if name in sensors.STREETS_INTENSITY else name for name in names}
     terms = [f"trained on: {'; '.join(sorted({TERMS.get(name, name) for name in names}))}"]
     if training["task"] == "distill":
-        teacher = training["teacher"]["checkpoint"] or f"that of the tokens in {training['teacher'].get('cache')}"
-        terms.append(
-            f"teacher: {'the packaged one, Apache-2.0' if teacher == 'demo' else f'{teacher}, see its licence'}"
-        )
+        for each in training.get("teachers") or [training["teacher"]]:
+            teacher = each.get("checkpoint") or f"that of the tokens in {each.get('cache')}"
+            packaged = teacher == "demo"
+            terms.append(f"teacher: {'the packaged one, Apache-2.0' if packaged else f'{teacher}, see its licence'}")
     if training["checkpoint"]:
         terms.append(f"begun from {training['checkpoint']}, see its licence")
     return f"not stated (--licence says it); {'; '.join(terms)}"
@@ -106,6 +108,7 @@ def readme(content: Mapping, student: Student, name: str) -> str:
         ("student", student.backbone.describe()),
         ("parameters", f"{content['parameters']:,}"),
         ("output", _output_text(student)),
+        *([("teachers", _teachers_text(settings["teachers"]))] if settings.get("teachers") else []),
         *([("classes", ", ".join(settings["class_names"]))] if settings.get("class_names") else []),
         ("folded", "batch norms folded, layer scales merged" if content["folded"] else "no"),
         ("field of view", ", ".join(f"{x} {low:g} to {high:g}" for x, low, high in view) + " metres"),
@@ -138,6 +141,22 @@ def _output_text(student: Student) -> str:
         what = "features in the teacher's space" if student.head == "distill" else "class logits"
         text += f", {what} [N, {student.out_features}]"
     return text
+
+
+def _teachers_text(teachers: Sequence[Mapping]) -> str:
+    """Which columns of the distilled features are whose, and how they are normalised (docs/teachers.md)."""
+    texts = [
+        f"{each['name']} [N, {each['width']}]"
+        + (f", normalised ({each['normalize']}) by `{NORMALIZATIONS}`" if each["normalize"] != "none" else "")
+        for each in teachers
+    ]
+    return "; ".join(texts)
+
+
+def copy_statistics(source: Path, folder: Path) -> None:
+    """Copies the statistics by which a workdir's teachers were normalised, where there are any."""
+    if (source / NORMALIZATIONS).is_file():
+        shutil.copyfile(source / NORMALIZATIONS, folder / NORMALIZATIONS)
 
 
 def _metric_text(value: object) -> str:

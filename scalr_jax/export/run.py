@@ -140,6 +140,8 @@ def export_model(
         else:
             _write_program(folder, form, student, settings, variables)
             save_example(folder / "example.npz", _inputs(form, scene, settings), wanted)
+        if source is not None and settings["head"] == "distill":
+            export_card.copy_statistics(source, folder)
         training, results = export_card.training_of(source) if source else (None, None)
         card = {
             "settings": settings,

@@ -3,7 +3,8 @@
 A run writes WORKDIR/settings.json when training starts. It holds what an export's config.json holds under "settings":
 
     name, channels, ...      `config.model`
-    head, head_hidden, out_features, num_features, voxel_size
+    head, head_hidden, out_features, num_features, voxel_size    of a head for several teachers: all together
+    teachers                 of a distillation: name, width and normalize of each, in the order of the outputs
     intensities              (mean, deviation) of the raw intensity of each sensor that was trained on
     class_names, label_map   of a segmentation model: its classes, and the class of each label number of the dataset
     versions                 of the packages that trained it
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from scalr_jax.data.transforms import FEATURES
 from scalr_jax.interop.exported import check_settings, is_export, read_export
 from scalr_jax.interop.finite import check_weights
 from scalr_jax.interop.model import check_shapes, student_of
+from scalr_jax.models.heads import joined_heads
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.runtime.checkpoint import load_variables
 from scalr_jax.runtime.errors import InputError
@@ -33,6 +35,7 @@ from scalr_jax.runtime.storage import read_json, write_json
 FILE = "settings.json"
 REQUIRED = ("name", "head", "out_features", "num_features", "voxel_size", "intensities")
 AGAIN = "copy the workdir again"
+TEACHER = ("name", "width", "normalize")
 PACKAGES = ("scalr_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -44,13 +47,20 @@ class Saved(NamedTuple):
 
 
 def write_settings(
-    workdir: Path, model: StudentSettings, data: DataSettings, student: Student, dataset: Dataset
+    workdir: Path,
+    model: StudentSettings,
+    data: DataSettings,
+    student: Student,
+    dataset: Dataset,
+    teachers: Sequence[Mapping[str, str | int]] = (),
 ) -> None:
-    """Writes settings.json of a run that trains `student` on `dataset`."""
+    """Writes settings.json of a run that trains `student` on `dataset`, by `teachers` with the keys `TEACHER`."""
     segments = student.head != "distill"
     settings = {
         **dataclasses.asdict(model),
-        **{name: getattr(student, name) for name in ("head", "head_hidden", "out_features")},
+        **{name: getattr(student, name) for name in ("head", "out_features")},
+        "head_hidden": student.head_hidden * max(1, len(student.teacher_widths)),
+        "teachers": list(teachers),
         "num_features": len(FEATURES),
         "voxel_size": data.voxel_size,
         "intensities": sensors.trained_intensities(data, dataset),
@@ -73,6 +83,7 @@ def read_saved(folder: Path) -> Saved:
     if not (folder / "checkpoints").is_dir():
         raise InputError(_without_weights(folder))
     settings, variables = _read_settings(folder / FILE), load_variables(folder / "checkpoints")
+    variables = {**variables, "params": joined_heads(variables["params"])}
     check_weights(variables, f"the newest checkpoint in {folder}")
     _check(folder / FILE, settings, variables)
     return Saved(settings, variables)
@@ -130,3 +141,16 @@ def choose_intensity(settings: Mapping[str, Any], path: Path, sensor: str | None
         raise InputError(f"{path} was trained on several sensors ({', '.join(trained)}); give sensor=, one of them")
     (found,) = trained.values()
     return tuple(found)
+
+
+def columns_of(settings: Mapping[str, Any], teacher: str) -> slice:
+    """Which outputs of a distillation head are those of one of its teachers. Raises `InputError` for an unknown one."""
+    start, names = 0, []
+    for each in settings.get("teachers") or ():
+        if each["name"] == teacher:
+            return slice(start, start + each["width"])
+        names.append(each["name"])
+        start += each["width"]
+    raise InputError(
+        f"teacher = {teacher!r} is none of the student's ({', '.join(names) or 'their names are not kept'})"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from scalr_jax.interop.vit import load_dinov2
 from scalr_jax.models import vit
 from scalr_jax.models.build import compute_dtype
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.storage import checksum, written_whole
+from scalr_jax.runtime.storage import checksum, read_json, written_whole
 
 ASSET = "demo_teacher.safetensors"
+AGAIN = "copy the workdir again"
 
 
 def make_teacher(settings: TeacherSettings, image_size: tuple[int, int], platform: str) -> tuple[vit.ViTConfig, dict]:
@@ -67,6 +69,34 @@ def teacher_digest(settings: TeacherSettings) -> str:
     except OSError as error:
         sentence = f"teacher.checkpoint = {settings.checkpoint!r} cannot be read ({error.strerror}); give a DINO file"
         raise InputError(sentence) from error
+
+
+def names_of(teachers: Sequence[TeacherSettings]) -> list[str]:
+    """What logs call each of several teachers: its file's or its cache's name, numbered where two have the same."""
+    names = [Path(teacher.cache or teacher.checkpoint).stem for teacher in teachers]
+    return [name if names.count(name) == 1 else f"{name}_{k + 1}" for k, name in enumerate(names)]
+
+
+def taught_by(path: Path, teacher: TeacherSettings) -> int:
+    """Which of the teachers of the distillation whose config.json is `path` is `teacher`; files are compared by their
+    name. Raises `InputError` with what differs where none is."""
+    content, here = read_json(path, AGAIN), dataclasses.asdict(teacher)
+    given, wrong = content.get("teachers") or [content.get("teacher")], []
+    for k, there in enumerate(given):
+        if not (isinstance(there, dict) and isinstance(there.get("checkpoint"), str)):
+            raise InputError(f"{path}: teacher is not that of a run; {AGAIN}")
+        there = {"normalize": "none", **(content.get("teacher") or {}), **there}  # of before there was another
+        there["checkpoint"], here["checkpoint"] = Path(there["checkpoint"]).name, Path(here["checkpoint"]).name
+        alone = not there["checkpoint"] and len(given) == 1  # and it had a cache: its file is not known
+        keys = ("checkpoint", "feature", "normalize", "position_interpolation")[alone:]
+        other = [f"{key} is {there.get(key)} there, {here[key]} here" for key in keys if there.get(key) != here[key]]
+        if not other:
+            return k
+        wrong += other
+    raise InputError(
+        f"{path.parent} was distilled from another teacher than config.teacher ({'; '.join(wrong)}); give the one "
+        "it was distilled from"
+    )
 
 
 def open_tokens(teacher: TeacherSettings, data: DataSettings) -> TokenStore | None:

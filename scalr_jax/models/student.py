@@ -44,6 +44,7 @@ class Student(nn.Module):
     head_hidden: int = 0  # of a distillation head, 0: it has no hidden layer
     frozen_backbone: bool = False
     dtype: DTypeLike = jnp.float32  # of matrix products
+    teacher_widths: tuple[int, ...] = ()  # of a distillation from several; they add up to `out_features`
 
     @property
     def needs(self) -> SceneNeeds:
@@ -61,7 +62,8 @@ class Student(nn.Module):
     def _head(self, x: Array, mask: Array, *, train: bool) -> Array:
         """[D * P, C] -> [D * P, out_features]"""
         if self.head == "distill":
-            return DistillationHead(self.out_features, self.head_hidden, self.dtype, name="head")(x)
+            widths = self.teacher_widths
+            return DistillationHead(self.out_features, self.head_hidden, self.dtype, widths, name="head")(x)
         if self.head in ("segment", "mlp"):
             return SegmentationHead(self.out_features, self.head == "mlp", name="head")(x, mask, train=train)
         return Linear(self.out_features, dtype=self.dtype, name="head")(x) if self.head == "linear" else x

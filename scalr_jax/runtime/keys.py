@@ -19,7 +19,7 @@ Table = TypeVar("Table")
 
 LONGEST = 120  # characters of a value in a sentence
 MOST = 8  # problems in a sentence
-NAMES = {int: "whole number", float: "number", str: "text", bool: "True or False"}
+NAMES = {int: "whole number", float: "number", str: "text", bool: "True or False", dict: "section"}
 
 
 class Allowed(NamedTuple):
@@ -186,6 +186,8 @@ def convert(value: Any, hint: Any) -> Any:
         return float(value)
     if hint in (int, str, bool) and type(value) is hint:
         return value
+    if hint is dict and isinstance(value, Mapping):
+        return dict(value)
     if isinstance(hint, types.UnionType):
         for member in typing.get_args(hint):
             if value is None and member is types.NoneType:

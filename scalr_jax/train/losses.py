@@ -42,6 +42,16 @@ def distillation(student: Array, teacher: Array, mask: Array, groups: Groups | N
     return masked_mean(safe_norm(difference), mask, groups)
 
 
+def dropped(each: Array, rate: float, key: Array) -> Array:
+    """The sum of several teachers' losses [n], each but the largest left out with probability `rate` (teacher dropping
+    of UNIC, Sariyildiz et al., 2024, there for each image): a student cannot neglect the teacher that it knows
+    least."""
+    if rate == 0.0 or len(each) < 2:
+        return each.sum()
+    kept = jax.random.bernoulli(key, 1.0 - rate, each.shape) | (jnp.arange(len(each)) == jnp.argmax(each))
+    return jnp.where(kept, each, 0.0).sum()
+
+
 def best_constant(teacher: Array, mask: Array, groups: Groups | None = None, *, iterations: int = 4) -> Array:
     """The distillation loss of the best constant prediction for these pairs: what a collapsed student reaches.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from scalr_jax.data.scenes import IGNORE, Batch
@@ -56,7 +57,7 @@ def _make_step(
     student: Student,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
-    measure: Callable[[Array, Any, Batch[Array]], tuple[Array, Metrics]],
+    measure: Callable[[Array, Any, Batch[Array], Array], tuple[Array, Metrics]],
     *,
     seed: int,
     batch_size: int,
@@ -64,7 +65,7 @@ def _make_step(
 ) -> Step:
     """One optimiser step on the trainable top-level parameters (None: all).
 
-    measure(output [D, P, C], target, batch) -> (loss, more metrics), with what the step gets as `target`.
+    measure(output [D, P, C], target, batch, key) -> (loss, more metrics), with what the step gets as `target`.
 
     Where the loss, the gradients or what the step makes of the weights is not finite, the weights, statistics and
     moments stay as they were, and the metric `skipped_steps` is 1 instead of 0.
@@ -80,7 +81,7 @@ def _make_step(
             output, updated = student.apply(
                 variables, batch, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
             )
-            loss, extra = measure(output, target, batch)
+            loss, extra = measure(output, target, batch, key)
             return loss, (updated["batch_stats"], extra)
 
         (loss, (batch_stats, extra)), gradients = jax.value_and_grad(loss_of, has_aux=True)(chosen)
@@ -110,17 +111,27 @@ def make_student_step(
     seed: int,
     batch_size: int,
     scenes_per_group: int = 0,
+    teacher_dropping: float = 0.0,
+    sources: Sequence[Source] = (),
 ) -> Step:
-    """What follows the teacher: step(state, target, batch), target [D, P, C_teacher].
+    """What follows the teachers: step(state, target, batch), target [D, P, sum of C_teacher].
 
-    scenes_per_group: of the loss, `config.loss`.
+    scenes_per_group, teacher_dropping: `config.loss`; sources: of several teachers.
     """
+    weights = np.array([source.weight for source in sources] or [1.0], np.float32)
+    ends = np.cumsum([source.width for source in sources])[:-1].tolist()
 
-    def measure(output: Array, target: Array, batch: Batch[Array]) -> tuple[Array, Metrics]:
+    def measure(output: Array, target: Array, batch: Batch[Array], key: Array) -> tuple[Array, Metrics]:
         mask = batch.scene < batch.scene_points.shape[1]  # [D, P]
         groups = make_groups(batch.scene, batch.scene_points, mask, scenes_per_group)
-        constant = losses.best_constant(target, mask, groups)
-        return losses.distillation(output, target, mask, groups), {"loss_constant": constant}
+        pairs = list(zip(*(jnp.split(x, ends, axis=-1) for x in (output, target)), strict=True))
+        each = jnp.stack([losses.distillation(ours, theirs, mask, groups) for ours, theirs in pairs])
+        constants = jnp.stack([losses.best_constant(theirs, mask, groups) for _, theirs in pairs])
+        metrics = {"loss": (weights * each).sum(), "loss_constant": (weights * constants).sum()}
+        for k, source in enumerate(sources if len(sources) > 1 else ()):
+            metrics |= {f"loss/{source.name}": each[k], f"loss_constant/{source.name}": constants[k]}
+        key = jax.random.fold_in(key, len(pairs))
+        return losses.dropped(jnp.multiply(weights, each), teacher_dropping, key), metrics
 
     return _make_step(student, optimizer, schedule, measure, seed=seed, batch_size=batch_size)
 
@@ -131,10 +142,10 @@ def make_distill_step(
     schedule: Schedule,
     *,
     sources: Sequence[Source],
-    **options: int,
+    **options: Any,
 ) -> Step:
     """The step of a distillation from one `Teacher` a source; `options` are those of `make_student_step`."""
-    step = make_student_step(student, optimizer, schedule, **options)
+    step = make_student_step(student, optimizer, schedule, sources=sources, **options)
     return lambda state, teachers, batch: step(state, targets(sources, teachers, batch), batch)
 
 
@@ -150,7 +161,7 @@ def make_segment_step(
 ) -> Step:
     """Cross-entropy + Lovasz on the trainable top-level parameters (None: all); there is no teacher (None)."""
 
-    def measure(logits: Array, _: None, batch: Batch[Array]) -> tuple[Array, Metrics]:
+    def measure(logits: Array, _: None, batch: Batch[Array], key: Array) -> tuple[Array, Metrics]:
         labels = batch.labels
         assert labels is not None
         mask = (batch.scene < batch.scene_points.shape[1]) & (labels != IGNORE)

@@ -43,6 +43,9 @@ class Source(NamedTuple):
     vit: vit.ViTConfig | None = None  # None: the batch brings its tokens
     feature: str = "x_pre_norm"
     normalize: str = "none"  # see `normalization`
+    weight: float = 1.0  # of its loss
+    name: str = ""  # in logs
+    cache: int = 0  # which of `Batch.tokens` are its own, without `vit`
 
 
 class Teacher(NamedTuple):
@@ -79,8 +82,8 @@ def features(source: Source, teacher: Teacher, batch: Batch[Array]) -> Array:
     sample a mean of four tokens, so that it is the tokens that are normalised, of which there are fewer.
     """
     if source.vit is None:
-        assert batch.tokens is not None
-        grid = decode(batch.tokens, batch.token_scale)
+        tokens = batch.tokens[source.cache]
+        grid = decode(tokens.values, tokens.scale)
         grid = grid if teacher.normalization is None else teacher.normalization(grid)
     else:
         assert batch.images is not None

@@ -30,7 +30,6 @@ from scalr_jax.settings import read_settings
 from scalr_jax.train import optim, steps
 from scalr_jax.train.state import init_state
 from scalr_jax.train.teachers import Source, Teacher
-from tests.support.checks import present
 from tests.support.fast import usual_jit
 from tests.support.paths import ROOT
 from tests.support.random_scenes import GRIDS, IMAGE_SIZE, random_scene
@@ -126,7 +125,7 @@ def test_a_cached_teacher_is_tokens_in_the_batch_and_nothing_in_the_step():
     assert not jax.tree.leaves(run.teacher)
     assert run.batch.images is None
     rows, columns = (size // 14 for size in config.data.image_size)
-    tokens = present(run.batch.tokens)
+    ((tokens, _),) = run.batch.tokens
     assert tokens.shape == (8, config.data.scenes_per_shard, rows, columns, 384)
     assert tokens.dtype == np.uint16
     config.task = "finetune"

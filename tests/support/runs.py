@@ -75,7 +75,7 @@ def distill(config, workdir):
     settings = read_settings(config)
     dataset, task = open_split(config, "train", cache=workdir), tasks.distillation(settings)
     with tasks.claimed(settings, workdir):
-        tasks.save_settings(settings, workdir, task.student, dataset)
+        tasks.save_settings(settings, workdir, task, dataset)
         return train(settings.training, workdir, dataset, task)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scalr_jax import tasks
-from scalr_jax.data.scenes import Batch
+from scalr_jax.data.scenes import Batch, PackedTokens
 from scalr_jax.interop import teacher as teachers
 from scalr_jax.models import vit
 from scalr_jax.ops.tokens import encode
@@ -53,7 +53,7 @@ def test_features_of_stored_tokens_are_the_live_ones(live, dtype, share):
 
     def cached(batch, grid):
         values, scale = encode(grid, dtype)
-        return features(Source(8, SIZE), Teacher(), batch._replace(images=None, tokens=values, token_scale=scale))
+        return features(Source(8, SIZE), Teacher(), batch._replace(images=None, tokens=(PackedTokens(values, scale),)))
 
     found = np.asarray(jax.jit(cached)(batch, grid))
     assert found.dtype == np.float32

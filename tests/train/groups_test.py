@@ -136,7 +136,7 @@ def test_the_key_reaches_both_steps():
     config.loss.scenes_per_group = 2
     settings = read_settings(config)
     for task in (
-        tasks.distillation(settings, (vit.ViTConfig(), None)),
+        tasks.distillation(settings, [(vit.ViTConfig(), {})]),
         tasks.segmentation(settings, CLASSES, label="finetune", frozen=False, initial=None),
     ):
         step: Any = task.make_step

@@ -1,8 +1,8 @@
-"""A dataset whose frames have the teacher's tokens in place of an image."""
+"""A dataset whose frames have teachers' tokens, in place of an image or beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -34,32 +34,26 @@ def image_of(dataset: Dataset, index: int, camera: str | None) -> np.ndarray:
 
 
 class WithTokens(Derived):
-    """The frames of `dataset`, with tokens and without images; the same cameras are drawn. `dataset` is taken over: it
-    does not decode images any more.
+    """The frames of `dataset`, with the tokens of each store; the same cameras are drawn. Without `images` frames have
+    none, and `dataset` is taken over: it does not decode images any more.
 
-    Raises InputError when the store lacks an image of the dataset, or is of another dataset.
+    Raises InputError when a store lacks an image of the dataset, or is of another dataset.
     """
 
-    def __init__(self, dataset: Dataset, store: TokenStore):
+    def __init__(self, dataset: Dataset, *stores: TokenStore, images: bool = False):
         super().__init__([dataset])
-        self._path, self._files = store.path, store.files
-        places, counts, missing, total = [], [], [], 0
+        self._paths, self._files = [store.path for store in stores], [store.files for store in stores]
+        indices, names = [], []
         for index, _, name in images_of(dataset):
-            total += 1
-            counts.append(index)
-            places.append(store.rows.get(name, (-1, -1)))
-            if name not in store.rows:
-                missing.append(name)
-        if missing:
-            raise InputError(
-                f"teacher.cache = {store.path} has tokens of {total - len(missing)} of the {total} images of the data, "
-                f"and none of {missing[0]} (its own are named like {next(iter(store.rows))}); give the cache of this "
-                "dataset, or write it with scalr_jax.prepare --teacher for all its frames"
-            )
-        self._places = np.array(places, np.int32).reshape(-1, 2)  # file and row of each image
-        self._first = np.searchsorted(counts, np.arange(len(dataset)))  # each frame's first image
-        self._compare(dataset, store)
-        _leave_images(dataset)
+            indices.append(index)
+            names.append(name)
+        self._places = [_places_in(store, names) for store in stores]  # file and row of each image
+        self._first = np.searchsorted(indices, np.arange(len(dataset)))  # each frame's first image
+        for store in stores:
+            self._compare(dataset, store)
+        self._images = images
+        if not images:
+            _leave_images(dataset)
 
     def _compare(self, dataset: Dataset, store: TokenStore) -> None:
         """Raises InputError when one of the dataset's images does not look like that of its name in the store."""
@@ -85,7 +79,8 @@ class WithTokens(Derived):
         return self.datasets[0], index
 
     def describe(self) -> str:
-        return f"{self.datasets[0].describe()}\nno image is decoded: the teacher's tokens are in {self._path}"
+        decoded = "" if self._images else "no image is decoded: "
+        return f"{self.datasets[0].describe()}\n{decoded}teachers' tokens are in {', '.join(map(str, self._paths))}"
 
     def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = RANDOM) -> Frame:
         """As `Dataset.frame`, also when the tokens are missing or damaged."""
@@ -95,11 +90,27 @@ class WithTokens(Derived):
         frame = dataset.frame(index, rng, camera=camera)
         if camera is None:
             return frame
-        number, row = self._places[self._first[index] + (cameras.index(camera) if cameras else 0)]
-        if number < 0:
-            raise BadFrameError(f"{frame.name}: {self._path} has no tokens of it, as its image was bad")
+        place, tokens = self._first[index] + (cameras.index(camera) if cameras else 0), []
+        for path, files, places in zip(self._paths, self._files, self._places, strict=True):
+            number, row = places[place]
+            if number < 0:
+                raise BadFrameError(f"{frame.name}: {path} has no tokens of it, as its image was bad")
+            tokens.append(files[number].read(int(row)))
         shape = frame.image_shape or (None if frame.image is None else (frame.image.shape[0], frame.image.shape[1]))
-        return frame._replace(image=None, image_shape=shape, tokens=self._files[number].read(int(row)))
+        image = frame.image if self._images else None
+        return frame._replace(image=image, image_shape=shape, tokens=tuple(tokens))
+
+
+def _places_in(store: TokenStore, names: Sequence[str]) -> np.ndarray:
+    """File and row [images, 2] int32 of each image. Raises InputError when the store lacks one."""
+    if missing := [name for name in names if name not in store.rows]:
+        total = len(names)
+        raise InputError(
+            f"teacher.cache = {store.path} has tokens of {total - len(missing)} of the {total} images of the data, "
+            f"and none of {missing[0]} (its own are named like {next(iter(store.rows))}); give the cache of this "
+            "dataset, or write it with scalr_jax.prepare --teacher for all its frames"
+        )
+    return np.array([store.rows[name] for name in names], np.int32).reshape(-1, 2)
 
 
 def _leave_images(dataset: Dataset) -> None:

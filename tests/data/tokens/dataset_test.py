@@ -48,8 +48,8 @@ def test_scenes_are_the_same_but_for_the_image(tiny, kind, monkeypatch):
     for one, other in zip(expected, found, strict=True):
         assert one.error == other.error is None
         assert other.image is None
-        tokens = present(other.tokens)
-        assert_equal(one._replace(image=None), other._replace(tokens=None))
+        (tokens,) = other.tokens
+        assert_equal(one._replace(image=None), other._replace(tokens=()))
         np.testing.assert_array_equal(tokens.values, to_bfloat16(tiny[2][other.name]))
     assert len({scene.name for scene in found}) > 4
 
@@ -59,14 +59,14 @@ def test_a_pack_has_the_stored_tokens_of_its_scenes(tiny):
     sample = pipeline.sample(4)
     capacities = packing.derive_capacities(sample, points=2000, scenes=3)
     step = next(pipeline.steps(capacities, sample[0]))
-    tokens = present(step.batch.tokens)
+    ((tokens, scale),) = step.batch.tokens
     assert (tokens.shape, tokens.dtype) == ((1, 3, 2, 4, 3), np.uint16)
-    assert step.batch.images is step.batch.token_scale is None
+    assert step.batch.images is scale is None
     for slot, scene in enumerate(step.scenes[0]):
         np.testing.assert_array_equal(tokens[0, slot], to_bfloat16(tiny[2][scene.name]))
     assert not tokens[0, len(step.scenes[0]) :].any()
     empty = pipeline.empty_batch(capacities, sample[0])
-    assert present(empty.tokens).shape == tokens.shape
+    assert empty.tokens[0].values.shape == tokens.shape
 
 
 def test_of_a_joined_dataset_the_weights_stay(tiny):
@@ -74,10 +74,10 @@ def test_of_a_joined_dataset_the_weights_stay(tiny):
     from scalr_jax.settings import read_settings
 
     data = read_settings(config).data
-    dataset = make_dataset(data, "train", task="distill", seed=0, cache=tiny[0], tokens=TokenStore(tiny[3]))
+    dataset = make_dataset(data, "train", task="distill", seed=0, cache=tiny[0], tokens=(TokenStore(tiny[3]),))
     assert isinstance(dataset, Joined)
     assert dataset.weights == (1.0,)
-    assert dataset.frame(0, np.random.default_rng(0)).tokens is not None
+    assert dataset.frame(0, np.random.default_rng(0)).tokens
 
 
 def test_frames_without_tokens_are_bad_and_counted(tiny, tmp_path):
