@@ -68,6 +68,12 @@ class Model:
         self._head = jax.jit(self.apply)
         self._classes = jax.jit(lambda variables, batch: _classes(self.apply(variables, batch)))
 
+    def __repr__(self) -> str:
+        """One line: backbone, size, parameters, head, and the results it gives."""
+        config, parameters = self.config, sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
+        classes = f" of {len(self.class_names)} classes" if self.class_names else ""
+        return f"Model({config.name}, {parameters:,} parameters, head {config.head!r}{classes})"
+
     def apply(self, variables: Variables, batch: Batch) -> Any:
         """The pure function underneath: variables and a `scenes.Batch` -> the head's output [D, P, C_out] float32."""
         return self.student.apply(variables, batch, train=False)

@@ -1,5 +1,6 @@
 """`scalr_jax.load`: settings from where they are, one result for every point, one sentence for what is missing."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,13 @@ def distilled(tmp_path_factory):
 def probed(tmp_path_factory):
     path = published(tmp_path_factory.mktemp("api") / "x.pth", "segment", 7)
     return scalr_jax.load(path, activation="relu", **EXPLICIT)
+
+
+def test_a_model_is_one_line_and_the_package_lists_its_names(distilled, probed):
+    assert re.fullmatch(r"Model\(waffleiron, [\d,]+ parameters, head 'distill'\)", repr(distilled)), repr(distilled)
+    assert repr(probed).endswith("head 'segment' of 7 classes)")
+    assert dir(scalr_jax) == ["Model", "__version__", "load"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", scalr_jax.__version__)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What a prepared record holds, as a TFDS builder: features, metadata, the TFDS layout of the files.
+"""Prepared records as a TFDS builder: features, metadata, the TFDS layout of the files. Needs the extra `prepare`.
 
 A frame becomes several records, one after the other: with labels the *scan* (every point in its order, and its label),
 then for each camera that sees something a *view*. A view holds just what distillation needs of that camera: the points
@@ -17,28 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.core import splits as splits_lib
 
-NAME = "lidar_frames"  # of the files: lidar_frames-train.array_record-00000-of-00012
-FORMAT = "array_record"
-VERSION = "1.2.0"  # raise it when the features change
-FEATURES = {
-    "name": "what logs call the frame or view, utf-8",
-    "camera": "its name, utf-8; empty for a scan",
-    "points": "[n, 4] float32: x, y, z in the student's frame (metres), raw intensity",
-    "voxel_start": "[v + 1] int32: where each voxel's run begins; views only",
-    "labels": "[n] uint8: class, or 255; scans only",
-    "beams": "[n] uint8: the beam of each point, 0 the lowest; scans of nuScenes and of the Pandar64 only",
-    "to_sensor": "[4, 4] float64: the student's frame -> the lidar's; scans of PandaSet only",
-    "visible": "[n] uint8: 1 where the camera sees the point; views only",
-    "pixels": "[n, 2] float64: row, column in the original image; views only",
-    "image": "the original file, or resized as metadata's image_format says; views only",
-    "image_shape": "[4] int32: rows and columns of the original image, then of the stored one; views only",
-}
+from scalr_jax.prepare.layout import FEATURES, FORMAT, NAME, VERSION
 
 
 class LidarFrames(tfds.core.ShardBasedBuilder):
@@ -95,11 +79,6 @@ def make_serializer() -> Callable[[dict[str, bytes]], bytes]:
     return serialize
 
 
-def shard_name(split: str, shard: int, num_shards: int) -> str:
-    """TFDS's file name of a shard."""
-    return f"{NAME}-{split}.{FORMAT}-{shard:05d}-of-{num_shards:05d}"
-
-
 def write_tfds_files(folder: Path, splits: Mapping[str, tuple[list[int], int]], metadata: dict) -> None:
     """Writes dataset_info.json, features.json and metadata.json beside the shards; `splits`: split -> records of each
     shard, bytes of all."""
@@ -111,8 +90,3 @@ def write_tfds_files(folder: Path, splits: Mapping[str, tuple[list[int], int]], 
     builder = LidarFrames(metadata, data_dir=folder)
     builder.info.set_splits(splits_lib.SplitDict(infos))
     builder.info.write_to_directory(folder)
-
-
-def to_bytes(array: np.ndarray, dtype: str) -> bytes:
-    """An array's little-endian bytes in C order."""
-    return np.ascontiguousarray(array, np.dtype(dtype).newbyteorder("<")).tobytes()

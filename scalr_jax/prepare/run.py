@@ -40,6 +40,7 @@ Exit codes: 0 done; 2 bad arguments or input, no space, or interrupted (one sent
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 from pathlib import Path
 
@@ -158,7 +159,12 @@ def open_source(split: str, images: Images) -> Source:
 
 
 def write_records(images: Images) -> None:
-    """Looks, tells what it will take, writes what is missing, finishes, names what was left out."""
+    """Estimates and prints the size, writes what is missing, finishes, and lists what was left out.
+
+    Raises InputError: the extra `prepare` is not installed.
+    """
+    if importlib.util.find_spec("tensorflow_datasets") is None:
+        raise InputError('preparing records needs the prepare extra: pip install "scalr_jax[prepare]"')
     folder, dataset = Path(FLAGS.output), FLAGS.dataset
     if dataset in ("pandaset", "pandar64", "pandargt"):  # its two lidars have a folder each
         folder, dataset = folder / sensor(), "pandaset"

@@ -23,7 +23,6 @@ import numpy as np
 from scalr_jax.data.manifest import FORMAT, MANIFEST, Part, read_manifest, read_part
 from scalr_jax.data.readers import records
 from scalr_jax.data.readers.records import SETTINGS
-from scalr_jax.prepare import builders
 from scalr_jax.prepare import source as record_source
 from scalr_jax.prepare.source import Source
 from scalr_jax.prepare.writing import PARTS, Progress, Shard, write_shards
@@ -135,6 +134,8 @@ def check_same(folder: Path, found: dict, settings: dict) -> None:
 
 def estimate(sources: Mapping[str, Source]) -> Estimate:
     """Prepares some frames in memory. Raises InputError when none of them can be used."""
+    from scalr_jax.prepare import builders  # needs the prepare extra
+
     serialize = builders.make_serializer()
     sizes, dtype, images, error = [], "", [], ""
     for source in sources.values():
@@ -204,6 +205,8 @@ def finish(
     """
     if not any(part["names"] for part in parts.values()):
         raise InputError(f"{folder}: none of the frames was usable")
+    from scalr_jax.prepare import builders
+
     splits, layout = {}, {}
     for name, table in described.items():
         own = [parts[shard.file] for shard in shards if shard.split == name]

@@ -1,4 +1,4 @@
-"""From a raw dataset's frames to the examples of their records; `builders.py` says what is in them."""
+"""From a raw dataset's frames to the examples of their records; `layout.py` lists their fields."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scalr_jax.data.readers import files
 from scalr_jax.data.readers.raw import RawDataset
 from scalr_jax.data.readers.scan_inputs import student_points
 from scalr_jax.data.scenes import Dataset, Frame, Voxels
-from scalr_jax.prepare.builders import to_bytes
+from scalr_jax.prepare.layout import to_bytes
 from scalr_jax.runtime.errors import BadFrameError, NothingVisibleError
 
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}  # 4:4:4

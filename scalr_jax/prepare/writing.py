@@ -21,7 +21,7 @@ from typing import NamedTuple
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from scalr_jax.data.manifest import Part
-from scalr_jax.prepare import builders
+from scalr_jax.prepare.layout import shard_name
 from scalr_jax.prepare.source import Source
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.storage import checksum, remove_partial, write_json, written_beside
@@ -43,7 +43,7 @@ class Shard(NamedTuple):
 
     @property
     def file(self) -> str:
-        return builders.shard_name(self.split, self.number, self.num_shards)
+        return shard_name(self.split, self.number, self.num_shards)
 
 
 def plan_shards(split: str, num_frames: int, frames_per_shard: int) -> list[Shard]:
@@ -70,6 +70,8 @@ def write_shard(folder: Path, source: Source, shard: Shard, said: Progress) -> P
 
 
 def _write_records(path: Path, source: Source, shard: Shard, said: Progress) -> Part:
+    from scalr_jax.prepare import builders  # needs the prepare extra
+
     serialize = builders.make_serializer()
     part: Part = {"file": shard.file, "bytes": 0, "sha256": "", "records": 0, "names": [], "scan_files": [],
                   "scans": [], "cameras": [], "bad": [], "problems": []}  # fmt: skip

@@ -254,6 +254,14 @@ def prepare_source(root):
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
+def test_without_its_extra_it_says_so_before_anything_is_read(kitti, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(SystemExit) as ended:
+        prepare.main(["prepare", *" ".join(arguments(kitti / "nowhere")).split()])
+    assert ended.value.code == 2
+    assert_one_sentence(capsys.readouterr().err, 'pip install "scalr_jax[prepare]"')
+
+
 def test_nothing_is_overwritten(kitti):
     make("semantic_kitti", kitti, kitti / "out")
     code, _, err = command(kitti)

@@ -14,6 +14,7 @@ from scalr_jax.data.readers.records import Records, parse_example
 from scalr_jax.data.scenes import Frame
 from scalr_jax.prepare import builders
 from scalr_jax.prepare import source as record_source
+from scalr_jax.prepare.layout import FEATURES
 from tests.support import raw_datasets as raw
 from tests.support.checks import present
 from tests.support.prepared_datasets import CAMERAS, assert_equal, make, scenes
@@ -102,7 +103,7 @@ def test_our_parser_reads_what_tfds_writes():
     for size in (0, 1, 127, 128, 20_000, 3_000_000):
         example = {"points": rng.bytes(size), "name": "Straße".encode()}
         parsed = {name: bytes(part) for name, part in parse_example(serialize(example)).items()}
-        assert parsed == dict.fromkeys(builders.FEATURES, b"") | example
+        assert parsed == dict.fromkeys(FEATURES, b"") | example
     record = serialize({"points": b"12345"})
     for damaged in (record[:-1], record[:3], b"\x08" + record[1:], b"\xff" + record):
         with pytest.raises((ValueError, IndexError, KeyError)):
@@ -115,7 +116,7 @@ def test_tfds_own_writing_gives_the_same_records(tmp_path):
     folder = make("nuscenes", tmp_path, tmp_path / "out", "--labels", "--split=train")
     source = record_source.Source(NuScenes(root), NuScenes(root, labels=True), 0.1, record_source.Images("original"))
     serialized = builders.make_serializer()
-    empty = dict.fromkeys(builders.FEATURES, b"")
+    empty = dict.fromkeys(FEATURES, b"")
 
     def shard():
         yield from enumerate(empty | example for example in source.prepare(0).examples)
