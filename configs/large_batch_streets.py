@@ -4,7 +4,7 @@
 
 The number after the colon is the batch in units of the smallest, two scenes: 1, 4, 16. Every run sees the same 1,024
 scenes (eight times 128 streets) in the same proportion of warm-up; `recipes.large_batch` says what else changes.
-What came out is in docs/scaling.md.
+What came out is in docs/measurements/scaling.md.
 """
 
 from scalr_jax import config as defaults

@@ -14,7 +14,7 @@ Weak scaling, every chip with the scenes of one pack:
     efficiency      compute / (compute + all-reduce + between slices)
 
 (Austin et al., "How to Scale Your Model", chapters 2 and 3.) V and the number of collectives are read off the compiled
-step (docs/scaling.md). Strong scaling keeps the scenes of a step and spreads them, down to one a chip.
+step (docs/measurements/scaling.md). Strong scaling keeps the scenes of a step and spreads them, down to one a chip.
 
 Flags:
     --topologies   of one slice each, with commas between them (default: v5p from 4 to 1,024 chips)

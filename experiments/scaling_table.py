@@ -1,9 +1,9 @@
-"""Remakes the table of docs/scaling.md: compiles every row, keeps the results in docs/scaling.jsonl, prints Markdown.
+"""Remakes the table of docs/measurements/scaling.md: compiles every row, keeps the results in docs/measurements/scaling.jsonl, prints Markdown.
 
     python experiments/scaling_table.py            # rows that are not in the file yet; hours on two cores
     python experiments/scaling_table.py --print    # only the table
 
-Needs the tpu extra. Delete docs/scaling.jsonl to begin again.
+Needs the tpu extra. Delete docs/measurements/scaling.jsonl to begin again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "docs/scaling.jsonl"
+RESULTS = ROOT / "docs/measurements/scaling.jsonl"
 SMALL, LARGE = "224,448", "448,896"
 
 # student's channels, teacher, image rows and columns, topology, slices, mesh.fsdp

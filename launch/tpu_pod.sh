@@ -19,7 +19,7 @@
 # SLICES            how many slices of that type (default: 1)
 # SPOT              1: cheaper, and preempted when others need them
 # CREATE_FLAGS      more flags of `gcloud compute tpus queued-resources create`, as in "--reserved --network=NAME"
-# REPOSITORY        the Git URL that workers clone, without a password or token (launch/README.md)
+# REPOSITORY        the Git URL that workers clone, without a password or token (docs/launch_platforms.md)
 # REVISION          the commit that they check out (default: this checkout's)
 # SETUP             a command for each worker before all else, as one that mounts the shared storage
 # INSTALL           what installs the package in the clone (default: uv and a virtual environment .venv)
@@ -79,7 +79,7 @@ fi
 [[ -n ${REPOSITORY:-} ]] || fail "set REPOSITORY to the Git URL from which the workers clone this project"
 # It becomes a part of commands, here and on the workers, which everybody on these machines can read.
 [[ ! $REPOSITORY =~ ^https?://[^/]*@|://[^/]*:[^/]*@|\? ]] || fail "REPOSITORY holds a user, password or token, which \
-process lists would show: leave it out, and give the workers a Git credential helper in SETUP (launch/README.md)"
+process lists would show: leave it out, and give the workers a Git credential helper in SETUP (docs/launch_platforms.md)"
 [[ -n ${CONFIG:-} ]] || fail "set CONFIG to a config file, as in CONFIG=configs/smoke.py"
 [[ ${WORKDIR:-} == /* ]] || fail "set WORKDIR to a full path on storage that all workers share, as in /shared/run"
 [[ ${SLICES:=1} =~ ^[1-9][0-9]*$ ]] || fail "SLICES=$SLICES is not a number of slices"

@@ -107,7 +107,7 @@ class MinkunetSettings:
 
 @dataclass(frozen=True)
 class VavitSettings:
-    """`config.model.vavit`. 0: what `model.name` stands for (docs/design.md)."""
+    """`config.model.vavit`. 0: what `model.name` stands for (docs/internals/students.md)."""
 
     width: int = key(0, "channels of a pillar", low=0, high=16_384)
     depth: int = key(0, "blocks", low=0, high=1024)
@@ -142,7 +142,9 @@ class StudentSettings:
     grids: tuple[Grid, Grid, Grid] = key(
         ((256, 256), (256, 32), (256, 32)), "rows, columns of xy, xz, yz", low=1, high=8192
     )
-    implementation: str = key("auto", "spatial mixing (docs/design.md)", choices=("auto", "cells", "windows", "dense"))
+    implementation: str = key(
+        "auto", "spatial mixing (docs/internals/students.md)", choices=("auto", "cells", "windows", "dense")
+    )
     remat: str = key("none", "computed again in the backward pass, to save memory", choices=("none", "layer", "group"))
     dtype: str = key("auto", "auto: bfloat16, on a CPU float32", choices=DTYPES)
     minkunet: MinkunetSettings = dataclasses.field(default_factory=MinkunetSettings)

@@ -34,7 +34,7 @@ MAX_POINTS = 20_000
 # frames of the four datasets (2026-11-22); a batch has room for eight such scenes.
 VIEW_CELLS, VIEW_HALO = (3_000, 1_600, 1_600), (7_600, 2_700, 2_700)
 # A pack of a device, its mean number of scenes and its share of points that are none of padding, of the four datasets
-# in the published proportions (docs/data.md).
+# in the published proportions (docs/measurements/loader.md).
 PACK_POINTS, PACK_SCENES, PACK_LOOKAHEAD = 65_536, 10, 8
 PACK_MEAN, PACK_FILL = 7.9, 0.96
 PACK_CELLS, PACK_HALO = (13_312, 6_656, 6_656), (33_792, 14_336, 14_336)

@@ -279,7 +279,7 @@ def _weights(content: Mapping, path: str) -> tuple[dict[str, np.ndarray], str, l
     if len(stems) != 1:
         raise InputError(
             f"{path} holds no MinkUNet in MinkowskiEngine's or torchsparse's layout: it has {len(stems)} weights named "
-            f"{' or '.join(STEMS.values())} among {len(arrays)}; docs/weights.md says whose names are known"
+            f"{' or '.join(STEMS.values())} among {len(arrays)}; docs/minkunets.md says whose names are known"
         )
     [(layout, name)] = stems
     prefix = name.removesuffix(STEMS[layout])

@@ -143,4 +143,4 @@ def _hint(weights: Mapping) -> str:
     shapes = [array.shape for array in weights.values() if isinstance(array, np.ndarray)]
     if not any(len(shape) == 5 or (len(shape) == 3 and shape[0] == 27) for shape in shapes):
         return ""
-    return "; it looks like a MinkUNet whose names are not known here (docs/weights.md, MinkUNets, says which are)"
+    return "; it looks like a MinkUNet whose names are not known here (docs/minkunets.md says which are)"

@@ -1,4 +1,4 @@
-"""What a student asks of its backbone, and what a backbone asks of a scene (docs/design.md, "Adding a backbone")."""
+"""What a student asks of its backbone, and what a backbone asks of a scene (docs/design.md, "How to add a backbone")."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@
     python -m scalr_jax.prepare --teacher=CHECKPOINT --image_size=224,448 --root=RECORDS --output=TOKENS
 
 Then train with --config.data.root=DIR. The same command again goes on where it stopped, also after a kill or a full
-disk. docs/data.md, "Prepared records", says what is stored.
+disk. docs/records.md says what is stored.
 
 Flags:
     --dataset           nuscenes, semantic_kitti, pandaset (also pandar64, pandargt), folder or streets

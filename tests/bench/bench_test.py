@@ -85,7 +85,7 @@ def test_teacher(capsys):
 
 @pytest.mark.slow
 def test_compile_times(capsys, batch_file):
-    """docs/performance.md has the figure of 12 and 48 layers; here it is that both are measured."""
+    """docs/measurements/cpu.md has the figure of 12 and 48 layers; here it is that both are measured."""
     result = run(capsys, "student", f"--batch={batch_file}", "--channels=8", "--compile=1,2", "--runs=1")
     assert set(result["compile_s"]) == {"1", "2"}
     assert min(result["compile_s"].values()) > 0
