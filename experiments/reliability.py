@@ -150,7 +150,7 @@ def damages(output: Path, cases: int, seed: int) -> Iterator[dict]:
 
 
 def _the_one_before_is_used(keys: dict, workdir: Path, files: list, heard: Heard, before: Any, final: Any) -> str:
-    """What went wrong, "" when nothing did."""
+    """The failure in words, "" when there was none."""
     if not same(load_variables(workdir / "checkpoints"), before):
         return "other values are loaded"
     if "step 6" not in heard.text or not (files[0] in heard.text or files[0] == "digests.json"):

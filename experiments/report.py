@@ -1,4 +1,4 @@
-"""The tables (Markdown, printed) and the plots of docs/measurements/results.md, from the seeds that experiments/streets.py has run.
+"""Prints the tables and draws the plots of docs/measurements/results.md, from what experiments/streets.py has run.
 
     python experiments/report.py --output=runs/results --figures=docs/images
     python experiments/report.py --output=runs/results_pandaset --classes    # of experiments/pandaset.py

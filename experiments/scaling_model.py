@@ -45,7 +45,7 @@ V5P = ("2x2x1", "2x2x2", "2x2x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 
 
 class Step(NamedTuple):
-    """What a step of one chip computes and sends; the defaults are WI-48-768 with DINOv2 ViT-L, compiled 2026-11-23."""
+    """Work and traffic of one chip in a step; the defaults are WI-48-768 with DINOv2 ViT-L, compiled 2026-11-23."""
 
     name: str = "WI-48-768, ViT-L, 224 x 448"
     scenes: float = recipes.PACK_MEAN
@@ -94,7 +94,7 @@ def all_reduce_seconds(topology: Topology, num_bytes: float, count: int) -> floa
 
 
 def between_slices_seconds(topology: Topology, num_slices: int, num_bytes: float, count: int) -> float:
-    """What several slices add: each chip exchanges its share, and the slice gathers the whole again."""
+    """Extra seconds for several slices: each chip exchanges its share, and the slice gathers the whole again."""
     if num_slices == 1:
         return 0.0
     share = num_bytes / topology.num_chips

@@ -1,4 +1,4 @@
-"""Remakes the table of docs/measurements/scaling.md: compiles every row, keeps the results in docs/measurements/scaling.jsonl, prints Markdown.
+"""Remakes the table of docs/measurements/scaling.md: compiles every row, keeps it in scaling.jsonl, prints Markdown.
 
     python experiments/scaling_table.py            # rows that are not in the file yet; hours on two cores
     python experiments/scaling_table.py --print    # only the table

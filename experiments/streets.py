@@ -1,4 +1,4 @@
-"""What docs/measurements/results.md is made of: the parts of one seed on generated streets, each a run in a folder of its own.
+"""The runs behind docs/measurements/results.md: parts of one seed on generated streets, each in its own folder.
 
     python experiments/streets.py --output=runs/results --seed=0                     # everything of a seed
     python experiments/streets.py --output=runs/results --seed=0 --group=table --minutes=8

@@ -1,4 +1,4 @@
-"""What `import scalr_jax` offers: a trained or published student as a function of point clouds.
+"""A trained or published student as a function of point clouds: the content of `import scalr_jax`.
 
 model = scalr_jax.load("runs/pretrain")                       # a workdir: its settings are in it
 model = scalr_jax.load("scalr.pth", sensor="nuscenes")        # a published file: say the sensor
@@ -100,7 +100,7 @@ class Model:
         return self._run(self._classes, points, "logits", fill=IGNORE)
 
     def check(self, points: ArrayLike) -> dict[str, str]:
-        """What of the points does not fit the training data, one sentence by kind; see `scan_checks.check_scan`."""
+        """Sentences, by kind, about points that do not fit the training data; see `scan_checks.check_scan`."""
         return check_scan(check_points(points), self.config)
 
     def _run(self, function: Any, points: ArrayLike, what: str, *, fill: float) -> np.ndarray:

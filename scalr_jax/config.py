@@ -283,7 +283,7 @@ class TeacherTrainingSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What one training needs, beside student, teacher and scenes."""
+    """Settings of one training, beside student, teacher and scenes."""
 
     run: RunSettings
     data: DataSettings

@@ -53,7 +53,7 @@ def student_settings(model: Mapping[str, Any]) -> StudentSettings:
 
 
 def record_of(settings: Settings) -> dict[str, Any]:
-    """What config.json holds: the keys, nested as in a config, in JSON's types."""
+    """The content of config.json: the keys, nested as in a config, in JSON's types."""
     nested = dataclasses.asdict(settings)
     return json.loads(json.dumps(nested.pop("run") | nested))
 
@@ -64,7 +64,7 @@ def dataset_names(data: DataSettings) -> tuple[str, ...]:
 
 
 def _problems(settings: Settings) -> Iterator[str]:
-    """What keys say against one another."""
+    """Contradictions between keys."""
     yield from (*_data_problems(settings), *_frame_problems(settings))
     model, optimizer, evaluate = settings.model, settings.optimizer, settings.evaluate
     if not all(low < high for low, high in zip(*model.field_of_view, strict=True)):

@@ -1,4 +1,4 @@
-"""What each `config.task` does: open the data, make the model, train, evaluate, write results.json.
+"""The tasks of `config.task`: open the data, make the model, train, evaluate, write results.json.
 
 Here the frozen settings of the config get what the sensor or the dataset decides (number of classes, their order,
 intensities), and go on in parts: what is below takes the settings it needs, never the whole config.
@@ -80,7 +80,7 @@ def student_of(settings: Settings, head: str, out_features: int, *, frozen: bool
 
 
 def step_options(settings: Settings) -> dict[str, int]:
-    """What every training step is told."""
+    """Options of every training step."""
     group, size = settings.loss.scenes_per_group, settings.optimizer.batch_size
     return {"seed": settings.run.seed, "batch_size": size, "scenes_per_group": group}
 
@@ -226,7 +226,7 @@ def save_settings(settings: Settings, workdir: Path, task: Task, dataset: Datase
 
 
 def probe(settings: Settings, workdir: Path) -> dict:
-    """What the frozen backbone of `config.checkpoint` knows, by `config.probe.method`; see docs/downstream.md."""
+    """Probes the frozen backbone of `config.checkpoint` by `config.probe.method`; see docs/downstream.md."""
     saved = load_backbone(settings)
     if settings.probe.method == "head":
         return _segment(settings, workdir, label="probe", frozen=True, initial=saved.variables)
@@ -369,7 +369,7 @@ def _open_evaluation(settings: Settings, workdir: Path) -> tuple[Evaluator, Data
 
 
 def robustness(settings: Settings, workdir: Path) -> dict:
-    """What the run in `config.checkpoint` loses under `config.evaluate.corruptions`; see docs/robustness.md."""
+    """Evaluates the run in `config.checkpoint` under `config.evaluate.corruptions`; see docs/robustness.md."""
     evaluator, dataset, variables = _open_evaluation(settings, workdir)
     free = [*(row.name for row in all_keys() if row.resume), "data.image_dtype"]  # parts that exist do not know it
     key = robust.part_key(record_of(settings), checksum(variables, head=True), free)

@@ -200,7 +200,7 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
 
 
 def test_names_of_classes(tmp_path):
-    """Of a run its own, of a published file those of its sensor's dataset where there are as many, else numbers."""
+    """A run has its own; a published file those of its sensor's dataset where there are as many, else numbers."""
     names = read_label_map("nuscenes").class_names
     path = published(tmp_path / "x.pth", "segment", len(names))
     assert scalr_jax.load(path, sensor="nuscenes", activation="relu").class_names == names

@@ -76,7 +76,7 @@ def few_blocks():
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
-    """What a file's tests compiled is of no use to the next file's, and would fill the memory."""
+    """Programs of a file's tests are of no use to the next file's, and would fill the memory."""
     yield
     jax.clear_caches()
 

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> dict:
 
 
 def _header(runs: int) -> dict[str, Any]:
-    """What every object begins with; scenes are made on the CPU, whatever devices there are."""
+    """The first keys of every result; scenes are made on the CPU, whatever devices there are."""
     return {"device": "cpu", "jax": jax.__version__, "runs": runs}
 
 

@@ -140,7 +140,7 @@ def measure(model: Model, path: Path, sensor: str, arguments: argparse.Namespace
 def _stages(
     model: Model, points: np.ndarray, scene: SceneView, nearest: np.ndarray, grids: Sequence
 ) -> dict[str, Callable[[], Any]]:
-    """What `whole_scan` and `Model.embed` do, one stage at a time, each on what the stage before makes."""
+    """The stages of `whole_scan` and `Model.embed`, each applied to the result of the one before."""
     config = model.config
     xyz = np.ascontiguousarray(scene.feats[:, 1:4])
     capacities = static_capacities(scene, grids)

@@ -98,7 +98,7 @@ def step_products(operands: StepOperands) -> tuple:
 
 
 def _neighbors(o: StepOperands) -> tuple:
-    """What `ops/neighbors.py` multiplies: forward two products a neighbour, backward the first again and three."""
+    """The products of `ops/neighbors.py`: forward two products a neighbour, backward the first again and three."""
     dtype = o.neighbor_out.dtype
 
     def product(a: Array, b: Array) -> Array:

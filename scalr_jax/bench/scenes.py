@@ -1,4 +1,4 @@
-"""What the benches run on: packed scenes of realistic sizes, real ones, generated ones or a saved batch.
+"""Scenes for the benches: packed scenes of realistic sizes, real ones, generated ones or a saved batch.
 
 mix:     scenes in the proportions of the published pretraining (nuScenes 28,130 : KITTI 19,130 : Pandar64 3,920 :
          PandarGT 3,920), of eight scenes four, three and one, packed without gaps.

@@ -112,7 +112,7 @@ def student_of(arguments: argparse.Namespace, grids: Any) -> Student:
 
 
 def vavit_settings(width: int | None, depth: int | None) -> VavitSettings:
-    """What --channels and --depth say of a VaViT, with heads of 64 channels and an MLP of 4 times the width."""
+    """A VaViT's settings by --channels and --depth, with heads of 64 channels and an MLP of 4 times the width."""
     if width is None:
         return VavitSettings(depth=depth or 0)
     return VavitSettings(width=width, depth=depth or 0, num_heads=max(1, width // 64), hidden=4 * width)
@@ -227,7 +227,7 @@ def of_step(
 
 
 def described(scenes: bench_scenes.Scenes, student: Student, runs: int) -> dict[str, Any]:
-    """What the result of a student on scenes begins with."""
+    """The first keys of the result of a student on scenes."""
     return {
         **timing.header(runs),
         "points": scenes.num_points,
@@ -271,7 +271,7 @@ def compile_times(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def show_result(result: dict[str, Any]) -> None:
-    """What the times mean, for people."""
+    """Prints a table of the times and their ratios."""
     best = "" if result["mfu"] is None else f", {result['mfu']:.1%} of the chip's peak"
     print(f"{result['points_per_s']:,.0f} points/s; {result['flops'] / result['step_s'] / 1e12:.3g} TFLOP/s{best}")
     layer = result["layer_step_s"] / result["layer_matmul_step_s"]

@@ -69,7 +69,7 @@ def ranges(times: Mapping[str, Times], scale: float = 1.0) -> dict[str, list[flo
 
 
 def compiled_bytes(compiled: Compiled) -> int | None:
-    """What the program needs at its peak by XLA's plan: arguments, outputs and temporary buffers, shared ones once."""
+    """Peak memory of the program in XLA's plan: arguments, outputs and temporary buffers, shared ones once."""
     plan = compiled.memory_analysis()
     if plan is None:
         return None
@@ -90,7 +90,7 @@ def device_bytes() -> int | None:
 
 
 def header(runs: int) -> dict:
-    """What every object begins with."""
+    """The first keys of every result."""
     return {"device": jax.local_devices()[0].device_kind, "jax": jax.__version__, "runs": runs}
 
 

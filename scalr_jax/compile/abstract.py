@@ -39,7 +39,7 @@ SIZES = {"s": "vits14", "b": "vitb14", "l": "vitl14", "g": "vitg14", "7": "vit7b
 
 
 class AbstractRun(NamedTuple):
-    """What a step takes, all shapes with shardings, and the step."""
+    """A step and its arguments, all as shapes with shardings."""
 
     student: Student
     program: train.Program
@@ -53,7 +53,7 @@ class AbstractRun(NamedTuple):
 
     @property
     def parameter_bytes(self) -> int:
-        """Of the student, all devices together counted once."""
+        """Bytes of the student's parameters, counted once for all devices."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.program.state.params))
 
 

@@ -20,7 +20,7 @@ SLICES = ("dynamic-slice", "slice", "gather")  # read what they return and not t
 
 
 def flops(program: Program) -> int:
-    """Of matrix products and convolutions, fused or not, and of cuBLAS and cuDNN; positions in a convolution's padding
+    """FLOPs of products and convolutions, fused or not, cuBLAS's and cuDNN's too; a convolution's padded positions
     do not count."""
     total = 0
     for computation, instruction, times in walk(program):
@@ -129,7 +129,7 @@ def _read(program: Program, computation: Computation, instruction: Instruction) 
 
 
 def _read_inside(program: Program, inner: Computation, number: int, whole: int) -> int:
-    """Of operand `number` of a fusion, which has `whole` bytes: less where only slices of it are read."""
+    """Bytes that a fusion reads of operand `number`: `whole`, or fewer where it reads only slices."""
     name = next(
         (i.name for i in inner.instructions.values() if i.opcode == "parameter" and i.operands == (str(number),)), ""
     )

@@ -90,7 +90,7 @@ def category(program: Program, instruction: Instruction) -> str:
 
 
 class Useful(NamedTuple):
-    """What a step does for the model, on one device: its own FLOPs, and scenes."""
+    """Useful work of a step on one device: the model's own FLOPs, and scenes."""
 
     flops: int
     scenes: float

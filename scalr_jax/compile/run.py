@@ -112,7 +112,7 @@ def compile_step(
 
 
 def needed_bytes(message: str) -> int:
-    """What a program that is too large needs, from the compiler's message. Raises RuntimeError for another message."""
+    """Bytes that a program too large for a device needs, by its message. Raises RuntimeError for another."""
     found = re.search(r"total memory required.*?\(([\d.]+)([BKMGT])\)|Used ([\d.]+)([BKMGT]) of", message)
     if "RESOURCE_EXHAUSTED" not in message or not found:
         raise RuntimeError(f"the compiler failed: {message}")

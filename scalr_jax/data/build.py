@@ -134,7 +134,7 @@ def scene_settings(
 
 
 def make_mixing(data: DataSettings, dataset: Dataset, folder: Path) -> Mixing | None:
-    """What is mixed into the training scans of a probe or fine-tuning; None for nothing.
+    """The mixing of training scans in a probe or fine-tuning; None for none.
 
     `folder`: of the instance bank, which is written when it is missing. Raises `InputError` for unknown classes.
     """

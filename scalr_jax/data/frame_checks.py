@@ -1,4 +1,4 @@
-"""What a frame must be like, whoever made it: the shapes of `data.scenes.Frame`, and nothing that is not finite."""
+"""Checks of a frame, whoever made it: the shapes of `data.scenes.Frame`, and nothing that is not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the numbers of a file without a header are, told from their values: another type or other columns than expected.
+"""Recognises the numbers of a file without a header by their values: another type or other columns than expected.
 
 Coordinates are metres, so the bytes of another type show at once: their exponents are of any size. And every column has
 its own distribution, so with the right number of columns a value's column tells much about the value v (in eighths):

@@ -71,7 +71,7 @@ def _open(folder: Path) -> _Files:
 
 
 def open_bank(folder: Path, dataset: Dataset, classes: Sequence[int]) -> InstanceBank:
-    """What `write_bank` left. Raises `InputError` when it is of other scans or classes, or holds nothing."""
+    """Opens what `write_bank` wrote. Raises `InputError` when it is of other scans or classes, or holds nothing."""
     path = folder / "bank.json"
     if read_json(path, "remove the folder to cut the instances again") != bank_key(dataset, classes):
         raise InputError(f"{folder} holds instances of other scans or classes; remove it, or use another --workdir")
@@ -82,7 +82,7 @@ def open_bank(folder: Path, dataset: Dataset, classes: Sequence[int]) -> Instanc
 
 
 def bank_key(dataset: Dataset, classes: Sequence[int]) -> dict:
-    """What an instance bank depends on."""
+    """The settings and files that an instance bank depends on."""
     names = [dataset.name(k) for k in (0, len(dataset) - 1)]
     return {"classes": [dataset.class_names[k] for k in classes], "scans": len(dataset), "names": names}
 

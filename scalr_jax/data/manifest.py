@@ -21,7 +21,7 @@ SHOWN = 3  # problems that are listed
 
 
 class Part(TypedDict):
-    """What is in one finished shard; lists have an entry a frame but for the last two."""
+    """Content of one finished shard; lists have an entry a frame, except the last two."""
 
     file: str
     bytes: int
@@ -79,7 +79,7 @@ def read_manifest(root: str | Path) -> Manifest:
 
 
 def read_part(path: Path, remedy: str) -> Part:
-    """What a run wrote about one finished shard. Raises InputError, which ends with the `remedy`."""
+    """Reads the part that a run wrote about one finished shard. Raises InputError, which ends with the `remedy`."""
     content = read_json(path, remedy)
     _refuse(path, list(problems(content, Part)) or list(_part_problems(cast("Part", content), MAX_CAMERAS)), remedy)
     return cast("Part", content)

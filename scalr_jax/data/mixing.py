@@ -34,7 +34,7 @@ Scan = tuple[np.ndarray, np.ndarray]  # points [N, 4] float32 (student's frame, 
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """What is mixed into a training scan. An empty `polar_classes` (class numbers), no `bank` or a `pillar_size`
+    """Mixes other scans into a training scan. An empty `polar_classes` (class numbers), no `bank` or a `pillar_size`
     (metres) of 0 turns that part off."""
 
     polar_classes: tuple[int, ...] = ()

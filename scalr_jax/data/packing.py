@@ -54,7 +54,7 @@ class Pack(NamedTuple):
 
 
 def sizes(scene: SceneView) -> Capacities:
-    """What one scene needs of each capacity."""
+    """Room that one scene needs of each capacity."""
     cells = tuple(len(plane.position) for plane in scene.planes)
     halo = tuple(len(plane.halo_taps) for plane in scene.planes)
     voxels, pairs = ((), ()) if scene.voxels is None else scene.voxels.counts.T.tolist()
@@ -270,7 +270,7 @@ def _with_optional(batch: Batch, scenes: Sequence[SceneView], capacities: Capaci
 
 
 def _stacked(parts: Sequence[np.ndarray | None], capacities: Capacities, like: np.ndarray) -> np.ndarray:
-    """What the scenes of a shard have one of, [S, ...]; zeros in empty slots."""
+    """Stacks arrays of which each scene of a shard has one, [S, ...]; zeros in empty slots."""
     stacked = np.zeros((capacities.scenes, *like.shape), like.dtype)
     for i, part in enumerate(parts):
         assert part is not None, "a scene without an image among scenes with one"

@@ -78,7 +78,7 @@ def check_place(points: np.ndarray) -> tuple[str | None, str | None]:
 
 
 def check_scan(points: np.ndarray, settings: Mapping[str, Any]) -> dict[str, str]:
-    """What does not fit: one sentence by kind ("finite", "usable", "place", "intensity", "view", "ground"), or nothing.
+    """Sentences on misfits, by kind ("finite", "usable", "place", "intensity", "view", "ground"), or nothing.
 
     points: [N, 4] float32, in the frame of the training data: x, y, z in metres and raw intensity. settings:
     `intensity` and `field_of_view`, as in `Model.config`.

@@ -1,4 +1,4 @@
-"""What travels from a sensor to a step: frames (as read), scenes (voxelised, one camera's view), batches (packed).
+"""From a sensor to a step: frames (as read), scenes (voxelised, one camera's view), batches (packed).
 
 `Dataset` is the contract of everything that has frames.
 
@@ -53,7 +53,7 @@ class Dataset(Protocol):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What errors and logs call a frame: "pandaset/002/45", the dataset first."""
+        """The name of a frame in errors and logs: "pandaset/002/45", the dataset first."""
 
     @abstractmethod
     def frame(self, index: int, rng: np.random.Generator | None = None, *, camera: str | None = RANDOM) -> Frame:
@@ -99,7 +99,7 @@ class FinishedScenes(Protocol):
 
 
 class Mix(Protocol):
-    """What mixes training scans for segmentation. All randomness comes from the generators."""
+    """Mixes training scans for segmentation. All randomness comes from the generators."""
 
     def __call__(self, frame: Frame, record: int, dataset: Dataset, rng: np.random.Generator) -> Frame:
         """Frame `record` of a dataset with what is mixed into a raw scan. Raises `BadFrameError`."""
@@ -121,7 +121,7 @@ RAW_INTENSITY = (0.0, 1.0)  # the mean and deviation of a model that reads inten
 
 
 class SceneNeeds(NamedTuple):
-    """What a backbone needs of a scene beside its points' features."""
+    """A backbone's needs of a scene, beside its points' features."""
 
     field_of_view: FieldOfView
     num_neighbors: int = 0  # K
@@ -245,7 +245,7 @@ class Plane(NamedTuple, Generic[A]):
 
 @dataclasses.dataclass(frozen=True)
 class PackedVoxels(Generic[A]):
-    """What the device makes a MinkUNet's tables from. To JAX the sizes are static (`models.minkunet` says so)."""
+    """Voxels, from which a device makes a MinkUNet's tables. For JAX the sizes are static (`models.minkunet`)."""
 
     coordinates: A  # [D, P, 3] float32, as in `SceneVoxels`; 0 for padding
     sizes: tuple[Sizes, ...]  # of the tables of each level
@@ -260,7 +260,7 @@ class Pillars(NamedTuple, Generic[A]):
 
 
 class Batch(NamedTuple, Generic[A]):
-    """What a step reads: NumPy's arrays, and on a device JAX's. `None` for what the task does not need."""
+    """The input of a step: NumPy's arrays, on a device JAX's. `None` for a field that the task does not need."""
 
     feats: A  # [D, P, F] float32
     scene: A  # [D, P] int32, S marks padding

@@ -1,4 +1,4 @@
-"""What a published file does not say: intensity statistics, field of view and grids, by sensor and kind of model."""
+"""Intensity statistics, field of view and grids by sensor and kind of model, which no published file contains."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ FEATURES = ("intensity", "x", "y", "z", "radius")
 
 @dataclasses.dataclass(frozen=True)
 class SceneSettings:
-    """What `make_scene` needs to know of the model and the task."""
+    """Settings of `make_scene`, from the model and the task."""
 
     task: str  # "distill", "segment", or "features" for scenes whose features the dataset has
     train: bool
@@ -330,7 +330,7 @@ def _augment_published(xyz: np.ndarray, feats: np.ndarray, rng: np.random.Genera
 
 
 def _finish(name: str, index: int, xyz: np.ndarray, feats: np.ndarray, needs: SceneNeeds) -> SceneView:
-    """What the backbone needs of a scene's points xyz [N, 3] and feats [N, F]. Raises `BadFrameError`."""
+    """Adds the backbone's tables to a scene's points xyz [N, 3] and feats [N, F]. Raises `BadFrameError`."""
     if len(xyz) <= needs.num_neighbors:
         raise BadFrameError(
             f"{name}: {len(xyz)} points are left in the field of view, and {needs.num_neighbors + 1} are needed"

@@ -46,7 +46,7 @@ ELEVATIONS = {
 
 
 class Scan(NamedTuple):
-    """What a corruption changes, and what it needs to know."""
+    """A scan to corrupt, with what a corruption needs to know."""
 
     points: np.ndarray  # [N, 4] float64: x, y, z in metres from the sensor (z up), raw intensity
     labels: np.ndarray  # [N] uint8

@@ -180,7 +180,7 @@ def make_cache(
 
 
 def cache_key(record: Mapping[str, Any], dataset: Dataset, variables: Variables) -> dict[str, Any]:
-    """What the features depend on: settings of the `record` (config.json) by dotted name, frames, weights' checksum."""
+    """The key of cached features: settings of the `record` (config.json) by dotted name, frames, weights' checksum."""
     kept = {
         key: value
         for key, value in flatten(record).items()
@@ -193,7 +193,7 @@ def cache_key(record: Mapping[str, Any], dataset: Dataset, variables: Variables)
 
 
 def checksum(variables: Any, *, head: bool = False) -> str:
-    """Of the backbone's parameters and statistics, and of the head's if `head`."""
+    """Checksum of the backbone's parameters and statistics, and of the head's if `head`."""
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten(variables if head else without_head(variables)).items()):
         digest.update(f"{path} {np.shape(leaf)}".encode())

@@ -31,7 +31,7 @@ OWN = "scalr_jax's generators"
 
 
 class Baseline(NamedTuple):
-    """What CE is measured against."""
+    """The errors that CE is relative to."""
 
     name: str
     miou: dict[str, float]  # by corruption, 0 to 1: the mean over the severities
@@ -85,7 +85,7 @@ def summarize(miou: Mapping[str, Mapping[str, float]], clear: float, baseline: B
 
 
 def find_baseline(evaluate: EvaluateSettings, data: DataSettings, corrupted_by: str) -> Baseline | None:
-    """What `evaluate.baseline` names: a published one, another run's results, or by the dataset ("auto").
+    """The baseline that `evaluate.baseline` names: a published one, another run's results, or by the dataset ("auto").
 
     The published ones are means over three severities of a released set: "auto" takes them for nothing else.
 
@@ -223,7 +223,7 @@ def measure(
 
 
 def part_key(record: Mapping[str, Any], weights: str, free: Collection[str]) -> str:
-    """What a part depends on: the weights (a checksum) and every setting of scans and model in the `record`
+    """The key of a part's results: the weights (a checksum) and every setting of scans and model in the `record`
     (config.json) but for `free` keys, which change no result."""
     settings = flatten(record)
     kept = {name: value for name, value in settings.items() if name.startswith(("data.", "model."))}

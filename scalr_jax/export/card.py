@@ -68,7 +68,7 @@ def _without_folders(settings: dict) -> dict:
 
 
 def licence_of(model_path: Path, training: Mapping | None, given: str) -> str:
-    """What the card says of the weights' licence: what was `given`, else whose terms bear on it."""
+    """The card's text on the weights' licence: `given`, else whose terms apply."""
     if given:
         return given
     if training is None:

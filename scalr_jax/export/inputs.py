@@ -1,4 +1,4 @@
-"""What an exported program reads, made from points with NumPy alone (no JAX): the last step before the network.
+"""Inputs of an exported program, made from points with NumPy alone (no JAX): the last step before the network.
 
     settings = json.loads(Path("EXPORT/config.json").read_text())["settings"]
     inputs, nearest = make_inputs(points, settings)          # for model.onnx
@@ -68,7 +68,7 @@ def make_inputs(points: ArrayLike, settings: Mapping) -> tuple[dict[str, np.ndar
 
 
 def needs_of(settings: Mapping) -> SceneNeeds:
-    """What a scene of an exported program brings. Exports made before settings had `needs` say it by their name."""
+    """The needs of an exported program's backbone. Exports made before settings had `needs` say it by their name."""
     low, high = settings["field_of_view"]
     needs = SceneNeeds((tuple(low), tuple(high)), **settings.get("needs", {}))
     if "needs" not in settings and settings.get("name", "waffleiron") == "waffleiron":

@@ -1,4 +1,4 @@
-"""What features say about a scene: similarity to one point (ScaLR, figure 1), and colours by principal components.
+"""Pictures of features: similarity to one point (ScaLR, figure 1), and colours by principal components.
 
 similarity_i = f_i . f_q / (|f_i| |f_q|)
 color_i = (A (f_i / |f_i| - m) - low) / (high - low),  A: the three first principal axes, low and high: 2 % and 98 %;

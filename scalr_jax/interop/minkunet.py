@@ -87,7 +87,7 @@ class Weight(NamedTuple):
 
 
 class Network(NamedTuple):
-    """What the names and shapes of a published MinkUNet say."""
+    """Settings read off the names and shapes of a published MinkUNet."""
 
     layout: str  # "minkowski" or "torchsparse"
     name: str  # "minkunet14", "minkunet18", "minkunet34", or "" for other numbers of blocks
@@ -327,7 +327,7 @@ def _to_ours(array: np.ndarray, row: Weight, layout: str) -> np.ndarray:
 
 
 def element_order(layout: str, elements: int) -> list[int]:
-    """Of each of our kernel elements, 27 or 8, the one of the published kernel with the same offset."""
+    """For each of our 27 or 8 kernel elements, the published element with the same offset."""
     ours = NEIGHBORS if elements == 27 else CHILDREN
     x_fastest = sorted(ours, key=lambda offset: offset[::-1])
     theirs = ours if (layout, elements) == ("torchsparse", 8) else x_fastest

@@ -35,7 +35,7 @@ def read_content(content: Mapping, name: str) -> Published:
 
 
 def read_training(content: Mapping) -> dict[str, int | str]:
-    """What a file's scheduler says of its training: `updates`, and of a published pretraining `gpus`; or {}."""
+    """Facts about a training from a file's scheduler: `updates`, and of a published pretraining `gpus`; or {}."""
     try:
         schedule = content["scheduler"]["lr_lambdas"][0]
         updates = schedule.get("max_iter", schedule.get("max_it"))  # ScaLR's name and ScaLR+'s

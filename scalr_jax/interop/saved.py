@@ -1,4 +1,4 @@
-"""What a folder says of its student: one loader for the workdir of a run and for an exported folder.
+"""Reads a student from a folder: one loader for the workdir of a run and for an exported folder.
 
 A run writes WORKDIR/settings.json when training starts. It holds what an export's config.json holds under "settings":
 

@@ -120,7 +120,7 @@ def load_demo_teacher() -> tuple[vit.ViTConfig, dict]:
 
 
 def load_teacher(path: str | Path) -> tuple[vit.ViTConfig, dict]:
-    """What `save_teacher` wrote: the ViT's config and its parameters, float32 NumPy arrays. Raises `InputError`."""
+    """Loads what `save_teacher` wrote: a ViT's config and parameters, float32 NumPy arrays. Raises `InputError`."""
     flat, metadata = read_safetensors(Path(path))
     check_weights(flat, str(path))
     try:

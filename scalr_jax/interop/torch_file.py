@@ -97,7 +97,7 @@ def read_weights_file(path: str | Path) -> dict:
 
 
 def _refused(path: Path, read: Callable[[Path], dict]) -> dict:
-    """What `read` reads of a file. Whatever is wrong with it becomes one InputError."""
+    """The content that `read` reads from a file. Anything wrong with the file becomes one InputError."""
     try:
         return read(path)
     except ForbiddenError as error:

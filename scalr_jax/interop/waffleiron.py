@@ -139,7 +139,7 @@ def infer_model(weights: Mapping[str, np.ndarray], name: str, *, container: str 
 
 
 def _hint(weights: Mapping) -> str:
-    """What to say of a file with kernels of 3x3x3, as a sparse network's are: a list of 27 matrices, or five axes."""
+    """A hint for files with kernels of 3x3x3, as a sparse network's are: a list of 27 matrices, or five axes."""
     shapes = [array.shape for array in weights.values() if isinstance(array, np.ndarray)]
     if not any(len(shape) == 5 or (len(shape) == 3 and shape[0] == 27) for shape in shapes):
         return ""

@@ -1,4 +1,4 @@
-"""What a student asks of its backbone, and what a backbone asks of a scene (docs/design.md, "How to add a backbone")."""
+"""The contract of a backbone: what a student asks of it, and what it asks of a scene (docs/design.md)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Backbone(Protocol):
 
     @property
     def needs(self) -> SceneNeeds:
-        """What a scene brings beside its points' features."""
+        """Tables that a scene must have beside its points' features."""
         ...
 
     @property

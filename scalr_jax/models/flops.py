@@ -35,7 +35,7 @@ class Product(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What the student's FLOPs depend on."""
+    """Sizes that the student's FLOPs depend on."""
 
     channels: int
     depth: int
@@ -60,12 +60,12 @@ def head_products(sizes: Sizes) -> list[Product]:
 
 
 def student_products(sizes: Sizes) -> list[Product]:
-    """Of one point in a training step."""
+    """FLOPs of one point in a training step."""
     return embedding_products(sizes) + layer_products(sizes) * sizes.depth + head_products(sizes)
 
 
 def flops(products: list[Product], num_points: int, *, backward: bool, again: bool = False) -> int:
-    """Of `num_points` rows; `again` adds what is computed twice."""
+    """FLOPs of `num_points` rows; `again` adds what is computed twice."""
     times = [p.forward + backward * p.backward + again * p.again for p in products]
     return num_points * sum(2 * p.inner * p.outer * n for p, n in zip(products, times, strict=True))
 
@@ -104,7 +104,7 @@ def vavit_flops(
     *,
     backward: bool,
 ) -> int:
-    """Of a pass over `num_points` points and scenes of `counts` pillars. head: `head_products`."""
+    """FLOPs of a pass over `num_points` points and scenes of `counts` pillars. head: `head_products`."""
     matrices = vavit_matrices(backbone, num_points, sum(counts), num_features)
     linear = sum(2 * m.rows * m.inner * m.outer * m.times for m in matrices)
     attention = backbone.depth * 4 * backbone.width * sum(count**2 for count in counts)

@@ -108,7 +108,7 @@ def norm_variables(module: nn.Module, channels: int) -> tuple[Array, Array, nn.V
 def batch_statistics(
     module: nn.Module, x: Array, mask: Array, *, train: bool
 ) -> tuple[tuple[Array, Array], Array, Array]:
-    """What a batch norm of rows is made of: the mean [C] and inverse deviation [C] over the rows where `mask` is true,
+    """The parts of a batch norm of rows: the mean [C] and inverse deviation [C] over the rows where `mask` is true,
     all shards together (the running ones unless `train`), and its parameters scale [C] and bias [C]. Float32."""
     scale, bias, running_mean, running_variance = norm_variables(module, x.shape[-1])
     if train:

@@ -20,11 +20,11 @@ Variables = Mapping[str, Any]  # "params", "batch_stats" -> trees of arrays
 
 
 class Classifier(Protocol):
-    """What evaluation asks for: a student, or a student with what votes on its features."""
+    """The contract of evaluation: a student, or a student with a classifier of its features."""
 
     @property
     def needs(self) -> SceneNeeds:
-        """What a scene brings beside its points' features."""
+        """Tables that a scene must have beside its points' features."""
         ...
 
     def apply(self, variables: Variables, batch: Batch[Array], *, train: bool) -> Any:

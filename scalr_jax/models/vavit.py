@@ -44,7 +44,7 @@ INIT = nn.initializers.normal(0.02)
 
 
 class Size(NamedTuple):
-    """What `model.name` stands for; any of it may be said in `config.model.vavit`."""
+    """Sizes that `model.name` stands for; keys of `config.model.vavit` replace them."""
 
     width: int
     depth: int

@@ -36,7 +36,7 @@ INIT = nn.initializers.truncated_normal(0.02)
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """What the teacher's blocks and a VaViT's (`models/vavit.py`) may differ in."""
+    """Settings in which the teacher's blocks and a VaViT's (`models/vavit.py`) may differ."""
 
     width: int
     num_heads: int

@@ -21,7 +21,7 @@ Array = jax.Array
 
 
 class Tables(Protocol):
-    """What the ops read of `data.scenes.Plane`: of one shard here, of all shards [D, ...] in `windows.py`."""
+    """Fields of `data.scenes.Plane` that the ops read: one shard's here, all shards' [D, ...] in `windows.py`."""
 
     @property
     def cell(self) -> Array: ...  # [P] int32: row of the point's cell, M for padding
@@ -56,7 +56,7 @@ def sum_runs(points: Array, plane: Tables) -> Array:
 
 
 def filled(plane: Tables) -> Array:
-    """What `flatten` makes of ones: n / (n + 1e-6) for a cell of n points, 0 for an unused row. [M] float32."""
+    """The result of `flatten` for ones: n / (n + 1e-6) for a cell of n points, 0 for an unused row. [M] float32."""
     return jnp.where(plane.inverse_count > 0, 1.0 - 1e-6 * plane.inverse_count, 0.0)
 
 

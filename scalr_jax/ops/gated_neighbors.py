@@ -27,7 +27,7 @@ EPS = 1e-5
 
 
 class Form(NamedTuple):
-    """What of `gated_max` is no array."""
+    """Arguments of `gated_max` that are no arrays."""
 
     train: bool  # statistics of the batch, else the running ones
     dtype: DTypeLike  # of products

@@ -278,7 +278,7 @@ def _convolve_backward(centre: int | None, residuals: tuple[Array, Pairs, Array]
 
 @traced_once
 def _gradients(centre: int | None, rows: Array, pairs: Pairs, kernel: Array, gradient: Array) -> tuple[Array, Array]:
-    """Of rows and kernel. The former are the transposed convolution of the gradient."""
+    """Gradients of rows and kernel. Those of rows are the transposed convolution of the incoming gradient."""
     gradient = gradient.astype(rows.dtype)
     inputs = _blocks(rows, pairs.source, pairs)
     outputs = take_rows(gradient, pairs.target).reshape(*inputs.shape[:2], -1)  # zero in unused slots

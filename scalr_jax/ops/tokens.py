@@ -24,7 +24,7 @@ def encode(tokens: Array, dtype: str) -> tuple[Array, Array | None]:
 
 
 def decode(values: Array, scale: Array | None) -> Array:
-    """What `encode` made -> float32 tokens [..., C]."""
+    """Encoded tokens -> float32 tokens [..., C]."""
     if values.dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(values, jnp.bfloat16).astype(jnp.float32)
     tokens = values.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What a sparse student needs of its voxels before a step runs, in NumPy: coordinates, counts and sizes of tables.
+"""Voxels of a sparse student before a step runs, in NumPy: coordinates, counts and sizes of tables.
 
 Voxels are those of `model.minkunet.voxel_size` metres, counted from the lower corner of the field of view, and on each
 further level twice as wide. The tables themselves are made on the device (`ops.sparse_conv`), in room of static size.

@@ -23,7 +23,7 @@ Array = jax.Array
 
 
 class PlaneWindows(NamedTuple):
-    """What a layer reads of a plane, in place of `scenes.Plane`."""
+    """Tables that a layer reads of a plane, in place of `scenes.Plane`."""
 
     cell: Array  # [D, P]
     inverse_count: Array  # [D, M]

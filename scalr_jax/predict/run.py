@@ -106,7 +106,7 @@ def in_sector(points: np.ndarray, sector: tuple[float, float]) -> np.ndarray:
 
 
 def choose_what(head: str, requested: str | None) -> str:
-    """What to predict with a model that has this head. Raises InputError when it cannot."""
+    """Chooses what to predict with a model of this head. Raises InputError when it cannot."""
     segments = head != "distill"
     if requested is None:
         return "labels" if segments else "features"
@@ -208,7 +208,7 @@ def _sector() -> tuple[float, float] | None:
 
 
 def settings_of(model: Model, what: str) -> dict:
-    """What decides the content of an output file, for predict.json."""
+    """Settings that decide the content of an output file, for predict.json."""
     import jax
 
     checksum = 0

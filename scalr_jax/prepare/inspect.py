@@ -85,7 +85,7 @@ def _keep(kept: dict[str, list[Frame]], frame: Frame) -> None:
 
 
 def look(dataset: Dataset, index: int, frame: Frame, rng: np.random.Generator) -> Seen:
-    """What is kept of a frame."""
+    """Figures that are kept of a frame."""
     if len(frame.points) == 0:
         raise BadFrameError(f"{frame.name}: the scan has no points")
     xyz = transforms.to_ego(frame.points, frame.to_ego)

@@ -37,7 +37,7 @@ SAMPLE = 4  # frames looked at to estimate
 
 
 class Estimate(NamedTuple):
-    """What is known before anything is written."""
+    """Sizes known before anything is written."""
 
     bytes_per_frame: float
     points_dtype: str  # of the raw reader's points
@@ -45,7 +45,7 @@ class Estimate(NamedTuple):
 
 
 def run_settings(choices: dict, sources: Mapping[str, Source], frames_per_shard: int) -> dict:
-    """What two runs must share to write one dataset: `choices`, and per split the frames and their order."""
+    """Settings that two runs must share to write one dataset: `choices`, and per split the frames and their order."""
     splits = {}
     for split, source in sources.items():
         names = "\n".join(source.name(i) for i in range(len(source)))
@@ -85,7 +85,7 @@ def claimed(
 
 
 def _leave(folder: Path, made: Sequence[Path], manifest: str) -> None:
-    """Of a run that failed before it finished a shard nothing stays, so that other settings may be tried; nor do the
+    """Removes everything of a run that failed before its first shard, so that other settings may be tried, and the
     folders that it `made`."""
     if (folder / manifest).is_file() or any((folder / PARTS).iterdir()):
         return
@@ -155,7 +155,7 @@ def estimate(sources: Mapping[str, Source]) -> Estimate:
 
 
 def need_space(folder: Path, num_bytes: float) -> str:
-    """What to print of the space that is needed. Raises InputError when less is free."""
+    """A sentence on the space that is needed. Raises InputError when less is free."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(place).free
     text = f"{_human(num_bytes)} are needed, {_human(free)} are free at {place}"

@@ -187,7 +187,7 @@ def view_example(
 
 
 def fidelity(views: Sequence[np.ndarray], images: Images) -> dict[str, float] | None:
-    """What storing costs: images [h, w, 3] uint8, resized with all their bits, beside what is read back.
+    """The loss in storing: images [h, w, 3] uint8, resized with all their bits, beside what is read back.
 
     Returns mean and largest absolute difference (of 255) and the PSNR in dB; None when nothing is lost.
     """

@@ -1,4 +1,4 @@
-"""What an inspection found, in figures: ranges, intensity, points, a fitting view, warnings; and the table of them.
+"""An inspection's findings in figures: ranges, intensity, points, a fitting view, warnings; and the table of them.
 
 Horizontal view: +-half, the 99th percentile of the voxels' distance to the z axis in steps of 16 m (the augmentation
 turns scenes about z, so it is square); vertical: +-half, 99.5 % of |z| in steps of 4 m. Grids: cells of 0.5 m, as
@@ -25,7 +25,7 @@ Report = dict[str, Any]  # what inspect.json holds
 
 
 class Seen(NamedTuple):
-    """What is kept of one frame that was read."""
+    """Figures that are kept of one frame."""
 
     xyz: np.ndarray  # [n, 3] float32: some of its points, student's frame
     intensity: np.ndarray  # [n] float32: their raw intensity

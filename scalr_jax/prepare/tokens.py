@@ -60,7 +60,7 @@ BATCH = 4  # images of a device
 
 
 class Choices(NamedTuple):
-    """What decides the tokens, beside the images."""
+    """Settings that decide the tokens, beside the images."""
 
     teacher: TeacherSettings
     image_size: tuple[int, int]
@@ -145,7 +145,7 @@ def _header(choices: Choices, grid: tuple[int, int], channels: int) -> dict[str,
 
 
 def find_finished(folder: Path, settings: dict) -> dict[str, Shard]:
-    """What is known of the files that are there whole. Raises InputError: another run's folder, or a complete one."""
+    """Reads the parts of the files that are finished. Raises InputError: another run's folder, or a complete one."""
     parts: dict[str, Shard] = {}
     found, complete = settings, (folder / TOKENS).is_file()
     if complete:

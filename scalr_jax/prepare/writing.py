@@ -188,7 +188,7 @@ def _send(connection: Connection, worker: SpawnProcess, shard: Shard) -> None:
 
 
 def _ended(worker: SpawnProcess) -> Exception:
-    """What to raise of a worker that is gone."""
+    """The error for a worker that is gone."""
     worker.join()
     code = worker.exitcode or 0
     if code >= 0:

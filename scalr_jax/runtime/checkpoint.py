@@ -129,7 +129,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """What the system refuses to write; Orbax reports it when it is next called, and TensorStore as ValueError."""
+        """Names errors of writing, which Orbax reports when it is next called, and TensorStore as ValueError."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -163,7 +163,7 @@ def _metadata(checkpointer: Any, step: int) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """What TensorStore says of a file that cannot be read; Orbax speaks of its handlers."""
+    """TensorStore's words on a file that cannot be read; Orbax speaks of its handlers."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error) or type(error).__name__).splitlines()[0][:300]
@@ -251,7 +251,7 @@ def save_weights(directory: Path, variables: Mapping) -> None:
 
 
 def load_weights(directory: Path) -> dict:
-    """What `save_weights` wrote, as NumPy arrays. Raises InputError when it cannot be read."""
+    """Loads the weights that `save_weights` wrote, as NumPy arrays. Raises InputError when it cannot be read."""
     try:
         return jax.device_get(ocp.load(directory.absolute()))
     except Exception as error:  # Orbax raises many kinds for missing and cut files

@@ -1,4 +1,4 @@
-"""What the commands share: parsing flags and config files, the flags that name a model, and how a command ends.
+"""Shared by the commands: parsing flags and config files, the flags that name a model, and how a command ends.
 
 Exit codes: 0 done; 2 and one sentence on stderr when something outside of the program is wrong; 1 and a traceback for a
 defect.
@@ -127,7 +127,7 @@ def config_sentence(error: BaseException, path: str | None) -> str:
 
 
 def _raised_by(error: BaseException, path: str) -> BaseException | None:
-    """What a config file raised, inside of ml_collections' wrappings; None when the error is about something else."""
+    """The error that a config file raised, without ml_collections' wrappings; None when it is about something else."""
     found: BaseException | None = error
     while found is not None:
         code = [frame.f_code for frame, _ in traceback.walk_tb(found.__traceback__)]
@@ -152,7 +152,7 @@ def define_model(values: flags.FlagValues) -> None:
 
 
 def model_arguments(values: flags.FlagValues) -> dict:
-    """What `scalr_jax.load` is to be called with. Raises InputError."""
+    """The arguments for `scalr_jax.load`. Raises InputError."""
     counts = {"intensity": 2, "field_of_view": 6, "grids": 6}
     arrays = {name: numbers(values, name, count) for name, count in counts.items()}
     return {"path": values.model, "sensor": values.sensor, "activation": values.activation, **arrays}
@@ -201,7 +201,7 @@ def exit_codes(*, interrupted: str = "", full: str = SPACE) -> Iterator[None]:
 
 
 def sentence_of(error: BaseException, *, interrupted: str = "", full: str = SPACE) -> str | None:
-    """What to tell the user of an error, with the arguments of `exit_codes`; None for a defect."""
+    """The sentence for an error, with the arguments of `exit_codes`; None for a defect."""
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {interrupted}" if interrupted else "interrupted"
     if isinstance(error, InputError | BadFrameError):

@@ -24,7 +24,7 @@ def seal(folder: Path, but: Collection[str] = ()) -> None:
 
 
 def damage(folder: Path) -> str:
-    """What is not as it was sealed, "" when nothing is."""
+    """A sentence about the files that differ from their digests, "" when none does."""
     try:
         return changes(folder, read_json(folder / FILE, "")) if is_sealed(folder) else f"{FILE} is missing"
     except InputError:

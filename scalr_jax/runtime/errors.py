@@ -1,4 +1,4 @@
-"""What goes wrong that is no defect: bad input, and frames that cannot be used."""
+"""Errors that are no defect: bad input, and frames that cannot be used."""
 
 from __future__ import annotations
 

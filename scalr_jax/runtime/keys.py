@@ -23,7 +23,7 @@ NAMES = {int: "whole number", float: "number", str: "text", bool: "True or False
 
 
 class Allowed(NamedTuple):
-    """What a key takes, beside its type. Bounds and choices hold for every number and text inside a tuple."""
+    """Values that a key takes, beside its type. Bounds and choices hold for every number and text inside a tuple."""
 
     low: float | None = None
     high: float | None = None
@@ -221,7 +221,7 @@ def describe(hint: Any) -> str:
 
 
 def problems(content: object, hint: Any, where: str = "") -> Iterator[str]:
-    """What is wrong with the content of a whole JSON file: a text for each value that is not of type `hint`, each key
+    """Problems of a whole JSON file's content: a text for each value that is not of type `hint`, each key
     that is missing, and each that is unknown.
 
     hint: a `TypedDict`, `dict[str, X]`, `list[X]`, a union, `Any`, or a type that `convert` knows.

@@ -26,7 +26,7 @@ class Preempted(BaseException):
 
 
 class Requests:
-    """What this process was asked, and whether it is a time to save."""
+    """Requests to stop that this process got, and whether it can save now."""
 
     def __init__(self):
         self.asked = False

@@ -40,7 +40,7 @@ from scalr_jax.train.watch import Made, Watch, explain
 
 
 class Task(NamedTuple):
-    """What distinguishes one kind of training from another."""
+    """The parts in which kinds of training differ."""
 
     label: str  # begins each line of progress
     scene_task: str  # "distill", "segment" or "features"
@@ -156,7 +156,7 @@ def _make_pipeline(
 
 
 class Program(NamedTuple):
-    """What is compiled, and where its state lies: all that `compile` needs, made without a device or an array."""
+    """A compiled step and where its state lies: all that `compile` needs, made without a device or an array."""
 
     fresh: Callable  # batch -> TrainState
     state: TrainState  # abstract, with shardings

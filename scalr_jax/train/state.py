@@ -1,4 +1,4 @@
-"""What a step reads and writes, and nothing else."""
+"""The state that a step reads and writes, and nothing else."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def explain(made: Made, student: Student, variables: Variables, batch: Batch[Arr
 
 
 def _causes(made: Made, student: Student, variables: Variables, batch: Batch[Array]) -> list[str]:
-    """What is known of why a step was skipped, in the order of the computation."""
+    """Known causes of a skipped step, in the order of the computation."""
     scenes = [scene for scenes in made.item.scenes for scene in scenes]
     largest = [float(np.abs(scene.feats).max()) for scene in scenes]
     values = jax.device_get(made.metrics)
@@ -97,7 +97,7 @@ def first_not_finite(student: Student, variables: Variables, batch: Batch[Array]
         return output
 
     def flags_of(variables: Variables, batch: Batch[Array]) -> list[Array]:
-        """Of each module in `order`: [], or of a looped one [groups]."""
+        """Flags of each module in `order`: [], for a looped one [groups]."""
         randomness = {"dropout": jax.random.key(0)}
         with nn.intercept_methods(note):
             result: Any = student.apply(

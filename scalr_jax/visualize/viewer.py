@@ -117,7 +117,7 @@ def write_viewer(
 
 
 def _modes(points: np.ndarray, colors: np.ndarray, similarity: np.ndarray) -> dict[str, list[dict]]:
-    """What every scan has, by the button that shows it: sets of points [n, 4], as plotly's traces."""
+    """The modes of every scan, by the button that shows them: sets of points [n, 4], as plotly's traces."""
     height = np.quantile(points[:, 2], (0.01, 0.99))
     intensity = np.array([0.0, np.quantile(points[:, 3], 0.98)])
     cosine = np.array([min(0.0, similarity.min()), 1.0])

@@ -124,7 +124,7 @@ def test_help_has_an_example(capsys, name):
 
 
 def test_a_saved_batch_needs_no_data_libraries(batch_file):
-    """What a bare machine lacks is blocked; the modules must load, and read the batch."""
+    """Libraries that a bare machine lacks are blocked; the modules must load, and read the batch."""
     blocked = ["grain", "ml_collections", "tensorflow_datasets", "array_record", "pykdtree", "PIL", "matplotlib"]
     program = (
         "import sys, importlib.abc\n"

@@ -127,7 +127,7 @@ def test_derived_capacities_hold_full_packs_of_such_scenes():
 
 @pytest.mark.parametrize("exactly", [1, 2, 8])
 def test_derived_capacities_hold_every_group_of_an_exact_number(exactly):
-    """Of few large scenes among small ones, some groups hold the large ones alone: a pack cannot end before them."""
+    """With few large scenes among small ones, some groups hold the large ones alone: a pack cannot end before them."""
     scenes = [_scene_of_voxels(index, 200 if index % 8 == 0 else 20 + index % 5) for index in range(32)]
     points = exactly * 200
     capacities = derive_capacities(scenes, points=points, scenes=exactly, exactly=exactly)

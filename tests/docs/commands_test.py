@@ -1,8 +1,8 @@
 """Every command of the shell blocks in the README and the guides.
 
-Those that take seconds run, on tiny models and scans: `predict`, `visualize`, `export`, `prepare --inspect`, launchers
-with --dry-run. Of those that train, compile, measure or need a dataset, the flags are parsed and the config is built and
-checked, as their own process does first.
+Those that take seconds run, on tiny models and scans: `predict`, `export`, `prepare --inspect`, launchers with
+--dry-run. Those that train, render, compile, measure or need a dataset get their flags parsed and their config built
+and checked, as their own process does first.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from tests.support.paths import ROOT
 from tests.support.predict_runs import make_points, write_bin
 from tests.support.tiny_student import write_workdir
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_collections, which loads config files
+
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 COMMANDS = [(page, words) for page in [*GUIDES, ROOT / "CONTRIBUTING.md"] for words in shell_commands(page)]
 OTHERS = ("pip", "pytest", "python", "sbatch", "cd", "zip", "pre-commit", ".ci/run")
@@ -39,10 +41,9 @@ def folder(tmp_path_factory):
     for name in ("configs", "experiments", "launch", "tests"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "runs/demo").mkdir(parents=True)
-    view = {"sensors": ("beams32",)}
-    write_workdir(folder / "runs/probe", "probe", "segment", 12, **view)
-    write_workdir(folder / "runs/demo/probe_distilled", "probe", "segment", 12, **view)
-    write_workdir(folder / "runs/demo/distill", "distill", "distill", 6, **view)
+    write_workdir(folder / "runs/probe", "probe", "segment", 12)
+    write_workdir(folder / "runs/demo/probe_distilled", "probe", "segment", 12)
+    write_workdir(folder / "runs/demo/distill", "distill", "distill", 6)
     write_bin(folder / "scan.bin", make_points())
     (folder / "SCANS").mkdir()
     for number in range(2):
@@ -59,7 +60,7 @@ def here(folder, monkeypatch):
     return folder
 
 
-class Parsed(Exception):
+class ParsedError(Exception):
     """Ends a script after it has parsed its arguments."""
 
 
@@ -69,11 +70,11 @@ def script(path, arguments, monkeypatch):
 
     def parse_and_end(parser, given=None, namespace=None):
         parse(parser, given, namespace)
-        raise Parsed
+        raise ParsedError
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
     monkeypatch.setattr(sys, "argv", [path, *arguments])
-    with pytest.raises(Parsed):
+    with pytest.raises(ParsedError):
         if path == "bench":
             assert arguments[0] in NAMES
             importlib.import_module(f"scalr_jax.bench.{arguments[0]}").main(arguments[1:])
@@ -85,15 +86,18 @@ def module(name, arguments, monkeypatch, *, begin):
     """A command of the package; `begin`: it runs, and not only its flags are parsed."""
     monkeypatch.setattr(sys, "argv", [name, *arguments])  # where ml_collections finds --config.KEY
     if name == "bench":
-        return script(name, arguments, monkeypatch)
-    if name == "main":
+        script(name, arguments, monkeypatch)
+    elif name == "main":
         main.parse([name, *arguments])
-        return read_settings(main.CONFIG.value)
-    found = importlib.import_module(f"scalr_jax.{name}.run")
-    if begin:
-        return found.run([name, *arguments])
-    parse_flags(found.FLAGS, [name, *arguments], found.__doc__)
-    return read_settings(found.FLAGS.config) if name == "compile" else None
+        read_settings(main.CONFIG.value)
+    else:
+        found = importlib.import_module(f"scalr_jax.{name}.run")
+        if begin:
+            found.run([name, *arguments])
+        else:
+            parse_flags(found.FLAGS, [name, *arguments], found.__doc__)
+            if name == "compile":
+                read_settings(found.FLAGS.config)
 
 
 def test_every_kind_of_command_is_known():
@@ -114,11 +118,10 @@ PYTHON = [pytest.param(words[1:], id=f"{name_of(page)}: {' '.join(words[1:])[:90
 
 @pytest.mark.parametrize("words", PYTHON)
 def test_a_command_takes_its_flags_and_config(words, here, monkeypatch):
-    if words[0] != "-m":
-        return script(words[0], words[1:], monkeypatch)
-    package, _, name = words[1].partition(".")
-    assert package == "scalr_jax"
-    return module(name, words[2:], monkeypatch, begin=False)
+    if words[0] == "-m":
+        module(words[1].removeprefix("scalr_jax."), words[2:], monkeypatch, begin=False)
+    else:
+        script(words[0], words[1:], monkeypatch)
 
 
 def runs_here(words):
@@ -126,7 +129,7 @@ def runs_here(words):
     name, text = words[2].removeprefix("scalr_jax."), " ".join(words)
     if name == "prepare":
         return "--inspect" in words and "--dataset=folder" in words
-    return name in ("predict", "export", "visualize") and any(f"--model={run} " in f"{text} " for run in RUN)
+    return name in ("predict", "export") and any(f"--model={run} " in f"{text} " for run in RUN)
 
 
 SHORT = [pytest.param(words[2:], id=" ".join(words[2:])[:90]) for words in

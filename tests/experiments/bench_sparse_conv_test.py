@@ -38,7 +38,7 @@ def test_convolutions(capsys, batch_file):
 
 @pytest.mark.slow
 def test_a_network(capsys, batch_file, monkeypatch):
-    """Of two residual blocks."""
+    """A network of two residual blocks."""
     monkeypatch.setitem(minkunet.BLOCKS, "minkunet14", (1, 0, 0, 0, 0, 0, 0, 1))
     monkeypatch.setattr(steps, "compiler_options", lambda platform: {"xla_backend_optimization_level": 0})
     batch = scenes.load(batch_file).batch

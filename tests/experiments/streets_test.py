@@ -1,4 +1,4 @@
-"""The experiments behind docs/measurements/results.md: their parts build on one another, run shrunk, and the report counts them."""
+"""The experiments behind docs/measurements/results.md, shrunk: parts build on one another, the report counts them."""
 
 import json
 import runpy

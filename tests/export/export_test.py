@@ -355,7 +355,7 @@ def test_a_missing_or_wrong_package_names_its_extra(workdir, tmp_path, capsys, m
 
 
 def test_another_model_is_refused(models, tmp_path, monkeypatch):
-    """What is written is what is checked: one weight too large, or none a number, and nothing stays."""
+    """The written file is checked: one weight too large, or none a number, and nothing stays."""
 
     def spoiled(factor):
         def change(variables):

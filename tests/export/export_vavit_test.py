@@ -59,7 +59,7 @@ def test_a_raw_scan_has_the_published_classes(model, published):
 
 
 def outputs_of(folder, points):
-    """Of a program, a row for every point."""
+    """Outputs of a program, a row for every point."""
     settings = json.loads((folder / "config.json").read_text())["settings"]
     inputs, nearest = make_inputs(points, settings)
     if settings["format"] == "onnx":

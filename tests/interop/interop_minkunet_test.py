@@ -223,7 +223,7 @@ def ours(network):
 
 
 def reading(path, state, **others):
-    """What is said about a file of `state`, read and converted."""
+    """The sentence about a file of `state`, read and converted."""
     torch_file.write_torch_file(path, {"state_dict": state, **others})
     with pytest.raises(InputError) as raised:
         network, weights = find(path)
@@ -339,7 +339,7 @@ def test_prefixes_and_other_models_in_a_safetensors(tmp_path):
 
 
 def test_published_sizes_are_recognised(tmp_path):
-    """Of MinkUNet-34, which a file of no width to speak of shows as well; and SLidR's one feature."""
+    """Sizes of MinkUNet-34, which a file of no width to speak of shows as well; and SLidR's one feature."""
     blocks = minkunet.BLOCKS["minkunet34"]
     state = {"conv0p1s1.kernel": np.zeros((27, 1, 1), np.float32)}
     state |= {f"block{k + 1}.{n}.conv1.kernel": state["conv0p1s1.kernel"] for k in range(8) for n in range(blocks[k])}

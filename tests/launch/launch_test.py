@@ -150,7 +150,7 @@ def commands(output):
 
 
 def remote(command):
-    """What a gcloud command has workers run."""
+    """The line that a gcloud command has workers run."""
     return next(word.removeprefix("--command=") for word in command if word.startswith("--command="))
 
 

@@ -239,7 +239,7 @@ def test_without_room_for_a_voxel_nothing_passes_as_a_result(scenes, street_cach
 
 @pytest.mark.slow
 def test_only_sums_cross_a_device(street_cache):
-    """Of gradients and batch norms, in the compiled gradient of eight shards on eight devices; no table, no rows."""
+    """Gradients and batch norms, in the compiled gradient of eight shards on eight devices; no table, no rows."""
     config = small_config(street_cache, **NARROW)
     student = make_student(config.model, head="none", out_features=0, platform="cpu")
     scenes = scene_settings(config, task="distill", train=True)

@@ -88,7 +88,7 @@ def test_distilled_probed_fine_tuned_and_loaded(run, street_cache, tmp_path, mon
 
 @pytest.mark.slow
 def test_only_sums_cross_a_device(street_cache):
-    """Of gradients and batch norms, in the compiled gradient of eight shards on eight devices; no table, no rows. Loops
+    """Gradients and batch norms, in the compiled gradient of eight shards on eight devices; no table, no rows. Loops
     over keys depend on each device's own scenes."""
     settings = read_settings(config(street_cache, **{"mesh.data": 8}))
     student = make_student(settings.model, head="none", out_features=0, platform="cpu")

@@ -191,7 +191,7 @@ def test_counts_say_what_is_needed_and_without_room_it_is_said():
 
 
 def test_on_a_cpu_nothing_is_fused_into_a_convolution():
-    """Of two with a norm between, each is a branch of its own there, and a plain part of the program elsewhere."""
+    """With a norm between two, each is a branch of its own there, and a plain part of the program elsewhere."""
     levels = make(*CASES["few"]).levels
 
     def net(x, kernel, level):

@@ -148,7 +148,7 @@ def contents(folder):
 
 
 def test_a_folder_resumes(models, folder, tmp_path, capsys):
-    """What is finished is left alone; what is missing or half-written is made; the colours stay those of before."""
+    """Finished files are left alone; what is missing or half-written is made; the colours stay those of before."""
     output = tmp_path / "out"
     flags = (f"--output={output}", "--formats=npz,ply")
     run(models / "distilled.pth", folder, *flags)
@@ -236,7 +236,7 @@ def test_settings_of_an_output_folder_are_json(models, folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_second_process_does_not_compile(models, tmp_path):
-    """What the first process compiled is found by the second, which adds nothing."""
+    """Programs of the first process are found by the second, which adds nothing."""
     scan = write_bin(tmp_path / "scan.bin", make_points())
     flags = [flag for flag in EXPLICIT if not flag.startswith("--cache")]
     arguments = (f"--model={models}/probed.pth", f"--input={scan}", f"--output={tmp_path}/out.npz", *flags)

@@ -1,4 +1,4 @@
-"""What an inspection reports is what is in the files: on scans whose figures are known."""
+"""An inspection reports what is in the files: on scans whose figures are known."""
 
 import json
 

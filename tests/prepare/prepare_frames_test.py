@@ -1,4 +1,4 @@
-"""What becomes of frames that are bad, incomplete or of another kind when a dataset is prepared."""
+"""Frames that are bad, incomplete or of another kind when a dataset is prepared."""
 
 import itertools
 import json

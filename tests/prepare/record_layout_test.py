@@ -1,4 +1,4 @@
-"""What is in a prepared record: images, voxels, the layout that TFDS opens."""
+"""The content of a prepared record: images, voxels, the layout that TFDS opens."""
 
 from typing import Any
 

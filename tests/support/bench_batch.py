@@ -1,4 +1,4 @@
-"""What tests of benches share."""
+"""Shared by tests of benches."""
 
 from scalr_jax.bench import scenes
 from tests.support.random_scenes import GRIDS, random_scene

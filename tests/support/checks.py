@@ -22,7 +22,7 @@ def mentions(*parts: object) -> str:
 
 
 def assert_one_sentence(said: str, *parts: object) -> None:
-    """What a command said on stderr has one line of error, with all parts in it, and no traceback."""
+    """Asserts that a command's stderr has one line of error, with all parts in it, and no traceback."""
     (line,) = [line for line in said.replace("\r", "\n").splitlines() if line.startswith("scalr_jax: error: ")]
     assert re.search(mentions(*parts), line), line
     assert "Traceback" not in said

@@ -1,4 +1,4 @@
-"""What crosses a device in a compiled program."""
+"""Arrays that cross devices in a compiled program."""
 
 import re
 

@@ -82,7 +82,7 @@ def call(command: str, arguments: list[str]) -> None:
 
 
 def run(command: str, row: Row, things: Path, folder: Path, capfd: Any) -> Outcome:
-    """What comes of a row; `folder` is empty."""
+    """Runs a row; `folder` is empty."""
     for name in row.uses:
         source = things / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)

@@ -1,4 +1,4 @@
-"""What the tests of `scalr_jax.predict` share: two random models, scans, and the command, in process and as one."""
+"""Shared by the tests of `scalr_jax.predict`: two random models, scans, and the command, in process and as one."""
 
 import contextlib
 import os
@@ -74,7 +74,7 @@ def run(model, scan, *flags):
 
 
 def sentence_of(capsys, *arguments):
-    """What the command says on stderr when it ends with code 2."""
+    """The command's stderr when it ends with code 2."""
     with pytest.raises(SystemExit) as ended:
         predict.main(["predict", *map(str, arguments)])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("scalr_jax: error: ")]

@@ -1,4 +1,4 @@
-"""What a page of the viewer holds."""
+"""The content of a page of the viewer."""
 
 import base64
 import json

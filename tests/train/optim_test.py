@@ -135,7 +135,7 @@ def test_layer_decay_by_its_formula(depth):
 
 @pytest.mark.parametrize("depth", [3, 5])
 def test_layer_decay_of_every_published_weight(depth):
-    """Of a whole student, by the published names: embed.* is layer 0, *_mix.d.* layer d + 1, classif.* depth + 1."""
+    """Layers by the published names: embed.* is layer 0, *_mix.d.* layer d + 1, classif.* depth + 1."""
     model, variables = tiny_model("segment", 4, depth=depth, norm="batch")
     ones = jax.tree.map(np.ones_like, variables["params"])
     scaled: Any = optim.scale_by_layer(make_backbone(model), 0.9).update(ones, optax.EmptyState())[0]

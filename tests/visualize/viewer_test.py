@@ -58,7 +58,7 @@ def drawn(frame, tmp_path_factory):
 
 
 class _References(html.parser.HTMLParser):
-    """What a page names that lies outside of it."""
+    """References of a page to anything outside of it."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the readers share: files that may be damaged, label maps, rigid transforms, tables of what was found.
+"""Shared by the readers: files that may be damaged, label maps, rigid transforms, tables of what was found.
 
 Every function that reads names the file and the remedy when it fails, as `BadFrameError`: one bad frame is skipped and
 counted by the pipeline, it does not end a run.

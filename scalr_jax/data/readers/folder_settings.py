@@ -27,7 +27,7 @@ REMEDY = f"correct it there. {HELP}"
 
 
 class Settings(NamedTuple):
-    """What `dataset.json` says, with its defaults."""
+    """The content of `dataset.json`, with its defaults."""
 
     columns: int | None = None  # of .bin files
     intensity: tuple[float, float] | None = None  # mean, standard deviation; None: measured

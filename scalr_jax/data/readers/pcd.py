@@ -33,7 +33,7 @@ class Field(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a .pcd file says of itself."""
+    """The header of a .pcd file."""
 
     fields: tuple[Field, ...]
     points: int

@@ -15,7 +15,7 @@ from scalr_jax.runtime.errors import InputError, NothingVisibleError
 
 
 class Entry(Protocol):
-    """What a reader keeps of a frame."""
+    """The fields of a frame's entry that every reader has."""
 
     @property
     def images(self) -> Collection[str]: ...  # the cameras whose image is there
@@ -57,7 +57,7 @@ class RawDataset(Dataset, Generic[E]):
         self._num_found = len(found)
 
     def _nothing(self, among: str, remedy: str) -> InputError:
-        """What to raise when no entry is chosen."""
+        """The error for a dataset without a chosen entry."""
         choice = f"split={self.split!r}, cameras={self.cameras}, labels={self.labels}"
         return InputError(f"{self.root}: no frame to use among {among} ({choice}); {remedy}.")
 
@@ -65,7 +65,7 @@ class RawDataset(Dataset, Generic[E]):
         return tuple(camera for camera in self.cameras if camera in entry.images)
 
     def _table(self, title: str, scenes: tuple[str, object], scans: str, left_out: str) -> str:
-        """What `describe` prints. scenes: a row; scans: how many were found, of what."""
+        """The table of `describe`. scenes: a row; scans: their number and kind."""
         images = f"{sum(len(self._drawn(e)) for e in self._entries)} of {len(self) * len(self.cameras)}"
         labelled = sum(bool(entry.labels) for entry in self._entries)
         rows = [scenes, ("frames", f"{len(self)} of {scans}"), ("left out", left_out)]

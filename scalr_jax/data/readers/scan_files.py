@@ -30,7 +30,7 @@ AGAIN = "write or copy the file again"
 
 
 class Scan(NamedTuple):
-    """What a scan's file holds."""
+    """The content of a scan's file."""
 
     points: np.ndarray  # [N, 4] float32: x, y, z (metres), raw intensity (0 when the file has none)
     has_intensity: bool  # tells a measured 0 from a missing column

@@ -1,4 +1,4 @@
-"""What predict and visualize look at: a scan's file, a folder of them, or one frame of a dataset, as a `Frame`."""
+"""Input of predict and visualize: a scan's file, a folder of them, or one frame of a dataset, as a `Frame`."""
 
 from __future__ import annotations
 

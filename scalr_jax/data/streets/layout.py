@@ -1,4 +1,4 @@
-"""What a generated street is: classes, materials, ground, shapes. NumPy only; `builder` makes one.
+"""A generated street's parts: classes, materials, ground, shapes. NumPy only; `builder` makes one.
 
 A street is ground whose surface follows from x and y alone, and unit shapes (box, cylinder, ellipsoid) that are
 scaled, turned about z and moved. World frame: metres, z up, the carriageway at z = 0, the main road along x.
@@ -67,7 +67,7 @@ class Shapes(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """What rays meet; every array has the same shape on every street, so that the renderer compiles once."""
+    """Shapes that rays may hit; every array has the same shape on every street, so that the renderer compiles once."""
 
     ground: Ground
     shapes: Shapes

@@ -123,7 +123,7 @@ def _normals(kind: jax.Array, unit: jax.Array, half: ArrayLike, yaw: ArrayLike) 
 
 
 def cast(scene: Geometry, origin: jax.Array, direction: jax.Array) -> Hits:
-    """What rays from `origin` [3, 1 or R] along the unit vectors `direction` [3, R] (world, metres) meet first."""
+    """The first hits of rays from `origin` [3, 1 or R] along the unit vectors `direction` [3, R] (world, metres)."""
     distance, row = _nearest_shape(scene, tuple(origin), tuple(direction))
     below, label, patch = _meet_ground(scene.ground, origin, direction)
     shape: Shapes = jax.tree.map(lambda column: jnp.asarray(column)[row], scene.shapes)

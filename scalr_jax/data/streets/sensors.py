@@ -166,7 +166,7 @@ def _weather(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _targets(street, hits, base, image_size, world_to_camera, eye) -> dict[str, np.ndarray]:
-    """What each pixel sees, without its class: for training the demo's teacher. Arrays [h, w, ...] float32.
+    """The surface that each pixel sees, without its class: for training the demo's teacher. Arrays [h, w, ...] float32.
 
     depth (metres along the axis; 0 for the sky), normal (camera frame), height (metres above the road), albedo,
     size (length, width, height of the object, metres), offset (from the point to the object's centre, metres, camera

@@ -19,7 +19,7 @@ GLASS = np.array([0.1, 0.13, 0.17], np.float32)[:, None]
 
 
 class Hits(NamedTuple):
-    """What R rays meet. Where `distance` is FAR (the sky) the rest has no meaning."""
+    """The hits of R rays. Where `distance` is FAR (the sky) the rest has no meaning."""
 
     distance: jax.Array  # [R] metres
     point: jax.Array  # [3, R] metres, world

@@ -175,7 +175,7 @@ def read_header(folder: Path) -> Header:
 
 
 def read_shard(path: Path) -> Shard:
-    """What a run wrote about one finished file. Raises InputError."""
+    """Reads the part that a run wrote about one finished file. Raises InputError."""
     content = read_json(path, AGAIN)
     if wrong := list(problems(content, Shard)):
         raise InputError(f"{path} is damaged: {listed(wrong, SHOWN)}; {AGAIN}")

@@ -43,7 +43,7 @@ def _layer(tree: Mapping, d: int, depth: int) -> dict:
 
 
 class Plane(NamedTuple):
-    """What the layers of a plane share, by names in the graph."""
+    """Tables that the layers of a plane share, by names in the graph."""
 
     cell: str
     halo_taps: list[str]  # by column
