@@ -88,7 +88,7 @@ def _problems(settings: Settings) -> Iterator[str]:
 
 
 def _teacher_problems(settings: Settings) -> Iterator[str]:
-    """What the teachers say against one another."""
+    """Contradictions between teachers."""
     task, teacher, given = settings.run.task, settings.teacher, settings.run.teachers
     if teacher.cache and task == "demo":
         yield f"teacher.cache = {teacher.cache!r} with task 'demo' (it is for distill; leave it out)"

@@ -72,7 +72,7 @@ def teacher_digest(settings: TeacherSettings) -> str:
 
 
 def names_of(teachers: Sequence[TeacherSettings]) -> list[str]:
-    """What logs call each of several teachers: its file's or its cache's name, numbered where two have the same."""
+    """Names of several teachers in logs: the file's or the cache's, numbered where two have the same."""
     names = [Path(teacher.cache or teacher.checkpoint).stem for teacher in teachers]
     return [name if names.count(name) == 1 else f"{name}_{k + 1}" for k, name in enumerate(names)]
 

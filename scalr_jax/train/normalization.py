@@ -60,7 +60,7 @@ def shapes(kind: str, channels: int) -> Normalization | None:
 
 
 def batch_moments(x: Array, mask: Array, *, full: bool) -> tuple[Array, Array, Array]:
-    """Of features x [..., C] where `mask` [...]: their number, mean [C], and sum of squared deviations [C] or, with
+    """Moments of features x [..., C] where `mask` [...]: their number, mean [C], and sum of squared deviations [C] or, with
     `full`, of products of deviations [C, C]."""
     x, mask = x.astype(jnp.float32).reshape(-1, x.shape[-1]), mask.reshape(-1, 1)
     count = mask.sum(dtype=jnp.float32)
@@ -143,7 +143,7 @@ def write_normalizations(path: Path, found: Sequence[Normalization | None]) -> N
 
 
 def read_normalizations(path: Path, like: Sequence[Normalization | None]) -> list[Normalization | None]:
-    """What `write_normalizations` wrote of teachers that need arrays `like` these.
+    """Reads what `write_normalizations` wrote of teachers that need arrays `like` these.
 
     Raises `InputError` when the file is missing, damaged or that of other teachers.
     """

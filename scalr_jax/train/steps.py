@@ -114,7 +114,7 @@ def make_student_step(
     teacher_dropping: float = 0.0,
     sources: Sequence[Source] = (),
 ) -> Step:
-    """What follows the teachers: step(state, target, batch), target [D, P, sum of C_teacher].
+    """The step after the teachers: step(state, target, batch), target [D, P, sum of C_teacher].
 
     scenes_per_group, teacher_dropping: `config.loss`; sources: of several teachers.
     """

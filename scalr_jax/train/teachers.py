@@ -36,7 +36,7 @@ STATISTICS_SCENES = 128  # of which a normalisation's statistics are taken: 1e5 
 
 
 class Source(NamedTuple):
-    """What is static of one teacher."""
+    """Static settings of one teacher."""
 
     width: int  # C_teacher
     image_size: tuple[int, int]  # rows, columns: what the points' pixels count in
@@ -70,7 +70,7 @@ def tokens_of_images(source: Source, teacher: Teacher, images: Array) -> Array:
 
 
 def targets(sources: Sequence[Source], teachers: Sequence[Teacher], batch: Batch[Array]) -> Array:
-    """What the student learns: the teachers' `features`, one after the other, [D, P, sum of their C]."""
+    """Targets of the student: the teachers' `features`, one after the other, [D, P, sum of their C]."""
     found = [features(source, teacher, batch) for source, teacher in zip(sources, teachers, strict=True)]
     return found[0] if len(found) == 1 else jnp.concatenate(found, axis=-1)
 
