@@ -60,7 +60,7 @@ def shapes(kind: str, channels: int) -> Normalization | None:
 
 
 def batch_moments(x: Array, mask: Array, *, full: bool) -> tuple[Array, Array, Array]:
-    """Moments of features x [..., C] where `mask` [...]: their number, mean [C], and sum of squared deviations [C] or, with
+    """Number of features x [..., C] where `mask` [...], mean [C], and sum of squared deviations [C] or, with
     `full`, of products of deviations [C, C]."""
     x, mask = x.astype(jnp.float32).reshape(-1, x.shape[-1]), mask.reshape(-1, 1)
     count = mask.sum(dtype=jnp.float32)
