@@ -4,6 +4,7 @@ table)."""
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,8 @@ def _problems(settings: Settings) -> Iterator[str]:
     profile = settings.run.profile
     if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1]):
         yield f"profile = {profile} (expected: two steps, the first, from 0, before the second)"
+    if settings.run.wandb and importlib.util.find_spec("wandb") is None:
+        yield f"wandb = {settings.run.wandb!r} without its package (pip install 'scalr_jax[wandb]')"
     if settings.mesh.data == 0:
         yield "mesh.data = 0 (expected: -1, or at least 1)"
 

@@ -23,16 +23,16 @@ import jax
 
 from scalr_jax.bench import programs as bench_programs
 from scalr_jax.bench import scenes as bench_scenes
-from scalr_jax.bench.student import add_student_arguments, described, flops_of, student_of
+from scalr_jax.bench.student import add_student_arguments, described, student_of
 from scalr_jax.bench.teacher import add_teacher_arguments, teacher_of
-from scalr_jax.bench.timing import Parser, device_bytes, interleave, ranges, rounded, show_times
+from scalr_jax.bench.timing import Parser, interleave, ranges, rounded, show_times
 from scalr_jax.data.scenes import Batch, PackedTokens
 from scalr_jax.data.tokens.store import DTYPES
-from scalr_jax.models.flops import teacher_flops
+from scalr_jax.models.flops import step_flops, teacher_flops
 from scalr_jax.models.student import Student
 from scalr_jax.models.vit import ViTConfig, patch_grid
 from scalr_jax.ops.tokens import encode
-from scalr_jax.runtime.chips import utilisation
+from scalr_jax.runtime.chips import device_bytes, utilisation
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import steps
 from scalr_jax.train.teachers import Source, Teacher, features
@@ -81,7 +81,7 @@ def measure(
         programs["cached_step_s"] = _cached_step(student, vit_config, batch, cache)
     times = interleave(programs, runs=runs)
     show_times({name: (value, "") for name, value in times.items()})
-    of_student = flops_of(student, scenes.batch, scenes.num_points)
+    of_student = step_flops(student, scenes.batch) or 0
     of_teacher = teacher_flops(vit_config, scenes.num_scenes, size)
     begin, seconds = described(scenes, student, runs), times["step_s"].median
     result = {

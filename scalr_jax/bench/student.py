@@ -45,13 +45,12 @@ from scalr_jax.bench import scenes as bench_scenes
 from scalr_jax.bench import timing
 from scalr_jax.bench.programs import OF_THREE, PLANES
 from scalr_jax.config import StudentSettings, VavitSettings
-from scalr_jax.data.scenes import Batch
 from scalr_jax.models.build import make_student
-from scalr_jax.models.flops import Sizes, flops, head_products, student_products, vavit_flops
+from scalr_jax.models.flops import sizes_of, step_flops
 from scalr_jax.models.student import Student
-from scalr_jax.models.vavit import SIZES, VaViTBackbone
+from scalr_jax.models.vavit import SIZES
 from scalr_jax.runtime import sharding
-from scalr_jax.runtime.chips import utilisation
+from scalr_jax.runtime.chips import device_bytes, utilisation
 from scalr_jax.runtime.errors import InputError
 
 # A layer's cost is the difference of two depths whose loops both have three or more trips, as in real students. On CPU
@@ -118,24 +117,8 @@ def vavit_settings(width: int | None, depth: int | None) -> VavitSettings:
     return VavitSettings(width=width, depth=depth or 0, num_heads=max(1, width // 64), hidden=4 * width)
 
 
-def flops_of(student: Student, batch: Batch, num_points: int) -> int:
-    """Matrix products of valid rows in a training step."""
-    sizes = sizes_of(student, batch)
-    if isinstance(student.backbone, VaViTBackbone) and batch.pillars is not None:
-        counts = batch.pillars.counts.ravel().tolist()
-        features, head = batch.feats.shape[-1], head_products(sizes)
-        return vavit_flops(student.backbone, head, num_points, counts, features, backward=True)
-    return flops(student_products(sizes), num_points, backward=True)
-
-
 def of_depth(student: Student, depth: int) -> Student:
     return student.clone(backbone=dataclasses.replace(student.backbone, depth=depth))  # type: ignore[type-var]
-
-
-def sizes_of(student: Student, batch: Any) -> Sizes:
-    neighbors, features = batch.neighbors.shape[-1], batch.feats.shape[-1]
-    backbone = student.backbone
-    return Sizes(backbone.channels, backbone.depth, student.out_features, student.head_hidden, neighbors, features)
 
 
 def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: bool = True) -> dict[str, Any]:
@@ -144,7 +127,7 @@ def measure(scenes: bench_scenes.Scenes, student: Student, runs: int, *, dense: 
     sizes, num_rows = sizes_of(student, batch), batch.scene.size
     step, plan_bytes = bench_programs.training_step(student, batch)
     jax.block_until_ready(step())
-    peak_on_device = timing.device_bytes()  # before other programs raise it
+    peak_on_device = device_bytes()  # before other programs raise it
     first = max(student.backbone.depth, LOOPED)
     depths = (first, first + PLANES)
     looped = {f"step_{depth}": bench_programs.training_step(of_depth(student, depth), batch)[0] for depth in depths}
@@ -191,7 +174,7 @@ def measure_vavit(scenes: bench_scenes.Scenes, student: Student, runs: int) -> d
     batch = jax.device_put(scenes.batch._replace(images=None, pixels=None, labels=None))
     step, plan_bytes = bench_programs.training_step(student, batch)
     jax.block_until_ready(step())
-    peak_on_device = timing.device_bytes()
+    peak_on_device = device_bytes()
     programs = {
         "step": step,
         "forward": bench_programs.forward_pass(student, batch),
@@ -216,7 +199,7 @@ def of_step(
     scenes: bench_scenes.Scenes, student: Student, seconds: float, plan_bytes: int | None, peak_on_device: int | None
 ) -> dict:
     """Memory and rates of a training step."""
-    num_flops = flops_of(student, scenes.batch, scenes.num_points)
+    num_flops = step_flops(student, scenes.batch) or 0
     return {
         "peak_bytes": plan_bytes,
         "device_peak_bytes": peak_on_device,

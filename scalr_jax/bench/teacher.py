@@ -23,7 +23,7 @@ from scalr_jax.models import vit
 from scalr_jax.models.build import compute_dtype
 from scalr_jax.models.flops import teacher_flops
 from scalr_jax.models.vit import TEACHERS
-from scalr_jax.runtime.chips import check_room, utilisation
+from scalr_jax.runtime.chips import check_room, device_bytes, utilisation
 from scalr_jax.runtime.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> dict:
         "range_s": [times.low, times.high],
         "images_per_s": arguments.images / times.median,
         "peak_bytes": timing.compiled_bytes(compiled),
-        "device_peak_bytes": timing.device_bytes(),
+        "device_peak_bytes": device_bytes(),
         "flops": num_flops,
         "mfu": utilisation(num_flops, times.median, device["device"]),
     }

@@ -83,12 +83,6 @@ def working_bytes(compiled: Compiled) -> int | None:
     return None if plan is None else int(plan.temp_size_in_bytes + plan.output_size_in_bytes)
 
 
-def device_bytes() -> int | None:
-    """The most memory the device has had in use since the process began; None where it does not say (CPU)."""
-    statistics = jax.local_devices()[0].memory_stats()
-    return None if not statistics else statistics.get("peak_bytes_in_use")
-
-
 def header(runs: int) -> dict:
     """The first keys of every result."""
     return {"device": jax.local_devices()[0].device_kind, "jax": jax.__version__, "runs": runs}

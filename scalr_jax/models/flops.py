@@ -20,8 +20,12 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from scalr_jax.data.scenes import Batch
+from scalr_jax.models.backbone import CachedFeatures
+from scalr_jax.models.student import Student
 from scalr_jax.models.vavit import VaViTBackbone
 from scalr_jax.models.vit import ViTConfig, num_tokens
+from scalr_jax.models.waffleiron import WaffleIronBackbone
 
 
 class Product(NamedTuple):
@@ -109,6 +113,30 @@ def vavit_flops(
     linear = sum(2 * m.rows * m.inner * m.outer * m.times for m in matrices)
     attention = backbone.depth * 4 * backbone.width * sum(count**2 for count in counts)
     return (3 if backward else 1) * (linear + attention) + flops(head, num_points, backward=backward)
+
+
+def sizes_of(student: Student, batch: Batch) -> Sizes:
+    """The sizes of a student on batches like this one."""
+    neighbors, features, width = batch.neighbors.shape[-1], batch.feats.shape[-1], student.backbone.channels
+    hidden = width if student.head == "mlp" else student.head_hidden
+    return Sizes(width, student.backbone.depth, student.out_features, hidden, neighbors, features)
+
+
+def step_flops(student: Student, batch: Batch) -> int | None:
+    """Of the student in a training step on the valid points of a batch; a frozen backbone has no backward pass. None
+    for a MinkUNet, whose products are not counted."""
+    sizes, num_points = sizes_of(student, batch), int(batch.scene_points.sum())
+    head, backward = flops(head_products(sizes), num_points, backward=True), not student.frozen_backbone
+    match student.backbone:
+        case WaffleIronBackbone():
+            products = embedding_products(sizes) + layer_products(sizes) * sizes.depth
+            return head + flops(products, num_points, backward=backward)
+        case VaViTBackbone() as backbone if batch.pillars is not None:
+            counts = batch.pillars.counts.ravel().tolist()
+            return head + vavit_flops(backbone, [], num_points, counts, sizes.num_features, backward=backward)
+        case CachedFeatures():
+            return head
+    return None
 
 
 def teacher_flops(config: ViTConfig, num_images: int, image_size: tuple[int, int]) -> int:

@@ -174,6 +174,14 @@ def _described(topology: Topology, num_slices: int) -> list:
         raise InputError(f"--topology={topology.name}: {reason}; known are {chip.examples}") from error
 
 
+def device_bytes() -> int | None:
+    """The most memory that one of this process's devices has had in use; None where they do not say (CPU)."""
+    from jax import local_devices
+
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in local_devices()]
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
 def host_bytes() -> int:
     """Main memory of this machine, or of the container that this process runs in."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

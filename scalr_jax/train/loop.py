@@ -24,12 +24,12 @@ from jax.sharding import Mesh
 from scalr_jax.config import TrainSettings
 from scalr_jax.data.build import check_labels, make_mixing, scene_settings
 from scalr_jax.data.packing import Capacities, choose_capacities
-from scalr_jax.data.pipeline import Pipeline, prefetch
-from scalr_jax.data.scenes import Dataset, FinishedScenes, SceneView
+from scalr_jax.data.pipeline import Pipeline, Step, prefetch
+from scalr_jax.data.scenes import Batch, Dataset, FinishedScenes, SceneView
+from scalr_jax.models.flops import step_flops, teacher_flops
 from scalr_jax.models.student import Student, Variables, without_head
-from scalr_jax.runtime import distributed, sharding, stopping
+from scalr_jax.runtime import chips, distributed, sharding, stopping
 from scalr_jax.runtime.checkpoint import Checkpoints
-from scalr_jax.runtime.chips import check_room
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.logging import MetricWriter
 from scalr_jax.train import optim, steps
@@ -78,7 +78,8 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
         _check_memory(program.state)
 
     # Resume, or begin.
-    writer = MetricWriter(workdir, num_steps=run.num_steps, active=jax.process_index() == 0, label=task.label)
+    active = jax.process_index() == 0
+    writer = MetricWriter(workdir, num_steps=run.num_steps, active=active, label=task.label, project=run.wandb)
     keep = {"keep": run.keep_checkpoints, "keep_every": run.keep_every_steps}
     checkpoints = Checkpoints(workdir / "checkpoints", every=run.checkpoint_every_steps, **keep)
     positions = pipeline.beginning()
@@ -89,7 +90,6 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
         state, global_positions = restored
         positions = sharding.local_rows(global_positions)
         writer.resume(int(state.step))
-        print(f"{task.label} resumed at step {int(state.step)} of {run.num_steps}", flush=True)
     else:
         writer.restart()
         state = jax.jit(program.fresh, out_shardings=program.shardings)(batch)
@@ -103,7 +103,7 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
     number, stopped = int(state.step), False
     source = prefetch(iter(pipeline.steps(capacities, sample[0], positions)), settings.data.prefetch)
     trace = Trace(run.profile, workdir / "profile")
-    log, watch = _Log(writer, capacities, mesh.size, run.log_every_steps), Watch()
+    log, watch = _Log(writer, task, capacities, mesh.size, run.log_every_steps), Watch()
     # Whatever ends the loop, a save that was begun is finished.
     with distributed.preemption() as reached, closing(writer), closing(checkpoints), closing(source), closing(trace):
         while number < run.num_steps and not stopped:
@@ -121,7 +121,7 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
                 raise InputError(explain(bad, task.student, variables, sharding.put_batch(bad.item.batch, mesh)))
             checkpoints.save(number, state, global_positions, force=last)
             # Where a resumed run begins, so does its next line.
-            log.add(number, metrics, item.bad_frames, now=last or number % run.checkpoint_every_steps == 0)
+            log.add(number, metrics, item, now=last or number % run.checkpoint_every_steps == 0)
         checkpoints.wait()
     if number < run.num_steps:
         raise stopping.Preempted(
@@ -139,7 +139,7 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
 def _check_memory(state: TrainState) -> None:
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     remedy = "lower model.channels or model.depth (of a VaViT model.vavit.width or model.vavit.depth)"
-    check_room(needed, "the training state of the student", remedy)
+    chips.check_room(needed, "the training state of the student", remedy)
 
 
 def _make_pipeline(
@@ -216,26 +216,51 @@ def _start_from(state: TrainState, initial: Variables, shardings: Any) -> TrainS
 
 
 class _Log:
-    """Gathers metrics on the device and writes their means every few steps, of the steps that were not skipped."""
+    """Gathers metrics on the device and writes their means every few steps, of the steps that were not skipped.
 
-    def __init__(self, writer: MetricWriter, capacities: Capacities, num_shards: int, every: int):
-        self._writer, self._every = writer, every
+    Rates leave out the first step, which waits for the compiler, but where they are asked of it alone.
+    """
+
+    def __init__(self, writer: MetricWriter, task: Task, capacities: Capacities, num_shards: int, every: int):
+        self._writer, self._task, self._every = writer, task, every
         self._points, self._scenes = capacities.points * num_shards, capacities.scenes * num_shards
+        self._image = sum(teacher_flops(source.vit, 1, source.image_size) for source in task.sources if source.vit)
         self._pending: list[dict] = []
-        self._since = time.monotonic()
+        self._flops: list[float] = []  # of one device, in each step that is timed
+        self._since, self._first = time.monotonic(), True
 
-    def add(self, step: int, metrics: dict, bad_frames: int, *, now: bool) -> None:
+    def add(self, step: int, metrics: dict, item: Step, *, now: bool) -> None:
         self._pending.append(metrics)
-        if step % self._every and not now:
-            return
+        self._flops.append(self._count(item.batch))
+        first, self._first, now = self._first, False, now or step % self._every == 0
+        if first:
+            jax.block_until_ready(metrics)
+            self._writer.compiled(step)
+        if now:
+            self._write(step, item.bad_frames)
+        if now or first:
+            self._flops, self._since = [], time.monotonic()
+
+    def _write(self, step: int, bad_frames: int) -> None:
         rows = jax.device_get(self._pending)
         kept = [row for row in rows if not row["skipped_steps"]]
         read = {key: rows if key in ("points", "scenes") else kept or rows for key in rows[0]}
         mean = {key: float(np.mean([row[key] for row in of])) for key, of in read.items()}
         mean["skipped_steps"] = len(rows) - len(kept)
-        seconds = time.monotonic() - self._since
+        timed = len(self._flops) / (time.monotonic() - self._since)  # steps a second
         points, scenes = mean.pop("points"), mean.pop("scenes")
-        mean |= {"points_per_s": points * len(rows) / seconds, "scenes_per_step": scenes}
+        mean |= {"points_per_s": points * timed, "examples_per_s": scenes * timed, "scenes_per_step": scenes}
         mean |= {"point_fill": points / self._points, "scene_fill": scenes / self._scenes, "bad_frames": bad_frames}
+        kind, num_flops = jax.local_devices()[0].device_kind, float(np.mean(self._flops))
+        if num_flops and (share := chips.utilisation(num_flops * timed, 1.0, kind)) is not None:
+            mean["mfu"] = share
+        if (peak := chips.device_bytes()) is not None:
+            mean["device_peak_bytes"] = peak
         self._writer.write(step, {f"train/{key}": value for key, value in mean.items()})
-        self._pending, self._since = [], time.monotonic()
+        self._pending = []
+
+    def _count(self, batch: Batch) -> float:
+        """The model's own FLOPs in a step of one of the batch's devices, as `models.flops` counts them; 0 where it does
+        not know the student."""
+        student, images = step_flops(self._task.student, batch), int(np.count_nonzero(batch.scene_points))
+        return 0.0 if student is None else (student + self._image * images) / len(batch.scene_points)
