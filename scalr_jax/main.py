@@ -70,6 +70,19 @@ def perform(settings: Settings, workdir: Path) -> None:
     named = (tasks.distill, tasks.probe, tasks.finetune, tasks.evaluate, tasks.robustness)
     functions: dict = {**{f.__name__: f for f in named}, "demo": run_demo, "teacher": train_teacher}
     functions[settings.run.task](settings, workdir)
+    _say_next(settings.run.task, workdir)
+
+
+def _say_next(task: str, workdir: Path) -> None:
+    """Prints where the results are, and what to try next with the model of a workdir."""
+    import jax
+
+    model = workdir / "probe_distilled" if task == "demo" else workdir
+    if jax.process_index() != 0 or not (model / "settings.json").exists():
+        return
+    written = [path for path in (workdir / "results.json", *sorted(workdir.glob("figures/*.png"))) if path.exists()]
+    print(f"results and pictures: {', '.join(map(str, written))}")
+    print(f"next, look at an unseen scan: python -m scalr_jax.visualize --model={model} --output={workdir}/pictures")
 
 
 def main(_: list[str]) -> None:
@@ -97,6 +110,8 @@ def _main() -> None:
     if settings.run.deterministic:
         flags_before = os.environ.get("XLA_FLAGS", "")  # XLA reads them when the first device is used
         os.environ["XLA_FLAGS"] = f"{flags_before} --xla_gpu_deterministic_ops=true".strip()
+    if settings.run.task == "demo":  # a busy laptop needs no alarm that "Very slow compile?" may be a bug of XLA
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 
     from scalr_jax.runtime import distributed

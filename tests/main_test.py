@@ -38,6 +38,17 @@ def test_help_says_what_the_command_does():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("task", "model"), [("distill", "."), ("demo", "probe_distilled")])
+def test_a_run_ends_with_where_its_results_are_and_what_to_try_next(task, model, tmp_path, capsys):
+    for name in (f"{model}/settings.json", "results.json", "figures/loss.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    main._say_next(task, tmp_path)
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/results.json, {tmp_path}/figures/loss.png" in said
+    assert f"scalr_jax.visualize --model={tmp_path / model} " in said
+
+
 def test_bad_labels_and_weights_are_one_sentence(tmp_path):
     """A probe on a checkpoint of another width; scans without a labelled point; labels outside the map."""
     write_workdir(tmp_path / "run", "probe", "segment", 19, dataset="semantic_kitti")

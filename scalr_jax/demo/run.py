@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -41,19 +42,21 @@ CALIBRATION_STEPS = 20
 
 def run_demo(settings: Settings, workdir: Path) -> dict:
     """Everything above, each part in its own folder of `workdir`, so that running again resumes. Prints the figures."""
-    started = time.monotonic()
+    started, part_names = time.monotonic(), _announced(settings.demo.supervised_learning_rates)
     dataset, validation = (
         make_dataset(settings.data, split, task="demo", seed=settings.run.seed, cache=workdir / "streets")
         for split in ("train", "validation")
     )
     part = part_settings(settings, "distill")
     task = tasks.distillation(part)
+    next(part_names)
     state = _train(part, workdir / "distill", dataset, task)
     distilled = jax.device_get(variables_of(state))
     random = _random_backbone(part, task.student.clone(head="none"), dataset)
 
     def segment(name: str, part: Settings, *, frozen: bool, initial: dict | None) -> dict:
         folder = workdir / name
+        next(part_names)
         if not (folder / "results.json").exists():
             num_classes = len(dataset.class_names)
             task = tasks.segmentation(part, num_classes, label=name, frozen=frozen, initial=initial)
@@ -91,6 +94,15 @@ def run_demo(settings: Settings, workdir: Path) -> dict:
     draw_correlations(settings.data, task.student, validation, distilled, workdir / "figures")
     print(table(results), flush=True)
     return results
+
+
+def _announced(rates: Sequence[float]) -> Iterator[None]:
+    """Says what each part of the demo does when it is the part's turn."""
+    parts = ["distilling the teacher, without labels", "a linear probe on random weights"]
+    parts += ["a linear probe on the distilled student", *(f"all labels, learning rate {rate:g}" for rate in rates)]
+    for number, part in enumerate(parts, 1):
+        print(f"demo, part {number} of {len(parts)}: {part}", flush=True)
+        yield
 
 
 def _train(settings: Settings, workdir: Path, dataset: Dataset, task: Task) -> TrainState:

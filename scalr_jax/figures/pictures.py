@@ -45,9 +45,9 @@ KNOWN = (
     ("#ff2e3f", "person", "pedestrian"),
     ("#7e5bef", "truck"),
     ("#4a3fb5", "trailer"),
-    ("#00b4d8", "bus"),
-    ("#5c7cfa", "van"),
-    ("#3d8bff", "car"),
+    ("#00e0a4", "bus"),
+    ("#b9d4ff", "van"),
+    ("#2f7bff", "car"),
     ("#f4a259", "manmade", "building"),
     ("#d9c27e", "barrier", "fence"),
     ("#2fa84f", "vegetation"),
@@ -135,6 +135,16 @@ def draw_panels(
     save_figure(figure, output, title)
 
 
+def draw_frame(
+    output: Path | IO[bytes], xyz: np.ndarray, title: str, panel: Panel, box: tuple[np.ndarray, float]
+) -> None:
+    """A PNG of one top view of points [N, 3], always 1280 x 960 pixels, with the square of `top_view_box` at the same
+    place in it: the pictures of a folder can follow one another."""
+    figure = Figure(figsize=(12.8, 9.6))
+    _top_view(figure, figure.add_axes((0.07, 0.07, 0.66, 0.88)), xyz, panel, None, box)
+    save_figure(figure, output, title, tight=False)
+
+
 def draw_with_image(
     output: Path | IO[bytes],
     xyz: np.ndarray,
@@ -151,10 +161,12 @@ def draw_with_image(
     xyz [N, 3] metres, image [h, w, 3] uint8, pixels [N, 2] (row, column) in it where visible [N].
     """
     h, w = image.shape[:2]
-    figure = Figure(figsize=(16.5, 8.6), layout="constrained")
+    figure = Figure(figsize=(12.0, 6.3), layout="constrained")  # text of 11 points is legible at half this width
     grid = figure.add_gridspec(2, 2, width_ratios=(1.0, 0.95))
     alone, over = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
-    _top_view(figure, figure.add_subplot(grid[:, 1]), xyz, panel, query)
+    above = figure.add_subplot(grid[:, 1])
+    _top_view(figure, above, xyz, panel, query)
+    _draw_wedge(above, xyz[visible])
     alone.imshow(image)
     alone.set_title("camera", fontsize=11, loc="left")
     over.imshow(60 + 0.5 * image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
@@ -174,15 +186,34 @@ def draw_with_image(
     save_figure(figure, output, title)
 
 
-def _top_view(figure: Figure, axes: Axes, xyz: np.ndarray, panel: Panel, query: int | None) -> None:
+def _draw_wedge(axes: Axes, xyz: np.ndarray) -> None:
+    """The edges of a camera's field of view in a top view, through the outermost of the points [n, 3] that it sees."""
+    unit = xyz[:, :2] / np.maximum(np.linalg.norm(xyz[:, :2], axis=1, keepdims=True), 1e-6)
+    ahead = np.arctan2(*unit.mean(axis=0)[::-1]) if len(unit) else 0.0
+    angle = (np.arctan2(unit[:, 1], unit[:, 0]) - ahead + np.pi) % (2 * np.pi) - np.pi
+    for edge in np.quantile(angle, (0.001, 0.999)) + ahead if len(unit) else ():
+        axes.plot(
+            [0, 1e3 * np.cos(edge)], [0, 1e3 * np.sin(edge)], "--", color="white", lw=1.2, scalex=False, scaley=False
+        )
+
+
+def _top_view(
+    figure: Figure,
+    axes: Axes,
+    xyz: np.ndarray,
+    panel: Panel,
+    query: int | None,
+    box: tuple[np.ndarray, float] | None = None,
+) -> None:
     """Points from above, the highest on top, with rings of distance, axes in metres and what explains the colours."""
-    (left, bottom), side = top_view_box(xyz)
+    (left, bottom), side = box or top_view_box(xyz)
     with np.errstate(invalid="ignore"):
         inside = (xyz[:, 0] > left) & (xyz[:, 0] < left + side) & (xyz[:, 1] > bottom) & (xyz[:, 1] < bottom + side)
         shown = np.flatnonzero(inside & np.isfinite(xyz[:, 2]))
     order = shown[np.argsort(xyz[shown, 2])]
     axes.set_facecolor(BACKGROUND)
-    size = float(np.clip(60_000 / max(len(order), 1), 0.8, 9.0))
+    inches = axes.get_position().height * figure.get_figheight()
+    size = float(np.clip(60_000 / max(len(order), 1), 0.8, 9.0) * np.clip(inches / 7, 0.5, 1.0) ** 2)
     drawn = axes.scatter(xyz[order, 0], xyz[order, 1], s=size, **_colored(panel, order))
     step = next(step for step in (5, 10, 20, 50, 100, 500, 2000) if side / step <= 11)
     room = {(0, -1): -bottom, (0, 1): bottom + side, (-1, 0): -left, (1, 0): left + side}
@@ -227,14 +258,17 @@ def _colored(panel: Panel, order: np.ndarray) -> dict:
     return {"c": panel.colors[order], "cmap": "turbo", "vmin": low, "vmax": high, "linewidths": 0}
 
 
-def save_figure(figure: Figure, output: Path | IO[bytes], title: str) -> None:
-    """A PNG of a figure under its title; a path's file is whole or not there."""
+def save_figure(figure: Figure, output: Path | IO[bytes], title: str, *, tight: bool = True) -> None:
+    """A PNG of a figure under its title, with no empty border where `tight`; a path's file is whole or not there."""
     figure.suptitle(title, fontsize=12)
     with (
         plain_text(figure),
         written_whole(output) if isinstance(output, Path) else contextlib.nullcontext(output) as file,
     ):
-        figure.savefig(file, dpi=100, format="png", bbox_inches="tight", pad_inches=0.15)
+        dpi = max(100.0, 1600 / figure.get_figwidth())
+        figure.savefig(
+            file, dpi=dpi if tight else 100, format="png", bbox_inches="tight" if tight else None, pad_inches=0.15
+        )
 
 
 @contextlib.contextmanager

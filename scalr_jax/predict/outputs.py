@@ -6,7 +6,8 @@
         SemanticKITTI, nuScenes or PandaSet (of a class with several the one of its name, else the lowest), else
         class ids; 255 or the dataset's number for "ignored" where a point has none
 .ply    binary: x, y, z, intensity, red, green, blue, and `label`
-.png    the top view
+.png    the top view, of a folder always of the same square
+.mp4    of a folder: its .png files as a video (predict/video.py)
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from scalr_jax.data.sensors import raw_labels
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import written_whole
 
-FORMATS = ("npz", "npy", "label", "ply", "png")
+FORMATS = ("npz", "npy", "label", "ply", "png", "mp4")
 
 
 class Prediction(NamedTuple):
@@ -34,6 +35,7 @@ class Prediction(NamedTuple):
     rows: np.ndarray  # [N, C] float16 or float32, or [N] int32
     colors: np.ndarray  # [N, 3] uint8
     class_names: Sequence[str]
+    box: tuple[np.ndarray, float] | None = None  # the square that a top view shows, as `pictures.top_view_box`
 
 
 def check_formats(formats: Sequence[str], what: str) -> None:
@@ -76,6 +78,7 @@ def _write_ply(file: IO[bytes], prediction: Prediction) -> None:
 def _draw(file: IO[bytes], prediction: Prediction) -> None:
     from scalr_jax.figures import pictures
 
+    xyz = prediction.points[:, :3]
     title = f"{prediction.name}: {prediction.what} of {len(prediction.points):,} points, from above"
     legend: Sequence[tuple[str, str]] = ()
     if prediction.what == "labels":
@@ -83,4 +86,4 @@ def _draw(file: IO[bytes], prediction: Prediction) -> None:
     else:
         title += "; colours: first three principal components"
     panel = pictures.Panel("", prediction.colors, legend)
-    pictures.draw_panels(file, prediction.points[:, :3], title, [panel])
+    pictures.draw_frame(file, xyz, title, panel, prediction.box or pictures.top_view_box(xyz))

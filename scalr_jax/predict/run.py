@@ -13,7 +13,8 @@ Flags:
 {model}
     --input          a scan, or a folder of scans
     --output         a file whose ending is a format, or a folder (default: out.npz; of a folder: predictions)
-    --formats        some of npz, npy, label (SemanticKITTI's), ply (coloured), png (to look at); default: npz
+    --formats        some of npz, npy, label (SemanticKITTI's), ply (coloured), png (to look at), and of a folder mp4
+                     (a video of its pictures, video.mp4; needs the extra "video"); default: npz
     --what           labels (default of a probed or fine-tuned model), features (the backbone's; default of others), or
                      distilled (in the teacher's space)
     --sector         from,to in degrees, 0 along x, 90 along y: only these points go through the network, as in a
@@ -49,6 +50,7 @@ from scalr_jax.data.sensors import raw_labels
 from scalr_jax.figures import colors as correlation
 from scalr_jax.interop.finite import narrowed
 from scalr_jax.predict.outputs import FORMATS, Prediction, check_formats, write
+from scalr_jax.predict.video import check_video, write_video
 from scalr_jax.runtime import command_line
 from scalr_jax.runtime.errors import BadFrameError, InputError
 from scalr_jax.runtime.storage import check_writable, differences, locked, read_json, write_arrays, write_json
@@ -58,7 +60,8 @@ if TYPE_CHECKING:
 
 WHATS = ("labels", "features", "distilled")
 SETTINGS = "predict.json"  # in an output folder: what its files were made with
-COLORS = "colors.npz"  # in an output folder: the axes of its pictures' colours, those of its first scan
+LOOK = "colors.npz"  # in an output folder: the axes of its pictures' colours and the square that they show
+VIDEO = "video.mp4"  # in an output folder
 LOCK = ".predict.lock"
 AGAIN = "free space on the disk and run the same command again: finished scans are kept"
 
@@ -119,11 +122,23 @@ def choose_what(head: str, requested: str | None) -> str:
     return requested
 
 
+def _formats() -> list[str]:
+    """The formats of each scan that --formats names: a video is made of pictures. Raises InputError."""
+    formats = [name.strip().lstrip(".") for name in FLAGS.formats]
+    if "mp4" in formats and not Path(FLAGS.input).is_dir():
+        raise InputError(f"--formats=mp4 is a video of a folder of scans, and {FLAGS.input} is one scan; take png")
+    if "mp4" in formats:
+        check_video()
+    return list(dict.fromkeys("png" if name == "mp4" else name for name in formats))
+
+
 def choose_outputs(scans: list[Path]) -> tuple[dict[Path, list[Path]], Path | None]:
     """The files to write for each scan, and the folder when the input is one. Raises InputError."""
     many = Path(FLAGS.input).is_dir()
     output = Path(FLAGS.output or ("predictions" if many else "out.npz"))
-    formats = [name.strip().lstrip(".") for name in FLAGS.formats]
+    formats = _formats()
+    if not many and (FLAGS.output or "").endswith(".mp4"):
+        raise InputError(f"--output={output}: a video is of a folder of scans; give one as --input, and --formats=mp4")
     if not many and output.suffix and not output.is_dir():
         formats = list(dict.fromkeys([output.suffix[1:], *formats]))
         chosen = {scans[0]: [output.with_suffix(f".{name}") for name in formats]}
@@ -162,17 +177,35 @@ class _Warnings:
                 print(f"warning: {kind}: the like for {number} scans", file=sys.stderr)
 
 
-class _Colors:
-    """Colours of predictions: of classes, or by the principal axes of the first scan's features, kept in a file."""
+class _Look:
+    """How predictions are drawn: colours of classes, or by the principal axes of the first scan's features, and the
+    square of its top view; kept in a file."""
 
     def __init__(self, model: Model, what: str, path: Path | None):
         self._names, self._what, self._path = model.class_names, what, path
         self._axes: correlation.ColorAxes | None = None
+        self._box: tuple[np.ndarray, float] | None = None
         if path is not None and path.exists():
-            with contextlib.suppress(Exception), np.load(path) as arrays:  # one that cannot be read is made again
+            with contextlib.suppress(Exception), np.load(path) as arrays:  # what cannot be read is made again
+                self._box = (arrays["corner"], float(arrays["side"])) if "side" in arrays else None
                 self._axes = correlation.ColorAxes(*(arrays[name] for name in correlation.ColorAxes._fields))
 
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
+    def _keep(self) -> None:
+        if self._path is not None:
+            axes = self._axes._asdict() if self._axes else {}
+            box = {"corner": self._box[0], "side": np.float64(self._box[1])} if self._box else {}
+            write_arrays(self._path, axes | box)
+
+    def box(self, xyz: np.ndarray) -> tuple[np.ndarray, float]:
+        """The lowest corner [2] and the side (metres) of the square that pictures show."""
+        if self._box is None:
+            from scalr_jax.figures.pictures import top_view_box
+
+            self._box = top_view_box(xyz)
+            self._keep()
+        return self._box
+
+    def colors(self, rows: np.ndarray) -> np.ndarray:
         """[N, 3] uint8 for rows [N, C], or [N] classes."""
         if self._what == "labels":
             from scalr_jax.figures.pictures import color_labels
@@ -180,12 +213,11 @@ class _Colors:
             return color_labels(rows, self._names)
         if self._axes is None:
             self._axes = correlation.fit_color_axes(rows)
-            if self._path is not None:
-                write_arrays(self._path, self._axes._asdict())
+            self._keep()
         return correlation.color_by_axes(rows, self._axes)
 
 
-def _run_one(model: Model, what: str, scan: Path, paths: list[Path], warn: _Warnings, colors: _Colors) -> int:
+def _run_one(model: Model, what: str, scan: Path, paths: list[Path], warn: _Warnings, look: _Look) -> int:
     """One scan: read, predict, write. Returns its number of points; raises InputError, which names it, and OSError."""
     try:
         frame = scan_inputs.read_frame(scan, columns=FLAGS.columns, sensor=FLAGS.sensor)
@@ -196,9 +228,10 @@ def _run_one(model: Model, what: str, scan: Path, paths: list[Path], warn: _Warn
     except (BadFrameError, InputError) as error:
         raise InputError(command_line.named(scan, error)) from error
     colored = any(path.suffix in (".ply", ".png") for path in paths)
-    colors_of_points = colors(rows) if colored else np.empty((0, 3), np.uint8)
+    colors = look.colors(rows) if colored else np.empty((0, 3), np.uint8)
+    box = look.box(points[:, :3]) if any(path.suffix == ".png" for path in paths) else None
     for path in paths:
-        write(Prediction(frame.name, points, what, kept, colors_of_points, model.class_names), path)
+        write(Prediction(frame.name, points, what, kept, colors, model.class_names, box), path)
     return len(points)
 
 
@@ -235,7 +268,7 @@ def claimed(folder: Path, settings: dict, *, anew: bool) -> Iterator[None]:
                 "--overwrite"
             )
         if anew:
-            (folder / COLORS).unlink(missing_ok=True)
+            (folder / LOOK).unlink(missing_ok=True)
         write_json(path, settings)
         yield
 
@@ -245,19 +278,29 @@ def _run_folder(model: Model, what: str, outputs: dict[Path, list[Path]], folder
     warn, bad, done, points = _Warnings(), [], 0, 0
     anew = FLAGS.overwrite or not any(path.exists() for paths in outputs.values() for path in paths)
     with claimed(folder, settings_of(model, what), anew=anew):
-        colors = _Colors(model, what, folder / COLORS)
+        look = _Look(model, what, folder / LOOK)
         missing = {s: paths for s, paths in outputs.items() if FLAGS.overwrite or not all(map(Path.exists, paths))}
         started = time.monotonic()
-        with tqdm(total=len(outputs), initial=len(outputs) - len(missing), unit="scan", mininterval=1.0) as bar:
+        every = 1.0 if sys.stderr.isatty() else 10.0  # seconds
+        options = {"unit": "scan", "mininterval": every, "smoothing": 0, "desc": str(folder)}
+        with tqdm(total=len(outputs), initial=len(outputs) - len(missing), **options) as bar:
             for scan, paths in missing.items():
                 try:
-                    points += _run_one(model, what, scan, paths, warn, colors)
+                    points += _run_one(model, what, scan, paths, warn, look)
                     done += 1
+                    bar.set_postfix_str(paths[0].name, refresh=False)
                 except InputError as error:
                     bad.append(command_line.one_sentence(error))
                     tqdm.write(f"bad scan, left out: {bad[-1]}", file=sys.stderr)
                 bar.update()
+                if done == 1:  # which waited for the compiler: the rate is that of the others
+                    bar.unpause()
+                    bar.initial = bar.n
         warn.close()
+        if any(name.strip(" .") == "mp4" for name in FLAGS.formats) and (done or not (folder / VIDEO).exists()):
+            drawn = [path for paths in outputs.values() for path in paths if path.suffix == ".png" and path.exists()]
+            if drawn:
+                write_video(folder / VIDEO, drawn)
     seconds = (time.monotonic() - started) / max(done, 1)
     skipped = f", {len(outputs) - len(missing)} were there" if len(missing) < len(outputs) else ""
     scans = "1 scan" if done == 1 else f"{done} scans"
@@ -287,7 +330,7 @@ def run(arguments: list[str]) -> None:
         return _run_folder(model, what, outputs, folder)
     warn, paths = _Warnings(), outputs[scans[0]]
     started = time.monotonic()
-    number = _run_one(model, what, scans[0], paths, warn, _Colors(model, what, None))
+    number = _run_one(model, what, scans[0], paths, warn, _Look(model, what, None))
     print(f"{', '.join(map(str, paths))}: {what} of {number:,} points, {time.monotonic() - started:.2f} s")
 
 

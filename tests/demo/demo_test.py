@@ -75,6 +75,13 @@ def test_pictures_are_there_and_show_something(finished):
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
 
+def test_each_part_is_announced_in_its_turn(capsys):
+    parts = demo._announced((0.01, 0.02))
+    for number in range(1, 6):
+        next(parts)
+        assert f"part {number} of 5: " in capsys.readouterr().out
+
+
 def test_gap_closed():
     assert demo.gap_closed(0.2, 0.5, 0.7) == pytest.approx(0.6)
     assert np.isnan(demo.gap_closed(0.2, 0.5, 0.2))

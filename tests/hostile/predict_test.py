@@ -32,6 +32,8 @@ FLAGS = [
     flags("--output=THINGS/scan.bin/a.npz", words=("scan.bin is no folder",)),
     flags("--output=THINGS/folder/a/scans", "--input=THINGS/folder/a/scans", "--formats=bin", words=("bin",)),
     flags("--formats=npz,xyz", words=(".xyz",)),
+    flags("--formats=mp4", words=("--formats=mp4", "scan.bin", "folder")),
+    flags("--output=a.mp4", words=("a.mp4", "folder")),
     flags(
         "--output=points.npy",
         "--input=points.npy",

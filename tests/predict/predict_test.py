@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import numpy as np
 import plyfile
@@ -164,6 +165,37 @@ def test_a_folder_resumes(models, folder, tmp_path, capsys):
     run(models / "distilled.pth", folder, *flags, "--overwrite")
     assert contents(output) == whole
     assert (output / "0.npz").stat().st_mtime_ns != times[output / "0.npz"]
+
+
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # ffmpeg's pipes
+def test_pictures_of_a_folder_show_the_same_square_and_make_a_video(models, folder, tmp_path):
+    """Also those of a run that goes on; without imageio it is one sentence."""
+    ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="needs the video extra: pip install 'scalr_jax[video]'")
+    output = tmp_path / "out"
+    run(models / "probed.pth", folder, f"--output={output}", "--formats=mp4")
+    assert {path.name for path in output.iterdir()} >= {"video.mp4", "0.png", "1.png", "2.png"}
+    first, square = (output / "1.png").read_bytes(), dict(np.load(output / "colors.npz"))
+    (output / "1.png").unlink()
+    run(models / "probed.pth", folder, f"--output={output}", "--formats=mp4")
+    assert (output / "1.png").read_bytes() == first
+    assert float(np.load(output / "colors.npz")["side"]) == square["side"]
+    video = ffmpeg.read_frames(str(output / "video.mp4"))
+    (width, height), frames = next(video)["size"], list(video)
+    assert len(frames) == 3
+    for frame, name in zip(frames, "012", strict=True):
+        with Image.open(output / f"{name}.png") as picture:
+            assert picture.size == (width, height)
+            found = np.frombuffer(frame, np.uint8).reshape(height, width, 3).astype(int)
+            assert np.abs(found - np.asarray(picture.convert("RGB")).astype(int)).mean() < 5
+
+
+def test_a_video_without_its_package_is_one_sentence(models, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    arguments = (f"--model={models}/probed.pth", f"--input={folder}", f"--output={tmp_path}/out", "--formats=mp4")
+    assert "pip install 'scalr_jax[video]'" in sentence_of(capsys, *arguments, *EXPLICIT)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_model_does_not_go_on_in_a_folder(models, folder, tmp_path):

@@ -20,6 +20,7 @@ from scalr_jax.data.streets.layout import CLASSES
 from scalr_jax.data.streets.sensors import SENSORS, render
 from scalr_jax.runtime.chips import check_room
 from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.runtime.logging import format_seconds
 from scalr_jax.runtime.storage import reason, write_arrays
 
 VERSION = 2  # raise it whenever a rendered byte changes
@@ -107,14 +108,19 @@ class Streets(Dataset):
             needed = BYTES_A_PIXEL * self.image_size[0] * self.image_size[1]
             check_room(needed, f"rendering streets at an image size of {self.image_size}", "give a smaller one")
         self.root.mkdir(parents=True, exist_ok=True)
+        if progress and missing:
+            progress(f"streets: rendering {len(missing)} scenes of {self.split}, compiling")
         start = said = time.monotonic()
-        for done, index in enumerate(missing, 1):
+        for done, index in enumerate(missing):
             seed = split_seed(self.split, index, self.seed)
             scene = render(seed, self.sensor(index), self.image_size)
             write_arrays(self.path(index), {field: getattr(scene, field) for field in FIELDS})
             now = time.monotonic()
-            if progress and (now - said > PROGRESS_SECONDS or done == len(missing)):
-                progress(f"streets: {self.split} {done}/{len(missing)} rendered, {(now - start) / done:.2f} s a scene")
+            if done == 0:  # which waited for the compiler
+                start = said = now
+            elif progress and (now - said > PROGRESS_SECONDS or done == len(missing) - 1):
+                left = format_seconds((now - start) / done * (len(missing) - 1 - done))
+                progress(f"streets: rendering {self.split}, {done + 1} of {len(missing)}, {left} left")
                 said = now
         return len(missing)
 

@@ -115,7 +115,7 @@ def test_cache_is_rendered_once_and_read_back(tmp_path):
     streets = Streets(tmp_path, split="validation", num_scenes=2, sensors=("beams32", "solid"), image_size=SIZE)
     lines = []
     assert streets.render_missing(lines.append) == 2
-    assert "2/2" in lines[-1]
+    assert "2 of 2" in lines[-1]
     assert streets.render_missing(lines.append) == 0
     assert len(streets) == 2
     assert streets.intensity(1) == street_sensors.SENSORS["solid"].intensity
