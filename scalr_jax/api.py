@@ -7,15 +7,16 @@ features, classes = model.embed(points), model.segment(points)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
+from tqdm import tqdm
 
 from scalr_jax.config import get_config
 from scalr_jax.data import sensors
@@ -24,7 +25,7 @@ from scalr_jax.data.scan_checks import check_scan
 from scalr_jax.data.scenes import IGNORE, Batch
 from scalr_jax.data.sensors import known_classes
 from scalr_jax.data.transforms import FEATURES
-from scalr_jax.data.whole_scan import check_points, whole_scan
+from scalr_jax.data.whole_scan import as_array, check_points, whole_scan
 from scalr_jax.interop.finite import check_outputs
 from scalr_jax.interop.published import read_published
 from scalr_jax.interop.saved import choose_intensity, columns_of, read_saved
@@ -34,11 +35,15 @@ from scalr_jax.models.student import Variables
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.settings import student_settings
 
+Scans = list[np.ndarray] | tuple[np.ndarray, ...]  # each [N, 4]
 MODELS = "a workdir of distill, probe or finetune, an exported folder, or a published .pth or .safetensors"
 
 
 class Model:
     """A student with its settings. Every method takes points [N, 4]: x, y, z in metres and raw intensity.
+
+    They may also be a tensor of PyTorch or a pandas frame (`whole_scan.as_array`). A list or tuple of scans gives a
+    list of results; with `progress=True` a line tells how many are done.
 
     Points stand in the frame of the training data: the lidar's for nuScenes and SemanticKITTI, PandaSet's vehicle
     frame shifted down by 1.6 m. As in the published evaluation, the first point of each 0.1 m voxel inside the field
@@ -78,32 +83,63 @@ class Model:
         """The pure function underneath: variables and a `scenes.Batch` -> the head's output [D, P, C_out] float32."""
         return self.student.apply(variables, batch, train=False)
 
-    def embed(self, points: ArrayLike) -> np.ndarray:
+    @overload
+    def embed(self, points: Scans, *, progress: bool = False) -> list[np.ndarray]: ...
+    @overload
+    def embed(self, points: ArrayLike, *, progress: bool = False) -> np.ndarray: ...
+    def embed(self, points: ArrayLike | Scans, *, progress: bool = False) -> np.ndarray | list[np.ndarray]:
         """The backbone's features [N, C] float32. Raises ValueError for points that are none, or whose
         features are not finite."""
-        return self._run(self._embed, points, "features", fill=0.0)
+        return self._run(self._embed, points, "features", 0.0, progress)
 
-    def distilled(self, points: ArrayLike, *, teacher: str | None = None) -> np.ndarray:
+    @overload
+    def distilled(self, points: Scans, *, teacher: str | None = None, progress: bool = False) -> list[np.ndarray]: ...
+    @overload
+    def distilled(self, points: ArrayLike, *, teacher: str | None = None, progress: bool = False) -> np.ndarray: ...
+    def distilled(
+        self, points: ArrayLike | Scans, *, teacher: str | None = None, progress: bool = False
+    ) -> np.ndarray | list[np.ndarray]:
         """Features in the teacher's space [N, C_teacher] float32, normalised where its were (docs/teachers.md); of
         several teachers those of one by its name, or one after the other. ValueError for a segmentation model."""
         if self.config.head != "distill":
             raise InputError(f"this model has head {self.config.head!r} and no features in a teacher's space")
         columns = slice(None) if teacher is None else columns_of(self.config, teacher)
-        return self._run(self._head, points, "distilled features", fill=0.0)[:, columns]
+        found = self._run(self._head, points, "distilled features", 0.0, progress)
+        return [rows[:, columns] for rows in found] if isinstance(found, list) else found[:, columns]
 
-    def segment(self, points: ArrayLike) -> np.ndarray:
+    @overload
+    def segment(self, points: Scans, *, progress: bool = False) -> list[np.ndarray]: ...
+    @overload
+    def segment(self, points: ArrayLike, *, progress: bool = False) -> np.ndarray: ...
+    def segment(self, points: ArrayLike | Scans, *, progress: bool = False) -> np.ndarray | list[np.ndarray]:
         """Class ids [N] int32; ValueError for a model that was only distilled."""
         if self.config.head not in SEGMENTATION_HEADS:
             raise InputError(
                 f"this model has head {self.config.head!r} and no classes; load a probed or fine-tuned one"
             )
-        return self._run(self._classes, points, "logits", fill=IGNORE)
+        return self._run(self._classes, points, "logits", IGNORE, progress)
 
     def check(self, points: ArrayLike) -> dict[str, str]:
         """Sentences, by kind, about points that do not fit the training data; see `scan_checks.check_scan`."""
         return check_scan(check_points(points), self.config)
 
-    def _run(self, function: Any, points: ArrayLike, what: str, *, fill: float) -> np.ndarray:
+    def _run(
+        self, function: Callable, points: ArrayLike | Scans, what: str, fill: float, progress: bool
+    ) -> np.ndarray | list[np.ndarray]:
+        """The results of one scan, or of each of several. Raises InputError, which says of which scan."""
+        given = points if isinstance(points, list | tuple) else ()
+        several = len(given) > 0 and np.ndim(as_array(given[0])) == 2
+        scans, results = given if several else (points,), []
+        for number, scan in enumerate(tqdm(scans, unit="scan", disable=not progress)):
+            try:
+                results.append(self._run_one(function, scan, what, fill))
+            except InputError as error:
+                if not several:
+                    raise
+                raise InputError(f"scan {number} of {len(scans)} (from 0): {error}") from error
+        return results if several else results[0]
+
+    def _run_one(self, function: Callable, points: object, what: str, fill: float) -> np.ndarray:
         """`function`'s rows of the kept points, spread over all points. Raises InputError where they are not finite."""
         needs, config = self.student.needs, self.config
         scene, nearest = whole_scan(check_points(points), needs, config.intensity, config.voxel_size)

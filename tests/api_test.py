@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import scalr_jax
 from scalr_jax.data import sensors
 from scalr_jax.data.readers.files import read_label_map
 from scalr_jax.data.scenes import IGNORE
+from scalr_jax.data.whole_scan import as_array
 from scalr_jax.interop import published as interop
 from scalr_jax.interop.model import empty_batch
 from scalr_jax.runtime.errors import InputError
@@ -122,6 +124,48 @@ def test_a_point_without_place_has_no_class(probed):
 def test_points_that_are_none(distilled, points, message):
     with pytest.raises(ValueError, match=message):
         distilled.embed(points)
+
+
+def test_several_scans_give_the_results_of_each(distilled, capsys):
+    scans = [random_points(number, seed=number) for number in (100, 130)]
+    found = distilled.embed(scans, progress=True)
+    assert "2/2" in capsys.readouterr().err
+    for rows, points in zip(found, scans, strict=True):
+        np.testing.assert_array_equal(rows, distilled.embed(points))
+    np.testing.assert_array_equal(distilled.embed(tuple(scans))[1], found[1])
+    np.testing.assert_array_equal(distilled.embed(scans[0].tolist()), found[0])  # rows of numbers are one scan
+    with pytest.raises(InputError, match=mentions("scan 1 of 2", "empty")):
+        distilled.embed([scans[0], np.zeros((0, 4))])
+
+
+class DataFrame:
+    """What pandas' has that is read."""
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def keys(self):
+        return self.columns.keys()
+
+    def __getitem__(self, names):
+        return np.column_stack([self.columns[name] for name in names])
+
+
+def test_columns_of_a_table_are_found_by_their_names(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=DataFrame))
+    points = random_points(50)
+    columns = {"i": points[:, 3], "t": points[:, 0], **{name: points[:, k] for k, name in enumerate("xyz")}}
+    np.testing.assert_array_equal(as_array(DataFrame(columns)), points)
+    with pytest.raises(InputError, match=mentions("columns t, x, y, z", "intensity")):
+        as_array(DataFrame({name: columns[name] for name in "txyz"}))
+
+
+@pytest.mark.torch
+def test_tensors_are_arrays():
+    torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 'scalr_jax[torch]'")
+    points = random_points(50)
+    np.testing.assert_array_equal(as_array(torch.from_numpy(points).requires_grad_()), points)
+    assert as_array(torch.from_numpy(points).bfloat16()).dtype == np.float32
 
 
 def test_one_compilation_a_size(distilled):

@@ -5,8 +5,9 @@ NumPy alone, so that an exported model is served without JAX.
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
-from numpy.typing import ArrayLike
 from pykdtree.kdtree import KDTree
 
 from scalr_jax.data.scan_checks import FARTHEST, check_place, count_unusable, find_usable
@@ -14,11 +15,30 @@ from scalr_jax.data.scenes import Frame, SceneNeeds, SceneView
 from scalr_jax.data.transforms import SceneSettings, make_scene
 from scalr_jax.runtime.errors import BadFrameError, InputError
 
+COLUMNS = (("x",), ("y",), ("z",), ("intensity", "i", "reflectance", "remission"))  # of a table, by their names
 
-def check_points(points: ArrayLike) -> np.ndarray:
+
+def as_array(points: object) -> np.ndarray:
+    """An array of what holds one: also a tensor of PyTorch, on any device, and a pandas frame, of which the columns x,
+    y, z and intensity (or i, reflectance, remission) are taken. Raises InputError for a frame without them."""
+    torch, pandas = sys.modules.get("torch"), sys.modules.get("pandas")  # who has such points has imported it
+    if torch is not None and isinstance(points, torch.Tensor):
+        tensor = torch.Tensor.float(points) if torch.is_floating_point(points) else points
+        return torch.Tensor.numpy(tensor, force=True)
+    if pandas is not None and isinstance(points, pandas.DataFrame):
+        given = list(pandas.DataFrame.keys(points))
+        found = [next((name for name in names if name in given), None) for names in COLUMNS]
+        if None in found:
+            listed = ", ".join(map(str, given))
+            raise InputError(f"the frame has columns {listed}, and x, y, z, intensity are needed; rename its columns")
+        points = pandas.DataFrame.__getitem__(points, found)
+    return np.asarray(points)
+
+
+def check_points(points: object) -> np.ndarray:
     """The points as [N, 4] float32: x, y, z in metres and raw intensity. Raises InputError when they are none, or far
-    away for a lidar at the origin."""
-    points = np.asarray(points)
+    away for a lidar at the origin. `as_array` says what may hold them."""
+    points = as_array(points)  # an ArrayLike, or another holder of one
     if points.ndim != 2 or points.shape[1] != 4 or points.dtype.kind not in "fiu":
         raise InputError(
             f"points have shape {points.shape} and dtype {points.dtype}, and numbers [N, 4] are needed: x, y, z in "

@@ -29,6 +29,9 @@ Flags:
                      chosen from labels, or clusters of the features)
     --num_queries    how many are chosen (default: 4)
     --max_points     of the viewer (default: 30000)
+    --rerun          instead of pictures frames.rrd, all frames over time for Rerun's viewer (extra "rerun"): of an
+                     --input that is a folder of scans, or of a dataset --num_frames frames from --index on
+    --num_frames     how many (default: 10; of a folder of scans all)
 
 Exit codes: 0 done; 2 bad arguments or input, or no space (one sentence on stderr); 1 a defect.
 """
@@ -36,12 +39,14 @@ Exit codes: 0 done; 2 bad arguments or input, or no space (one sentence on stder
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
 from scalr_jax.data.readers import scan_inputs
 from scalr_jax.data.readers.records import Records, is_prepared
@@ -52,8 +57,9 @@ from scalr_jax.evaluation.report import confusion_matrix, results_of
 from scalr_jax.figures.colors import choose_queries, color_by_axes, cosine_similarity, fit_color_axes
 from scalr_jax.figures.pictures import Panel, draw_panels, draw_predictions, draw_with_image
 from scalr_jax.runtime import command_line
-from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.errors import BadFrameError, InputError, one_sentence
 from scalr_jax.runtime.storage import check_writable, read_json
+from scalr_jax.visualize.recording import Seen, check_rerun, write_recording
 from scalr_jax.visualize.viewer import MAX_POINTS, write_viewer
 
 if TYPE_CHECKING:
@@ -70,6 +76,20 @@ flags.DEFINE_enum("what", None, ("features", "distilled"), "What to draw.", flag
 flags.DEFINE_list("query", None, "A place.", flag_values=FLAGS)
 flags.DEFINE_integer("num_queries", 4, "How many are chosen.", 1, 20, flag_values=FLAGS)
 flags.DEFINE_integer("max_points", MAX_POINTS, "Of the viewer.", 100, flag_values=FLAGS)
+flags.DEFINE_boolean("rerun", False, "A recording for Rerun.", flag_values=FLAGS)
+flags.DEFINE_integer("num_frames", None, "Of a recording.", 1, flag_values=FLAGS)
+
+
+def see(model: Model, frame: Frame, what: str | None = None) -> Seen:
+    """What a model makes of a frame's finite points; `what` as in `visualize`. Raises InputError."""
+    points = scan_inputs.student_points(frame)
+    finite = np.asarray(np.isfinite(points).all(axis=1) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1))
+    what = what or ("distilled" if model.config.head == "distill" else "features")
+    features = (model.distilled if what == "distilled" else model.embed)(points)[finite]
+    predictions = model.segment(points)[finite] if model.class_names else None
+    view = _part(frame, finite)
+    labels = view.labels if view.labels is not None and (view.labels != IGNORE).any() else None
+    return Seen(points[finite], view, features, predictions, labels)
 
 
 def visualize(
@@ -95,14 +115,9 @@ def visualize(
       InputError: no finite point, or a model without `what`.
     """
     folder = Path(output)
-    points = scan_inputs.student_points(frame)
-    finite = np.asarray(np.isfinite(points).all(axis=1) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1))
     what = what or ("distilled" if model.config.head == "distill" else "features")
-    features = (model.distilled if what == "distilled" else model.embed)(points)[finite]
-    predictions = model.segment(points)[finite] if model.class_names else None
-    points, xyz = points[finite], points[finite, :3]
-    view = _part(frame, finite)
-    labels = view.labels if view.labels is not None and (view.labels != IGNORE).any() else None
+    points, view, features, predictions, labels = see(model, frame, what)
+    xyz = points[:, :3]
     colors = color_by_axes(features, fit_color_axes(features))
     files: list[Path] = []
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,6 +198,37 @@ def open_frame(output: Path) -> tuple[Frame, Sequence[str]]:
     return scan_inputs.dataset_frame(dataset, FLAGS.index, FLAGS.camera), dataset.class_names
 
 
+def record(model: Model, output: Path) -> None:
+    """Writes frames.rrd, of the frames that the flags name; a bad one is named and left out. Raises InputError."""
+    if FLAGS.image or FLAGS.calibration:
+        raise InputError("--rerun takes images from a dataset: give --dataset=folder --root=DIR, and no --image")
+    if FLAGS.input:
+        scans, names = scan_inputs.list_scans(FLAGS.input)[: FLAGS.num_frames], ()
+        reads = [partial(scan_inputs.read_frame, path, columns=FLAGS.columns, sensor=FLAGS.sensor) for path in scans]
+    else:
+        dataset = _open_dataset(output)
+        names, last = dataset.class_names, FLAGS.index + (FLAGS.num_frames or 10)
+        indices = range(FLAGS.index, max(min(last, len(dataset)), FLAGS.index + 1))
+        reads = [partial(scan_inputs.dataset_frame, dataset, index, FLAGS.camera) for index in indices]
+
+    def frames() -> Iterator[Seen]:
+        for read in tqdm(reads, unit="frame"):
+            try:
+                yield see(model, read(), FLAGS.what)
+            except (BadFrameError, InputError) as error:
+                if len(reads) == 1:
+                    raise
+                tqdm.write(f"bad frame, left out: {one_sentence(error)}", file=sys.stderr)
+
+    path = output / "frames.rrd"
+    output.mkdir(parents=True, exist_ok=True)
+    number = write_recording(path, frames(), model.class_names, names)
+    if number == 0:
+        path.unlink()
+        raise InputError(f"none of {len(reads)} frames could be read; see the messages above")
+    print(f"{path}: {number} frames; look at it with: rerun {path}")
+
+
 def _open_dataset(output: Path) -> Any:
     """The reader of --dataset, or of the run's own dataset."""
     if FLAGS.dataset == "streets":
@@ -219,7 +265,8 @@ def _streets(root: Path, sensors: tuple[str, ...], size: tuple[int, int], seed: 
     if FLAGS.index < 0:
         raise InputError(f"--index={FLAGS.index}: frames are numbered from 0")
     split = FLAGS.split or "validation"
-    streets = Streets(root, split=split, num_scenes=FLAGS.index + 1, sensors=sensors, image_size=size, seed=seed)
+    number = FLAGS.index + ((FLAGS.num_frames or 10) if FLAGS.rerun else 1)
+    streets = Streets(root, split=split, num_scenes=number, sensors=sensors, image_size=size, seed=seed)
     streets.render_missing()
     return streets
 
@@ -249,10 +296,14 @@ def run(arguments: list[str]) -> None:
     query = command_line.numbers(FLAGS, "query", 3)
     output = Path(FLAGS.output)
     check_writable(output / "viewer.html")
+    if FLAGS.rerun:
+        check_rerun()
     from scalr_jax import api  # starts JAX
 
     command_line.use_cache(FLAGS.cache)
     model = api.load(**command_line.model_arguments(FLAGS))
+    if FLAGS.rerun:
+        return record(model, output)
     frame, label_names = open_frame(output)
     for text in model.check(scan_inputs.student_points(frame)).values():
         print(f"warning: {frame.name}: {text}", file=sys.stderr)

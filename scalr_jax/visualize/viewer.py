@@ -25,6 +25,13 @@ DIMENSIONS = 24
 POINT_SIZE = 1.6
 MISSING = 'the viewer needs plotly: pip install "scalr_jax[view]"'
 
+# Shown by a browser that cannot draw the points.
+WITHOUT_WEBGL = """<p id="webgl" hidden style="color:white;font:18px sans-serif;margin:1em">This page draws with WebGL,
+which this browser does not offer: turn on its hardware acceleration, or open the page in another browser.</p><script>
+const gl = document.createElement('canvas');
+document.getElementById('webgl').hidden = !!(gl.getContext('webgl2') || gl.getContext('webgl'));
+</script>"""
+
 # Runs when the figure is there. A click on a point computes the similarities and shows their trace.
 CLICK = """
 const figure = document.getElementById('{plot_id}'), width = @WIDTH@;
@@ -110,7 +117,7 @@ def write_viewer(
         include_plotlyjs=True, full_html=True, post_script=[script], config=options, default_height="100vh"
     )
     page = page.replace("<head>", f"<head><title>{html.escape(title, quote=False)}</title>", 1)
-    page = page.replace("<body>", f'<body style="margin:0;background:{BACKGROUND}">', 1)
+    page = page.replace("<body>", f'<body style="margin:0;background:{BACKGROUND}">{WITHOUT_WEBGL}', 1)
     with written_whole(output) as file:
         file.write(page.encode())
     return len(points)
