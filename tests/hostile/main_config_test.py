@@ -315,7 +315,7 @@ KEYS = [
     keys("data.num_workers=-1"),
     keys("data.num_workers=100000"),
     keys("data.prefetch=-1"),
-    keys("wandb=lidar", "wandb", "pip install 'scalr_jax[wandb]'"),
+    keys("wandb=lidar", "wandb = 'lidar'"),
     keys("model.name=resnet"),
     keys("model.activation=swish", "relu, gelu"),
     keys("model.norm=group"),
