@@ -50,7 +50,7 @@ class RunSettings:
     keep_every_steps: int = key(0, "besides these, one checkpoint every so many steps; 0: none", low=0, resume=True)
     deterministic: bool = key(False, "GPU: only operations that give the same result every time (slower)")
     profile: tuple[int, ...] = key((), "(START, STOP): an XProf trace of these steps, in WORKDIR/profile", resume=True)
-    wandb: str = key("", "project of Weights & Biases that gets the metrics too", resume=True, local=True)
+    wandb: str = key("", "project of Weights & Biases that gets the metrics too", resume=True)
     checkpoint: str = key("", "probe, finetune, evaluate, robustness: a workdir or a published file to start from")
     teachers: tuple[dict, ...] = key((), "distill: several, each {key of teacher: value} (docs/teachers.md)")
 
