@@ -74,6 +74,10 @@ class DataSettings:
     voxel_size: float = key(0.1, "metres: one point of each voxel is kept", low=0.001, high=100)
     intensity: tuple[float, ...] = key((), "(mean, deviation) of raw intensities; (): those of each sensor")
     max_points: int = key(20_000, "points of a scene: the nearest to a random one", low=1, high=2**24)
+    cameras_per_scan: int = key(1, "distill: images of a scan, whose views are one scene; 0: all", low=0, high=64)
+    pairs_per_point: int = key(
+        1, "of several images: so many that see a point; their mean is its target", low=1, high=8
+    )
     image_size: tuple[int, int] = key((224, 448), "rows, columns: whole patches", low=1, high=8192)
     antialias: bool = key(True, "False: resize images as torchvision 0.12 did, which ScaLR used")
     image_dtype: str = key("uint8", "of resized images; float32: not rounded", choices=("uint8", "float32"))

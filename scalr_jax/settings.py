@@ -123,6 +123,8 @@ def _data_problems(settings: Settings) -> Iterator[str]:
         yield f"data.intensity = {data.intensity} (expected: mean and standard deviation of the raw intensity)"
     if bool(data.cutmix) != bool(data.cutmix_ground):
         yield f"data.cutmix = {data.cutmix} with data.cutmix_ground = {data.cutmix_ground} (give both, or none)"
+    if data.pairs_per_point > 1 and data.cameras_per_scan == 1:
+        yield f"data.pairs_per_point = {data.pairs_per_point} with data.cameras_per_scan = 1 (give several cameras)"
     mixed, features = data.polarmix or data.cutmix or data.pillarmix, settings.probe.features
     if mixed and task == "probe" and features != "augmented":
         yield f"data.polarmix, data.cutmix, data.pillarmix with probe.features = {features!r} (use 'augmented')"

@@ -35,8 +35,8 @@ from scalr_jax.bench.scenes import scan_street
 from scalr_jax.bench.timing import Parser, header, interleave, positive, ranges, rounded, show_times
 from scalr_jax.config import get_config
 from scalr_jax.data import transforms
+from scalr_jax.data.grids import make_plane, voxelize
 from scalr_jax.data.packing import pack_shard, static_capacities
-from scalr_jax.data.planes import make_plane
 from scalr_jax.data.readers import scan_inputs
 from scalr_jax.data.scenes import PLANE_AXES, SceneView
 from scalr_jax.data.sensors import INTENSITY, PRETRAINING
@@ -148,7 +148,7 @@ def _stages(
     network = jax.jit(lambda variables, batch: student.apply(variables, batch, train=False))
 
     def voxelise() -> Any:
-        kept = transforms.voxelize(points, config.voxel_size)
+        kept = voxelize(points, config.voxel_size)
         cut = transforms.in_view(points[kept, :3], model.student.needs)
         return transforms.make_features(points[kept[cut], :3], points[kept[cut], 3], config.intensity)
 

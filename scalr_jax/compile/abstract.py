@@ -35,6 +35,7 @@ from scalr_jax.runtime.errors import InputError
 from scalr_jax.train import loop as train
 
 HOPPER_CAPABILITY = 9.0
+MOST_CAMERAS = 6  # of a scan of the four datasets
 SIZES = {"s": "vits14", "b": "vitb14", "l": "vitl14", "g": "vitg14", "7": "vit7b16"}  # by what follows "vit" in names
 
 
@@ -71,6 +72,9 @@ def make_run(settings: Settings, mesh: Mesh, teacher: str | None = None, *, cach
     needs = task.student.needs
     capacities = choose_capacities(settings.data, needs)
     scenes = scene_settings(settings.data, needs, task=task.scene_task, train=True)
+    if task.scene_task == "distill":
+        views = settings.data.cameras_per_scan or MOST_CAMERAS
+        scenes = dataclasses.replace(scenes, views=views, pairs=settings.data.pairs_per_point)
     batch = make_batch(scenes, capacities, mesh, teacher_config if cached else None)
     expected = settings.data.scenes_per_step or capacities.scenes * mesh.size  # a constant of the schedule
     program = train.make_program(settings.training, task, batch, mesh, float(expected))
@@ -192,13 +196,17 @@ def choose_capacities(data: DataSettings, needs: SceneNeeds) -> Capacities:
 
 def make_batch(settings: SceneSettings, capacities: Capacities, mesh: Mesh, cached: ViTConfig | None = None) -> Batch:
     """Shapes of a batch, by packing no scene at all as a run packs its first; with tokens of the teacher `cached`."""
-    nothing = empty_scene(len(FEATURES), settings.needs)
+    nothing, views = empty_scene(len(FEATURES), settings.needs), ()
+    if settings.task == "distill":
+        nothing = nothing._replace(pixels=np.zeros((0, 2), np.int32))
+    if settings.views > 1:
+        views, pairs = (settings.views,), np.zeros((0, settings.pairs), np.int32)
+        nothing = nothing._replace(pixels=np.zeros((*pairs.shape, 2), np.int32), views=pairs)
     if cached is not None:
-        values = np.zeros((*vit.patch_grid(cached, settings.image_size), cached.width), np.uint16)
-        nothing = nothing._replace(tokens=(Tokens(values),), pixels=np.zeros((0, 2), np.int32))
+        values = np.zeros((*views, *vit.patch_grid(cached, settings.image_size), cached.width), np.uint16)
+        nothing = nothing._replace(tokens=(Tokens(values),))
     elif settings.task == "distill":
-        image = np.zeros((*settings.image_size, 3), settings.image_dtype)
-        nothing = nothing._replace(image=image, pixels=np.zeros((0, 2), np.int32))
+        nothing = nothing._replace(image=np.zeros((*views, *settings.image_size, 3), settings.image_dtype))
     else:
         nothing = nothing._replace(labels=np.zeros(0, np.uint8))
     place = sharding.batch_sharding(mesh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,9 +73,10 @@ def make_dataset(
 def _check_sizes(data: DataSettings, *, images: bool) -> None:
     """Raises `InputError` when no memory holds a pack: its points with 16 neighbours, and its images."""
     (rows, columns), scenes = data.image_size, data.scenes_per_shard
+    views = max(1, data.cameras_per_scan)
     with_images = f", with images of data.image_size = {rows, columns}," if images else ""
     check_room(
-        4 * 24 * data.points_per_shard + (3 * scenes * rows * columns if images else 0),
+        4 * 24 * data.points_per_shard + (3 * scenes * views * rows * columns if images else 0),
         f"a pack of data.points_per_shard = {data.points_per_shard} and data.scenes_per_shard = {scenes}{with_images}",
         "lower these",
     )
@@ -131,6 +133,14 @@ def scene_settings(
         *(task, train, needs, data.voxel_size, data.max_points, size),
         *(data.antialias, data.image_dtype, augmentation, fixed),
     )
+
+
+def with_views(settings: SceneSettings, data: DataSettings, dataset: Dataset) -> SceneSettings:
+    """The scene settings of a distillation with as many views a scene as `data` says and a frame of `dataset` has."""
+    if data.cameras_per_scan == 1:
+        return settings
+    most = max(1, *(len(dataset.cameras_of(index)) for index in range(len(dataset))))
+    return dataclasses.replace(settings, views=min(data.cameras_per_scan or most, most), pairs=data.pairs_per_point)
 
 
 def make_mixing(data: DataSettings, dataset: Dataset, folder: Path) -> Mixing | None:

@@ -8,21 +8,40 @@ from pathlib import Path
 
 import numpy as np
 
-from scalr_jax.data.scenes import Dataset, Frame
-from scalr_jax.runtime.errors import BadFrameError, InputError
+from scalr_jax.data.scenes import RANDOM, Dataset, Frame
+from scalr_jax.runtime.errors import BadFrameError, InputError, NothingVisibleError
 
 PACKAGE = Path(__file__).parents[1]
 
 
-def read_frame(dataset: Dataset, index: int, rng: np.random.Generator) -> Frame:
-    """A checked frame of a dataset.
+def read_views(dataset: Dataset, index: int, number: int, rng: np.random.Generator) -> list[Frame]:
+    """One scan with each of up to `number` of its cameras that see something, drawn with `rng`, in their own order.
+
+    Raises as `read_frame`, also for one camera's damaged image.
+    """
+    cameras = dataset.cameras_of(index)
+    if len(cameras) < 2:
+        return [read_frame(dataset, index, rng)]
+    frames, nothing = [], None
+    for k in sorted(rng.permutation(len(cameras))[:number].tolist()):
+        try:
+            frames.append(read_frame(dataset, index, rng, camera=cameras[k]))
+        except NothingVisibleError as error:
+            nothing = error
+    if nothing is not None and not frames:
+        raise nothing
+    return frames
+
+
+def read_frame(dataset: Dataset, index: int, rng: np.random.Generator, *, camera: str | None = RANDOM) -> Frame:
+    """A checked frame of a dataset; `camera` as `Dataset.frame` takes it.
 
     Raises:
         BadFrameError: the dataset's own, or the frame is not as `data.scenes.Frame` says.
         InputError: the dataset's own, or its code, from outside of this package, failed: with the file and the line.
     """
     try:
-        frame = dataset.frame(index, rng)
+        frame = dataset.frame(index, rng, camera=camera)
     except (BadFrameError, InputError):
         raise
     except Exception as error:

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from scalr_jax.data.grids import pillar_keys, voxelize
 from scalr_jax.data.instances import InstanceBank
-from scalr_jax.data.planes import pillar_keys
 from scalr_jax.data.scenes import Cloud, Dataset, Frame
-from scalr_jax.data.transforms import labels_of, rotation, to_ego, voxelize
+from scalr_jax.data.transforms import labels_of, rotation, to_ego
 
 PLACES = 1.0  # metre, the voxels from which places are drawn
 Scan = tuple[np.ndarray, np.ndarray]  # points [N, 4] float32 (student's frame, metres, raw intensity), labels [N] uint8

@@ -247,6 +247,8 @@ def _with_optional(batch: Batch, scenes: Sequence[SceneView], capacities: Capaci
     if template.pixels is not None:
         pixels = _filled([scene.pixels for scene in scenes], capacities.points, 0, template.pixels)
         batch = batch._replace(pixels=pixels)
+    if template.views is not None:
+        batch = batch._replace(views=_pack_views(scenes, capacities, template))
     if template.image is not None:
         batch = batch._replace(images=_stacked([scene.image for scene in scenes], capacities, template.image))
     tokens = []
@@ -302,6 +304,16 @@ def _filled(parts: Sequence, capacity: int, fill: float, like: np.ndarray) -> np
     """Concatenation of `parts`, filled up to `capacity` rows."""
     rest = np.full((capacity - sum(map(len, parts)), *like.shape[1:]), fill, like.dtype)
     return np.concatenate([*parts, rest], dtype=like.dtype, casting="unsafe")
+
+
+def _pack_views(scenes: Sequence[SceneView], capacities: Capacities, template: SceneView) -> np.ndarray:
+    """Which image of the shard each pair of a point is in: [P, R] int32."""
+    images = template.image if template.image is not None else template.tokens[0].values
+    assert template.views is not None
+    number, none = len(images), capacities.scenes * len(images)
+    parts = [scene.views for scene in scenes if scene.views is not None]
+    numbered = [np.where(part < 0, none, part + k * number) for k, part in enumerate(parts)]
+    return _filled(numbered, capacities.points, none, template.views)
 
 
 def _pack_pillars(parts: Sequence[ScenePillars], capacities: Capacities) -> Pillars:

@@ -28,7 +28,7 @@ from absl import flags, logging
 from numpy.typing import ArrayLike
 
 from scalr_jax.data import packing
-from scalr_jax.data.frame_checks import read_frame
+from scalr_jax.data.frame_checks import read_frame, read_views
 from scalr_jax.data.joined import Joined
 from scalr_jax.data.scenes import Batch, Dataset, FinishedScenes, Frame, SceneView
 from scalr_jax.data.transforms import SceneSettings, check_classes, make_scene
@@ -63,6 +63,9 @@ class BuildScene:
         try:
             if isinstance(self.dataset, FinishedScenes):
                 return self.dataset.scene(record, position)
+            if self.settings.views > 1:
+                frame, *views = read_views(self.dataset, record, self.settings.views, rng)
+                return make_scene(frame, position, self.dataset.intensity(record), self.settings, rng, views=views)
             frame, mixing = self._frame(self.dataset, record, rng), self.settings.mixing
             records = [] if mixing is None else mixing.others(record, len(self.dataset), rng)
             others = [(self._frame(self.dataset, k, rng), self.dataset.intensity(k)) for k in records]

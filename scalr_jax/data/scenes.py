@@ -9,7 +9,8 @@ Dims legend, used in every shape comment of the project:
     P  points a shard (capacity)           C  channels
     N  points of one scene or scan         M  occupied cells of a plane (capacity a shard)
     H  halo cells of a plane (capacity)    h, w  image rows and columns
-    T  occupied pillars (capacity a shard)
+    T  occupied pillars (capacity a shard) V  views of a scene, one a camera
+    R  pairs of a point, each in a view
 
 Padding: a padded point has `scene == S`, `cell == M` (or T) and label 255; tap tables point to row M (or H), the zero
 row.
@@ -193,8 +194,8 @@ class SceneView(NamedTuple):
     feats: np.ndarray  # [N, F] float32
     neighbors: np.ndarray  # [N, K] int32
     planes: tuple[ScenePlane, ...]
-    image: np.ndarray | None  # [h, w, 3] uint8, or float32 in 0..255, resized
-    pixels: np.ndarray | None  # [N, 2] int32 in the resized image
+    image: np.ndarray | None  # [h, w, 3] uint8, or float32 in 0..255, resized; of several views [V, h, w, 3]
+    pixels: np.ndarray | None  # [N, 2] int32 in the resized image; of several views [N, R, 2]
     labels: np.ndarray | None  # [N] uint8
     error: str | None = None  # why the frame is bad; everything else is then empty
     upsample: np.ndarray | None = None  # [N_raw] int32: for each raw point its nearest kept point (evaluation only)
@@ -202,7 +203,8 @@ class SceneView(NamedTuple):
     raw_ranges: np.ndarray | None = None  # [N_raw] float32: metres from the origin of the student's frame
     voxels: SceneVoxels | None = None  # for a MinkUNet, which needs no planes
     pillars: ScenePillars | None = None  # for a VaViT, likewise
-    tokens: tuple[Tokens, ...] = ()
+    tokens: tuple[Tokens, ...] = ()  # of several views [V, ...]
+    views: np.ndarray | None = None  # [N, R] int32: of several views, those that see a point; -1: no more
 
 
 class SceneVoxels(NamedTuple):
@@ -267,9 +269,10 @@ class Batch(NamedTuple, Generic[A]):
     scene_points: A  # [D, S] int32: points of each scene, 0 for an empty slot
     neighbors: A  # [D, P, K] int32
     planes: tuple[Plane[A], ...]
-    images: A | None = None  # [D, S, h, w, 3] uint8, or float32 in 0..255
-    pixels: A | None = None  # [D, P, 2] int32
+    images: A | None = None  # [D, S, h, w, 3] uint8, or float32 in 0..255; of several views [D, S, V, h, w, 3]
+    pixels: A | None = None  # [D, P, 2] int32; of several views [D, P, R, 2]
     labels: A | None = None  # [D, P] int32
     voxels: PackedVoxels[A] | None = None  # for a MinkUNet; `planes` is then ()
     pillars: Pillars[A] | None = None  # for a VaViT, likewise
-    tokens: tuple[PackedTokens[A], ...] = ()  # of each teacher with a cache
+    tokens: tuple[PackedTokens[A], ...] = ()  # of each teacher with a cache; of several views [D, S, V, ...]
+    views: A | None = None  # [D, P, R] int32: of several views, scene * V + view of each pair; S * V for none

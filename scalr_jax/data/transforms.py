@@ -1,7 +1,8 @@
 """From a frame to a scene, as published (ScaLR, section 3 and its released code), in NumPy.
 
 Distillation: voxelise in the reader's frame, keep what the camera sees, limit, move to the student's frame,
-rotate/flip/scale, cut to the field of view, features, neighbours, cells. Segmentation: the same without a camera, all
+rotate/flip/scale, cut to the field of view, features, neighbours, cells; of several cameras voxelise what they see
+together. Segmentation: the same without a camera, all
 of it in the student's frame (on PandaSet the voxels are others); with `augmentation="published"` the features are
 computed before the augmentation, whose rotations of coordinates and of features then differ (a quirk of the published
 code); with "vavit" the features are those of the same points augmented another time, as VaViT's released code does it.
@@ -17,8 +18,27 @@ import numpy as np
 from PIL import Image
 from pykdtree.kdtree import KDTree
 
-from scalr_jax.data.planes import cell_position, make_pillars, make_plane, pillar_keys, sort_by
-from scalr_jax.data.scenes import IGNORE, PLANE_AXES, Cloud, Frame, Mix, SceneNeeds, SceneView, SceneVoxels, Voxels
+from scalr_jax.data.grids import (
+    cell_position,
+    make_pillars,
+    make_plane,
+    one_a_voxel,
+    pairs_a_voxel,
+    pillar_keys,
+    sort_by,
+    voxelize,
+)
+from scalr_jax.data.scenes import (
+    IGNORE,
+    PLANE_AXES,
+    Cloud,
+    Frame,
+    Mix,
+    SceneNeeds,
+    SceneView,
+    SceneVoxels,
+    Tokens,
+)
 from scalr_jax.ops.voxels import coordinates_in, count_levels, extent_of
 from scalr_jax.runtime.errors import BadFrameError
 
@@ -43,58 +63,8 @@ class SceneSettings:
     fixed: bool = False  # the same random choices in every epoch
     mixing: Mix | None = None  # of training scans for segmentation
     votes: bool = False  # evaluation: scans are augmented, to be voted on
-
-
-def voxelize(points: np.ndarray, voxel_size: float, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Indices [n] of one point a voxel, in lexicographic voxel order: a random one, or the first without `rng`.
-
-    points [N, 3+] in metres; voxels are counted from the cloud's minimum corner.
-    """
-    return draw_voxels(find_voxels(points, voxel_size), rng)
-
-
-def voxel_keys(points: np.ndarray, voxel_size: float) -> np.ndarray:
-    """The voxel of each point as one number [N] int64 that sorts like the voxel's x, y, z.
-
-    Column by column: on rows of a [126,000, 4] scan the same takes 15 ms instead of 0.5 (2026-11-22).
-    """
-    keys, num_keys = np.zeros(len(points), np.int64), 1
-    for axis in range(3):
-        column = np.ascontiguousarray(points[:, axis])
-        steps = (column - column.min()) / voxel_size
-        count = int(steps.max()) + 1
-        if num_keys * count * len(points) >= 2**62:  # a point far out: number only the values that occur
-            steps = np.unique(np.floor(steps), return_inverse=True)[1]
-            keys = np.unique(keys, return_inverse=True)[1]
-            count = num_keys = len(points)
-        keys = keys * count + steps.astype(np.int64)
-        num_keys *= count
-    return keys
-
-
-def find_voxels(points: np.ndarray, voxel_size: float) -> Voxels:
-    """All points of each voxel. points [N, 3+] in metres."""
-    keys = voxel_keys(points, voxel_size)
-    bits = len(points).bit_length()
-    in_order = np.sort((keys << bits) | np.arange(len(points)))  # one sort of numbers, faster than an argsort
-    new_voxel = np.diff(in_order >> bits, prepend=-1) != 0
-    start = np.append(np.flatnonzero(new_voxel), len(points))
-    return Voxels(voxel_size, (in_order & ((1 << bits) - 1)).astype(np.int32), start.astype(np.int32))
-
-
-def draw_voxels(voxels: Voxels, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Indices [v] of one point a voxel: a random one, or the first without `rng`."""
-    start = voxels.start[:-1]
-    if rng is None:
-        return voxels.order[start]
-    return voxels.order[start + (rng.random(len(start)) * np.diff(voxels.start)).astype(np.int32)]
-
-
-def one_a_voxel(frame: Frame, voxel_size: float, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Indices of one point a voxel of the reader's frame, by its prepared voxels where they have this size."""
-    if frame.voxels is not None and frame.voxels.size == voxel_size:
-        return draw_voxels(frame.voxels, rng)
-    return voxelize(frame.points, voxel_size, rng)
+    views: int = 1  # distillation: images of a scene
+    pairs: int = 1  # of several views: pixels of a point, at most
 
 
 def limit(points: np.ndarray, max_points: int, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -194,16 +164,18 @@ def make_scene(
     settings: SceneSettings,
     rng: np.random.Generator,
     others: Sequence[tuple[Frame, tuple[float, float]]] = (),
+    views: Sequence[Frame] = (),
 ) -> SceneView:
     """Everything between the reader and the packer, for one frame. Raises `BadFrameError`.
 
-    `others`: the frames that `settings.mixing` drew, with the statistics of their intensities.
+    `others`: the frames that `settings.mixing` drew, with the statistics of their intensities; `views`: the same scan
+    with further cameras.
     """
-    for each in (frame, *(other for other, _ in others)):
+    for each in (frame, *(other for other, _ in others), *views):
         if len(each.points) == 0:
             raise BadFrameError(f"{each.name}: the scan has no points")
     if settings.task == "distill":
-        return _distillation_scene(frame, index, intensity, settings, rng)
+        return _distillation_scene([frame, *views], index, intensity, settings, rng)
     if settings.votes:
         return _vote_scene(frame, index, intensity, settings, rng)
     raw = to_ego(frame.points, frame.to_ego)
@@ -217,29 +189,67 @@ def make_scene(
 
 
 def _distillation_scene(
-    frame: Frame, index: int, intensity: tuple[float, float], settings: SceneSettings, rng: np.random.Generator
+    frames: Sequence[Frame],
+    index: int,
+    intensity: tuple[float, float],
+    settings: SceneSettings,
+    rng: np.random.Generator,
 ) -> SceneView:
-    size = frame.image_shape or (None if frame.image is None else frame.image.shape[:2])
-    if size is None or frame.pixels is None or frame.visible is None:
-        raise BadFrameError(f"{frame.name}: distillation needs an image, and the frame has none")
-    kept = one_a_voxel(frame, settings.voxel_size, rng)
-    kept = kept[frame.visible[kept]]
+    """A scene of what the cameras of one scan see; `frames` differ in camera, image and, prepared, in points."""
+    frame, sizes = frames[0], []
+    for each in frames:
+        size = each.image_shape or (None if each.image is None else each.image.shape[:2])
+        if size is None or each.pixels is None or each.visible is None:
+            raise BadFrameError(f"{each.name}: distillation needs an image, and the frame has none")
+        sizes.append(size)
+    points, pixels, visible = (
+        np.concatenate([getattr(f, key) for f in frames]) for key in ("points", "pixels", "visible")
+    )
+    if settings.views == 1:
+        kept = one_a_voxel(frame, settings.voxel_size, rng)
+        kept = kept[visible[kept]][:, None]
+    else:
+        rows = np.flatnonzero(visible)
+        kept = pairs_a_voxel(points[rows], settings.voxel_size, settings.pairs, rng) if len(rows) else rows[:, None]
+        kept = np.where(kept < 0, -1, rows[kept])
     if len(kept) == 0:
         raise BadFrameError(f"{frame.name}: no point of the scan projects into the image; check the calibration")
-    kept = kept[limit(frame.points[kept], settings.max_points, rng)]
-    xyz = to_ego(frame.points[kept], frame.to_ego)
+    kept = kept[limit(points[kept[:, 0]], settings.max_points, rng)]
+    xyz = to_ego(points[kept[:, 0]], frame.to_ego)
     if settings.augmentation != "none":
         xyz = augment(xyz, rng)
     cut = in_view(xyz, settings.needs)
     xyz, kept = xyz[cut], kept[cut]
-    feats = make_features(xyz, frame.points[kept, 3], intensity)
-    ratio = np.array(settings.image_size) / np.array(size)
-    pixels = np.floor(np.floor(frame.pixels[kept]) * ratio).astype(np.int32)  # the published readers floor first
-    image = None
-    if frame.image is not None:
-        image = resize_image(frame.image, settings.image_size, antialias=settings.antialias, dtype=settings.image_dtype)
-    scene = _finish(frame.name, index, xyz, feats, settings.needs)
-    return scene._replace(image=image, pixels=pixels, tokens=frame.tokens)
+    feats = make_features(xyz, points[kept[:, 0], 3], intensity)
+    view = np.repeat(np.arange(len(frames), dtype=np.int32), [len(each.points) for each in frames])[kept]  # [n, pairs]
+    ratio = np.array(settings.image_size) / np.array(sizes)
+    places = np.floor(np.floor(pixels[kept]) * ratio[view]).astype(np.int32)  # the published readers floor first
+    name = frame.name if settings.views == 1 else frame.name.rsplit("/", 1)[0]
+    scene = _finish(name, index, xyz, feats, settings.needs)
+    images = [_resized(each, settings) for each in frames]
+    if settings.views == 1:
+        return scene._replace(image=images[0], pixels=places[:, 0], tokens=frame.tokens)
+    scene = scene._replace(pixels=places, views=np.where(kept < 0, -1, view))
+    return scene._replace(image=_slots(images, settings.views), tokens=_token_slots(frames, settings.views))
+
+
+def _resized(frame: Frame, settings: SceneSettings) -> np.ndarray | None:
+    if frame.image is None:
+        return None
+    return resize_image(frame.image, settings.image_size, antialias=settings.antialias, dtype=settings.image_dtype)
+
+
+def _slots(parts: Sequence[np.ndarray | None], number: int) -> np.ndarray | None:
+    """Parts of one shape, stacked and filled up with zeros to [number, ...]; None where there are none."""
+    found = [part for part in parts if part is not None]
+    return np.stack([*found, *[np.zeros_like(found[0])] * (number - len(found))]) if found else None
+
+
+def _token_slots(frames: Sequence[Frame], number: int) -> tuple[Tokens, ...]:
+    """The tokens of each teacher, of all frames."""
+    of_teachers = zip(*(frame.tokens for frame in frames), strict=True)
+    stacked = ([_slots(parts, number) for parts in zip(*tokens, strict=True)] for tokens in of_teachers)
+    return tuple(Tokens(values, scale) for values, scale in stacked if values is not None)
 
 
 def check_classes(frame: Frame, num_classes: int) -> None:

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
+from scalr_jax.data.grids import plane_tables
 from scalr_jax.data.packing import Capacities, pack_shard
-from scalr_jax.data.planes import plane_tables
 from scalr_jax.data.scenes import Batch, SceneView
 from scalr_jax.interop.model import student_of
 from scalr_jax.models.student import Variables

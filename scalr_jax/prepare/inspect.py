@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scalr_jax.data import transforms
+from scalr_jax.data import grids, transforms
 from scalr_jax.data.scan_checks import check_place, ground_height
 from scalr_jax.data.scenes import Dataset, Frame
 from scalr_jax.ops.voxels import count_levels
@@ -94,7 +94,7 @@ def look(dataset: Dataset, index: int, frame: Frame, rng: np.random.Generator) -
         raise BadFrameError(f"{frame.name}: {refused}")
     intensity = frame.points[:, 3].astype(np.float64)
     radius = np.linalg.norm(xyz, axis=1)
-    voxels = transforms.one_a_voxel(frame, VOXEL_SIZE, rng)
+    voxels = grids.one_a_voxel(frame, VOXEL_SIZE, rng)
     some = rng.permutation(len(xyz))[:SAMPLE]
     with_radius = np.column_stack([xyz, radius])
     used = voxels if frame.visible is None or not frame.visible[voxels].any() else voxels[frame.visible[voxels]]

@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure  # not pyplot: a notebook's own plots keep their backend
 from pykdtree.kdtree import KDTree
 
-from scalr_jax.data import transforms
+from scalr_jax.data import grids, transforms
 from scalr_jax.data.scenes import Frame
 from scalr_jax.figures.pictures import plain_text
 from scalr_jax.prepare.summary import Report, Seen
@@ -44,7 +44,7 @@ def draw_over_image(frame: Frame) -> Figure:
     The frame has an image. Distances are in metres from the student's origin.
     """
     assert frame.image is not None and frame.pixels is not None and frame.visible is not None  # noqa: PT018
-    kept = transforms.one_a_voxel(frame, 0.1)
+    kept = grids.one_a_voxel(frame, 0.1)
     kept = kept[frame.visible[kept]]
     rows, columns = frame.image_shape or frame.image.shape[:2]
     pixels = frame.pixels[kept] * (np.array(frame.image.shape[:2]) / (rows, columns))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from scalr_jax.data import transforms
+from scalr_jax.data import grids, transforms
 from scalr_jax.data.readers import files
 from scalr_jax.data.readers.raw import RawDataset
 from scalr_jax.data.readers.scan_inputs import student_points
@@ -98,7 +98,7 @@ class Source:
         scan = reader.frame(number, camera=None)
         if len(scan.points) == 0:
             raise BadFrameError(f"{name}: the scan has no points")
-        voxels, points = transforms.find_voxels(scan.points, self.voxel_size), student_points(scan)
+        voxels, points = grids.find_voxels(scan.points, self.voxel_size), student_points(scan)
         prepared = Prepared(name, [], labelled is not None, [], [], scan.points.dtype.name)
         if prepared.has_scan:
             prepared.examples.append(scan_example(scan, points))

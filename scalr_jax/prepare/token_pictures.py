@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: a notebook's own plots keep their backend
 
-from scalr_jax.data import transforms
+from scalr_jax.data.grids import one_a_voxel
 from scalr_jax.data.readers.files import format_table
 from scalr_jax.data.scenes import RANDOM, Dataset, Frame
 from scalr_jax.data.tokens.dataset import images_of
@@ -94,7 +94,7 @@ def draw_tokens(name: str, frame: Frame, grid: np.ndarray, fitted: ColorAxes) ->
     extent = (-half[0], width - 1 + half[0], height - 1 + half[1], -half[1])
     panels[1].imshow(colors, alpha=0.6, extent=extent, interpolation="nearest")
     panels[2].imshow(dimmed, cmap="gray", vmin=0, vmax=255)
-    kept = transforms.one_a_voxel(frame, 0.1)
+    kept = one_a_voxel(frame, 0.1)
     kept = kept[frame.visible[kept]]
     pixels = np.floor(frame.pixels[kept] * (np.array([height, width]) / (frame.image_shape or (height, width))))
     sampled = sample_tokens(grid[None], np.zeros(len(kept), np.int32), pixels.astype(np.int32), (height, width))

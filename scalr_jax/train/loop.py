@@ -22,7 +22,7 @@ import optax
 from jax.sharding import Mesh
 
 from scalr_jax.config import TrainSettings
-from scalr_jax.data.build import check_labels, make_mixing, scene_settings
+from scalr_jax.data.build import check_labels, make_mixing, scene_settings, with_views
 from scalr_jax.data.packing import Capacities, choose_capacities
 from scalr_jax.data.pipeline import Pipeline, Step, prefetch
 from scalr_jax.data.scenes import Batch, Dataset, FinishedScenes, SceneView
@@ -147,6 +147,8 @@ def _make_pipeline(
 ) -> Pipeline:
     """The training scenes of this process's shards."""
     scenes = scene_settings(settings.data, task.student.needs, task=task.scene_task, train=True, fixed=task.fixed)
+    if task.scene_task == "distill" and not isinstance(dataset, FinishedScenes):
+        scenes = with_views(scenes, settings.data, dataset)
     if task.num_classes and not isinstance(dataset, FinishedScenes):
         scenes = dataclasses.replace(scenes, mixing=make_mixing(settings.data, dataset, workdir / "instances"))
     shards: dict = {"num_shards": mesh.size, "shards": sharding.local_shards(mesh)}

@@ -76,7 +76,8 @@ def targets(sources: Sequence[Source], teachers: Sequence[Teacher], batch: Batch
 
 
 def features(source: Source, teacher: Teacher, batch: Batch[Array]) -> Array:
-    """The teacher's feature of each point's pixel: float32 [D, P, C_teacher], zero for padded points.
+    """The teacher's feature of each point's pixel, of several views that see it their mean: float32 [D, P, C_teacher],
+    zero for padded points.
 
     Samples the token grid; the upsampled map of the published code is never made. A normalisation is affine, and a
     sample a mean of four tokens, so that it is the tokens that are normalised, of which there are fewer.
@@ -87,10 +88,16 @@ def features(source: Source, teacher: Teacher, batch: Batch[Array]) -> Array:
         grid = grid if teacher.normalization is None else teacher.normalization(grid)
     else:
         assert batch.images is not None
-        grid = tokens_of_images(source, teacher, batch.images.reshape(-1, *batch.images.shape[2:]))
-        grid = grid.reshape(*batch.images.shape[:2], *grid.shape[1:])
+        grid = tokens_of_images(source, teacher, batch.images.reshape(-1, *batch.images.shape[-3:]))
+        grid = grid.reshape(*batch.images.shape[:-3], *grid.shape[1:])
     sample = jax.vmap(lambda g, s, p: sample_tokens(g, s, p, source.image_size))
-    return jax.lax.stop_gradient(sample(grid, batch.scene, batch.pixels))
+    if batch.views is None:
+        return jax.lax.stop_gradient(sample(grid, batch.scene, batch.pixels))
+    grid = grid.reshape(len(grid), -1, *grid.shape[-3:])  # [D, S * V, th, tw, C]
+    assert batch.pixels is not None
+    total = sum(sample(grid, batch.views[..., r], batch.pixels[..., r, :]) for r in range(batch.views.shape[-1]))
+    number = jnp.sum(batch.views < grid.shape[1], axis=-1, keepdims=True)  # pairs of a point
+    return jax.lax.stop_gradient(total / jnp.maximum(number, 1))
 
 
 def unmeasured(source: Source, params: dict | None = None) -> Teacher:

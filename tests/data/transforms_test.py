@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalr_jax.data import transforms
-from scalr_jax.data.planes import make_plane
+from scalr_jax.data import grids, transforms
+from scalr_jax.data.grids import make_plane
 from scalr_jax.data.readers.pandaset import PandaSet
 from scalr_jax.data.scenes import PLANE_AXES, Frame, SceneNeeds
 from scalr_jax.data.whole_scan import check_points, whole_scan
@@ -20,7 +20,7 @@ GRIDS = ((256, 256), (256, 32), (256, 32))
 
 def test_published_transforms(golden):
     arrays = golden("transforms")
-    voxelized = arrays["points"][transforms.voxelize(arrays["points"], 0.1)]
+    voxelized = arrays["points"][grids.voxelize(arrays["points"], 0.1)]
     np.testing.assert_array_equal(voxelized, arrays["voxelized"])
     cropped = arrays["cropped"]
     limited = cropped[transforms.limit(cropped, 3000)]
@@ -44,13 +44,13 @@ def voxels_by_row(points, size):
 def test_voxelize_keeps_the_first_point_of_each_voxel_in_lexicographic_order(points):
     voxels = voxels_by_row(points, 0.5)
     _, first = np.unique(voxels, axis=0, return_index=True)
-    np.testing.assert_array_equal(transforms.voxelize(points, 0.5), first)
+    np.testing.assert_array_equal(grids.voxelize(points, 0.5), first)
 
 
 @settings(max_examples=30, deadline=None)
 @given(clouds, st.integers(0, 100))
 def test_random_voxelize_keeps_one_point_of_each_voxel(points, seed):
-    kept = transforms.voxelize(points, 0.5, np.random.default_rng(seed))
+    kept = grids.voxelize(points, 0.5, np.random.default_rng(seed))
     voxels = voxels_by_row(points, 0.5)
     np.testing.assert_array_equal(voxels[kept], np.unique(voxels, axis=0))
 
@@ -254,10 +254,10 @@ def test_a_real_pandaset_frame_is_evaluated_as_it_is_predicted():
     np.testing.assert_allclose(predicted.feats, scene.feats, rtol=1e-6, atol=1e-6)  # intensities, from float64
     np.testing.assert_array_equal(nearest, scene.upsample)
     in_doubles = source.points[:, :3] @ source.to_ego[:3, :3].T + source.to_ego[:3, 3]  # as published
-    published = transforms.voxelize(in_doubles, 0.1)
-    kept = transforms.voxelize(transforms.to_ego(source.points, source.to_ego), 0.1)
+    published = grids.voxelize(in_doubles, 0.1)
+    kept = grids.voxelize(transforms.to_ego(source.points, source.to_ego), 0.1)
     assert len(np.setxor1d(published, kept)) < 1e-4 * len(kept)  # points on an edge, rounded to float32
-    world = transforms.voxelize(source.points, 0.1)
+    world = grids.voxelize(source.points, 0.1)
     assert len(np.setxor1d(published, world)) > 0.1 * len(kept)
 
 
@@ -284,10 +284,10 @@ def test_voxels_are_those_of_a_plain_search(num_points, seed, far):
     points[: num_points // 7] *= far
     rows = np.floor((points[:, :3] - points[:, :3].min(axis=0)) / 0.1)  # as published: the unique rows
     _, first, voxel = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-    np.testing.assert_array_equal(transforms.voxelize(points, 0.1), first)
-    voxels = transforms.find_voxels(points, 0.1)
+    np.testing.assert_array_equal(grids.voxelize(points, 0.1), first)
+    voxels = grids.find_voxels(points, 0.1)
     np.testing.assert_array_equal(np.diff(voxels.start), np.bincount(voxel.ravel()))
-    drawn = transforms.draw_voxels(voxels, rng)
+    drawn = grids.draw_voxels(voxels, rng)
     np.testing.assert_array_equal(voxel.ravel()[drawn], np.arange(len(first)))  # one of each voxel, in order
 
 

@@ -13,8 +13,8 @@ import scalr_jax
 from scalr_jax import tasks
 from scalr_jax.compile import abstract
 from scalr_jax.data import packing
+from scalr_jax.data.grids import cell_position
 from scalr_jax.data.pipeline import Pipeline
-from scalr_jax.data.planes import cell_position
 from scalr_jax.data.scenes import SceneNeeds
 from scalr_jax.export.run import export_model
 from scalr_jax.models import minkunet

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalr_jax.data.planes import plane_tables
+from scalr_jax.data.grids import plane_tables
 from scalr_jax.models.layers import normalize
 from scalr_jax.models.waffleiron import flatten_normalized
 from scalr_jax.ops import cell_conv, cells

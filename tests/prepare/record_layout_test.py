@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from scalr_jax.data import transforms
+from scalr_jax.data import grids, transforms
 from scalr_jax.data.readers.nuscenes import NuScenes
 from scalr_jax.data.readers.pandaset import PandaSet
 from scalr_jax.data.readers.records import Records, parse_example
@@ -134,9 +134,9 @@ def test_a_view_holds_the_voxels_that_its_camera_sees_and_no_others():
     points = np.concatenate([rng.uniform(0, 1, (400, 3)), rng.uniform(0, 255, (400, 1))], axis=1).astype(np.float32)
     visible = points[:, 0] > 0.55
     frame = Frame("a", points, np.eye(4), np.zeros((8, 8, 3), np.uint8), points[:, :2].astype(float), visible)
-    voxels = transforms.find_voxels(points, 0.1)
+    voxels = grids.find_voxels(points, 0.1)
     example = record_source.view_example(frame, points, voxels, "c", (b"", (8, 8)))
-    keys = transforms.voxel_keys(points, 0.1)
+    keys = grids.voxel_keys(points, 0.1)
     wanted = sorted(np.flatnonzero(np.isin(keys, keys[visible])), key=lambda i: (keys[i], i))
     np.testing.assert_array_equal(np.frombuffer(example["points"], "f4").reshape(-1, 4), points[wanted])
     np.testing.assert_array_equal(np.frombuffer(example["visible"], bool), visible[wanted])

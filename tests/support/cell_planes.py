@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scalr_jax.data.grids import plane_tables
 from scalr_jax.data.packing import Capacities, pack_shard
-from scalr_jax.data.planes import plane_tables
 from scalr_jax.data.scenes import SceneView
 from scalr_jax.ops import cell_conv, cells
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from scalr_jax.data.grids import make_plane
 from scalr_jax.data.packing import Capacities, add, pack_shard, sizes
-from scalr_jax.data.planes import make_plane
 from scalr_jax.data.scenes import PLANE_AXES, SceneView
 from scalr_jax.data.transforms import find_neighbors, make_features
 

@@ -69,6 +69,20 @@ def test_a_pack_has_the_stored_tokens_of_its_scenes(tiny):
     assert empty.tokens[0].values.shape == tokens.shape
 
 
+def test_several_views_have_the_tokens_of_their_cameras_beside_or_without_images(tiny):
+    settings = dataclasses.replace(SHUFFLED, views=3)
+    for images in (False, True):
+        dataset = WithTokens(opened(tiny, "raw"), TokenStore(tiny[3]), TokenStore(tiny[3]), images=images)
+        scene = Pipeline(dataset, settings, seed=3).order()[0]
+        assert (scene.image is not None) == images
+        names = [name for camera in dataset.cameras if (name := f"{scene.name}/{camera}") in tiny[2]]
+        expected = np.stack([to_bfloat16(tiny[2][name]) for name in names])
+        assert len(names) == 3
+        for tokens in scene.tokens:
+            np.testing.assert_array_equal(tokens.values, expected)
+        assert len(scene.tokens) == 2
+
+
 def test_of_a_joined_dataset_the_weights_stay(tiny):
     config = make_config(tiny[1].parent, dataset="pandaset", sensors=("pandar64",), weights=(1.0,))
     from scalr_jax.settings import read_settings
