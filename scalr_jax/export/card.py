@@ -95,6 +95,20 @@ def write_card(folder: Path, card: Mapping, student: Student, *, name: str) -> N
     content = {"export": VERSION, "made_with": versions, **card}
     write_json(folder / "config.json", content)
     (folder / "README.md").write_text(readme(content, student, name))
+    (folder / "run.py").write_text(code_of(card["settings"]["format"], student))
+
+
+def has_loader(form: str, student: Student) -> bool:
+    """Whether an export is run by `torch_loader.py`: the weights of a WaffleIron for PyTorch."""
+    return form == "torch" and len(student.needs.grids) > 0
+
+
+def code_of(form: str, student: Student) -> str:
+    """The program run.py that lies in an exported folder, and runs it from wherever it is called."""
+    if has_loader(form, student):
+        lines = Path(__file__).with_name("torch_loader.py").read_text().splitlines()
+        return "\n".join(line.split("  # noqa")[0].split("  # pyright")[0] for line in lines) + "\n"
+    return CODE.get(form, CODE["weights"])
 
 
 def readme(content: Mapping, student: Student, name: str) -> str:
@@ -125,7 +139,9 @@ def readme(content: Mapping, student: Student, name: str) -> str:
     ]  # fmt: skip
     table = "\n".join(f"| {name} | {str(value).replace('|', '/')} |" for name, value in rows)
     outputs = ", ".join(name for name in ("features", HEADS.get(head)) if name)
-    usage = USAGE[form].replace("{outputs}", outputs).replace("FOLDER", name)
+    block = f"\n\n```python\n{code_of(form, student)}```\n"
+    loader = LOADER if has_loader(form, student) else f"{' scan.bin`:' if form == 'torch' else ''}{block}"
+    usage = (USAGE[form] + loader + MORE.get(form, "")).replace("{outputs}", outputs).replace("FOLDER", name)
     parts = [f"# A lidar student, as {form}", usage]
     parts += [f"| | |\n| --- | --- |\n{table}"]
     if content["results"]:
@@ -173,71 +189,79 @@ def _training_text(training: Mapping | None) -> str:
     return f"{training['task']} on {data['dataset']} ({names}), split {data['split']}, {training['num_steps']} steps"
 
 
-_READ = """```python
+_COMPARE = """for name, rows in outputs.items():
+    expected = example[f"output/{name}"]
+    print(name, rows.shape, f"largest difference {np.abs(rows[: len(expected)] - expected).max():.1e}")
+"""
+_EXAMPLE = """folder = Path(__file__).resolve().parent
+example = dict(np.load(folder / "example.npz"))
+inputs = {name: array for name, array in example.items() if not name.startswith("output/")}
+"""
+CODE = {
+    "weights": """import sys
+from pathlib import Path
+
+import numpy as np
 import scalr_jax
 
-model = scalr_jax.load("FOLDER")            # with its settings
-features = model.embed(points)              # points [N, 4]: x, y, z in metres, raw intensity
-```"""
+model = scalr_jax.load(Path(__file__).resolve().parent)  # with its settings
+points = np.fromfile(sys.argv[1], np.float32).reshape(-1, 4)  # a scan: x, y, z in metres, raw intensity
+features = model.embed(points)
+print(features.shape)
+""",
+    "stablehlo": f"""from pathlib import Path
 
-_PREPROCESSING = """`example.npz` holds inputs and the model's outputs for them ("output/..."). For points of one's own,
-with this package's preprocessing, which is NumPy:
+import jax
+import jax.export
+import numpy as np
+
+{_EXAMPLE}program = jax.export.deserialize(bytearray((folder / "{FILES["stablehlo"]}").read_bytes()))
+weights = dict(np.load(folder / "weights.npz"))
+outputs = jax.jit(program.call)(weights, inputs)
+{_COMPARE}""",
+    "onnx": f"""from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+{_EXAMPLE}session = onnxruntime.InferenceSession(folder / "{FILES["onnx"]}")
+names = [output.name for output in session.get_outputs()]
+outputs = dict(zip(names, session.run(names, inputs)))
+{_COMPARE}""",
+}
+_LOAD = """In JAX, from any folder, `python FOLDER/run.py scan.bin`:"""
+USAGE = {
+    "torch": f"""`{FILES["torch"]}` has the published layout, names and shapes (ScaLR, ScaLR+, WaffleIron, VaViT): a
+strict `load_state_dict` of `torch.load("FOLDER/{FILES["torch"]}", weights_only=True)` takes it, and so does
+`scalr_jax.load("FOLDER")`. From any folder, `python FOLDER/run.py""",
+    "safetensors": f"""`{FILES["safetensors"]}` has the names and shapes of the published PyTorch layout. {_LOAD}""",
+    "orbax": f"""`{FILES["orbax"]}/` is an Orbax checkpoint of the parameters and running statistics alone:
+`orbax.checkpoint.v1.load("FOLDER/{FILES["orbax"]}")`. {_LOAD}""",
+    "stablehlo": f"""`{FILES["stablehlo"]}` is a versioned StableHLO program for CPU, CUDA and TPU, `weights.npz` its
+weights. It needs JAX (the one that made it, or a later one), flatbuffers (which `jax.export` reads files with) and
+NumPy, and none of this package's model code. From any folder, `python FOLDER/run.py` (outputs: {{outputs}}):""",
+    "onnx": f"""`{FILES["onnx"]}` runs in onnxruntime 1.20 and newer; the number of points is free. From any folder,
+`python FOLDER/run.py` (outputs: {{outputs}}):""",
+}
+LOADER = """` runs it on `example.npz` with
+PyTorch and NumPy alone: `run.py` holds the whole network, `student(feats, neighbors, cells)`. """
+_PREPROCESSING = """
+For points of one's own, with this package's preprocessing, which is NumPy:
 
 ```python
 import json
-from scalr_jax.export.inputs import make_inputs, pad_inputs   # imports no JAX
+from scalr_jax.export.inputs import make_inputs, pad_inputs  # imports no JAX
 
-settings = json.loads(Path("FOLDER/config.json").read_text())["settings"]
-inputs, nearest = make_inputs(points, settings)   # points [N, 4]: x, y, z in metres, raw intensity
+settings = json.loads((folder / "config.json").read_text())["settings"]
+inputs, nearest = make_inputs(points, settings)  # points [N, 4]: x, y, z in metres, raw intensity
 ```
 
 `nearest` [N] says which row of an output each point gets (-1: none). The docstring of `scalr_jax/export/inputs.py`
 lists every input, so that the preprocessing can be written in another language."""
-
-_INPUTS = 'inputs = {k: v for k, v in np.load("FOLDER/example.npz").items() if not k.startswith("output/")}'
-
-USAGE = {
-    "torch": f"""`{FILES["torch"]}` has the published layout, names and shapes (ScaLR, ScaLR+, WaffleIron, VaViT): a
-strict `load_state_dict` of `torch.load("{FILES["torch"]}", weights_only=True)` takes it. In JAX:
-
-{_READ}""",
-    "safetensors": f"""`{FILES["safetensors"]}` has the names and shapes of the published PyTorch layout. In JAX:
-
-{_READ}""",
-    "orbax": f"""`{FILES["orbax"]}/` is an Orbax checkpoint of the parameters and running statistics alone:
-`orbax.checkpoint.v1.load("FOLDER/{FILES["orbax"]}")`. With its settings:
-
-{_READ}""",
-    "stablehlo": f"""`{FILES["stablehlo"]}` is a versioned StableHLO program for CPU, CUDA and TPU, `weights.npz` its
-weights. It needs JAX (the one that made it, or a later one), flatbuffers (which `jax.export` reads files with) and
-NumPy, and none of this package's model code:
-
-```python
-from pathlib import Path
-import jax, jax.export
-import numpy as np
-
-program = jax.export.deserialize(bytearray(Path("FOLDER/{FILES["stablehlo"]}").read_bytes()))
-weights = dict(np.load("FOLDER/weights.npz"))
-{_INPUTS}
-outputs = jax.jit(program.call)(weights, inputs)   # {{outputs}}
-```
-
+MORE = {
+    "stablehlo": f"""
 Any number of points runs, and each is compiled once: `pad_inputs(inputs, settings)` rounds it up to a short list, and
 the first N rows of an output are then the points'. Matrix products have the platform's default precision.
-
 {_PREPROCESSING}""",
-    "onnx": f"""`{FILES["onnx"]}` runs in onnxruntime 1.20 and newer; the number of points is free:
-
-```python
-from pathlib import Path
-import numpy as np
-import onnxruntime
-
-session = onnxruntime.InferenceSession("FOLDER/{FILES["onnx"]}")
-{_INPUTS}
-outputs = session.run(None, inputs)   # {{outputs}}
-```
-
-{_PREPROCESSING}""",
+    "onnx": _PREPROCESSING,
 }

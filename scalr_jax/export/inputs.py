@@ -19,6 +19,8 @@ H halo cells and Q partial sums. Index -1 reads a zero row.
     levels_p         [7] int64       where each of its six levels begins, and Q (onnx)
     roots_p          [M] int32       which of its sums is the cell's (onnx)
 
+PyTorch's loader (torch) reads feats, neighbors and cell_p, there row * columns + column in the plane's grid.
+
 A VaViT's are feats and neighbors, with N points sorted by floor(x / size), then floor(y / size), and for T occupied
 pillars of `size` metres:
 
@@ -79,7 +81,7 @@ def needs_of(settings: Mapping) -> SceneNeeds:
 
 
 def scene_inputs(scene: SceneView, needs: SceneNeeds, form: str) -> dict[str, np.ndarray]:
-    """The inputs of an "onnx" or "stablehlo" program, of a prepared scene."""
+    """The inputs of an "onnx" or "stablehlo" program, or of a WaffleIron's `torch_loader`, of a prepared scene."""
     if scene.voxels is not None and needs.voxel_size is not None:
         coordinates = scene.voxels.coordinates
         tables = voxel_tables(coordinates, extent_of(needs.field_of_view, needs.voxel_size))
@@ -92,6 +94,9 @@ def scene_inputs(scene: SceneView, needs: SceneNeeds, form: str) -> dict[str, np
             inputs |= {"maxima": np.where(sums < 0, sums[:, :1], sums), "levels": levels, "roots": roots}
         return inputs
     for name, plane in zip(PLANES, scene.planes, strict=True):
+        if form == "torch":
+            inputs[f"cell_{name}"] = plane.position[plane.cell]
+            continue
         count = np.bincount(plane.cell, minlength=len(plane.position))
         inputs[f"cell_{name}"] = plane.cell
         inputs[f"inverse_count_{name}"] = (1.0 / (count + 1e-6)).astype(np.float32)  # + 1e-6 as published

@@ -139,6 +139,7 @@ def export_model(
             write_weights(folder, form, student, variables)
         else:
             _write_program(folder, form, student, settings, variables)
+        if form not in READABLE or export_card.has_loader(form, student):
             save_example(folder / "example.npz", _inputs(form, scene, settings), wanted)
         if source is not None and settings["head"] == "distill":
             export_card.copy_statistics(source, folder)

@@ -300,32 +300,64 @@ def test_a_published_file_names_no_licence_that_it_does_not_know(tmp_path):
     assert "mean 18.7" in (tmp_path / "a" / "README.md").read_text()
 
 
-def code_of(readme):
-    """The first block of Python of a card."""
-    return present(re.search(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)).group(1)
+def run_elsewhere(folder, *arguments, banned=(), check="", cwd="/"):
+    """Runs run.py of an exported folder in a process of another folder, where imports of `banned` fail."""
+    code = "import runpy, sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in banned)
+    code += f"sys.argv = ['run.py', *{list(map(str, arguments))}]\n"
+    code += f"globals().update(runpy.run_path({str(folder / 'run.py')!r}))\n{check}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "banned"), [("stablehlo", ("scalr_jax", "flax", "onnx")), ("onnx", ("scalr_jax", "jax"))]
 )
-def test_the_lines_of_a_card_run_without_this_package(models, tmp_path, form, banned):
+def test_a_program_runs_from_any_folder_without_this_package(models, tmp_path, form, banned):
     """In a process where its imports fail; the outputs are those of the example that lies beside the program."""
     export.export_model(models["distilled"], form, tmp_path / "exported")
-    block = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in banned)
     check = (
-        'example = np.load("exported/example.npz")\n'
-        'names = ["features", "distilled"]\n'
-        "rows = [outputs[n] for n in names] if isinstance(outputs, dict) else outputs\n"
-        "for name, row in zip(names, rows):\n"
+        'for name in ("features", "distilled"):\n'
+        "    row = outputs[name]\n"
         '    wanted = example["output/" + name]\n'
         "    assert np.abs(wanted).max() > 0.5\n"
         "    np.testing.assert_allclose(np.asarray(row)[: len(wanted)], wanted, rtol=1e-4, atol=1e-4)\n"
     )
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    code = block + code_of(tmp_path / "exported" / "README.md") + check
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_elsewhere(tmp_path / "exported", banned=banned, check=check)
+    assert (tmp_path / "exported" / "run.py").read_text() in (tmp_path / "exported" / "README.md").read_text()
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["distilled", "waffleiron"])
+def test_weights_for_pytorch_bring_their_network(models, tmp_path, name):
+    """In at most 70 lines, with PyTorch and NumPy alone."""
+    pytest.importorskip("torch", reason="needs the torch extra: pip install 'scalr_jax[torch]'")
+    folder = tmp_path / "exported"
+    export.export_model(models[name], "torch", folder)
+    head = "distilled" if name == "distilled" else "logits"
+    check = f"for found, name in ((features, 'features'), (rows, '{head}')):\n"
+    check += "    expected = example['output/' + name]\n    assert expected.abs().max() > 0.5\n"
+    check += "    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)\n"
+    run_elsewhere(folder, banned=("scalr_jax", "jax"), check=check)
+    lines = [line for line in (folder / "run.py").read_text().splitlines() if line.strip()]
+    assert len(lines) <= 70
+    inputs, nearest = make_inputs(scan(), json.loads((folder / "config.json").read_text())["settings"])
+    assert set(inputs) == {"feats", "neighbors", "cell_xy", "cell_xz", "cell_yz"}
+    assert nearest.max() == len(inputs["feats"]) - 1
+
+
+@pytest.mark.slow
+def test_weights_are_read_from_any_folder(models, tmp_path):
+    export.export_model(models["probed"], "safetensors", tmp_path / "exported")
+    points = scan()
+    points.tofile(tmp_path / "scan.bin")
+    check = f"assert abs(features - np.load({str(tmp_path / 'wanted.npy')!r})).max() < 1e-4\n"
+    np.save(tmp_path / "wanted.npy", models["probed"].embed(points))
+    path = {"check": check, "cwd": Path(__file__).parents[2]}  # where the package is, when it is not installed
+    run_elsewhere(tmp_path / "exported", tmp_path / "scan.bin", **path)
 
 
 def test_preprocessing_needs_no_jax():
