@@ -32,6 +32,7 @@ INTERPOLATIONS = ("auto", "dinov2", "size", "antialias")
 DTYPES = ("auto", "float32", "bfloat16")
 USES = ("camera", "lidar", "radar", "map", "external")
 TABLE: Any = {"low": 1, "high": 2**29, "resume": True}  # of sizes of tables
+SHARES: dict = {"above": 0, "below": 1, "resume": True}
 Config = Any  # a ConfigDict: its attributes have no static types
 Point = tuple[float, float, float]
 Grid = tuple[int, int]
@@ -48,7 +49,7 @@ class RunSettings:
     checkpoint_every_steps: int = key(500, "steps between two checkpoints", low=1, resume=True)
     keep_checkpoints: int = key(2, "how many of the newest checkpoints are kept", low=1, resume=True)
     keep_every_steps: int = key(0, "besides these, one checkpoint every so many steps; 0: none", low=0, resume=True)
-    deterministic: bool = key(False, "GPU: only operations that give the same result every time (slower)")
+    deterministic: bool = key(False, "GPU: a training step gives the same bits every time (docs/design.md)")
     profile: tuple[int, ...] = key((), "(START, STOP): an XProf trace of these steps, in WORKDIR/profile", resume=True)
     wandb: str = key("", "project of Weights & Biases that gets the metrics too", resume=True)
     checkpoint: str = key("", "probe, finetune, evaluate, robustness: a workdir or a published file to start from")
@@ -96,6 +97,7 @@ class DataSettings:
     voxels_per_shard: tuple[int, ...] = key((), "minkunet: voxels, a level; (): likewise", **TABLE)
     pairs_per_shard: tuple[int, ...] = key((), "minkunet: neighbours, a level; (): likewise", **TABLE)
     pillars_per_shard: tuple[int, ...] = key((), "vavit: occupied pillars, one number; (): likewise", **TABLE)
+    buckets: tuple[float, ...] = key((), "smaller packs, as shares of these; a step takes the least", **SHARES)
     num_workers: int = key(2, "data workers of each process", low=0, high=1024, resume=True, local=True)
     prefetch: int = key(2, "packs made ahead", low=0, high=1024, resume=True, local=True)
 

@@ -107,9 +107,6 @@ def _main() -> None:
         if PROFILE.value is not None:
             CONFIG.value.profile = _profile(PROFILE.value)
         settings = read_settings(CONFIG.value)
-    if settings.run.deterministic:
-        flags_before = os.environ.get("XLA_FLAGS", "")  # XLA reads them when the first device is used
-        os.environ["XLA_FLAGS"] = f"{flags_before} --xla_gpu_deterministic_ops=true".strip()
     if settings.run.task == "demo":  # a busy laptop needs no alarm that "Very slow compile?" may be a bug of XLA
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax

@@ -128,6 +128,8 @@ def _data_problems(settings: Settings) -> Iterator[str]:
     mixed, features = data.polarmix or data.cutmix or data.pillarmix, settings.probe.features
     if mixed and task == "probe" and features != "augmented":
         yield f"data.polarmix, data.cutmix, data.pillarmix with probe.features = {features!r} (use 'augmented')"
+    if len(data.buckets) > 3:
+        yield f"data.buckets = {data.buckets} (expected: at most 3 shares, as for each the step is compiled)"
     if 0 < data.pillarmix < 0.05:
         yield f"data.pillarmix = {data.pillarmix} (expected: 0, or at least 0.05 metres)"
 

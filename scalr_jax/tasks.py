@@ -98,7 +98,9 @@ def distillation(settings: Settings, given: Sequence[tuple[ViTConfig, dict] | in
         arrays.append(unmeasured(sources[-1], params))
     widths = tuple(source.width for source in sources)
     student = student_of(settings, "distill", sum(widths)).clone(teacher_widths=widths if len(widths) > 1 else ())
-    options = {"sources": tuple(sources), "teacher_dropping": settings.loss.teacher_dropping, **step_options(settings)}
+    run, options = settings.run, {"sources": tuple(sources), **step_options(settings)}
+    options |= {"lines": (run.log_every_steps, run.checkpoint_every_steps, run.num_steps)}
+    options |= {"teacher_dropping": settings.loss.teacher_dropping}
     step = partial(steps.make_distill_step, student, **options)
     return Task("distill", "distill", student, None, step, tuple(arrays), sources=tuple(sources))
 

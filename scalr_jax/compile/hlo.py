@@ -150,6 +150,8 @@ def walk(program: Program) -> Iterator[tuple[Computation, Instruction, int]]:
         for instruction in computation.instructions.values():
             yield computation, instruction, times
             trips = trip_count(program, computation, instruction) if instruction.opcode == "while" else 1
+            if instruction.opcode == "conditional" and "seldom/" in instruction.source:
+                continue  # not of an ordinary step
             for inner in called(instruction, *CONTROL.get(instruction.opcode, ())):
                 yield from visit(inner, times * trips)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -80,6 +81,31 @@ def largest(a: Capacities, b: Capacities) -> Capacities:
 def flat(sizes: Capacities) -> np.ndarray:
     """Points and the sizes of all tables, but not the number of scenes."""
     return np.concatenate([[sizes.points], *sizes[2:]])
+
+
+def in_buckets(capacities: Capacities, shares: Sequence[float]) -> list[Capacities]:
+    """What a step may have, from the smallest: `shares` of each size but the scenes, in multiples of 128, and all."""
+
+    def part(share: float) -> Capacities:
+        points, *tables = (
+            tuple(min(size, 128 * math.ceil(share * size / 128)) for size in table)
+            for table in ((capacities.points,), *capacities[2:])
+        )
+        return Capacities(points[0], capacities.scenes, *tables)
+
+    return [*map(part, sorted(shares)), capacities]
+
+
+def bucket_of(packs: Sequence[Pack], rooms: Sequence[Capacities]) -> int:
+    """The first of `rooms` that holds each of the packs; the last one does."""
+    nothing = nothing_of(rooms[-1])
+    needs = [functools.reduce(add, map(sizes, pack.scenes), nothing) for pack in packs]
+    return next(k for k, room in enumerate(rooms) if not overflow(functools.reduce(largest, needs), room))
+
+
+def nothing_of(capacities: Capacities) -> Capacities:
+    """What a pack without a scene needs."""
+    return Capacities(0, 0, *((0,) * len(table) for table in capacities[2:]))
 
 
 def overflow(need: Capacities, capacities: Capacities) -> list[str]:
@@ -193,7 +219,7 @@ def pack_stream(
 
     Raises `InputError` for a scene (or, with `exactly`, a group of scenes) that does not fit, naming what to raise.
     """
-    empty = Capacities(0, 0, *((0,) * len(table) for table in capacities[2:]))
+    empty = nothing_of(capacities)
     waiting: list[SceneView] = []
     end = 0
     while True:

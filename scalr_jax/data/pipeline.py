@@ -47,6 +47,7 @@ class Step(NamedTuple):
     num_scenes: int
     bad_frames: int  # distinct bad frames met so far on this process
     scenes: tuple[tuple[SceneView, ...], ...]  # per shard, for evaluation
+    bucket: int = 0  # which of `packing.in_buckets` the batch has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,16 +252,28 @@ class Pipeline:
 
     def empty_batch(self, capacities: packing.Capacities, template: SceneView) -> Batch:
         """Arrays of the right shapes and dtypes, all padding."""
-        empty = packing.pack_shard((), capacities, template, self.settings.needs.grids)
-        return packing.stack_shards([empty] * len(self.shards))
+        return self.batch([()] * len(self.shards), capacities, template)
+
+    def batch(
+        self, scenes: Sequence[Sequence[SceneView]], capacities: packing.Capacities, template: SceneView
+    ) -> Batch:
+        """The scenes of each local shard as arrays of these capacities."""
+        grids = self.settings.needs.grids
+        return packing.stack_shards([packing.pack_shard(part, capacities, template, grids) for part in scenes])
 
     def steps(
-        self, capacities: packing.Capacities, template: SceneView, positions: ArrayLike | None = None
+        self,
+        capacities: packing.Capacities,
+        template: SceneView,
+        positions: ArrayLike | None = None,
+        shares: Sequence[float] = (),
     ) -> Iterator[Step]:
         """Batches from `positions` (of a `Step`; default: the beginning) on.
 
-        Ends after the longest stream of an evaluation; other shards, and other processes, then see empty packs.
+        With `shares` a batch has the smallest of `packing.in_buckets` that holds the scenes of this process. Ends after
+        the longest stream of an evaluation; other shards, and other processes, then see empty packs.
         """
+        rooms = packing.in_buckets(capacities, shares)
         positions = self.beginning() if positions is None else np.asarray(positions)
         bad: dict[str, str] = {}
         packed = functools.partial(
@@ -273,9 +286,9 @@ class Pipeline:
         while True:
             packs = [next(stream, packing.Pack((), ())) for stream in streams]
             positions = np.stack(list(map(self._after, self.shards, packs, positions)))
-            arrays = [packing.pack_shard(p.scenes, capacities, template, self.settings.needs.grids) for p in packs]
-            scenes = tuple(pack.scenes for pack in packs)
-            yield Step(packing.stack_shards(arrays), positions, sum(map(len, scenes)), len(bad), scenes)
+            scenes, bucket = tuple(pack.scenes for pack in packs), packing.bucket_of(packs, rooms)
+            arrays = self.batch(scenes, rooms[bucket], template)
+            yield Step(arrays, positions, sum(map(len, scenes)), len(bad), scenes, bucket)
 
     def beginning(self) -> np.ndarray:
         """`Step.positions` before the first step: nothing waits (-1), each stream goes on at its first scene."""

@@ -39,7 +39,7 @@ FLOAT32 = "give --config.probe.cache_dtype=float32"
 AGAIN = "remove the folder, and the features are computed again"
 # Settings that change neither scenes nor features.
 FREE_DATA = ("num_workers", "prefetch", "split", "augmentation")
-FREE_DATA += ("scenes_per_step", *(f"{name}_per_shard" for name in Capacities._fields))
+FREE_DATA += ("scenes_per_step", "buckets", *(f"{name}_per_shard" for name in Capacities._fields))
 FREE_DATA += ("image_size", "antialias", "image_dtype", "scaled_decode")
 FREE_MODEL = ("segmentation_head", "head_hidden", "drop_path", "remat", "num_classes")
 

@@ -35,7 +35,7 @@ from scalr_jax.ops import attention
 from scalr_jax.ops.gated_neighbors import Form, Gate, Norm, gated_max
 from scalr_jax.ops.pillars import pillar_max, to_points
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.sharding import per_shard, platform_of, whole
+from scalr_jax.runtime.sharding import on_gpu, per_shard, platform_of, whole
 
 Array = jax.Array
 
@@ -193,7 +193,7 @@ class VaViT(nn.Module):
             in_axes=nn.broadcast,  # type: ignore[arg-type]
             length=size.depth,
             # On a GPU a scan copies what its layers keep: half as many bytes more (VaViT-B, compiled, 2026-11-28).
-            unroll=size.depth if platform_of(scene) in ("gpu", "cuda") else 1,
+            unroll=size.depth if on_gpu(scene) else 1,
         )
         layers = blocks(size.block, self.dtype, attend, num_scenes, train, name="blocks")
         return layers(x, angles, context, scene)[0]

@@ -26,7 +26,7 @@ from scalr_jax.data.scenes import PLANE_AXES, Batch, SceneNeeds
 from scalr_jax.models.embedding import PointEmbedding
 from scalr_jax.models.layers import LinearWeights, Norm, keep_scenes, linear, normalize, to_rows, torch_uniform
 from scalr_jax.ops import cell_conv, cells, windows
-from scalr_jax.runtime.sharding import per_shard, platform_of
+from scalr_jax.runtime.sharding import by_shard, on_gpu, per_shard, platform_of
 
 Array = jax.Array
 
@@ -241,6 +241,10 @@ class WaffleIron(nn.Module):
         grids = backbone.needs.grids
         if backbone.implementation == "windows":
             planes = tuple(windows.make_windows(plane, grid) for plane, grid in zip(planes, grids, strict=True))
+        elif on_gpu(planes[0].cell):
+            tables = ((plane.cell, plane.order, plane.inverse_count) for plane in planes)
+            orders = [by_shard(cells.summing_order, table) for table in tables]
+            planes = tuple(plane._replace(order=order) for plane, order in zip(planes, orders, strict=True))
         settings = {"backbone": backbone, "dtype": self.dtype, "num_scenes": num_scenes, "train": train}
         num_groups, num_rest = divmod(backbone.depth, len(grids))
         x = x.astype(jnp.float32)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from scalr_jax.runtime.sharding import by_shard, device_kind_of, platform_of
+from scalr_jax.runtime.sharding import by_shard, device_kind_of, on_gpu, platform_of
 
 Array = jax.Array
 
@@ -38,7 +38,7 @@ def dense(q: Array, k: Array, v: Array) -> Array:
 
 def _fused(q: Array, of_batch: Array) -> bool:
     """Whether cuDNN's kernels take `q` where a program that reads `of_batch` will run."""
-    return platform_of(of_batch) in ("gpu", "cuda") and q.dtype in HALF
+    return on_gpu(of_batch) and q.dtype in HALF
 
 
 def packed(q: Array, k: Array, v: Array, counts: Array) -> Array:

@@ -4,10 +4,12 @@
     inflate: points[p] = cells[cell[p]]
 
 Both are linear and (but for the factor) each other's transpose, so both gradients are written with the same two
-primitives: a gather by `cell`, and a sum over runs of points that are sorted by cell. Nothing is accumulated in an
-order that varies, so gradients are deterministic. All functions work on one data shard; the model maps them over D.
+primitives: a gather by `cell`, and a sum over runs of points that are sorted by cell. A CPU and a TPU add up a run from
+its first point on, a GPU as a tree (`ops/runs.py`), so gradients are the same every time on each. All functions work on
+one data shard; the model maps them over D.
 
-`flatten_dense` and `inflate_dense` are the plain reference on the whole H x W grid (WaffleIron, section 3.2).
+`flatten_dense` and `inflate_dense` are the plain reference on the whole H x W grid (WaffleIron, section 3.2), whose
+sums on a GPU have no order.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+
+from scalr_jax.ops.runs import Tree, by_tree, make_tree, sum_tree
 
 Array = jax.Array
 
@@ -27,7 +31,7 @@ class Tables(Protocol):
     def cell(self) -> Array: ...  # [P] int32: row of the point's cell, M for padding
 
     @property
-    def order(self) -> Array: ...  # [P] int32: points sorted by cell
+    def order(self) -> Array | Tree: ...  # [P] int32: points sorted by cell; or `summing_order` of that
 
     @property
     def inverse_count(self) -> Array: ...  # [M] float32
@@ -47,12 +51,20 @@ def take_rows(table: Array, rows: Array) -> Array:
     return jnp.take(table, rows, axis=0, mode="fill", fill_value=0)
 
 
+def summing_order(cell: Array, order: Array, inverse_count: Array) -> Array | Tree:
+    """`order`, or the tree that a GPU needs in its place; of a plane's arrays. To be made once, outside of loops."""
+    return make_tree(cell[order], len(inverse_count), order) if by_tree(cell) else order
+
+
 def sum_runs(points: Array, plane: Tables) -> Array:
     """Sum of `points` [P, C] over each cell's run; accumulates in float32. Returns [M, C] in float32."""
-    num_cells = plane.inverse_count.shape[0]
-    in_order = points[plane.order].astype(jnp.float32)  # [P, C]
-    cell = plane.cell[plane.order]
-    return jax.ops.segment_sum(in_order, cell, num_cells, indices_are_sorted=True)  # padding (cell M) falls off
+    order = plane.order
+    if not isinstance(order, tuple):
+        order = summing_order(plane.cell, order, plane.inverse_count)
+    if isinstance(order, tuple):
+        return sum_tree(points, order)
+    in_order, cell = points[order].astype(jnp.float32), plane.cell[order]  # [P, C], [P]; padding (cell M) falls off
+    return jax.ops.segment_sum(in_order, cell, plane.inverse_count.shape[0], indices_are_sorted=True)
 
 
 def filled(plane: Tables) -> Array:

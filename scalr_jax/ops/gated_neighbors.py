@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from scalr_jax.ops.runs import add_at
 from scalr_jax.runtime.sharding import per_shard
 
 Array = jax.Array
@@ -170,7 +171,7 @@ def _backward(form: Form, saved: tuple, gradients: tuple) -> tuple:
                 d = _differences(u, index)
                 of_d -= multiplier / count * (of_bias + (d - mean) * deviation * of_scale)
             of_d = jnp.where(mask[:, None], of_d, 0.0)
-            return sums.at[index].add(of_d) - of_d.sum(0), None
+            return add_at(sums, index, of_d) - of_d.sum(0), None
 
         index = neighbors.T.reshape(-1, form.at_a_time, neighbors.shape[0])
         return jax.lax.scan(visit, jnp.zeros(u.shape, jnp.float32), (index, of_norm))[0]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from scalr_jax.ops.cells import take_rows
+from scalr_jax.ops.runs import by_tree, make_tree, sum_tree
 
 Array = jax.Array
 
@@ -57,4 +58,6 @@ to_points.defvjp(lambda pillars, cell: (to_points(pillars, cell), (pillars[:, :0
 
 
 def _sum_pillars(points: Array, cell: Array, num_pillars: int) -> Array:
+    if by_tree(cell):
+        return sum_tree(points, make_tree(cell, num_pillars))
     return jax.ops.segment_sum(points.astype(jnp.float32), cell, num_pillars, indices_are_sorted=True)

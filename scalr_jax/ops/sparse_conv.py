@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from scalr_jax.ops import cells
 from scalr_jax.ops.cells import take_rows
+from scalr_jax.ops.runs import Tree
 from scalr_jax.ops.voxels import CENTRE, NEIGHBORS, Sizes
 
 Array = jax.Array
@@ -62,7 +63,7 @@ class Voxels(NamedTuple):
     points, and each point reading its voxel."""
 
     cell: Array  # [P] int32: the finest level's voxel of each point; V for padding
-    order: Array  # [P] int32: points sorted by voxel
+    order: Array | Tree  # [P] int32: points sorted by voxel, or `cells.summing_order` of that
     inverse_count: Array  # [V] float32: 1 / points of a voxel; 0 for unused rows
     levels: tuple[Level, ...]
     missing: Array  # [] int32: voxels and pairs for which there was no room; anything but 0 is an error
@@ -85,7 +86,7 @@ def make_levels(coordinates: Array, scene: Array, sizes: Sequence[Sizes], *, num
         raise ValueError(f"{num_scenes} scenes of {x} x {y} x {z} voxels do not fit 32-bit keys; take larger voxels")
     ijk = jnp.clip(coordinates, 0, jnp.asarray(extent) - 1)
     table, row, order = _unique(scene, ijk, num_scenes, extent, sizes[0].voxels)
-    counts = jax.ops.segment_sum((row[order] < sizes[0].voxels).astype(jnp.float32), row[order], sizes[0].voxels)
+    counts = jax.ops.segment_sum(jnp.ones_like(row), row, sizes[0].voxels)  # of whole numbers: the same in any order
     missing = ((scene < num_scenes) & (row == sizes[0].voxels)).sum(dtype=jnp.int32)
     levels = []
     for depth, size in enumerate(sizes):
@@ -101,7 +102,7 @@ def make_levels(coordinates: Array, scene: Array, sizes: Sequence[Sizes], *, num
         if depth + 1 < len(sizes):
             missing += ((level_scene < num_scenes) & (parent == following)).sum(dtype=jnp.int32)
     inverse = jnp.where(counts > 0, 1.0 / jnp.maximum(counts, 1.0), 0.0)
-    return Voxels(row, order, inverse, tuple(levels), missing)
+    return Voxels(row, cells.summing_order(row, order, inverse), inverse, tuple(levels), missing)
 
 
 def _column(scene: Array, ijk: Array, extent: Extent) -> Array:

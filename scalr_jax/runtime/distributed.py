@@ -10,12 +10,14 @@ import contextlib
 import ctypes
 import functools
 import ipaddress
+import itertools
 import json
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -26,7 +28,21 @@ from scalr_jax.runtime.command_line import end
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import differences, flatten
 
+A_DAY = 24 * 3600 * 1000  # milliseconds: a process that is lost ends all others before
 HEARTBEAT_SECONDS = 40  # a process that was not heard of for so long counts as dead
+
+
+class Coordinator(Protocol):
+    """What `agreement` needs of JAX's client."""
+
+    def key_value_set(self, key: str, value: str) -> None: ...
+
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str: ...
+
+    def key_value_delete(self, key: str) -> None: ...
+
+
+_agreements = itertools.count()
 
 LOST = (
     "stopped by JAX's distributed service, most likely because another process of this run died or can no longer be "
@@ -195,6 +211,38 @@ def _broadcast(text: str) -> str:
     size = int(multihost_utils.broadcast_one_to_all(np.array(len(data), np.int32)))
     padded = np.frombuffer(data[:size].ljust(size, b" "), np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()
+
+
+def agreement() -> Callable[[int], int]:
+    """A function that all processes call equally often, and that returns the largest of their numbers each time.
+
+    Through the coordinator that brought them together, so that no device waits, and none is waited for.
+    """
+    if jax.process_count() == 1:
+        return lambda number: number
+    from jax._src.distributed import global_state  # JAX has no public way to the coordinator
+
+    client, folder = global_state.client, f"scalr_jax/{next(_agreements)}"
+    assert client is not None, "several processes have a coordinator"
+    return largest_by(client, jax.process_index(), jax.process_count(), folder)
+
+
+def largest_by(client: Coordinator, me: int, num_processes: int, folder: str) -> Callable[[int], int]:
+    """`agreement` of process `me`, whose `client` of the coordinator it uses below the key `folder`."""
+    turns = itertools.count()
+
+    def largest(number: int) -> int:
+        turn = next(turns)
+        if me > 0:
+            client.key_value_set(f"{folder}/{turn}/{me}", str(number))
+            return int(client.blocking_key_value_get(f"{folder}/{turn}/all", A_DAY))
+        others = range(1, num_processes)
+        found = [int(client.blocking_key_value_get(f"{folder}/{turn}/{process}", A_DAY)) for process in others]
+        client.key_value_set(f"{folder}/{turn}/all", str(max(number, *found)))
+        client.key_value_delete(f"{folder}/{turn - 1}")  # which all have read
+        return max(number, *found)
+
+    return largest
 
 
 @contextlib.contextmanager

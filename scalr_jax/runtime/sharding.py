@@ -80,6 +80,11 @@ def platform_of(array: jax.Array) -> str:
     return platform() if device is None else device.platform
 
 
+def on_gpu(array: jax.Array) -> bool:
+    """Whether `platform_of` is a GPU, for which JAX has two names."""
+    return platform_of(array) in ("gpu", "cuda")
+
+
 def device_kind_of(array: jax.Array) -> str:
     """The maker's name of the device that `platform_of` asks for, as in "NVIDIA H100 80GB HBM3"."""
     device = _device_of(array)

@@ -79,7 +79,7 @@ def lovasz_by_group(logits: Array, labels: Array, groups: Groups) -> Array:
         intersection, union = total[own] - hits, total[own] + so_far - hits
         jaccard = 1.0 - intersection / jnp.maximum(union, 1)
         weights = jaccard - jnp.where(so_far == 1, 0.0, jnp.roll(jaccard, 1))
-        return error[order] * jnp.where(sorted_number < num, weights, 0.0), total > 0
+        return error.at[order].get(unique_indices=True) * jnp.where(sorted_number < num, weights, 0.0), total > 0
 
     values, present = jax.vmap(one_class)(jnp.arange(logits.shape[-1]), probabilities.T)  # [classes, N], [classes, G]
     classes = present.sum(0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +21,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from scalr_jax.config import TrainSettings
+from scalr_jax.config import DataSettings, TrainSettings
 from scalr_jax.data.build import check_labels, make_mixing, scene_settings, with_views
-from scalr_jax.data.packing import Capacities, choose_capacities
+from scalr_jax.data.packing import Capacities, choose_capacities, in_buckets
 from scalr_jax.data.pipeline import Pipeline, Step, prefetch
 from scalr_jax.data.scenes import Batch, Dataset, FinishedScenes, SceneView
 from scalr_jax.models.flops import step_flops, teacher_flops
@@ -101,14 +101,13 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
 
     # The loop. Its order matters: read, step, save what the step finished, log.
     number, stopped = int(state.step), False
-    source = prefetch(iter(pipeline.steps(capacities, sample[0], positions)), settings.data.prefetch)
+    source = _batches(pipeline, capacities, sample[0], positions, settings.data, mesh)
     trace = Trace(run.profile, workdir / "profile")
     log, watch = _Log(writer, task, capacities, mesh.size, run.log_every_steps), Watch()
     # Whatever ends the loop, a save that was begun is finished.
     with distributed.preemption() as reached, closing(writer), closing(checkpoints), closing(source), closing(trace):
         while number < run.num_steps and not stopped:
-            item = next(source)
-            batch = sharding.put_batch(item.batch, mesh)
+            item, batch = next(source)
             trace.before(number, state)
             with jax.transfer_guard("disallow"):
                 state, metrics = program.step(state, teachers, batch)
@@ -157,6 +156,24 @@ def _make_pipeline(
     return Pipeline(dataset, scenes, seed=settings.run.seed, **shards, **options)
 
 
+def _batches(
+    pipeline: Pipeline,
+    capacities: Capacities,
+    template: SceneView,
+    positions: np.ndarray,
+    data: DataSettings,
+    mesh: Mesh,
+) -> Generator[tuple[Step, Batch], None, None]:
+    """Steps with their batch on the devices, in the smallest of `data.buckets` that holds it on every process."""
+    rooms, agree = in_buckets(capacities, data.buckets), distributed.agreement()
+    steps = iter(pipeline.steps(capacities, template, positions, data.buckets))
+    with closing(prefetch(steps, data.prefetch)) as source:
+        for item in source:
+            if len(rooms) > 1 and (bucket := agree(item.bucket)) > item.bucket:
+                item = item._replace(batch=pipeline.batch(item.scenes, rooms[bucket], template))
+            yield item, sharding.put_batch(item.batch, mesh)
+
+
 class Program(NamedTuple):
     """A compiled step and where its state lies: all that `compile` needs, made without a device or an array."""
 
@@ -185,11 +202,12 @@ def make_program(settings: TrainSettings, task: Task, batch: Any, mesh: Mesh, ex
     state = jax.tree.map(
         lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, shardings
     )
+    platform = mesh.devices.flat[0].platform
     step = jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
-        compiler_options=steps.compiler_options(mesh.devices.flat[0].platform),
+        compiler_options=steps.compiler_options(platform, deterministic=settings.run.deterministic),
     )
     return Program(fresh, state, shardings, step)
 
@@ -225,14 +243,16 @@ class _Log:
 
     def __init__(self, writer: MetricWriter, task: Task, capacities: Capacities, num_shards: int, every: int):
         self._writer, self._task, self._every = writer, task, every
-        self._points, self._scenes = capacities.points * num_shards, capacities.scenes * num_shards
+        self._num_shards, self._scenes = num_shards, capacities.scenes * num_shards
         self._image = sum(teacher_flops(source.vit, 1, source.image_size) for source in task.sources if source.vit)
         self._pending: list[dict] = []
+        self._rows = 0  # of points, of the pending steps
         self._flops: list[float] = []  # of one device, in each step that is timed
         self._since, self._first = time.monotonic(), True
 
     def add(self, step: int, metrics: dict, item: Step, *, now: bool) -> None:
         self._pending.append(metrics)
+        self._rows += item.batch.scene.shape[1] * self._num_shards
         self._flops.append(self._count(item.batch))
         first, self._first, now = self._first, False, now or step % self._every == 0
         if first:
@@ -247,19 +267,22 @@ class _Log:
         rows = jax.device_get(self._pending)
         kept = [row for row in rows if not row["skipped_steps"]]
         read = {key: rows if key in ("points", "scenes") else kept or rows for key in rows[0]}
+        constants = [row for row in kept if np.isfinite(row.get("loss_constant", np.nan))] or rows
+        read |= {key: constants for key in read if key.startswith("loss_constant")}
         mean = {key: float(np.mean([row[key] for row in of])) for key, of in read.items()}
         mean["skipped_steps"] = len(rows) - len(kept)
         timed = len(self._flops) / (time.monotonic() - self._since)  # steps a second
         points, scenes = mean.pop("points"), mean.pop("scenes")
         mean |= {"points_per_s": points * timed, "examples_per_s": scenes * timed, "scenes_per_step": scenes}
-        mean |= {"point_fill": points / self._points, "scene_fill": scenes / self._scenes, "bad_frames": bad_frames}
+        mean |= {"point_fill": points * len(rows) / self._rows, "scene_fill": scenes / self._scenes}
+        mean["bad_frames"] = bad_frames
         kind, num_flops = jax.local_devices()[0].device_kind, float(np.mean(self._flops))
         if num_flops and (share := chips.utilisation(num_flops * timed, 1.0, kind)) is not None:
             mean["mfu"] = share
         if (peak := chips.device_bytes()) is not None:
             mean["device_peak_bytes"] = peak
         self._writer.write(step, {f"train/{key}": value for key, value in mean.items()})
-        self._pending = []
+        self._pending, self._rows = [], 0
 
     def _count(self, batch: Batch) -> float:
         """The model's own FLOPs in a step of one of the batch's devices, as `models.flops` counts them; 0 where it does

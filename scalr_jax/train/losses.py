@@ -19,8 +19,17 @@ EPS = 1e-12  # as torch.nn.functional.normalize
 
 def normalize(x: Array, mask: Array) -> Array:
     """Unit rows [..., C] in float32; masked rows are replaced before the norm, so that their gradient is zero."""
-    x = jnp.where(mask[..., None], x.astype(jnp.float32), 1.0)
+    x = _unmasked(x, mask)
     return x / jnp.maximum(safe_norm(x), EPS)[..., None]
+
+
+def lengths(x: Array, mask: Array) -> Array:
+    """Norms [...] of the rows that `normalize` divides by them, which XLA then computes once; not finite as these."""
+    return safe_norm(_unmasked(x, mask))
+
+
+def _unmasked(x: Array, mask: Array) -> Array:
+    return jnp.where(mask[..., None], x.astype(jnp.float32), 1.0)
 
 
 def safe_norm(x: Array) -> Array:
@@ -73,8 +82,8 @@ def best_constant(teacher: Array, mask: Array, groups: Groups | None = None, *, 
 def cross_entropy(logits: Array, labels: Array, mask: Array, groups: Groups | None = None) -> Array:
     """logits [..., classes] float32, labels [...] int32 -> scalar mean over `mask`."""
     log_probability = jax.nn.log_softmax(jnp.where(mask[..., None], logits, 0.0))
-    picked = jnp.take_along_axis(log_probability, jnp.where(mask, labels, 0)[..., None], axis=-1)[..., 0]
-    return -masked_mean(picked, mask, groups)
+    chosen = labels[..., None] == jnp.arange(logits.shape[-1])  # no gather: its gradient would be a scatter
+    return -masked_mean(jnp.where(chosen, log_probability, 0.0).sum(-1), mask, groups)
 
 
 def lovasz_softmax(logits: Array, labels: Array, mask: Array) -> Array:
@@ -92,7 +101,8 @@ def lovasz_softmax(logits: Array, labels: Array, mask: Array) -> Array:
         union = truth.sum() + running_sums((1.0 - sorted_truth) * sorted_mask, num_shards)
         jaccard = 1.0 - intersection / jnp.maximum(union, 1.0)
         weights = jnp.diff(jaccard, prepend=0.0) * sorted_mask
-        return jnp.sum(jnp.where(mask, error, 0.0)[order] * weights), truth.sum() > 0
+        in_order = jnp.where(mask, error, 0.0).at[order].get(unique_indices=True)
+        return jnp.sum(in_order * weights), truth.sum() > 0
 
     values, present = jax.vmap(one_class)(jnp.arange(logits.shape[-1]), probabilities.T)
     return masked_mean(values, present)

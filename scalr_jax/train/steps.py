@@ -19,7 +19,7 @@ import optax
 from scalr_jax.data.scenes import IGNORE, Batch
 from scalr_jax.models.student import Classifier, Student, Variables
 from scalr_jax.train import losses
-from scalr_jax.train.groups import make_groups
+from scalr_jax.train.groups import Groups, make_groups
 from scalr_jax.train.state import AveragedState, TrainState, split
 from scalr_jax.train.teachers import Source, targets
 
@@ -29,13 +29,15 @@ Step = Callable[[TrainState, Any, Batch[Array]], tuple[TrainState, Metrics]]
 Schedule = Callable[[Array], Array]  # progress, in scenes seen / batch size, -> learning rate
 
 
-def compiler_options(platform: str) -> dict[str, bool]:
-    """For `jax.jit` of a training step on devices of `platform`.
+def compiler_options(platform: str, *, deterministic: bool = False) -> dict[str, bool]:
+    """For `jax.jit` of a training step on devices of `platform`; `deterministic`: the key of that name.
 
     XLA's order of work for many cores first begins whatever depends on nothing: on CPU the empty buffers of the whole
     backward pass. In the order of least memory a layer takes 240 MB instead of 343 (62,592 points x 256, 2026-11-23).
     """
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if platform == "cpu" else {}
+    if platform == "cpu":
+        return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    return {"xla_gpu_deterministic_ops": True} if deterministic and platform in ("gpu", "cuda") else {}
 
 
 def averaged(step: Callable, decay: float) -> Callable:
@@ -113,27 +115,48 @@ def make_student_step(
     scenes_per_group: int = 0,
     teacher_dropping: float = 0.0,
     sources: Sequence[Source] = (),
+    lines: tuple[int, ...] = (1,),
 ) -> Step:
     """The step after the teachers: step(state, target, batch), target [D, P, sum of C_teacher].
 
-    scenes_per_group, teacher_dropping: `config.loss`; sources: of several teachers.
+    scenes_per_group, teacher_dropping: `config.loss`; sources: of several teachers. lines: after every so many steps,
+    by any of these numbers, the metric `loss_constant` is computed; it is NaN after others. `teacher_norm` is not
+    finite where a teacher is not.
     """
     weights = np.array([source.weight for source in sources] or [1.0], np.float32)
     ends = np.cumsum([source.width for source in sources])[:-1].tolist()
 
-    def measure(output: Array, target: Array, batch: Batch[Array], key: Array) -> tuple[Array, Metrics]:
+    def of_points(batch: Batch[Array]) -> tuple[Array, Groups | None]:
         mask = batch.scene < batch.scene_points.shape[1]  # [D, P]
-        groups = make_groups(batch.scene, batch.scene_points, mask, scenes_per_group)
+        return mask, make_groups(batch.scene, batch.scene_points, mask, scenes_per_group)
+
+    def measure(output: Array, target: Array, batch: Batch[Array], key: Array) -> tuple[Array, Metrics]:
+        mask, groups = of_points(batch)
         pairs = list(zip(*(jnp.split(x, ends, axis=-1) for x in (output, target)), strict=True))
         each = jnp.stack([losses.distillation(ours, theirs, mask, groups) for ours, theirs in pairs])
-        constants = jnp.stack([losses.best_constant(theirs, mask, groups) for _, theirs in pairs])
-        metrics = {"loss": (weights * each).sum(), "loss_constant": (weights * constants).sum()}
-        for k, source in enumerate(sources if len(sources) > 1 else ()):
-            metrics |= {f"loss/{source.name}": each[k], f"loss_constant/{source.name}": constants[k]}
+        norms = jnp.stack([losses.masked_mean(losses.lengths(theirs, mask), mask) for _, theirs in pairs])
+        metrics = {"loss": (weights * each).sum(), "teacher_norm": norms.mean(), **named("loss", each)}
         key = jax.random.fold_in(key, len(pairs))
         return losses.dropped(jnp.multiply(weights, each), teacher_dropping, key), metrics
 
-    return _make_step(student, optimizer, schedule, measure, seed=seed, batch_size=batch_size)
+    def named(metric: str, each: Array) -> Metrics:
+        return {f"{metric}/{source.name}": each[k] for k, source in enumerate(sources) if len(sources) > 1}
+
+    def constants(target: Array, batch: Batch[Array]) -> Array:
+        parts = jnp.split(target, ends, axis=-1)
+        return jnp.stack([losses.best_constant(theirs, *of_points(batch)) for theirs in parts])
+
+    step = _make_step(student, optimizer, schedule, measure, seed=seed, batch_size=batch_size)
+
+    def measured(state: TrainState, target: Array, batch: Batch[Array]) -> tuple[TrainState, Metrics]:
+        due = jnp.stack([(state.step + 1) % number == 0 for number in lines]).any()
+        with jax.named_scope("seldom"):  # for `compile.hlo`
+            nothing = jnp.full(len(weights), jnp.nan)
+            each = jax.lax.cond(due, lambda: constants(target, batch), lambda: nothing)
+        state, metrics = step(state, target, batch)
+        return state, {**metrics, "loss_constant": (weights * each).sum(), **named("loss_constant", each)}
+
+    return measured
 
 
 def make_distill_step(

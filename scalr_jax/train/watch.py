@@ -70,7 +70,7 @@ def _causes(made: Made, student: Student, variables: Variables, batch: Batch[Arr
         for scene, value in zip(scenes, largest, strict=True)
         if not value <= HUGE
     ]
-    if not np.isfinite(values.get("loss_constant", 0.0)):
+    if not np.isfinite(values.get("teacher_norm", 0.0)):
         causes.append("the teacher's features are not finite (is teacher.checkpoint whole?)")
     layer = first_not_finite(student, variables, batch)
     if layer is not None:

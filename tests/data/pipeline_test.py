@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from scalr_jax.data.joined import Joined
+from scalr_jax.data.packing import Capacities, in_buckets
 from scalr_jax.data.pipeline import prefetch
 from scalr_jax.runtime.errors import InputError
 from tests.support.checks import mentions, present
@@ -240,6 +241,27 @@ def test_an_exact_number_of_scenes_a_step():
     assert [next(steps).num_scenes for _ in range(5)] == [4] * 5
     with pytest.raises(InputError, match=mentions("scenes_per_step", 5, 2)):
         pipeline(scenes_per_step=5, num_shards=2, shards=range(2))
+
+
+def test_a_step_has_the_smallest_bucket_that_holds_its_scenes():
+    """The same scenes in the same rows, with less padding; the smallest is used, and not always."""
+    p, whole = pipeline(scenes_per_step=17), Capacities(2048, 17, (2048,) * 3, (8192,) * 3)
+    template, shares = p.sample(4)[0], (0.65, 0.5625)
+    steps = zip(p.steps(whole, template, shares=shares), p.steps(whole, template), range(7), strict=False)
+    rooms, chosen = in_buckets(whole, shares), Counter()
+    assert [room.points for room in rooms] == [1152, 1408, 2048]
+    for ours, plain, _ in steps:
+        assert [scene.name for scene in ours.scenes[0]] == [scene.name for scene in plain.scenes[0]]
+        most = sum(len(scene.feats) for scene in ours.scenes[0])
+        assert rooms[ours.bucket].points == min(room.points for room in rooms if room.points >= most)
+        assert ours.batch.feats.shape[1] == rooms[ours.bucket].points
+        for a, b in ((ours.batch.feats, plain.batch.feats), (ours.batch.neighbors, plain.batch.neighbors)):
+            np.testing.assert_array_equal(a[:, :most], b[:, :most])
+        np.testing.assert_array_equal(ours.batch.scene_points, plain.batch.scene_points)
+        chosen[ours.bucket] += 1
+    assert len(chosen) > 1
+    tight = whole._replace(cells=(2048, 2048, 640))  # a table decides too
+    assert next(p.steps(tight, template, shares=shares)).bucket == 2
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():

@@ -1,4 +1,4 @@
-"""FLOPs of what JAX traces, to compare with those that are counted by hand."""
+"""What JAX traces: its FLOPs, to compare with those that are counted by hand, and its operations."""
 
 import math
 
@@ -21,6 +21,14 @@ def _count(jaxpr):
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         total += times * sum(_count(inner) for inner in _inner(equation.params))
     return total
+
+
+def operations(jaxpr):
+    """Every operation, those inside of others too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in _inner(equation.params):
+            yield from operations(inner)
 
 
 def _inner(params):

@@ -2,31 +2,27 @@
 
 import dataclasses
 import json
-from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scalr_jax import tasks
 from scalr_jax.config import OptimizerSettings
 from scalr_jax.data.packing import Capacities, pack_shard, stack_shards
 from scalr_jax.data.pipeline import Step
-from scalr_jax.data.scenes import Frame, SceneNeeds
+from scalr_jax.data.scenes import Frame
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import json_text
-from scalr_jax.settings import read_settings
 from scalr_jax.train import losses, optim, steps
-from scalr_jax.train.loop import Task, train
 from scalr_jax.train.state import init_state, start_average
 from scalr_jax.train.watch import BEHIND, IN_A_ROW, Made, Watch, first_not_finite
 from tests.support.checks import mentions
 from tests.support.datasets import Frames
+from tests.support.plain_runs import finetune
 from tests.support.random_scenes import GRIDS, random_scene
-from tests.support.runs import config_of, lines, on_one_device
+from tests.support.runs import lines, on_one_device
 from tests.support.small_student import init, small_student
 
 
@@ -135,32 +131,6 @@ class Wild(Frames):
         points = own.uniform(-6, 6, (60, 4)) * [1, 1, 0.2, 1]
         points[:, 3] = 1 if index < self.tame else 3e38
         return Frame(self.name(index), points, np.eye(4), labels=own.integers(0, 2, 60).astype(np.uint8))
-
-
-class Plain(nn.Module):
-    """A student that is one linear layer, so that a whole run takes a second."""
-
-    needs = SceneNeeds(((-8.0, -8.0, -2.0), (8.0, 8.0, 2.0)), 0, ((8, 8),))
-    backbone = None
-
-    @nn.compact
-    def __call__(self, batch, *, train):
-        return nn.Dense(2, name="head")(batch.feats)
-
-
-def finetune(dataset, workdir, *, metrics="", **changes):
-    """`metrics`: what a run that was killed before it saved has left in metrics.jsonl."""
-    config = config_of("smoke")
-    config.update(task="finetune", num_steps=40, log_every_steps=5, checkpoint_every_steps=10)
-    config.data.update(points_per_shard=128, scenes_per_shard=2, scenes_per_step=2, num_workers=0, max_points=60)
-    config.update_from_flattened_dict(changes)
-    settings = read_settings(config)
-    student: Any = Plain()
-    step = partial(steps.make_segment_step, student, seed=0, batch_size=2, trainable=None)
-    with tasks.claimed(settings, workdir):
-        if metrics:
-            (workdir / "metrics.jsonl").write_text(metrics)
-        return train(settings.training, workdir, dataset, Task("tiny", "segment", student, None, step, num_classes=2))
 
 
 @pytest.fixture
