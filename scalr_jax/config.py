@@ -49,7 +49,7 @@ class RunSettings:
     checkpoint_every_steps: int = key(500, "steps between two checkpoints", low=1, resume=True)
     keep_checkpoints: int = key(2, "how many of the newest checkpoints are kept", low=1, resume=True)
     keep_every_steps: int = key(0, "besides these, one checkpoint every so many steps; 0: none", low=0, resume=True)
-    deterministic: bool = key(False, "GPU: a training step gives the same bits every time (docs/design.md)")
+    deterministic: bool = key(False, "GPU: a training step gives the same bits every time (docs/internals/runs.md)")
     profile: tuple[int, ...] = key((), "(START, STOP): an XProf trace of these steps, in WORKDIR/profile", resume=True)
     wandb: str = key("", "project of Weights & Biases that gets the metrics too", resume=True)
     checkpoint: str = key("", "probe, finetune, evaluate, robustness: a workdir or a published file to start from")
