@@ -22,9 +22,8 @@ from scalr_jax.config import get_config
 from scalr_jax.data import sensors
 from scalr_jax.data.packing import pack_shard, static_capacities
 from scalr_jax.data.scan_checks import check_scan
-from scalr_jax.data.scenes import IGNORE, Batch
+from scalr_jax.data.scenes import FEATURES, IGNORE, Batch
 from scalr_jax.data.sensors import known_classes
-from scalr_jax.data.transforms import FEATURES
 from scalr_jax.data.whole_scan import as_array, check_points, whole_scan
 from scalr_jax.interop.finite import check_outputs
 from scalr_jax.interop.published import read_published

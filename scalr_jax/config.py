@@ -52,6 +52,7 @@ class RunSettings:
     deterministic: bool = key(False, "GPU: a training step gives the same bits every time (docs/internals/runs.md)")
     profile: tuple[int, ...] = key((), "(START, STOP): an XProf trace of these steps, in WORKDIR/profile", resume=True)
     wandb: str = key("", "project of Weights & Biases that gets the metrics too", resume=True)
+    executable: str = key("", "the step as `scalr_jax.compile --save` compiled it", resume=True, local=True)
     checkpoint: str = key("", "probe, finetune, evaluate, robustness: a workdir or a published file to start from")
     teachers: tuple[dict, ...] = key((), "distill: several, each {key of teacher: value} (docs/teachers.md)")
 

@@ -17,7 +17,6 @@ from scalr_jax.config import (
     RunSettings,
     Settings,
     StudentSettings,
-    get_config,
     read_teachers,
 )
 from scalr_jax.runtime import keys
@@ -42,11 +41,12 @@ def read_settings(config: ConfigDict) -> Settings:
 
 def student_settings(model: Mapping[str, Any]) -> StudentSettings:
     """The settings of a model config that has other keys too, or lacks younger ones. Raises `InputError`."""
-    values, problems = get_config().model.to_dict(), []
-    values |= {name: value for name, value in model.items() if name in values}
-    for name, given in get_config().model.to_dict().items():  # nested ones, which may lack younger keys too
-        if isinstance(given, dict) and isinstance(values[name], dict | type(get_config())):
-            values[name] = {**given, **values[name]}
+    defaults, problems = dataclasses.asdict(StudentSettings()), []
+    values = defaults | {name: value for name, value in model.items() if name in defaults}
+    for name, default in defaults.items():  # nested ones, which may lack younger keys too
+        given: Any = values[name]
+        if isinstance(default, dict) and callable(getattr(given, "items", None)):  # a dict, or a ConfigDict
+            values[name] = {**default, **dict(given.items())}
     settings = keys.read(StudentSettings, values, problems, "model.")
     if problems:
         raise InputError(keys.listed(problems))

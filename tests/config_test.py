@@ -70,8 +70,9 @@ def test_only_sizes_and_schedules_of_files_may_change_on_resume():
     assert free == {
         *("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps", "profile", "wandb"),
         *(f"data.{name}" for name in ("num_workers", "prefetch", "buckets")),
+        "executable",
         "teacher.cache",
         *(f"data.{name}_per_shard" for name in ("cells", "halo", "voxels", "pairs", "pillars")),
     }
-    local = {"data.num_workers", "data.prefetch", "data.root", "teacher.cache"}
+    local = {"executable", "data.num_workers", "data.prefetch", "data.root", "teacher.cache"}
     assert {row.name for row in all_keys() if row.local} == local

@@ -38,7 +38,7 @@ from scalr_jax.data import transforms
 from scalr_jax.data.grids import make_plane, voxelize
 from scalr_jax.data.packing import pack_shard, static_capacities
 from scalr_jax.data.readers import scan_inputs
-from scalr_jax.data.scenes import PLANE_AXES, SceneView
+from scalr_jax.data.scenes import FEATURES, PLANE_AXES, SceneView
 from scalr_jax.data.sensors import INTENSITY, PRETRAINING
 from scalr_jax.data.whole_scan import whole_scan
 from scalr_jax.export.fold import fold
@@ -73,7 +73,7 @@ def random_model(channels: int, depth: int, intensity: tuple[float, float]) -> M
     """A student without head, with random weights and the published field of view."""
     config = get_config().model
     config.unlock()
-    config.update(channels=channels, depth=depth, num_features=len(transforms.FEATURES), head="none", out_features=0)
+    config.update(channels=channels, depth=depth, num_features=len(FEATURES), head="none", out_features=0)
     config.update(intensity=intensity, voxel_size=get_config().data.voxel_size, grids=PRETRAINING.grids)
     student = student_of(config)
     init = jax.jit(lambda batch: student.init(jax.random.key(0), batch, train=False))

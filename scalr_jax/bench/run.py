@@ -10,6 +10,7 @@ NAME:
     pipeline      scenes a second a core, beside the published steps written plainly
     predict       one whole scan from file to features, by stage, beside onnxruntime
     published     the published PyTorch student, from a clone of it, beside ours
+    device        all that a lent GPU should tell, in one command of a few minutes
 
 Sparse convolutions and the forms of spatial mixing are measured by experiments/bench_*.py.
 
@@ -26,7 +27,7 @@ from scalr_jax.runtime.command_line import exit_codes
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import json_text
 
-NAMES = ("student", "step", "teacher", "pipeline", "predict", "published")
+NAMES = ("student", "step", "teacher", "pipeline", "predict", "published", "device")
 
 
 def main(arguments: list[str]) -> None:
@@ -37,7 +38,8 @@ def main(arguments: list[str]) -> None:
     with exit_codes():
         if name not in NAMES:
             raise InputError(f"there is no bench {name!r}; give one of {', '.join(NAMES)}")
-        report(importlib.import_module(f"scalr_jax.bench.{name}").main, rest)
+        module = "device.run" if name == "device" else name
+        report(importlib.import_module(f"scalr_jax.bench.{module}").main, rest)
 
 
 def report(measure: Callable[[list[str]], dict], arguments: list[str]) -> None:

@@ -49,12 +49,13 @@ def interleave(functions: Mapping[str, Callable[[], object]], *, runs: int, warm
     for name, function in functions.items():
         for _ in range(warmup):
             jax.block_until_ready(function())
-        calls[name] = min(MOST_CALLS, math.ceil(SHORTEST / max(_seconds(function, 1), 1e-6)))
-    rows = [{name: _seconds(function, calls[name]) for name, function in functions.items()} for _ in range(runs)]
+        calls[name] = min(MOST_CALLS, math.ceil(SHORTEST / max(seconds_a_call(function, 1), 1e-6)))
+    rows = [{name: seconds_a_call(function, calls[name]) for name, function in functions.items()} for _ in range(runs)]
     return {name: Times(np.array([row[name] for row in rows])) for name in functions}
 
 
-def _seconds(function: Callable[[], object], calls: int) -> float:
+def seconds_a_call(function: Callable[[], object], calls: int) -> float:
+    """Of `calls` calls, which a device may queue."""
     start = time.perf_counter()
     result = None
     for _ in range(calls):

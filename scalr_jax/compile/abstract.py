@@ -23,8 +23,8 @@ from scalr_jax.config import DataSettings, Settings
 from scalr_jax.data.build import scene_settings
 from scalr_jax.data.packing import Capacities, pack_shard
 from scalr_jax.data.readers.files import read_label_map
-from scalr_jax.data.scenes import Batch, SceneNeeds, Tokens
-from scalr_jax.data.transforms import FEATURES, SceneSettings
+from scalr_jax.data.scenes import FEATURES, Batch, SceneNeeds, Tokens
+from scalr_jax.data.transforms import SceneSettings
 from scalr_jax.interop.model import empty_scene
 from scalr_jax.models import vit
 from scalr_jax.models.student import Student

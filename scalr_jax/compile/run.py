@@ -18,12 +18,13 @@ chip: any machine with the tpu or the cuda extra will do. A table comes first, o
                             computes again included, inside of other custom kernels not), read off the program with
                             loops times their trips (of a VaViT's attention those of scenes of one size)
     bytes_per_device        main memory, read or written, likewise
-    predicted_ms            of a step, by compile/predict.py: bytes and FLOPs of each kernel against the chip's, times
+    predicted_ms            of a step, by compile/roofline.py: bytes and FLOPs of each kernel against the chip's, times
                             `constants`, communication left out; categories: the same by kind of kernel
     predicted_mfu           useful FLOPs, of as many points and scenes as a pack has on average, over the peak
     scenes_per_s            of all devices
     collectives             kind -> count a step, and bytes of the whole arrays that they are about
     parameter_bytes         the student's
+    saved_bytes             with --save: of its file
     compile_s               lowering and compiling
 
 Flags:
@@ -34,7 +35,9 @@ Flags:
     --teacher    vits14, vitb14, vitl14, vitg14 (DINOv2), vit7b16 (DINOv3), their width, or demo (default: what
                  teacher.checkpoint is called, else vitl14)
     --cached_teacher   its tokens come with the batch, as with teacher.cache; no cache is needed
-    --text       also write the compiled program here
+    --text       also write the compiled program here, as text
+    --save       also write the compiled step here, for `scalr_jax.main --config.executable=FILE` on such devices and
+                 the same JAX (GPU: kernels were not tried out, so what the GPU itself compiles may be faster)
 
 Exit codes: 0 it fits; 2 it does not, or bad arguments (one sentence on stderr); 1 a defect.
 """
@@ -54,7 +57,7 @@ from scalr_jax.config import Settings
 from scalr_jax.runtime.chips import ENVIRONMENT, Topology, devices_of, parse_topology
 from scalr_jax.runtime.command_line import exit_codes, parse_flags, require
 from scalr_jax.runtime.errors import InputError
-from scalr_jax.runtime.storage import json_text
+from scalr_jax.runtime.storage import check_writable, json_text
 from scalr_jax.settings import read_settings
 
 FLAGS = flags.FlagValues()  # its own: `scalr_jax.main` defines flags of the same names
@@ -64,6 +67,7 @@ flags.DEFINE_integer("slices", 1, "How many.", flag_values=FLAGS)
 flags.DEFINE_string("teacher", None, "The teacher's architecture.", flag_values=FLAGS)
 flags.DEFINE_bool("cached_teacher", False, "Tokens instead of a teacher.", flag_values=FLAGS)
 flags.DEFINE_string("text", None, "Where to write the compiled program.", flag_values=FLAGS)
+flags.DEFINE_string("save", "", "Where to write the compiled step.", flag_values=FLAGS)
 
 MEASURED = ("flops_per_device", "bytes_per_device", "predicted_ms", "predicted_mfu", "scenes_per_s", "categories")
 MEASURED += ("constants", "collectives")
@@ -71,30 +75,35 @@ UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def compile_step(
-    settings: Settings, topology: Topology, num_slices: int, teacher: str | None, *, cached: bool = False
+    settings: Settings, topology: Topology, slices: int, teacher: str | None, *, cached: bool = False, save: str = ""
 ) -> tuple[dict, str]:
-    """The result and the compiled program's text, "" when it does not fit. Raises `InputError`."""
+    """The result and the compiled program's text, "" when it does not fit. Raises `InputError`.
+
+    save: where the compiled step is written, if it fits.
+    """
     import jax
 
     from scalr_jax.compile import predict
     from scalr_jax.compile.abstract import compiling_for, make_run
     from scalr_jax.runtime import sharding
+    from scalr_jax.train import executables
 
-    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, devices=devices_of(topology.name, num_slices))
-    with compiling_for(topology.chip):
+    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, devices=devices_of(topology.name, slices))
+    room, peak, text, compiled = topology.chip.hbm_bytes, 0, "", None
+    measured: dict = dict.fromkeys(MEASURED)
+    with compiling_for(topology.chip) as options:
         run = make_run(settings, mesh, teacher, cached=cached)
-    room, work = topology.chip.hbm_bytes, None
+        began = time.monotonic()
+        lowered = run.lower()
+        try:
+            compiled = lowered.compile(options)
+        except jax.errors.JaxRuntimeError as error:
+            peak = needed_bytes(str(error))
+    work = None
     if (student := run.student).backbone.needs.voxel_size is None:
         work = predict.useful(student, run.teacher_config, settings.data.image_size, run.capacities)
-    result: dict = {"topology": topology.name, "slices": num_slices, "devices": mesh.size}
-    began = time.monotonic()
-    try:
-        with compiling_for(topology.chip) as options:
-            compiled = run.lower().compile(options)
-    except jax.errors.JaxRuntimeError as error:
-        peak, text = needed_bytes(str(error)), ""
-        measured: dict = dict.fromkeys(MEASURED)
-    else:
+    result: dict = {"topology": topology.name, "slices": slices, "devices": mesh.size}
+    if compiled is not None:
         plan = compiled.memory_analysis()
         results = plan.output_size_in_bytes - plan.alias_size_in_bytes
         held = plan.argument_size_in_bytes + results + plan.generated_code_size_in_bytes
@@ -108,6 +117,8 @@ def compile_step(
         }
     result |= {"peak_bytes_per_device": int(peak), "hbm_bytes": room, "fits": bool(text) and peak <= room, **measured}
     result |= {"parameter_bytes": run.parameter_bytes, "compile_s": round(time.monotonic() - began, 1)}
+    if save and compiled is not None and result["fits"]:
+        result["saved_bytes"] = executables.save(Path(save), lowered, compiled, list(mesh.devices.flat))
     return {**result, "jax": jax.__version__}, text
 
 
@@ -143,6 +154,8 @@ def show(result: dict, mesh: str) -> None:
         for kind, total in result["collectives"].items():
             rows.append((kind, f"{total['count']:,} of {total['bytes'] / 1e6:.1f} MB together"))
     rows.append(("compiled in", f"{result['compile_s']:.0f} s"))
+    if "saved_bytes" in result:
+        rows.append(("saved", f"{result['saved_bytes'] / 1e6:.1f} MB"))
     for name, text in rows:
         print(f"{name:<28}{text}")
 
@@ -159,8 +172,10 @@ def run(arguments: list[str]) -> dict:
     require(FLAGS, "config", "topology", example="--config=configs/smoke.py --topology=v5e:2x2")
     settings = read_settings(CONFIG.value)
     topology = parse_topology(FLAGS.topology)
-    cached = FLAGS.cached_teacher
-    result, text = compile_step(settings, topology, FLAGS.slices, FLAGS.teacher, cached=cached)
+    if FLAGS.save:
+        check_writable(Path(FLAGS.save), "--save")
+    options = {"cached": FLAGS.cached_teacher, "save": FLAGS.save}
+    result, text = compile_step(settings, topology, FLAGS.slices, FLAGS.teacher, **options)
     if FLAGS.text and text:
         Path(FLAGS.text).write_text(text)
     show(result, f"{FLAGS.slices} x {topology.name}, mesh.fsdp = {settings.mesh.fsdp}")

@@ -34,6 +34,7 @@ IGNORE = 255  # the label of a point without a class
 
 # Planes in the order the layers use them: the two point axes that span each (drop z, then y, then x).
 PLANE_AXES = ((0, 1), (0, 2), (1, 2))
+FEATURES = ("intensity", "x", "y", "z", "radius")  # of a point, the F of the legend
 
 RANDOM = "random"  # `frame(camera=RANDOM)`: one of the frame's cameras, drawn with `rng`
 

@@ -44,7 +44,6 @@ from scalr_jax.runtime.errors import BadFrameError
 
 FIELD_OF_VIEW_EPS = 1e-4  # metres
 VAVIT_FLIP = 0.66  # probability, as released
-FEATURES = ("intensity", "x", "y", "z", "radius")
 
 
 @dataclasses.dataclass(frozen=True)

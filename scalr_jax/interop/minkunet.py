@@ -23,8 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from scalr_jax.data.scenes import RAW_INTENSITY
-from scalr_jax.data.transforms import FEATURES
+from scalr_jax.data.scenes import FEATURES, RAW_INTENSITY
 from scalr_jax.interop.finite import check_weights
 from scalr_jax.interop.model import NORM, Published, extra_weights
 from scalr_jax.models.minkunet import BLOCKS, scaled_widths

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from scalr_jax.config import get_config
 from scalr_jax.interop import minkunet, vavit, waffleiron
@@ -15,6 +15,9 @@ from scalr_jax.interop.names import state_dict
 from scalr_jax.interop.torch_file import read_weights_file, write_torch_file
 from scalr_jax.models.student import Student, Variables
 from scalr_jax.models.vavit import VaViTBackbone
+
+if TYPE_CHECKING:  # a bare machine has no ml_collections, and no config files to read
+    from ml_collections import ConfigDict
 
 # By the updates of ScaLR's 25 and ScaLR+'s 65 epochs, 55,100 frames each in batches of 8: with eight GPUs the last
 # batch is filled up, with one, two or four it is left out.

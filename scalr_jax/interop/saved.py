@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 
 from scalr_jax.config import DataSettings, StudentSettings
 from scalr_jax.data import sensors
-from scalr_jax.data.scenes import Dataset
-from scalr_jax.data.transforms import FEATURES
+from scalr_jax.data.scenes import FEATURES, Dataset
 from scalr_jax.interop.exported import check_settings, is_export, read_export
 from scalr_jax.interop.finite import check_weights
 from scalr_jax.interop.model import check_shapes, student_of

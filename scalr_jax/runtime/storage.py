@@ -115,11 +115,11 @@ def is_lfs_pointer(path: Path) -> bool:
     return False
 
 
-def check_writable(path: Path) -> None:
-    """Raises InputError unless `path` can be made, judged by the nearest folder that is there. Makes nothing."""
+def check_writable(path: Path, flag: str = "--output") -> None:
+    """Raises InputError unless `path`, which `flag` gave, can be made, judged by the nearest folder that is there."""
     there = next(folder for folder in path.absolute().parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"{path} cannot be written: {there} is no folder, or a read-only one; give another --output")
+        raise InputError(f"{path} cannot be written: {there} is no folder, or a read-only one; give another {flag}")
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from scalr_jax.runtime import chips, distributed, sharding, stopping
 from scalr_jax.runtime.checkpoint import Checkpoints
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.logging import MetricWriter
-from scalr_jax.train import optim, steps
+from scalr_jax.train import executables, optim, steps
 from scalr_jax.train.state import AveragedState, TrainState, init_state, start_average
 from scalr_jax.train.teachers import Source, Teacher, first_batches, with_statistics
 from scalr_jax.train.trace import Trace
@@ -63,6 +63,7 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
     """
     # Devices, data and the static sizes of a pack.
     run = settings.run
+    saved = executables.read(run.executable)
     mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp)
     pipeline = _make_pipeline(settings, dataset, task, mesh, workdir)
     sample = pipeline.sample()
@@ -74,8 +75,7 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
     # The step, and where its state lies.
     batch = sharding.put_batch(pipeline.empty_batch(capacities, sample[0]), mesh)
     program = make_program(settings, task, batch, mesh, expected)
-    if sharding.platform() == "cpu":  # whose memory the system grants until it kills
-        _check_memory(program.state)
+    _check_memory(program.state)
 
     # Resume, or begin.
     active = jax.process_index() == 0
@@ -93,11 +93,11 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
     else:
         writer.restart()
         state = jax.jit(program.fresh, out_shardings=program.shardings)(batch)
-        if task.initial is not None:
-            state = _start_from(state, task.initial, program.shardings)
-    del batch
+        state = _start_from(state, task.initial, program.shardings)
     first = first_batches(pipeline, capacities, sample[0], expected, mesh)
     teachers = with_statistics(task.sources, task.teachers, workdir, first, mesh, resumed=restored is not None)
+    step = executables.choose(saved, program.step, (program.state, teachers, batch), mesh)
+    del batch
 
     # The loop. Its order matters: read, step, save what the step finished, log.
     number, stopped = int(state.step), False
@@ -110,7 +110,7 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
             item, batch = next(source)
             trace.before(number, state)
             with jax.transfer_guard("disallow"):
-                state, metrics = program.step(state, teachers, batch)
+                state, metrics = step(state, teachers, batch)
             number += 1
             stopped = reached(number)
             global_positions = sharding.put_batch(item.positions.astype(np.int32), mesh)
@@ -136,6 +136,8 @@ def train(settings: TrainSettings, workdir: Path, dataset: Dataset | FinishedSce
 
 
 def _check_memory(state: TrainState) -> None:
+    if sharding.platform() != "cpu":  # whose memory the system grants until it kills
+        return
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     remedy = "lower model.channels or model.depth (of a VaViT model.vavit.width or model.vavit.depth)"
     chips.check_room(needed, "the training state of the student", remedy)
@@ -220,8 +222,10 @@ def expected_scenes(sample: list[SceneView], capacities: Capacities, scenes_per_
     return num_shards * min(capacities.scenes, max(1.0, capacities.points / mean_points - 0.5))
 
 
-def _start_from(state: TrainState, initial: Variables, shardings: Any) -> TrainState:
-    """Replace the top-level parameters and statistics that `initial` has (embedding and backbone)."""
+def _start_from(state: TrainState, initial: Variables | None, shardings: Any) -> TrainState:
+    """Replaces the top-level parameters and statistics that `initial` has (embedding and backbone), if it is given."""
+    if initial is None:
+        return state
     initial = without_head(initial)
     params, statistics = {**state.params, **initial["params"]}, {**state.batch_stats, **initial["batch_stats"]}
     given, wanted = (jax.tree.map(jnp.shape, tree) for tree in (params, state.params))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from scalr_jax.data.packing import Capacities
-from scalr_jax.data.pipeline import Pipeline
 from scalr_jax.data.scenes import Batch, SceneView
 from scalr_jax.models import vit
 from scalr_jax.ops.bilinear import sample_tokens
@@ -29,6 +28,9 @@ from scalr_jax.train.normalization import (
     shapes,
     write_normalizations,
 )
+
+if TYPE_CHECKING:  # it needs Grain, which a machine without data has not
+    from scalr_jax.data.pipeline import Pipeline
 
 Array = jax.Array
 

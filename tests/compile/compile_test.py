@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from scalr_jax import recipes
-from scalr_jax.compile import abstract, hlo, hlo_cost, predict
+from scalr_jax.compile import abstract, hlo, hlo_cost, predict, roofline
 from scalr_jax.compile import run as compile
 from scalr_jax.config import OptimizerSettings
 from scalr_jax.data.packing import Capacities, pack_shard, stack_shards
@@ -342,7 +342,7 @@ def test_a_gpu_steps_bytes_and_flops_are_those_committed(model, traffic, work):
     work = predict.useful(run.student, run.teacher_config, IMAGE, run.capacities)
     found = predict.predict(program, chip, 1, work)
     assert {"teacher", "products", "optimiser", "embedding"} <= found["categories"].keys()
-    assert 0 < found["predicted_mfu"] < predict.CONSTANTS["peak_share"]
+    assert 0 < found["predicted_mfu"] < roofline.CONSTANTS["peak_share"]
     assert sum(kind["bytes"] for kind in found["categories"].values()) == hlo_cost.hbm_bytes(program)
 
 
