@@ -84,6 +84,8 @@ def _problems(settings: Settings) -> Iterator[str]:
     profile = settings.run.profile
     if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1]):
         yield f"profile = {profile} (expected: two steps, the first, from 0, before the second)"
+    if settings.run.executable and settings.data.buckets:
+        yield f"executable with data.buckets = {settings.data.buckets} (it is one program; leave one of them out)"
     if settings.run.wandb and importlib.util.find_spec("wandb") is None:
         yield f"wandb = {settings.run.wandb!r} without its package (pip install 'scalr_jax[wandb]')"
     if settings.mesh.data == 0:

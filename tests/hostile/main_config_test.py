@@ -336,6 +336,7 @@ KEYS = [
     keys("model.name=vavit_tiny ; model.vavit.pillar_size=0.0", "model.vavit.pillar_size"),
     keys("model.name=vavit_tiny ; data.pillars_per_shard=(8,)", "data.pillars_per_shard is (8,)"),
     keys("model.name=vavit_tiny ; data.pillars_per_shard=(8,8)", "data.pillars_per_shard = (8, 8)"),
+    keys("executable=a ; data.buckets=(0.5,)", "executable", "data.buckets = (0.5,)"),
     keys("executable=nowhere", "nowhere", "config.executable"),
     keys("data.augmentation=vavit", "data.augmentation", "image"),
     keys("data.pillarmix=-1.0"),
