@@ -14,16 +14,31 @@
 # similarity to one point. Everything is generated, nothing is downloaded; on a CPU it takes about a minute.
 
 # %% [markdown]
-# On Colab write the repository's address into `REPOSITORY` first, and this cell installs the package. Where it is
-# installed already, the cell does nothing.
+# This cell installs the package where it is missing: from the clone that the notebook lies in, else (on Colab) from
+# `REPOSITORY`. What runs the accelerator, JAX and its plugins, stays as it is.
 
 # %%
 import importlib.util
 import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
 
-REPOSITORY = ""  # https://...
+REPOSITORY = ""
 if importlib.util.find_spec("scalr_jax") is None:
-    subprocess.run(["pip", "install", "-q", f"scalr_jax[notebooks] @ git+{REPOSITORY}"], check=True)
+    clone = next((folder.resolve() for folder in map(Path, (".", "..")) if (folder / "scalr_jax").is_dir()), None)
+    source = f"{clone}[notebooks]" if clone else f"scalr_jax[notebooks] @ git+{REPOSITORY}"
+    if not (clone or REPOSITORY):
+        raise SystemExit("write the address of the package's repository into REPOSITORY, and run this cell again")
+    kept = {d.name: d.version for d in metadata.distributions() if d.name.startswith(("jax", "libtpu"))}
+    Path("constraints.txt").write_text("".join(f"{name}=={version}\n" for name, version in kept.items()))
+    if subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-c", "constraints.txt", source]).returncode:
+        raise SystemExit(f"pip cannot install scalr_jax beside {kept or 'what is here'}: it needs JAX 0.10 or newer")
+if "google.colab" in sys.modules:
+    import jax
+
+    if jax.default_backend() == "cpu":
+        print("no accelerator: choose one in Runtime, Change runtime type; on the CPU this notebook takes minutes")
 
 # %% [markdown]
 # A config says everything about a run: 48 generated streets, a student of 3 layers, 32 wide, the teacher that comes
@@ -74,7 +89,7 @@ from scalr_jax.data.streets.streets import Streets
 
 streets = Streets(workdir / "streets", split="validation", num_scenes=4, image_size=(224, 448))
 streets.render_missing()
-frame = streets.frame(3)
+frame = streets.frame(2)
 print(f"{len(frame.points):,} points, of which the camera sees {frame.visible.sum():,}; the first: {frame.points[0]}")
 PIL.Image.fromarray(frame.image)
 
@@ -109,14 +124,15 @@ draw_with_image(Path("runs/notebooks/pca.png"), xyz, "Features of an unseen stre
 Image("runs/notebooks/pca.png", width=900)
 
 # %% [markdown]
-# Similarity to one point, the star: a point on a car, chosen with the help of the label. Red is most alike.
+# Similarity to one point, the star: the point on a car that is most like all points of cars in view. Red is most alike.
+# A student this small, taught for this short, takes some people and fences for cars: see `streets.frame(4)`.
 
 # %%
 import numpy as np
 
 car = streets.class_names.index("car")
 cars = np.flatnonzero((frame.labels == car) & frame.visible)
-query = cars[np.linalg.norm(xyz[cars], axis=1).argmin()]
+query = cars[cosine_similarity(np.vstack([distilled[cars].mean(axis=0), distilled[cars]]), 0)[1:].argmax()]
 similarity = cosine_similarity(distilled, query)
 panel = Panel("one point on a car", similarity, label="cosine similarity to the star")
 draw_with_image(Path("runs/notebooks/car.png"), xyz, "Similarity to one point", panel, *seen, query=query)

@@ -14,16 +14,31 @@
 # predict. Generated streets play the part of your recordings. About a minute on a CPU.
 
 # %% [markdown]
-# On Colab write the repository's address into `REPOSITORY` first, and this cell installs the package. Where it is
-# installed already, the cell does nothing.
+# This cell installs the package where it is missing: from the clone that the notebook lies in, else (on Colab) from
+# `REPOSITORY`. What runs the accelerator, JAX and its plugins, stays as it is.
 
 # %%
 import importlib.util
 import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
 
-REPOSITORY = ""  # https://...
+REPOSITORY = ""
 if importlib.util.find_spec("scalr_jax") is None:
-    subprocess.run(["pip", "install", "-q", f"scalr_jax[notebooks] @ git+{REPOSITORY}"], check=True)
+    clone = next((folder.resolve() for folder in map(Path, (".", "..")) if (folder / "scalr_jax").is_dir()), None)
+    source = f"{clone}[notebooks]" if clone else f"scalr_jax[notebooks] @ git+{REPOSITORY}"
+    if not (clone or REPOSITORY):
+        raise SystemExit("write the address of the package's repository into REPOSITORY, and run this cell again")
+    kept = {d.name: d.version for d in metadata.distributions() if d.name.startswith(("jax", "libtpu"))}
+    Path("constraints.txt").write_text("".join(f"{name}=={version}\n" for name, version in kept.items()))
+    if subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-c", "constraints.txt", source]).returncode:
+        raise SystemExit(f"pip cannot install scalr_jax beside {kept or 'what is here'}: it needs JAX 0.10 or newer")
+if "google.colab" in sys.modules:
+    import jax
+
+    if jax.default_backend() == "cpu":
+        print("no accelerator: choose one in Runtime, Change runtime type; on the CPU this notebook takes minutes")
 
 # %% [markdown]
 # Recordings: a lidar that looks ahead, 1.9 m above the ground, and one camera. Replace this cell by your own files.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 import sys
 import tempfile
 import time
@@ -22,6 +23,8 @@ import jupytext
 import nbformat
 import PIL.Image
 from nbclient import NotebookClient
+
+import scalr_jax
 
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted(HERE.glob("[0-9]_*.py"))
@@ -47,6 +50,18 @@ def execute(source: Path, folder: Path, check: str = "") -> Any:
     client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=place, coalesce_streams=True)
     client.execute(env=environment)
     return notebook
+
+
+def addressed(source: str, name: str, repository: str) -> str:
+    """The text of a source with the repository's address in its first cell and, on GitHub, a badge that opens it."""
+    source = re.sub(r'(?m)^REPOSITORY = ".*"$', f'REPOSITORY = "{repository}"', source)
+    source = re.sub(r"# \[!\[Open in Colab\].*\n#\n", "", source)
+    place = repository.removeprefix("https://github.com/")
+    if place == repository:
+        return source
+    colab = "https://colab.research.google.com"
+    badge = f"[![Open in Colab]({colab}/assets/colab-badge.svg)]({colab}/github/{place}/blob/main/notebooks/{name})"
+    return source.replace("# %% [markdown]\n", f"# %% [markdown]\n# {badge}\n#\n", 1)
 
 
 def shrink(notebook: Any) -> None:
@@ -75,9 +90,10 @@ def main(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for source in [HERE / Path(name).name for name in names] or SOURCES:
             started = time.monotonic()
+            path = source.with_suffix(".ipynb")
+            source.write_text(addressed(source.read_text(), path.name, scalr_jax.REPOSITORY))
             notebook = execute(source, Path(folder))
             shrink(notebook)
-            path = source.with_suffix(".ipynb")
             nbformat.write(notebook, path)
             print(f"{path.name}: {time.monotonic() - started:.0f} s, {path.stat().st_size / 1e3:.0f} kB", flush=True)
 

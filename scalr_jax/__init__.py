@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = ("Model", "__version__", "load")
+REPOSITORY = ""  # where the package is published, https://github.com/OWNER/NAME; notebooks/render.py writes it there
 
 
 def __getattr__(name: str) -> object:

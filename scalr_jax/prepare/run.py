@@ -91,8 +91,8 @@ flags.DEFINE_boolean("antialias", True, "How images are resized.", flag_values=F
 flags.DEFINE_enum("position_interpolation", "auto", INTERPOLATIONS, "Of the teacher.", flag_values=FLAGS)
 
 
-def image_choice() -> Images:
-    """How images are stored, by the flags."""
+def image_size() -> tuple[int, int] | None:
+    """Rows and columns of --image_size; None when it was not given. Raises InputError."""
     try:
         size = tuple(int(number) for number in FLAGS.image_size)
     except ValueError:
@@ -100,12 +100,18 @@ def image_choice() -> Images:
     if size and (len(size) != 2 or min(size) < 1 or max(size) > MAX_IMAGE_SIZE):
         given = ",".join(FLAGS.image_size)
         raise InputError(f"--image_size={given} must be rows,columns, as in 224,448, at most {MAX_IMAGE_SIZE} each")
+    return (size[0], size[1]) if size else None
+
+
+def image_choice() -> Images:
+    """How images are stored, by the flags."""
+    size = image_size()
     if FLAGS.dataset == "streets":  # rendered at this size
         return Images(FLAGS.image_format or "original")
     if size and FLAGS.image_format == "original":
         problem = "--image_format=original keeps the files as they are"
         raise InputError(f"{problem}; leave out --image_size, or take jpeg or raw")
-    return Images(FLAGS.image_format or ("jpeg" if size else "original"), (size[0], size[1]) if size else None)
+    return Images(FLAGS.image_format or ("jpeg" if size else "original"), size)
 
 
 def open_raw(split: str, *, labels: bool) -> Dataset:
@@ -215,12 +221,11 @@ def write_records(images: Images) -> None:
 
 def open_images() -> Dataset:
     """The frames whose images the teacher sees: records, also those of several lidars, or a raw dataset."""
-    root, size, datasets = Path(FLAGS.root), FLAGS.image_size, []
+    root, datasets = Path(FLAGS.root), []
     folders = [root] if is_begun(root) or not root.is_dir() else sorted(filter(is_prepared, root.iterdir()))
     for split in FLAGS.split or ("train",):
         if folders and (is_begun(root) or folders != [root]):
-            size = image_choice().size
-            datasets += [Records(folder, split=split, image_size=size) for folder in folders]
+            datasets += [Records(folder, split=split, image_size=image_size()) for folder in folders]
         else:
             require(FLAGS, "dataset", "root", example="--root=RECORDS, or --dataset=nuscenes --root=RAW")
             datasets.append(open_raw(split, labels=False))
@@ -229,7 +234,7 @@ def open_images() -> Dataset:
 
 def write_teacher() -> None:
     """--teacher."""
-    size = image_choice().size
+    size = image_size()
     if size is None:
         raise InputError("--teacher needs --image_size=ROWS,COLUMNS, that of data.image_size, as in 224,448")
     from scalr_jax.prepare import tokens
