@@ -87,8 +87,8 @@ class Model:
     @overload
     def embed(self, points: ArrayLike, *, progress: bool = False) -> np.ndarray: ...
     def embed(self, points: ArrayLike | Scans, *, progress: bool = False) -> np.ndarray | list[np.ndarray]:
-        """The backbone's features [N, C] float32. Raises ValueError for points that are none, or whose
-        features are not finite."""
+        """The backbone's features [N, C] float32. Raises ValueError for anything but points, and for features that
+        are not finite."""
         return self._run(self._embed, points, "features", 0.0, progress)
 
     @overload
@@ -98,8 +98,8 @@ class Model:
     def distilled(
         self, points: ArrayLike | Scans, *, teacher: str | None = None, progress: bool = False
     ) -> np.ndarray | list[np.ndarray]:
-        """Features in the teacher's space [N, C_teacher] float32, normalised where its were (docs/teachers.md); of
-        several teachers those of one by its name, or one after the other. ValueError for a segmentation model."""
+        """Features in the teacher's space [N, C_teacher] float32, normalised as in training (docs/teachers.md); with
+        several teachers those of the named one, or of all, one after the other. ValueError for a segmentation model."""
         if self.config.head != "distill":
             raise InputError(f"this model has head {self.config.head!r} and no features in a teacher's space")
         columns = slice(None) if teacher is None else columns_of(self.config, teacher)
@@ -125,7 +125,7 @@ class Model:
     def _run(
         self, function: Callable, points: ArrayLike | Scans, what: str, fill: float, progress: bool
     ) -> np.ndarray | list[np.ndarray]:
-        """The results of one scan, or of each of several. Raises InputError, which says of which scan."""
+        """The results of one scan, or of each of several. Raises InputError that names the scan."""
         given = points if isinstance(points, list | tuple) else ()
         several = len(given) > 0 and np.ndim(as_array(given[0])) == 2
         scans, results = given if several else (points,), []
@@ -216,7 +216,7 @@ def _load_published(path: Path, sensor: str | None, given: Mapping, activation: 
     missing = [name for name in ("intensity", "field_of_view", "grids") if name in found.unsaid and name not in given]
     if sensor is None and missing:
         arguments = ", ".join(f"{name}=" for name in missing)
-        raise InputError(f"{path} does not say its sensor; give sensor= (one of {known}), or {arguments}")
+        raise InputError(f"{path} does not say its sensor; give sensor= (one of {known}) or {arguments}")
     if sensor is not None and found.unsaid and sensor not in sensors.INTENSITY:
         raise InputError(f"sensor = {sensor!r} is none of {known}")
     segments = settings["head"] in SEGMENTATION_HEADS
@@ -231,16 +231,16 @@ def _load_published(path: Path, sensor: str | None, given: Mapping, activation: 
 
 
 def _checked(settings: dict) -> ConfigDict:
-    """The model config, intensity, field of view and grids as tuples of numbers; `InputError` when they are none."""
+    """The model config, intensity, field of view and grids as tuples of numbers; `InputError` for other values."""
 
     def numbers(name: str, rows: int, columns: int, kind: type) -> Any:
         try:
             array = np.asarray(settings[name], float).reshape(rows, columns)
             if kind is int:
-                whole = array.clip(-1e9, 1e9).astype(int)  # the limits of both are config's
+                whole = array.clip(-1e9, 1e9).astype(int)  # limits as in config.py
                 array = whole if (whole == array).all() else np.full_like(whole, -1)
         except (TypeError, ValueError, OverflowError):
-            array = np.full((rows, columns), -1)  # no mean and deviation, corners or grids
+            array = np.full((rows, columns), -1)  # which the checks below refuse
         return tuple(tuple(row) for row in array.tolist())
 
     (intensity,) = numbers("intensity", 1, 2, float)
@@ -254,5 +254,5 @@ def _checked(settings: dict) -> ConfigDict:
     if min(min(grid) for grid in grids) < 1:
         wrong.append("grids = ((rows, columns), ...) of the planes xy, xz, yz")
     if wrong:
-        raise InputError(f"what was given, or is in its config.json, is no {', no '.join(wrong)}")
+        raise InputError(f"invalid settings: expected {', '.join(wrong)}")
     return ConfigDict({**settings, "intensity": intensity, "field_of_view": (low, high), "grids": grids})

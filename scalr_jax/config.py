@@ -223,7 +223,9 @@ class EvaluateSettings:
     rings: tuple[float, ...] = key((10.0, 20.0, 30.0, 40.0, 50.0), "metres, ascending: results by distance", above=0)
     votes: int = key(1, "augmented copies of a scan that are averaged; 1: the scan itself", low=1, high=1000)
     submission: bool = key(False, "nuscenes, semantic_kitti: write the benchmark's files")
-    submission_uses: tuple[str, ...] = key(("lidar",), "what nuScenes is told that the model uses", choices=USES)
+    submission_uses: tuple[str, ...] = key(
+        ("lidar",), "the model's inputs, for nuScenes' submission.json", choices=USES
+    )
     corruptions: tuple[str, ...] = key(CORRUPTIONS, "robustness: of Robo3D", choices=CORRUPTIONS)
     severities: tuple[str, ...] = key(SEVERITIES, "robustness", choices=SEVERITIES)
     corrupted_root: str = key("", "robustness: folder of the released nuScenes-C or SemanticKITTI-C; '': generated")

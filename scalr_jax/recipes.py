@@ -91,7 +91,7 @@ def packed(config: Config, num_shards: int) -> Config:
 
 
 def large_batch(config: Config, times: float) -> Config:
-    """The optimiser for steps of `times` as many scenes, of which a run then has so many fewer: see docs/scaling.md.
+    """The optimiser for steps of `times` as many scenes, of which a run then has fewer: see docs/scaling.md.
 
     The learning rate grows with the square root of the batch, as suits Adam's normalised steps (Malladi et al., 2022),
     and the warm-up's share of the scenes likewise, up to a tenth. The schedule counts scenes and stays.

@@ -40,10 +40,10 @@ def read_settings(config: ConfigDict) -> Settings:
 
 
 def student_settings(model: Mapping[str, Any]) -> StudentSettings:
-    """The settings of a model config that has other keys too, or lacks younger ones. Raises `InputError`."""
+    """The settings of a model config, which may have other keys or lack newer ones. Raises `InputError`."""
     defaults, problems = dataclasses.asdict(StudentSettings()), []
     values = defaults | {name: value for name, value in model.items() if name in defaults}
-    for name, default in defaults.items():  # nested ones, which may lack younger keys too
+    for name, default in defaults.items():  # nested ones, which may lack newer keys too
         given: Any = values[name]
         if isinstance(default, dict) and callable(getattr(given, "items", None)):  # a dict, or a ConfigDict
             values[name] = {**default, **dict(given.items())}

@@ -136,7 +136,7 @@ def num_classes_of(settings: Settings, dataset: Dataset) -> int:
 def load_backbone(settings: Settings) -> Saved:
     """`config.checkpoint`: a workdir's newest checkpoint, or a published file.
 
-    Raises `InputError` when it is none of these, and with every setting in which it differs from the config.
+    Raises `InputError` for anything else, and with every setting in which it differs from the config.
     """
     path = Path(settings.run.checkpoint)
     if settings.run.checkpoint and path.is_file():
@@ -156,7 +156,7 @@ def load_backbone(settings: Settings) -> Saved:
     data = [(key, a, getattr(settings.data, key)) for key, a in inputs.items()]
     wrong += [f"{key} is {a} there, {b} in config.data" for key, a, b in data if a != b]
     if wrong:
-        raise InputError(f"{path} holds another student: {'; '.join(wrong)}; set these keys as they are there")
+        raise InputError(f"{path} holds another student: {'; '.join(wrong)}; set these keys to its values")
     return saved
 
 
@@ -193,7 +193,7 @@ def class_order(settings: Settings, class_names: Sequence[str], saved: Saved, nu
     if len(here) != num_classes or set(there) != set(here):
         described = f" ({', '.join(there)})" if there else ""
         raise InputError(
-            f"{settings.run.checkpoint} tells {num_classes} classes apart{described}, and {settings.data.dataset} has "
+            f"{settings.run.checkpoint} has {num_classes} classes{described}, and {settings.data.dataset} has "
             f"{len(here)} ({', '.join(here)}); evaluate on a dataset with the classes of the training"
         )
     return np.array([here.index(name) for name in there])
@@ -206,7 +206,7 @@ def distill(settings: Settings, workdir: Path) -> TrainState:
     """Distils the teacher into the student; results.json holds the last logged metrics."""
     tokens = [open_tokens(teacher, settings.data) for teacher in settings.teachers]
     with claimed(settings, workdir, tokens):
-        # A teacher that cannot be is said before streets are rendered.
+        # An impossible teacher is refused before streets are rendered.
         task = distillation(settings, [store.channels if store else 0 for store in tokens])
         dataset = open_dataset(settings, workdir, settings.data.split, tokens)
         save_settings(settings, workdir, task, dataset)
@@ -373,7 +373,7 @@ def _open_evaluation(settings: Settings, workdir: Path) -> tuple[Evaluator, Data
 def robustness(settings: Settings, workdir: Path) -> dict:
     """Evaluates the run in `config.checkpoint` under `config.evaluate.corruptions`; see docs/robustness.md."""
     evaluator, dataset, variables = _open_evaluation(settings, workdir)
-    free = [*(row.name for row in all_keys() if row.resume), "data.image_dtype"]  # parts that exist do not know it
+    free = [*(row.name for row in all_keys() if row.resume), "data.image_dtype"]  # existing parts were made without it
     key = robust.part_key(record_of(settings), checksum(variables, head=True), free)
     with claimed(settings, workdir):
         results = robust.measure(settings.evaluate, settings.data, workdir, evaluator, dataset, key)

@@ -139,7 +139,7 @@ def test_several_scans_give_the_results_of_each(distilled, capsys):
 
 
 class DataFrame:
-    """What pandas' has that is read."""
+    """The part of pandas' that is read."""
 
     def __init__(self, columns):
         self.columns = columns

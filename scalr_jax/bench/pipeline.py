@@ -98,7 +98,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _settings(arguments: argparse.Namespace) -> tuple[DataSettings, transforms.SceneSettings]:
-    """Data and scenes of the default student."""
+    """Settings of data and scenes of the default student."""
     try:
         image_size = two_sizes(arguments.image_size)
     except argparse.ArgumentTypeError as error:

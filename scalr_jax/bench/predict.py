@@ -184,7 +184,7 @@ def _onnxruntime(model: Model, scene: SceneView, network: Callable[[], np.ndarra
     try:
         from scalr_jax.export.onnx import open_session, serialize
     except ImportError as error:
-        raise InputError(f'onnxruntime is what is compared with: pip install "scalr_jax[export]" ({error})') from error
+        raise InputError(f'the comparison needs onnxruntime: pip install "scalr_jax[export]" ({error})') from error
     variables = fold(jax.tree.map(np.asarray, model.variables))
     session = open_session(serialize(model.student, variables, model.config.to_dict()), threads=_threads())
     inputs = scene_inputs(scene, model.student.needs, "onnx")

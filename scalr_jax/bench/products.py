@@ -1,4 +1,4 @@
-"""The student's matrix products without anything else: the floor that its times stand beside.
+"""The student's matrix products without anything else: the floor for its times.
 
 Shapes, dtypes and the order in which one product needs the last one's result are those of the model; activations,
 norms and spatial mixing are left out. Every result is returned or carried on, so that XLA can drop nothing, and

@@ -160,7 +160,7 @@ def _real_frame(root: Path) -> Callable[[str, int, tuple[int, int]], tuple[Frame
 
 
 def _generated_frame(name: str, count: int, image_size: tuple[int, int]) -> tuple[Frame, tuple[float, float]]:
-    """A generated street seen by a lidar as fine as the real one, inside one camera's field; the image is noise."""
+    """A generated street seen by a lidar as dense as the real one, within one camera's field; the image is noise."""
     from scalr_jax.data.streets.sensors import project
 
     # Lowest and highest beam (degrees), beams, rays a beam inside 90 degrees, furthest return (metres).
@@ -233,7 +233,7 @@ def load(path: Path) -> Scenes:
             raise KeyError(missing[0])
         source, names = str(arrays["source"]), tuple(str(name) for name in arrays["names"])
     except FileNotFoundError as error:
-        raise InputError(f"{path} is not there; --save_batch writes it") from error
+        raise InputError(f"{path} does not exist; write it with --save_batch") from error
     except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:  # of an .npy, cut, ...
         raise InputError(f"{path} is not a batch that this version's --save_batch wrote ({error})") from error
     return Scenes(Batch(planes=planes, **fields), grids, source, names)  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ def interleave(functions: Mapping[str, Callable[[], object]], *, runs: int, warm
 
 
 def seconds_a_call(function: Callable[[], object], calls: int) -> float:
-    """Of `calls` calls, which a device may queue."""
+    """Seconds of one of `calls` calls, which a device may queue."""
     start = time.perf_counter()
     result = None
     for _ in range(calls):
@@ -102,7 +102,7 @@ def show_times(rows: Mapping[str, tuple[Times, str]]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are `InputError`s, which become one sentence and exit code 2."""
+    """A parser whose errors are `InputError`s: one sentence, exit code 2."""
 
     def __init__(self, program: str, doc: str | None):
         super().__init__(

@@ -139,7 +139,7 @@ def make_task(settings: Settings, teacher: str | None, *, cached: bool = False) 
 
 
 def choose_teacher(name: str, *, given: bool) -> ViTConfig:
-    """The architecture behind a name, a width or a file's name. Raises `InputError` that lists what is known."""
+    """The architecture behind a name, a width or a file's name. Raises `InputError` that lists the known ones."""
     if name == "demo":
         from scalr_jax.interop.teacher import load_demo_teacher
 
@@ -165,7 +165,7 @@ def teacher_shapes(image_size: tuple[int, int], vit_config: ViTConfig) -> Any:
 
 
 def num_classes(dataset: str) -> int:
-    """Number of a dataset's classes, without the dataset. Raises `InputError` when only its data say it."""
+    """Number of a dataset's classes, without the dataset. Raises `InputError` when only its files contain it."""
     if dataset in ("nuscenes", "semantic_kitti", "pandaset"):
         return len(read_label_map(dataset).class_names)
     raise InputError(f"the classes of {dataset!r} are in its data; give their number, --config.model.num_classes=N")

@@ -162,7 +162,7 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
     """How often a loop runs: as XLA notes it, else what its counter, which rises by 1 as JAX's do, has to go.
 
     The counter starts above 0 where XLA has moved the first rounds before the loop. A loop whose trips depend on the
-    data says in the scope around it how many they are about. Raises ValueError for any other that does not go from one
+    data gives about how many in the scope around it. Raises ValueError for any other that does not go from one
     constant to another.
     """
     if about := re.search(r"/about_(\d+)_trips/while$", loop.source):
@@ -217,7 +217,7 @@ def collectives(program: Program) -> list[Collective]:
 
 
 def summary(found: list[Collective]) -> dict[str, dict[str, int]]:
-    """kind -> how many run in a step, and the bytes of the arrays they are about."""
+    """kind -> how many run in a step, and the bytes of their arrays."""
     result: dict[str, dict[str, int]] = {}
     for collective in sorted(found, key=lambda c: c.kind):
         total = result.setdefault(collective.kind, {"count": 0, "bytes": 0})

@@ -30,7 +30,7 @@ class Useful(NamedTuple):
 def useful(student: Student, teacher: ViTConfig | None, image_size: tuple[int, int], room: Capacities) -> Useful:
     """As full as a pack of the published mixture on average (`recipes`).
 
-    Raises TypeError for a backbone whose FLOPs nobody counts.
+    Raises TypeError for a backbone whose FLOPs are not counted.
     """
     mean, fill = (recipes.VAVIT_MEAN, recipes.VAVIT_FILL) if room.pillars else (recipes.PACK_MEAN, recipes.PACK_FILL)
     scenes = room.scenes * mean / recipes.PACK_SCENES

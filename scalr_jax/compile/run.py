@@ -12,17 +12,17 @@ The step is the one that trains, with its shardings; shapes stand for weights an
 chip: any machine with the tpu or the cuda extra will do. A table comes first, one JSON object last:
 
     topology, devices       devices of JAX, of all slices: a chip is one of them, of TPU7x two
-    peak_bytes_per_device   arguments, results, temporary buffers and the program; hbm_bytes is what there is
+    peak_bytes_per_device   arguments, results, temporary buffers and the program; hbm_bytes: the device's memory
     fits                    exit code 2 and the shortfall when false
     flops_per_device        of a step's matrix products as compiled, cuBLAS's and cuDNN's too (padding and what remat
                             computes again included, inside of other custom kernels not), read off the program with
                             loops times their trips (of a VaViT's attention those of scenes of one size)
-    bytes_per_device        main memory, read or written, likewise
+    bytes_per_device        traffic of the main memory in a step
     predicted_ms            of a step, by compile/roofline.py: bytes and FLOPs of each kernel against the chip's, times
                             `constants`, communication left out; categories: the same by kind of kernel
     predicted_mfu           useful FLOPs, of as many points and scenes as a pack has on average, over the peak
     scenes_per_s            of all devices
-    collectives             kind -> count a step, and bytes of the whole arrays that they are about
+    collectives             kind -> count a step, and bytes of the whole arrays
     parameter_bytes         the student's
     saved_bytes             with --save: of its file
     compile_s               lowering and compiling
@@ -31,7 +31,7 @@ Flags:
     --config     a config file of configs/; any key can be set: --config.model.remat=none
     --topology   CHIP:AxBxC, chips along each axis of one slice: v4, v5p and tpu7x have three, v5e and v6e two; h100:N
                  and h200:N are N GPUs
-    --slices     so many of them, joined by the data-centre network (default 1)
+    --slices     number of slices, joined by the data-centre network (default 1)
     --teacher    vits14, vitb14, vitl14, vitg14 (DINOv2), vit7b16 (DINOv3), their width, or demo (default: what
                  teacher.checkpoint is called, else vitl14)
     --cached_teacher   its tokens come with the batch, as with teacher.cache; no cache is needed
@@ -132,7 +132,7 @@ def needed_bytes(message: str) -> int:
 
 
 def show(result: dict, mesh: str) -> None:
-    """The table for people."""
+    """The printed table."""
     gib = 2**30
     rows = [
         ("devices", f"{result['devices']:,} ({mesh})"),

@@ -83,8 +83,8 @@ def _check_sizes(data: DataSettings, *, images: bool) -> None:
 
 
 def check_labelled(dataset: Dataset) -> None:
-    """Raises `InputError` when no frame of up to 32, from all over a validation set, has a labelled point: without this
-    it would be found out after training. Reads until one has."""
+    """Raises `InputError` when no frame of up to 32, from all over a validation set, has a labelled point,
+    which would show only after training. Reads until one has."""
     number, last = min(32, len(dataset)), len(dataset) - 1
     for k in range(number):
         with contextlib.suppress(BadFrameError):
@@ -177,7 +177,7 @@ def _open(
     if root is None:
         raise InputError(f"data.root is empty; give the folder that holds {data.dataset}: --config.data.root=DIR")
     if not root.is_dir():
-        raise InputError(f"{root} is not a folder; data.root = {data.root} must lead to {name}")
+        raise InputError(f"{root} is not a folder; data.root = {data.root} must be the folder of {name}")
     return _raw(data, split, name, root, task)
 
 

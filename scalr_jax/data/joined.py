@@ -137,7 +137,7 @@ def listed(dataset: Dataset, path: Path) -> Subset:
             missing -= hit
     if missing:
         raise InputError(
-            f"{path}: {len(missing)} of {len(wanted)} names are no frame of the dataset, as {min(missing)!r}; "
+            f"{path}: {len(missing)} of {len(wanted)} names are not in the dataset, as {min(missing)!r}; "
             f"its frames are named like {dataset.name(0)!r}"
         )
     if not found:

@@ -84,7 +84,7 @@ def flat(sizes: Capacities) -> np.ndarray:
 
 
 def in_buckets(capacities: Capacities, shares: Sequence[float]) -> list[Capacities]:
-    """What a step may have, from the smallest: `shares` of each size but the scenes, in multiples of 128, and all."""
+    """Sizes that a step may have, ascending: `shares` of each size but the scenes, in multiples of 128, and all."""
 
     def part(share: float) -> Capacities:
         points, *tables = (
@@ -104,7 +104,7 @@ def bucket_of(packs: Sequence[Pack], rooms: Sequence[Capacities]) -> int:
 
 
 def nothing_of(capacities: Capacities) -> Capacities:
-    """What a pack without a scene needs."""
+    """The room that a pack without a scene needs."""
     return Capacities(0, 0, *((0,) * len(table) for table in capacities[2:]))
 
 

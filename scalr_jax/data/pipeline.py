@@ -224,7 +224,7 @@ class Pipeline:
             if code is None:
                 raise
             raise InputError(
-                f"a data worker was killed (exit code {code[1]}; -9 mostly says that memory ran out); "
+                f"a data worker was killed (exit code {code[1]}; -9 usually means that memory ran out); "
                 f"the same command resumes; fewer data.num_workers (now {self.num_workers}) need less memory"
             ) from None
         finally:  # a stream that is left early must stop its workers and free their shared memory

@@ -1,5 +1,5 @@
-"""Can a lidar have seen these points, and do they fit what a model was trained on? One sentence for each way in which
-they do not. NumPy alone.
+"""Can a lidar have seen these points, and do they fit the training data of a model? One sentence for each kind of
+misfit. NumPy alone.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def count_unusable(points: np.ndarray, total: int | None = None) -> str:
 
 
 def check_place(points: np.ndarray) -> tuple[str | None, str | None]:
-    """Half a sentence when no lidar at the origin can have seen the points [N, 3+] (metres), and another one when they
-    are far away for one. None where nothing is wrong, or no point is finite."""
+    """Half a sentence when no lidar at the origin can have seen the points [N, 3+] (metres), and another when they are
+    unusually far. None when nothing is wrong, or no point is finite."""
     with np.errstate(invalid="ignore"):  # signalling NaN
         some = points[:: len(points) // 4_096 + 1, :3].astype(np.float64)
     xyz = some[np.isfinite(some).all(axis=1)]

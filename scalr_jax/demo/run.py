@@ -113,7 +113,7 @@ def _train(settings: Settings, workdir: Path, dataset: Dataset, task: Task) -> T
 
 
 def gap_closed(random: float, distilled: float, supervised: float) -> float:
-    """How much of the way from random to supervised the distilled student goes; NaN when there is no way."""
+    """The share of the gap from random to supervised that distillation closes; NaN when there is no gap."""
     return (distilled - random) / (supervised - random) if supervised != random else float("nan")
 
 

@@ -60,7 +60,7 @@ class Scan(NamedTuple):
 
 
 def check_corruption(corruption: str, severity: str) -> None:
-    """Raises `InputError` for a name that is none of the eight, or none of the three."""
+    """Raises `InputError` for an unknown corruption or severity."""
     if corruption not in CORRUPTIONS:
         raise InputError(f"corruption {corruption!r} is none of {', '.join(CORRUPTIONS)}")
     if severity not in SEVERITIES:

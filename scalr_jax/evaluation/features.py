@@ -131,9 +131,7 @@ class FeatureCache:
         except FileNotFoundError:
             raise BadFrameError(f"{path} is missing: the frame was bad when the features were computed") from None
         except files.UNREADABLE_ARRAYS as error:
-            raise BadFrameError(
-                f"{path} cannot be read ({reason(error)}); remove it, and it is computed again"
-            ) from error
+            raise BadFrameError(f"{path} cannot be read ({reason(error)}); remove it to compute it again") from error
         none = np.zeros((len(features), 0), np.int32)
         return SceneView(f"cached/{record}", position, features, none, (), None, None, labels)
 

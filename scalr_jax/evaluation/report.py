@@ -3,7 +3,7 @@
     IoU = TP / (TP + FP + FN)        mIoU: mean over the classes that are labelled or predicted
     recall = TP / (TP + FN)          accuracy = sum of TP / labelled points
 
-A class that is neither labelled nor predicted has no IoU (null) and does not count in the mean; it is named.
+A class that is neither labelled nor predicted has no IoU (null) and does not count in the mean; it is listed.
 """
 
 from __future__ import annotations

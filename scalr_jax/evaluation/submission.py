@@ -42,9 +42,9 @@ SETS = {
 class Submission:
     """Collects the scans of one evaluation, as a context manager; `add` each scan, then `finish`.
 
-    Raises `InputError` for another dataset than `NuScenes` or `SemanticKITTI` as they were downloaded, a folder that is
-    there already, scans of the set that are not on disk, or `uses`, what nuScenes asks to be told, that it does not
-    know.
+    Raises `InputError` for another dataset than `NuScenes` or `SemanticKITTI` as they were downloaded, an
+    existing folder, scans of the set that are not on disk, or unknown `uses` (the inputs that submission.json
+    names).
     """
 
     def __init__(self, dataset: Dataset, folder: Path, uses: Sequence[str] = ("lidar",)):
@@ -60,7 +60,7 @@ class Submission:
         if isinstance(dataset, NuScenes) and (dataset.version, dataset.split) not in SETS:
             raise InputError(f"split {dataset.split!r} of {dataset.version} is no evaluation set of nuScenes-lidarseg")
         if folder.exists():
-            raise InputError(f"{folder} is there already; remove it, or give another --workdir")
+            raise InputError(f"{folder} exists; remove it, or give another --workdir")
         self._dataset, self.folder, self._uses = dataset, folder, uses
         self._check_complete()
         self._partial = folder.with_name(f".{folder.name}.partial")

@@ -130,7 +130,7 @@ def export_model(
     original: dict = jax.tree.map(np.asarray, model.variables)
     variables = fold(original) if folded else original
     scene, _ = whole_scan(example_scan(settings), student.needs, settings["intensity"], settings["voxel_size"])
-    reference = make_reference(cast(Any, student))  # which is hashable
+    reference = make_reference(cast(Any, student))  # hashable
     wanted = reference(original, scene)
     for name, rows in wanted.items():
         check_outputs(rows, name)

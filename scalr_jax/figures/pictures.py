@@ -259,7 +259,7 @@ def _colored(panel: Panel, order: np.ndarray) -> dict:
 
 
 def save_figure(figure: Figure, output: Path | IO[bytes], title: str, *, tight: bool = True) -> None:
-    """A PNG of a figure under its title, with no empty border where `tight`; a path's file is whole or not there."""
+    """A PNG of a figure under its title, with no empty border where `tight`; a file is written whole or not at all."""
     figure.suptitle(title, fontsize=12)
     with (
         plain_text(figure),

@@ -83,13 +83,13 @@ def read_export(folder: Path) -> tuple[dict, dict]:
 
 
 def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
-    """Raises InputError unless the files that were exported (none in folders from before "files") are there as then."""
+    """Raises InputError unless the exported files are unchanged (folders from before "files" are not checked)."""
     if wrong := changes(folder, expected):
         raise InputError(f"{folder}: {wrong}; copy the folder again, or export it again")
 
 
 def check_settings(settings: Mapping) -> None:
-    """Raises KeyError or ValueError for what `Model` would stumble over later."""
+    """Raises KeyError or ValueError for settings that `Model` could not use."""
     if settings["head"] not in HEADS:
         raise ValueError(f"head is {settings['head']!r}, and none of {', '.join(HEADS)}")
     for key in ("out_features", "num_features"):

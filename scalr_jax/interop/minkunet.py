@@ -287,13 +287,13 @@ def _weights(content: Mapping, path: str) -> tuple[dict[str, np.ndarray], str, l
 
 
 def _check_kinds(weights: Mapping[str, np.ndarray], names: Names, path: str) -> None:
-    """Raises InputError unless what settings are read from is there: kernels [elements, C_in, C_out] of 3x3x3."""
+    """Raises InputError unless the arrays that give the settings exist: kernels [elements, C_in, C_out] of 3x3x3."""
     first, stem = [names.block(stage, 0)[0][0] for stage in range(8)], names.stem[0][0]
     wrong = [name for name in (stem, *first) if name not in weights or weights[name].ndim not in (2, 3)]
     if wrong:
         raise InputError(f"{path} holds no MinkUNet that is known here: {', '.join(wrong)} missing or of another kind")
     if weights[first[0]].ndim == 2 or weights[first[0]].shape[0] == 1:
-        raise InputError(f"{path} is a MinkUNet of bottleneck blocks (50 or 101), of which there is none here")
+        raise InputError(f"{path} is a MinkUNet of bottleneck blocks (50 or 101), which are not implemented")
     if weights[stem].shape[0] == 125:
         raise InputError(
             f"{path} has a stem of 5x5x5, as in MinkowskiEngine's example, and only stems of 3x3x3 (SLidR's, "

@@ -30,7 +30,7 @@ def read_published(path: str | Path) -> Published:
 
 
 def read_content(content: Mapping, name: str) -> Published:
-    """`read_published` of a file's content. One of no known backbone is told what it lacks to be a WaffleIron."""
+    """`read_published` of a file's content. For an unknown backbone the error says what a WaffleIron would need."""
     content = unwrapped(content, name)
     module = next((module for module in (minkunet, vavit) if module.recognises(content)), waffleiron)
     found = module.read(content, name)

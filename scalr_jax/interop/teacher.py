@@ -85,7 +85,7 @@ def taught_by(path: Path, teacher: TeacherSettings) -> int:
     for k, there in enumerate(given):
         if not (isinstance(there, dict) and isinstance(there.get("checkpoint"), str)):
             raise InputError(f"{path}: teacher is not that of a run; {AGAIN}")
-        there = {"normalize": "none", **(content.get("teacher") or {}), **there}  # of before there was another
+        there = {"normalize": "none", **(content.get("teacher") or {}), **there}  # written before there were several
         there["checkpoint"], here["checkpoint"] = Path(there["checkpoint"]).name, Path(here["checkpoint"]).name
         alone = not there["checkpoint"] and len(given) == 1  # and it had a cache: its file is not known
         keys = ("checkpoint", "feature", "normalize", "position_interpolation")[alone:]

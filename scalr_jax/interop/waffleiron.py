@@ -85,7 +85,7 @@ def published_weights(content: Mapping, name: str, first: str = FIRST) -> tuple[
     """The student's weights inside a published file and the one of `CONTAINERS` they stood under ("" for none).
 
     `first`: the weight that tells such a student. Where names begin with a prefix ("model." in a file of Lightning),
-    others are of other models, and are told.
+    others belong to other models and are named.
     """
     container = next((key for key in (*CONTAINERS, *WRAPPED) if isinstance(content.get(key), Mapping)), "")
     content = content[container] if container else content

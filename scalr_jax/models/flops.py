@@ -123,8 +123,8 @@ def sizes_of(student: Student, batch: Batch) -> Sizes:
 
 
 def step_flops(student: Student, batch: Batch) -> int | None:
-    """Of the student in a training step on the valid points of a batch; a frozen backbone has no backward pass. None
-    for a MinkUNet, whose products are not counted."""
+    """FLOPs of the student in a training step on the valid points of a batch; a frozen backbone has no backward pass.
+    None for a MinkUNet, whose products are not counted."""
     if not isinstance(student.backbone, WaffleIronBackbone | VaViTBackbone | CachedFeatures):
         return None
     sizes, num_points = sizes_of(student, batch), int(batch.scene_points.sum())

@@ -132,7 +132,7 @@ class BatchStatistics(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch norm of the last axis. Padded rows come out as finite numbers that nobody may read."""
+    """Batch norm of the last axis. Padded rows come out as finite numbers, to be ignored."""
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:

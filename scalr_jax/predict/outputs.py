@@ -1,4 +1,4 @@
-"""Output files of one scan, a row a point in the scan's order; every file is whole or not there.
+"""Output files of one scan, a row a point in the scan's order; every file is written whole or not at all.
 
 .npz    `features` [N, C], `distilled` [N, C] or `labels` [N] int32, and `class_names`
 .npy    the same array alone

@@ -160,7 +160,7 @@ def choose_outputs(scans: list[Path]) -> tuple[dict[Path, list[Path]], Path | No
 
 
 class _Warnings:
-    """Prints the first sentence of each kind, and at the end for how many other scans it holds."""
+    """Prints the first sentence of each kind, and at the end the number of other scans with it."""
 
     def __init__(self) -> None:
         self._seen: Counter[str] = Counter()
@@ -250,7 +250,7 @@ def settings_of(model: Model, what: str) -> dict:
     keys = ("intensity", "field_of_view", "grids", "voxel_size", "num_neighbors", "activation", "dtype")
     chosen = {"what": what, "sector": FLAGS.sector, "columns": FLAGS.columns, "feature_dtype": FLAGS.dtype}
     found = {**chosen, "sensor": FLAGS.sensor, "weights": f"{checksum:08x}", **{key: model.config[key] for key in keys}}
-    if model.student.needs.voxel_size is not None:  # its voxels and reading are not told by the weights
+    if model.student.needs.voxel_size is not None:  # weights do not determine voxels and reading
         found |= {"name": model.config.name, "minkunet": model.config.minkunet.to_dict()}
     return json.loads(json.dumps(found))  # tuples as they are read back
 
@@ -312,7 +312,7 @@ def _run_folder(model: Model, what: str, outputs: dict[Path, list[Path]], folder
 def run(arguments: list[str]) -> None:
     """The command. Raises InputError and what the operating system raises."""
     parse(arguments)
-    _sector()  # a mistake in it is told before anything is loaded
+    _sector()  # so that a mistake in it shows before anything is loaded
     scans = scan_inputs.list_scans(FLAGS.input)
     outputs, folder = choose_outputs(scans)
     formats = [path.suffix[1:] for path in next(iter(outputs.values()))]

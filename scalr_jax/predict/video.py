@@ -22,7 +22,7 @@ def check_video() -> None:
 
 
 def write_video(path: Path, pictures: Sequence[Path]) -> None:
-    """An MP4 (H.264) of PNG files of one size, whole or not there. Raises OSError."""
+    """An MP4 (H.264) of PNG files of one size, written whole or not at all. Raises OSError."""
     from imageio_ffmpeg import write_frames  # pyright: ignore[reportMissingImports]
 
     with Image.open(pictures[0]) as first:

@@ -15,7 +15,7 @@ Flags:
     --output            the folder to write; PandaSet's go to <output>/pandar64 and <output>/pandargt
     --split             some of train, validation, all (default: train,validation; one without frames is left out)
     --sensor            of pandaset: pandar64 (default) or pandargt; of streets: beams32, ...
-    --labels            also store every scan whole, with its labels: what probing, fine-tuning and evaluation read
+    --labels            also store every scan whole, with its labels, for probing, fine-tuning and evaluation
     --image_size        rows,columns: store the images resized to what the teacher will see (default: original files)
     --image_format      original; jpeg (quality 95, 4:4:4; default with --image_size); raw (exact, no decoding, large)
     --num_processes     processes that write (default: 2)
@@ -159,7 +159,7 @@ def open_source(split: str, images: Images) -> Source:
     source = Source(reader, labelled, VOXEL_SIZE, images)
     if not len(source):
         if isinstance(reader, Folder):
-            reader.check_distillable()  # says what it lacks
+            reader.check_distillable()  # names what is missing
         raise InputError(f"{FLAGS.root}: no frame has an image, and without --labels nothing else is stored")
     return source
 

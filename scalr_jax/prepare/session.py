@@ -41,7 +41,7 @@ class Estimate(NamedTuple):
 
     bytes_per_frame: float
     points_dtype: str  # of the raw reader's points
-    fidelity: dict[str, float] | None  # what the stored images lose; see record_source.fidelity
+    fidelity: dict[str, float] | None  # loss of the stored images; see source.fidelity
 
 
 def run_settings(choices: dict, sources: Mapping[str, Source], frames_per_shard: int) -> dict:
@@ -92,7 +92,7 @@ def _leave(folder: Path, made: Sequence[Path], manifest: str) -> None:
     (folder / PARTS).rmdir()
     for name in (SETTINGS, LOCK):
         (folder / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # something else is in it
+    with contextlib.suppress(OSError):  # it holds something else
         for path in (folder, *made[1:]):
             path.rmdir()
 
@@ -117,7 +117,7 @@ def finished_records(folder: Path, settings: dict) -> dict[str, Part]:
         (folder / SETTINGS).unlink(missing_ok=True)
         number = sum(len(part["names"]) for part in parts.values())
         raise InputError(
-            f"{folder} is complete, {number} frames: nothing is overwritten; delete it to prepare it anew, or a single "
+            f"{folder} is complete, {number} frames: nothing is overwritten; delete it to prepare again, or a single "
             "file of it to have that one written again"
         )
     return whole

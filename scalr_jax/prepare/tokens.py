@@ -80,7 +80,7 @@ def write_tokens(
     """
     images = list({image[2]: image for image in images_of(dataset)}.values())  # two lidars may share one
     if not images:
-        raise InputError("the dataset has no image; the teacher needs some")
+        raise InputError("the dataset has no images, which the teacher needs; give one with cameras")
     vit_config, params = make_teacher(choices.teacher, choices.image_size, sharding.platform())
     grid = vit.patch_grid(vit_config, choices.image_size)
     header = _header(choices, grid, vit_config.width)
@@ -226,7 +226,7 @@ def _write_file(
             with written_whole(place) as file:
                 np.save(file, array, allow_pickle=False)
         write_json(path.parent / PARTS / f"{path.name}.json", part, indent=None)
-    except BaseException as error:  # a file without what is known of it would be taken for somebody else's
+    except BaseException as error:  # a file without its part would count as another program's
         for place in (path, scale_path(path)):
             place.unlink(missing_ok=True)
         if isinstance(error, OSError):

@@ -47,7 +47,7 @@ class Shard(NamedTuple):
 
 
 def plan_shards(split: str, num_frames: int, frames_per_shard: int) -> list[Shard]:
-    """Shards of nearly equal numbers of frames; of small splits several nevertheless, so that processes share them."""
+    """Shards of nearly equal numbers of frames; small splits too have several, so that processes share them."""
     num_shards = max(-(-num_frames // frames_per_shard), min(num_frames // 4, 8), 1)
     ends = [num_frames * k // num_shards for k in range(num_shards + 1)]
     return [Shard(split, k, num_shards, ends[k], ends[k + 1]) for k in range(num_shards)]
@@ -194,17 +194,17 @@ def _ended(worker: SpawnProcess) -> Exception:
     if code >= 0:
         return RuntimeError("a worker of prepare failed; what it said is above")
     return InputError(
-        f"a process of prepare was ended by signal {-code} (9 is a kill, perhaps for want of memory); the "
+        f"a process of prepare was ended by signal {-code} (9: killed, perhaps because memory ran out); the "
         "same command goes on, and needs less memory with fewer --num_processes"
     )
 
 
 def _work(connection: Connection, folder: Path, sources: Mapping[str, Source]) -> None:
-    """A worker: writes the shards that it is told to until nobody is there to tell it."""
+    """A worker: writes the shards that its parent requests, and ends with it."""
     parent = os.getppid()
 
     def said(frames: int) -> None:
-        if os.getppid() != parent:  # killed: nobody waits for this shard, and another run may have begun
+        if os.getppid() != parent:  # the parent was killed, and another run may have begun
             raise EOFError
         connection.send(frames)
 

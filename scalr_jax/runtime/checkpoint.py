@@ -78,7 +78,7 @@ class Checkpoints:
         Newer ones are moved to a folder beside `directory`: they would block their steps' next saves.
 
         Raises:
-            InputError: none of those that are there can be read, or they are of a run with more or fewer data shards.
+            InputError: none of the existing ones can be read, or they are of a run with more or fewer data shards.
         """
         expected, now = {"state": abstract_state, "positions": abstract_positions}, abstract_positions.shape[0]
 
@@ -118,7 +118,7 @@ class Checkpoints:
         self._checkpointer.reload()
 
     def wait(self) -> None:
-        """Until what was started is on disk."""
+        """Waits until every started save is on disk."""
         self._finish()
         with self._named_errors():
             self._checkpointer.wait()
@@ -186,7 +186,7 @@ def _newest(
     problem of a checkpoint on this process -> the problem to act on.
 
     Raises:
-        InputError: none of those that are there can be read; ends with the `remedy`.
+        InputError: none of the existing ones can be read; ends with the `remedy`.
     """
     where, damaged = Path(checkpointer.directory), {}
     steps = sorted((found.step for found in checkpointer.checkpoints), reverse=True)

@@ -52,7 +52,7 @@ CHIPS = {
     "h200": Chip(1, 151_397_597_184, 4.8e12, 989e12, 1, 1, 2.25e11, 5e10, "1, 8", "NVIDIA H200"),
 }
 
-# A Hopper GPU as XLA wants it described to compile for one that is not there: NVIDIA's figures of capability 9.0.
+# A Hopper GPU in XLA's terms, to compile without one: NVIDIA's figures of capability 9.0.
 HOPPER = """gpu_device_info {{
   threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
   shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448  shared_memory_per_core: 233472
@@ -148,7 +148,7 @@ def devices_of(name: str, num_slices: int = 1) -> list:
     except ModuleNotFoundError:  # not even the package that would hold it
         installed = False
     if not installed:
-        raise InputError(f"compiling for {name} needs its compiler, and no chip: pip install 'scalr_jax[{extra}]'")
+        raise InputError(f"compiling for {name} needs its compiler (no chip): pip install 'scalr_jax[{extra}]'")
     return _described(topology, num_slices)
 
 

@@ -100,7 +100,7 @@ def check_config(path: str, made: Any) -> None:
     """Raises InputError unless `made`, which a config file returned, is a ConfigDict; and what its references raise."""
     if not callable(getattr(made, "copy_and_resolve_references", None)):
         raise InputError(
-            f"{path}: get_config() returned {type(made).__name__}, and a ConfigDict was expected; start from "
+            f"{path}: get_config() returned {type(made).__name__}, expected a ConfigDict; start from "
             "scalr_jax.config.get_config(), and return what it gives"
         )
     made.copy_and_resolve_references()
@@ -111,7 +111,7 @@ def config_sentence(error: BaseException, path: str | None) -> str:
     if isinstance(error, InputError):
         return one_sentence(error)
     if path == "" or (path is not None and not Path(path).exists() and not Path(path).is_symlink()):
-        return f"--config={path} is not there; give a config file, as in --config=configs/demo.py"
+        return f"--config={path} does not exist; give a config file, as in --config=configs/demo.py"
     raised = None if path is None else _raised_by(error, path)
     if isinstance(raised, InputError):
         return one_sentence(raised)

@@ -33,7 +33,7 @@ HEARTBEAT_SECONDS = 40  # a process that was not heard of for so long counts as 
 
 
 class Coordinator(Protocol):
-    """What `agreement` needs of JAX's client."""
+    """The part of JAX's client that `agreement` needs."""
 
     def key_value_set(self, key: str, value: str) -> None: ...
 
@@ -247,8 +247,8 @@ def largest_by(client: Coordinator, me: int, num_processes: int, folder: str) ->
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[int], bool]]:
-    """Around a training loop: reached(step) is True after the step at which every process is to save and stop; to be
-    called once a step.
+    """Around a training loop: reached(step) is True after the step at which every process is to save and stop; called
+    once a step.
 
     Several processes agree on the step through JAX's preemption service; one process alone listens itself.
     """

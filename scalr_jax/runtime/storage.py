@@ -116,7 +116,7 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def check_writable(path: Path, flag: str = "--output") -> None:
-    """Raises InputError unless `path`, which `flag` gave, can be made, judged by the nearest folder that is there."""
+    """Raises InputError unless `path`, which `flag` gave, can be made, by the nearest existing folder."""
     there = next(folder for folder in path.absolute().parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise InputError(f"{path} cannot be written: {there} is no folder, or a read-only one; give another {flag}")
@@ -148,7 +148,7 @@ def locked(path: Path, remedy: str) -> Iterator[None]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what killed writers left in a folder; for who alone writes there."""
+    """Removes what killed writers left in a folder; for the only process that writes there."""
     for partial in folder.glob(f".*{PARTIAL}"):
         if partial.is_file():
             partial.unlink(missing_ok=True)

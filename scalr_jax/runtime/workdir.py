@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and that one run at a time writes it."""
+"""A run's folder: which config it belongs to, and one run at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def claim(workdir: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> Iter
     Keys that may change on resume change neither the data's order nor the parameters. Sizes of tables are among them,
     because a run stops at the first scene that these do not hold, and goes on when they are raised.
 
-    `record` is the config, nested, in JSON's types; `keys` says which may change, and the defaults of younger ones.
+    `record` is the config, nested, in JSON's types; `keys` says which may change, and the defaults of newer ones.
 
     Raises:
         InputError: the folder holds a run of another config (every difference is listed), is in use by a live run, or
@@ -41,7 +41,7 @@ def claim(workdir: Path, record: Mapping[str, Any], keys: Sequence[Row]) -> Iter
         if jax.process_index() == 0:
             for place in (workdir, workdir / "checkpoints"):
                 if place.exists() and not place.is_dir():
-                    raise InputError(f"{place} is a file, and a folder was expected; give another --workdir")
+                    raise InputError(f"{place} is a file, expected a folder; give another --workdir")
             if _begun(workdir):
                 _compare(path, record, keys)
                 if (metrics := workdir / "metrics.jsonl").exists():
@@ -103,7 +103,7 @@ def _begun(workdir: Path) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a config.json is that of a run, not a file of somebody else."""
+    """Whether a config.json is that of a run, not another program's file."""
     try:
         return {"task", "data"} <= json.loads(path.read_text()).keys()
     except (OSError, ValueError, AttributeError, RecursionError):

@@ -39,7 +39,7 @@ class Saved(NamedTuple):
 
 
 def described(lowered: Lowered, devices: Devices) -> dict[str, object]:
-    """What must be the same for a compiled step to be the step `lowered` on `devices`."""
+    """The facts in which a compiled step and the step `lowered` on `devices` must agree."""
     arguments = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(lowered.args_info[0]):
         name = ARGUMENTS[path[0].idx] + jax.tree_util.keystr(path[1:])
@@ -63,7 +63,7 @@ def save(path: Path, lowered: Lowered, compiled: Compiled, devices: Devices) -> 
 
 
 def read(name: str | Path) -> Saved | None:
-    """What `save` wrote; nothing of it is run. None without a name. Raises `InputError` for a file that is missing,
+    """Reads what `save` wrote; nothing of it is run. None without a name. Raises `InputError` for a file that is missing,
     damaged or another."""
     if not name:
         return None

@@ -1,4 +1,4 @@
-"""The training loop, told as a story. The same for distillation, probing and fine-tuning.
+"""The training loop, the same for distillation, probing and fine-tuning.
 
 Order of resuming: (1) the workdir is claimed, and the config compared with its own; (2) capacities are derived again
 from the same first scenes; (3) the state's shapes and shardings; (4) the newest readable checkpoint fills them, or

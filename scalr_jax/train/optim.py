@@ -53,7 +53,7 @@ def make_schedule(settings: OptimizerSettings, total: float) -> Callable[[Array]
 
 
 def make_optimizer(settings: OptimizerSettings, backbone: Backbone) -> optax.GradientTransformation:
-    """AdamW or LAMB without the learning rate, which the step multiplies in; decay on all parameters, as published.
+    """AdamW or LAMB without the learning rate, by which the step multiplies; decay on all parameters, as published.
 
     `layer_decay` counts the layers of `backbone`.
     """

@@ -1,4 +1,4 @@
-"""Watches for steps that were skipped because something was not finite, and finds out what."""
+"""Watches for steps that were skipped because of values that are not finite, and finds the cause."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Made(NamedTuple):
 
 
 class Watch:
-    """Counts skipped steps. All processes look at the same steps, and so stop after the same one."""
+    """Counts skipped steps. All processes see the same steps, so they stop after the same one."""
 
     def __init__(self):
         self._recent: deque[Made] = deque()

@@ -39,7 +39,7 @@ def check_rerun() -> None:
 
 
 def write_recording(path: Path, frames: Iterable[Seen], names: Sequence[str], label_names: Sequence[str]) -> int:
-    """Writes a .rrd, whole or not there; returns how many frames it holds. Colours of features are by the principal
+    """Writes a .rrd, whole or not at all; returns how many frames it holds. Colours of features are by the principal
     axes of the first frame; names are the classes of predictions, label_names those of labels. Raises OSError."""
     import rerun as rr  # pyright: ignore[reportMissingImports]
 

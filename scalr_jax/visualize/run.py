@@ -81,7 +81,7 @@ flags.DEFINE_integer("num_frames", None, "Of a recording.", 1, flag_values=FLAGS
 
 
 def see(model: Model, frame: Frame, what: str | None = None) -> Seen:
-    """What a model makes of a frame's finite points; `what` as in `visualize`. Raises InputError."""
+    """A model's results for a frame's finite points; `what` as in `visualize`. Raises InputError."""
     points = scan_inputs.student_points(frame)
     finite = np.asarray(np.isfinite(points).all(axis=1) & (np.abs(points[:, :3]) < FARTHEST).all(axis=1))
     what = what or ("distilled" if model.config.head == "distill" else "features")
@@ -185,7 +185,9 @@ def open_frame(output: Path) -> tuple[Frame, Sequence[str]]:
     if FLAGS.input and FLAGS.dataset:
         raise InputError("--input and --dataset both say what to draw; give one of them")
     if bool(FLAGS.image) != bool(FLAGS.calibration) or (FLAGS.image and not FLAGS.input):
-        raise InputError("--image, --calibration and --input belong together: a scan, its photograph, its cameras.json")
+        raise InputError(
+            "--image, --calibration and --input are required together: a scan's photograph, its cameras.json, the scan"
+        )
     if FLAGS.input:
         path = Path(FLAGS.input)
         if path.is_dir():

@@ -54,7 +54,7 @@ def scene_of(views, pairs, seed=0):
 
 
 def expected_pixel(point, camera):
-    """Of point number `point` in the resized image of a camera."""
+    """The pixel of point number `point` in the resized image of a camera."""
     rows, columns = SIZES[camera]
     return np.floor(np.array([point % rows, point // 3 % columns]) * np.array([56, 112]) / np.array(SIZES[camera]))
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of ml_c
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 COMMANDS = [(page, words) for page in [*GUIDES, ROOT / "CONTRIBUTING.md"] for words in shell_commands(page)]
-OTHERS = ("pip", "pytest", "python", "sbatch", "cd", "zip", "pre-commit", ".ci/run")
+OTHERS = ("pip", "pytest", "python", "sbatch", "cd", "zip", "pre-commit", ".ci/run", "tail", "tensorboard")
 RUN = ("runs/probe", "runs/demo/distill", "runs/demo/probe_distilled")  # models of which commands run
 
 

@@ -10,7 +10,7 @@ import yaml
 from tests.support.pages import DOCS, GENERATED, GUIDES, PAGES, anchors, name_of, prose
 from tests.support.paths import ROOT
 
-LONGEST = {"docs/design.md": 1800}  # words; 900 elsewhere
+LONGEST = {"docs/design.md": 1800, "internals": 1200}  # words; 900 elsewhere
 SOURCES = sorted(
     path for folder in ("scalr_jax", "configs", "experiments", "tests") for path in ROOT.glob(f"{folder}/**/*.py")
 )
@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 @pytest.mark.parametrize("page", GUIDES, ids=name_of)
 def test_a_guide_is_short(page):
-    assert len(page.read_text().split()) <= LONGEST.get(name_of(page), 900)
+    assert len(page.read_text().split()) <= LONGEST.get(name_of(page), LONGEST.get(page.parent.name, 900))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

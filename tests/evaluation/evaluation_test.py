@@ -274,11 +274,11 @@ def test_classes_are_matched_by_name(street_cache, probed, tmp_path):
     shuffled = tuple(saved.settings["class_names"])[::-1]
     np.testing.assert_array_equal(tasks.class_order(settings, shuffled, saved, 12), np.arange(12)[::-1])
     shuffled = ("tram", *shuffled[1:])
-    with pytest.raises(InputError, match=r"12 classes apart \(road, .*\), and streets has 12 \(tram, "):
+    with pytest.raises(InputError, match=r"12 classes \(road, .*\), and streets has 12 \(tram, "):
         tasks.class_order(settings, shuffled, saved, 12)
     saved = Saved({}, {})  # a published file says nothing of its classes
     np.testing.assert_array_equal(tasks.class_order(settings, shuffled, saved, 12), np.arange(12))
-    with pytest.raises(InputError, match="tells 5 classes apart, and streets has 12"):
+    with pytest.raises(InputError, match="has 5 classes, and streets has 12"):
         tasks.class_order(settings, shuffled, saved, 5)
 
 

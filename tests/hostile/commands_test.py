@@ -234,7 +234,7 @@ COMPILE = [
     compiled(HERE, "--config.num_stepz=2", words=("num_stepz",)),
     compiled(HERE, "--config.model.depth=0", words=("model.depth", "1")),
     compiled(HERE, "--config.task=dist", words=("task", "dist")),
-    Row("compile: no config file", ("--config=none.py", HERE), ("none.py is not there",)),
+    Row("compile: no config file", ("--config=none.py", HERE), ("none.py does not exist",)),
     Row(
         "compile: a config that raises",
         ("--config=bad.py", HERE),
@@ -284,7 +284,7 @@ BENCH = [
     bench("student", "--dtype=float8", words=("--dtype", "float8")),
     bench("student", "--remat=all", words=("--remat", "all")),
     bench("student", "--image_size=28", words=("--image_size", "28")),
-    bench("student", "--batch=none.npz", words=("none.npz is not there", "--save_batch")),
+    bench("student", "--batch=none.npz", words=("none.npz does not exist", "--save_batch")),
     bench("student", "--batch=THINGS/scan.npy", words=("scan.npy is not a batch",)),
     bench("student", "--batch=THINGS/folder", words=("folder",)),
     bench("student", "--batch=THINGS/folder/dataset.json", words=("dataset.json is not a batch",)),

@@ -22,7 +22,7 @@ FLAGS = [
     flags("empty config", "--config=", "give a config file", base=("--config=", SMOKE[3])),
     flags(
         "config not there",
-        "configs/none.py is not there",
+        "configs/none.py does not exist",
         "give a config file",
         base=("--config=configs/none.py", SMOKE[3]),
     ),

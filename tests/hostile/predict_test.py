@@ -24,7 +24,7 @@ FLAGS = [
     flags("--outptu=x", words=("outptu",)),
     flags("--input=none.bin", words=("none.bin: no such file or folder",)),
     flags("--input=/dev/null", words=("/dev/null",)),
-    flags("--input=THINGS/", words=("scan.bin and scan.npy have one name",)),
+    flags("--input=THINGS/", words=("scan.bin and scan.npy would write to the same output",)),
     flags("--input=THINGS/folder/a", words=("no scan in this folder", "scans")),
     flags("--input=THINGS/folder/dataset.json", words=("dataset.json", ".bin, .npy")),
     flags("--input=THINGS/folder/a/front/000.png", words=("000.png", ".bin, .npy")),
@@ -85,7 +85,7 @@ FLAGS = [
     flags(
         "--input=dir",
         "--output=o",
-        words=("0.bin and 0.npy have one name",),
+        words=("0.bin and 0.npy would write to the same output",),
         damage=lambda f: [(f / "dir").mkdir(), (f / "dir/0.bin").touch(), (f / "dir/0.npy").touch()],
     ),
     Row(

@@ -21,7 +21,7 @@ PROCESSES = {
     "predict": Row("", ("--model=none.pth", "--input=x.bin"), ("x.bin: no such file",)),
     "export": Row("", ("--model=none", "--format=torch", "--output=a"), ("none does not exist",)),
     "visualize": Row("", ("--model=none", "--output=a"), ("none does not exist",)),
-    "compile": Row("", ("--config=none.py", "--topology=v5e:2x2"), ("none.py is not there",)),
+    "compile": Row("", ("--config=none.py", "--topology=v5e:2x2"), ("none.py does not exist",)),
     "bench": Row("", ("student", "--batch=a.npz"), ("a.npz",), damage=damages.written("a.npz", b"")),
 }
 

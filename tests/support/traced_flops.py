@@ -1,4 +1,4 @@
-"""What JAX traces: its FLOPs, to compare with those that are counted by hand, and its operations."""
+"""Programs as JAX traces them: FLOPs, to compare with those that are counted by hand, and its operations."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a training step for a GPU adds up, it adds up in one order: traced on a machine without one."""
+"""A training step for a GPU adds up in one order: traced on a machine without one."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a run writes of its speed: rates without the compiler, the model's FLOPs over the chip's peak."""
+"""The speed that a run writes: rates without the compiler, the model's FLOPs over the chip's peak."""
 
 import json
 import sys

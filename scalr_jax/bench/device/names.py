@@ -26,7 +26,7 @@ def record(output: Path, part: str, variant: str = "", /, **values: object) -> N
 
 
 def results(output: Path) -> list[dict]:
-    """What was recorded; of a variant that ran twice the last."""
+    """The recorded results; the last one of a variant that ran twice."""
     found: dict[tuple[str, str], dict] = {}
     path = output / RESULTS
     for line in path.read_text().splitlines() if path.is_file() else ():

@@ -26,7 +26,7 @@ SMALL, LARGE = 2**16, 2**20  # bytes of a kernel that is all start, and of one w
 
 
 class Profile(NamedTuple):
-    """What one step takes, a mean over the traced ones."""
+    """Time of one step, a mean over the traced ones."""
 
     seconds: Mapping[str, float]  # by instruction, of all its runs
     step: float  # seconds from step to step, traced

@@ -1,4 +1,4 @@
-"""Cameras of one's own data: a pinhole with OpenCV's distortion, fixed to the lidar, with its checks.
+"""Cameras of your own data: a pinhole with OpenCV's distortion, fixed to the lidar, with its checks.
 
 p = lidar_to_camera * point           camera axes: x right, y down, z forward (OpenCV); metres
 a, b = p_x / p_z, p_y / p_z           r^2 = a^2 + b^2
@@ -83,7 +83,7 @@ def _turning_radius(distortion: tuple[float, ...]) -> float:
 
 
 def other_readings(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """The usual mistakes: what the given matrix [4, 4] may be -> what was then meant."""
+    """The usual mistakes: what the matrix [4, 4] may be -> the matrix that was meant."""
     turned, inverse = BODY_TO_CAMERA @ matrix, np.linalg.inv(matrix)
     return {
         "it looks like the inverse, camera to lidar": inverse,

@@ -1,4 +1,4 @@
-"""One's own lidar: a folder of scans, with images and labels where there are some.
+"""Your own lidar: a folder of scans, optionally with images and labels.
 
     <root>/dataset.json                       cameras, classes, columns of .bin files (folder_settings.py)
     <root>/<scene>/scans/<name>.bin           or .npy, .pcd, .ply (scan_files.py), in the lidar's frame, metres
@@ -58,7 +58,7 @@ class Folder(RawDataset[_Entry]):
 
     Raises:
       InputError: nothing to read at `root`, a wrong dataset.json (all its problems are listed), or an argument that
-        does not fit what is there.
+        does not fit the files.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Folder(RawDataset[_Entry]):
         return names if wanted is None else set(wanted)
 
     def _expected(self) -> str:
-        """How files must be named, and how they are."""
+        """How files must be named, and the names that were found."""
         text = f"expected {LAYOUT}, and beside scans/ the folders of cameras and labels/"
         for entry in self._found[:1]:
             there = sorted(p for p in entry.scan.parent.parent.glob("*/*") if p.suffix.lower() in (*IMAGES, ".label"))
@@ -257,6 +257,6 @@ def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
         if path.suffix.lower() not in suffixes or name.startswith("."):
             continue
         if path.stem in found:
-            raise InputError(f"{folder}: {found[path.stem].name} and {name} have one name; remove one of them.")
+            raise InputError(f"{folder}: {found[path.stem].name} and {name} share one name; remove one of them.")
         found[path.stem] = path
     return found

@@ -1,4 +1,4 @@
-"""`dataset.json` of a folder of one's own scans: every key, its check, its default. docs/data.md explains them."""
+"""`dataset.json` of a folder of your own scans: every key, its check, its default. docs/data.md explains them."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class NuScenes(RawDataset[_Entry]):
     Attributes:
       scan_tokens: of every keyframe in the tables' split, whether its files are there or not; "" for one without scan.
 
-    Raises InputError: nothing to read at `root`, a damaged table, or an argument that does not fit what is there.
+    Raises InputError: nothing to read at `root`, a damaged table, or an argument that does not fit the files.
     """
 
     known_cameras, statistics = CAMERAS, INTENSITY

@@ -130,7 +130,7 @@ def _read(folder: Path, table: str, collect: Callable[[Iterator[Row]], T]) -> T:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); unpack the tables again.") from error
     except KeyError as error:
-        raise InputError(f"{path}: a row has no {error}, or points to it in vain; unpack the tables again.") from error
+        raise InputError(f"{path}: a row lacks {error}, or links to a missing one; unpack the tables again.") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a table of nuScenes ({error}); unpack the tables again.") from error
 

@@ -7,8 +7,8 @@ Points are stored in world coordinates, both lidars in one table. With the poses
     to_sensor = inverse(T_lidar(t) * MOUNT)              the Pandar64 at time t
 
 The published distillation voxelises in world coordinates, before `to_ego`, so `Frame.points` stay in the world; the
-published segmentation does after it. T_lidar is no
-pose of a lidar but of the car, as it was when the sweep ended; the Pandar64 stands higher and further ahead on it.
+published segmentation does after it. T_lidar is
+not a lidar's pose but the car's at the end of the sweep; the Pandar64 stands higher and further ahead on it.
 Files have gaps (some frames may be absent); poses.json has one pose a frame *number*, not one a file.
 """
 
@@ -77,7 +77,7 @@ class PandaSet(RawDataset[_Entry]):
         or none at all with `labels`. A frame is listed when one of them is there.
       labels: list only frames with semantic labels, and read them.
 
-    Raises InputError: nothing to read at `root`, or an argument that does not fit what is there.
+    Raises InputError: nothing to read at `root`, or an argument that does not fit the files.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Prepared records as a dataset: random access to what `scalr_jax.prepare` wrote, with the raw readers' interface.
 
 A frame of distillation is one *view* (the voxels that one camera sees, voxel by voxel), a frame of segmentation the
-whole *scan*; `builders.py` has the fields. Only that record is read, and of images only the drawn camera's is decoded.
+whole *scan*; `prepare/layout.py` lists the fields. Only that record is read, and only the drawn
+camera's image is decoded.
 
 The ArrayRecord files are opened directly and `tf.train.Example` parsed here. TFDS's data source reads as fast (0.4 ms
 a view of Pandar64 without decoding its image, one of 2 shared cores, 2026-11-22), but importing TFDS takes every data
@@ -41,7 +42,7 @@ def is_begun(root: str | Path) -> bool:
 
 
 def file_size(path: Path) -> int | None:
-    """Bytes; None where there is no such file."""
+    """A file's bytes; None when there is no such file."""
     return path.stat().st_size if path.is_file() else None
 
 

@@ -30,7 +30,7 @@ MIN_DEPTH = 1.0  # metres before the camera, of a visible point
 def list_scans(path: str | Path) -> list[Path]:
     """The scans that an input names: the file itself, or those of a folder by name (its own, not of folders in it).
 
-    Raises InputError: nothing there, a folder without a scan, or two scans whose outputs would have one name.
+    Raises InputError: a missing path, a folder without a scan, or two scans that would write to the same output.
     """
     path = Path(path)
     if path.is_file():
@@ -49,7 +49,9 @@ def list_scans(path: str | Path) -> list[Path]:
     by_stem: dict[str, Path] = {}
     for scan in scans:
         if (other := by_stem.setdefault(stem(scan), scan)) is not scan:
-            raise InputError(f"{path}: {other.name} and {scan.name} have one name; give them folders of their own")
+            raise InputError(
+                f"{path}: {other.name} and {scan.name} would write to the same output; put them in separate folders"
+            )
     return scans
 
 
@@ -121,7 +123,7 @@ def pair_image(frame: Frame, image: Path, cameras: Path, camera: str | None = No
 def dataset_frame(dataset: Dataset, index: int, camera: str | None = None) -> Frame:
     """Frame `index` of a reader, with an image where it has one: of the named camera, or of the first.
 
-    Raises InputError for an index or camera that is not there, BadFrameError for a damaged frame.
+    Raises InputError for an unknown index or camera, BadFrameError for a damaged frame.
     """
     if not 0 <= index < len(dataset):
         raise InputError(f"frame {index} is none of 0 to {len(dataset) - 1}")
@@ -137,7 +139,7 @@ def dataset_frame(dataset: Dataset, index: int, camera: str | None = None) -> Fr
 
 
 def open_reader(name: str, root: Path, *, sensor: str = "", **options: Any) -> RawDataset:
-    """A raw dataset's reader, of nuScenes the version that is there. Raises InputError.
+    """A raw dataset's reader; for nuScenes the version on disk. Raises InputError.
 
     name: nuscenes, semantic_kitti, folder, pandaset or one of its lidars. sensor: of pandaset. options: the reader's.
     """

@@ -55,11 +55,11 @@ class SemanticKITTI(RawDataset[_Entry]):
     Args:
       root: the folder that holds `dataset/sequences` (and `calib/`, where calib.txt is unpacked apart).
       split: "train" (00 to 07, 09, 10), "validation" (08), "test" (11 to 21) or "all".
-      sequences: names of sequences of the split to use ("00"); None for all that are there.
+      sequences: names of sequences of the split to use ("00"); None for all on disk.
       cameras: ("image_2",) or () for no images. None: the image, or none with `labels`.
       labels: list only scans with labels, and read them.
 
-    Raises InputError: nothing to read at `root`, or an argument that does not fit what is there.
+    Raises InputError: nothing to read at `root`, or an argument that does not fit the files.
     """
 
     known_cameras, statistics = CAMERAS, INTENSITY
@@ -134,7 +134,7 @@ class SemanticKITTI(RawDataset[_Entry]):
         image = files.read_image(path, decode=self.decode)
         height, width = image.shape[:2]
         off = np.array(calibration.centre) / (width, height) - 0.5
-        if np.abs(off).max() > CENTRE_TOLERANCE:  # KITTI's sizes differ by day and stand nowhere
+        if np.abs(off).max() > CENTRE_TOLERANCE:  # KITTI's sizes differ by day, and no file contains them
             raise BadFrameError(
                 f"{path}: the image is {width} x {height} pixels, but {calibration.path} has its centre at "
                 f"({calibration.centre[0]:.0f}, {calibration.centre[1]:.0f}); use the sequence's original images."

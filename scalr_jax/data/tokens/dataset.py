@@ -12,7 +12,7 @@ from scalr_jax.data.scenes import RANDOM, Dataset, Frame
 from scalr_jax.data.tokens.store import TokenStore, look
 from scalr_jax.runtime.errors import BadFrameError, InputError
 
-TOLERANCE = 8  # of 255: what resizing or storing an image anew changes a `look` by is less
+TOLERANCE = 8  # of 255: resizing or storing an image again changes a `look` by less
 
 
 def images_of(dataset: Dataset) -> Iterator[tuple[int, str | None, str]]:
@@ -94,7 +94,7 @@ class WithTokens(Derived):
         for path, files, places in zip(self._paths, self._files, self._places, strict=True):
             number, row = places[place]
             if number < 0:
-                raise BadFrameError(f"{frame.name}: {path} has no tokens of it, as its image was bad")
+                raise BadFrameError(f"{frame.name}: {path} has no tokens of it, because its image was bad")
             tokens.append(files[number].read(int(row)))
         shape = frame.image_shape or (None if frame.image is None else (frame.image.shape[0], frame.image.shape[1]))
         image = frame.image if self._images else None

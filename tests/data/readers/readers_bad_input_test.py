@@ -160,7 +160,7 @@ def test_what_is_not_there_is_listed(pandaset):
     [
         ("sample_data", lambda p: p.unlink(), "cannot be read"),
         ("sample_data", lambda p: cut(p, 500), "cut short or not JSON"),
-        ("sample_data", lambda p: raw.write_json(p, [{"token": "x"}]), "has no 'is_key_frame'"),
+        ("sample_data", lambda p: raw.write_json(p, [{"token": "x"}]), "lacks 'is_key_frame'"),
         ("ego_pose", lambda p: raw.write_json(p, []), "poses are missing"),
         ("ego_pose", lambda p: p.write_text(p.read_text().replace("1600.0", '"east"')), "not a table of nuScenes"),
         ("scene", lambda p: raw.write_json(p, {}), "no JSON list"),
