@@ -63,7 +63,7 @@ def save(path: Path, lowered: Lowered, compiled: Compiled, devices: Devices) -> 
 
 
 def read(name: str | Path) -> Saved | None:
-    """Reads what `save` wrote; nothing of it is run. None without a name. Raises `InputError` for a file that is missing,
+    """Reads what `save` wrote, running nothing. None without a name. Raises `InputError` for a file that is missing,
     damaged or another."""
     if not name:
         return None

@@ -7,12 +7,14 @@ and checked, as their own process does first.
 
 import argparse
 import importlib
+import importlib.machinery
 import os
 import re
 import runpy
 import subprocess
 import sys
 import tomllib
+import types
 
 import pytest
 
@@ -56,6 +58,9 @@ def folder(tmp_path_factory):
 def here(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    wandb = types.ModuleType("wandb")  # an extra that the config asks for
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     sys.modules.pop("config_config", None)  # which ml_collections would fill again
     return folder
 
