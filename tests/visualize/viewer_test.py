@@ -98,7 +98,7 @@ def test_the_viewer_shows_the_scan(drawn, frame):
     assert [figure["layout"]["scene"][f"{axis}axis"]["title"]["text"] for axis in "xyz"] == ["x (m)", "y (m)", "z (m)"]
 
 
-# Presses every button, then clicks a point, and leaves what happened in the page.
+# Presses every button, clicks a point, then drags the mouse, and leaves what happened in the page.
 PROBE = """<script>
 const failures = [];
 window.addEventListener('error', event => failures.push(String(event.message)));
@@ -119,14 +119,38 @@ window.addEventListener('load', async () => {
   for (const axis of ['x', 'y', 'z']) point[axis] = data[axis][@QUERY@];
   figure.emit('plotly_click', {points: [point]});
   await wait(1000);
+  const similarity = Array.from(figure._fullData[3].marker.color), clicked = shown(figure);
+  const scene = figure._fullLayout.scene._scene, box = scene.container.getBoundingClientRect();
+  const mouse = async (kind, x, y, buttons) => {
+    const options = {bubbles: true, clientX: box.left + x, clientY: box.top + y, buttons, view: window};
+    scene.glplot.canvas.dispatchEvent(new MouseEvent(kind, options));
+    await wait(200);
+  };
+  const eye = () => Object.values(scene.getCamera().eye), before = eye();
+  await mouse('mousemove', box.width / 2, box.height / 2, 0);
+  await mouse('mousedown', box.width / 2, box.height / 2, 1);
+  for (let step = 1; step <= 5; step++) await mouse('mousemove', box.width / 2 + 30 * step, box.height / 2, 1);
+  await mouse('mouseup', box.width / 2 + 150, box.height / 2, 0);
+  const turned = eye();
   const report = document.createElement('pre');
   report.id = 'report';
-  report.textContent = JSON.stringify({seen, failures, clicked: shown(figure),
+  report.textContent = JSON.stringify({seen, failures, clicked, similarity, before, turned,
+    bottom: box.bottom, height: window.innerHeight,
     asked: performance.getEntriesByType('resource').map(entry => entry.name),
-    similarity: Array.from(figure._fullData[3].marker.color), canvases: document.querySelectorAll('canvas').length});
+    canvases: document.querySelectorAll('canvas').length});
   document.body.appendChild(report);
 });
 </script>"""
+
+
+def dumped(page, folder, *flags):
+    """What a browser makes of a page, without a network."""
+    quiet = ("background-networking", "component-update", "sync", "quic", "gpu", "extensions")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    command += [*flags, f"--user-data-dir={folder / 'profile'}", "--window-size=1000,700"]
+    command += ["--proxy-server=127.0.0.1:9"]  # where nobody listens: there is no network
+    command += ["--virtual-time-budget=20000", "--dump-dom", f"file://{page}"]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=240).stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH (Debian's package chromium)")
@@ -135,14 +159,9 @@ def test_the_viewer_in_a_browser(drawn, tmp_path):
     page, query = tmp_path / "viewer.html", 777
     text = drawn.read_text()
     page.write_text(text.replace("<head>", "<head>" + PROBE.replace("@QUERY@", str(query)), 1))
-    quiet = ("background-networking", "component-update", "sync", "quic", "gpu", "extensions")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
-    command += ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--proxy-server=127.0.0.1:9"]  # where nobody listens: there is no network
-    command += ["--virtual-time-budget=20000", "--dump-dom", f"file://{page}"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
-    found = re.search(r'<pre id="report">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found, done.stderr[-2000:]
+    text_after = dumped(page, tmp_path, "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
+    found = re.search(r'<pre id="report">(.*?)</pre>', text_after, re.DOTALL)
+    assert found, text_after[-2000:]
     report = json.loads(found.group(1))
     assert report["failures"] == []
     assert [name for name in report["asked"] if not name.startswith(("data:", "blob:"))] == []
@@ -156,3 +175,12 @@ def test_the_viewer_in_a_browser(drawn, tmp_path):
     codes = np.frombuffer(base64.b64decode(codes), np.int8).reshape(4000, -1)
     expected = cosine_similarity(codes.astype(np.float64), query)
     np.testing.assert_allclose(report["similarity"], expected, atol=1e-5)
+    assert np.abs(np.subtract(report["before"], report["turned"])).max() > 0.1  # it was turned by dragging
+    assert abs(report["bottom"] - report["height"]) < 2  # the scene reaches the window's lower edge
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH (Debian's package chromium)")
+def test_without_webgl_it_is_one_sentence(drawn, tmp_path):
+    text = dumped(drawn, tmp_path, "--disable-3d-apis")
+    assert re.search(r'<p id="webgl" style=[^>]*>This page draws with WebGL,\s+which this browser does not', text)
+    assert re.search(r'<p id="webgl" hidden', drawn.read_text())
