@@ -27,7 +27,8 @@ from scalr_jax.runtime.command_line import exit_codes
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import json_text
 
-NAMES = ("student", "step", "teacher", "pipeline", "predict", "published", "device")
+NAMES = {name: name for name in ("student", "step", "teacher", "pipeline", "predict", "published")}
+NAMES["device"] = "device.run"  # its module in this folder
 
 
 def main(arguments: list[str]) -> None:
@@ -38,8 +39,7 @@ def main(arguments: list[str]) -> None:
     with exit_codes():
         if name not in NAMES:
             raise InputError(f"there is no bench {name!r}; give one of {', '.join(NAMES)}")
-        module = "device.run" if name == "device" else name
-        report(importlib.import_module(f"scalr_jax.bench.{module}").main, rest)
+        report(importlib.import_module(f"scalr_jax.bench.{NAMES[name]}").main, rest)
 
 
 def report(measure: Callable[[list[str]], dict], arguments: list[str]) -> None:

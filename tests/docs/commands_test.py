@@ -82,7 +82,7 @@ def script(path, arguments, monkeypatch):
     with pytest.raises(ParsedError):
         if path == "bench":
             assert arguments[0] in NAMES
-            importlib.import_module(f"scalr_jax.bench.{arguments[0]}").main(arguments[1:])
+            importlib.import_module(f"scalr_jax.bench.{NAMES[arguments[0]]}").main(arguments[1:])
         else:
             runpy.run_path(path, run_name="__main__")
 
