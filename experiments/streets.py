@@ -8,7 +8,8 @@
 Groups: "table" (probes of random and distilled students and supervised training with 1, 10 and 100 % of the labels),
 "probes" (an MLP, nearest neighbours, image prototypes), "gap" and "corruptions" (the models with all labels on other
 sensors, and under Robo3D's eight corruptions), "finetune" (the distilled student fine-tuned as the table's are trained,
-and the same of it; after "corruptions"), "width", "depth", "teacher" and "sensors" (the three pillars at small scale).
+and the same of it; after "corruptions"), "width", "depth", "teacher" and "sensors" (the three pillars at small scale),
+"teachers" (two teachers that were taught different things, each alone and both at once).
 Groups after the first start from parts of the table.
 
 The same command again goes on where it stopped: a part is done when its results.json is there, and an
@@ -50,7 +51,7 @@ from scalr_jax.settings import read_settings
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no types
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-GROUPS = ("table", "probes", "finetune", "gap", "corruptions", "width", "depth", "teacher", "sensors")
+GROUPS = ("table", "probes", "finetune", "gap", "corruptions", "width", "depth", "teacher", "sensors", "teachers")
 PERCENTS = (1, 10, 100)
 RATES = (4e-3, 1e-2, 2.5e-2)  # of supervised training and of fine-tuning; the report takes the best
 NUM_SCENES = 400
@@ -62,6 +63,7 @@ WIDTHS = (16, 32, 96)  # besides the table's 64 channels
 DEPTHS = (3, 12)  # besides 6 layers
 TEACHER_WIDTHS = (16, 32, 64, 128)
 TEACHER_STEPS, TEACHER_STREETS = 300, 150
+UNTAUGHT = {"shapes": ("normal", "albedo"), "surfaces": ("length", "width", "tallness", "offset")}
 CORRUPTED_SCENES = 16  # of the 48 for validation, each of them evaluated 25 times
 SENSORS = ("beams32", "beams64", "solid")
 
@@ -90,6 +92,7 @@ def parts(seed: int, folder: Path) -> Iterator[Part]:
             yield from _distill_and_probe(group, f"{group}{value}", config, folder)
     yield from _teachers(base, folder)
     yield from _sensors(base, folder)
+    yield from _several(base, folder)
 
 
 def _load(name: str) -> Config:
@@ -206,6 +209,24 @@ def _teachers(base: Config, folder: Path) -> Iterator[Part]:
         config = copy.deepcopy(base)
         config.teacher.checkpoint = str(folder / f"teacher{width}" / ASSET)
         yield from _distill_and_probe("teacher", f"by_teacher{width}", config, folder)
+
+
+def _several(base: Config, folder: Path) -> Iterator[Part]:
+    """A teacher of shapes and one of surfaces, each alone and both at once, standardised, for as many steps."""
+    files = {}
+    for name, untaught in UNTAUGHT.items():
+        teacher = _load("demo_teacher.py")
+        teacher.seed, teacher.num_steps = base.seed, TEACHER_STEPS
+        teacher.data.update(root=str(folder / "views"), num_scenes=TEACHER_STREETS)
+        teacher.teacher_training.vit.update(width=64, num_heads=2, hidden=256)
+        teacher.teacher_training.weights.update(dict.fromkeys(untaught, 0.0))
+        files[name] = str(folder / f"teacher_{name}" / ASSET)
+        yield Part("teachers", f"teacher_{name}", lambda teacher=teacher: teacher, ASSET)
+    for name, chosen in {**{name: (file,) for name, file in files.items()}, "both": (*files.values(),)}.items():
+        config = copy.deepcopy(base)
+        config.teacher.update(checkpoint="", normalize="standardize")
+        config.teachers = tuple({"checkpoint": file} for file in chosen)
+        yield from _distill_and_probe("teachers", f"by_{name}", config, folder)
 
 
 def _sensors(base: Config, folder: Path) -> Iterator[Part]:

@@ -25,12 +25,14 @@ from scalr_jax.data.scan_checks import check_scan
 from scalr_jax.data.scenes import FEATURES, IGNORE, Batch
 from scalr_jax.data.sensors import known_classes
 from scalr_jax.data.whole_scan import as_array, check_points, whole_scan
+from scalr_jax.interop.exported import is_export
 from scalr_jax.interop.finite import check_outputs
 from scalr_jax.interop.published import read_published
 from scalr_jax.interop.saved import choose_intensity, columns_of, read_saved
 from scalr_jax.models.build import make_student
 from scalr_jax.models.heads import SEGMENTATION_HEADS
 from scalr_jax.models.student import Variables
+from scalr_jax.runtime import hub
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.settings import student_settings
 
@@ -170,7 +172,8 @@ def load(
 
     Args:
       path: a workdir of distill, probe or finetune, a folder of `scalr_jax.export` (torch, safetensors or orbax), or a
-        published `.pth` or `.safetensors` (ScaLR, ScaLR+, WaffleIron; distilled or downstream; a VaViT or a MinkUNet).
+        published `.pth` or `.safetensors` (ScaLR, ScaLR+, WaffleIron; distilled or downstream; a VaViT or a MinkUNet);
+        or one of these on the Hugging Face Hub, "hf://OWNER/NAME" or "hf://OWNER/NAME/FILE" (extra `hub`).
       sensor: whose intensity statistics, and for a published file whose field of view and grids, apply: nuscenes,
         semantic_kitti, pandar64 or pandargt. Not needed for a workdir of one sensor. For segmentation on PandaSet it
         means 512 cells over +-128 m (but 384 over +-96 m in a model fine-tuned on PandarGT: give those). Of a
@@ -184,6 +187,9 @@ def load(
       ValueError: one sentence: what is wrong with the file (also weights that are not finite), or which argument is
         needed.
     """
+    if hub.is_address(path):
+        found = hub.fetched(str(path))
+        path = found if found.is_file() or is_export(found) else hub.first_weights(found, str(path))
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist; give {MODELS}")

@@ -28,7 +28,7 @@ CORRUPTIONS += ("incomplete_echo", "cross_sensor")
 SEVERITIES = ("light", "moderate", "heavy")
 FEATURES = ("augmented", "fixed", "cached")  # of a probe
 NORMALIZATIONS = ("none", "center", "standardize", "phi_s")  # of a teacher's features
-INTERPOLATIONS = ("auto", "dinov2", "size", "antialias")
+INTERPOLATIONS = ("auto", "dinov2", "size", "antialias", "radio", "naflex")
 DTYPES = ("auto", "float32", "bfloat16")
 USES = ("camera", "lidar", "radar", "map", "external")
 TABLE: Any = {"low": 1, "high": 2**29, "resume": True}  # of sizes of tables
@@ -164,7 +164,7 @@ class StudentSettings:
 class TeacherSettings:
     """`config.teacher`."""
 
-    checkpoint: str = key("", "path of a DINO file; demo: the small ViT that comes with the package")
+    checkpoint: str = key("", "path or hf://OWNER/NAME of a ViT (docs/weights.md); demo: the small one of this package")
     cache: str = key("", "distill: a folder of its tokens (docs/tokens.md); no teacher runs", resume=True, local=True)
     feature: str = key("x_pre_norm", "tokens before or after the last norm", choices=("x_pre_norm", "x"))
     weight: float = key(1.0, "of its loss, beside those of other teachers", above=0)

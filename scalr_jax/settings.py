@@ -100,9 +100,9 @@ def _teacher_problems(settings: Settings) -> Iterator[str]:
     wrong: list[str] = []
     read_teachers(given, teacher, wrong)
     yield from wrong
-    if given and task != "distill":
-        yield f"teachers with task {task!r} (they are for distill; give the key teacher)"
-    if given and (teacher.checkpoint or teacher.cache):
+    if task == "demo" and any(each.get("cache") for each in given):
+        yield "teachers with a cache, with task 'demo' (it is for distill; give checkpoints)"
+    if given and task == "distill" and (teacher.checkpoint or teacher.cache):
         yield f"teacher.checkpoint = {teacher.checkpoint!r} beside teachers (name each one in teachers alone)"
     if settings.loss.teacher_dropping and len(given) < 2:
         yield f"loss.teacher_dropping = {settings.loss.teacher_dropping} with one teacher (give several in teachers)"

@@ -111,6 +111,27 @@ def code_of(form: str, student: Student) -> str:
     return CODE.get(form, CODE["weights"])
 
 
+def add_front_matter(folder: Path) -> None:
+    """Puts `front_matter` before the card of an exported folder."""
+    content, card = _read(folder / "config.json"), folder / "README.md"
+    text = front_matter(content["settings"], content.get("results"), str(content["licence"]))
+    card.write_text(text + card.read_text())
+
+
+def front_matter(settings: Mapping[str, object], results: Mapping[str, object] | None, licence: str) -> str:
+    """The head of a model card, YAML that the hub reads: library, tags, licence, and the results that are numbers."""
+    numbers = {name: value for name, value in (results or {}).items() if isinstance(value, float)}
+    lines = ["---", "library_name: scalr_jax", "tags: [lidar, point-cloud, distillation, jax]"]
+    lines += [f"license: {'apache-2.0' if licence.lower() in ('apache-2.0', 'apache 2.0') else 'other'}"]
+    if numbers:
+        task = "feature-extraction" if settings.get("head") == "distill" else "image-segmentation"
+        lines += ["model-index:", f"- name: {settings.get('name')}", "  results:", "  - task:", f"      type: {task}"]
+        lines += ["    dataset:", "      name: its own", "      type: lidar", "    metrics:"]
+        for name, value in numbers.items():
+            lines += [f"    - type: {name.replace('/', '_')}", f"      value: {value!r}"]
+    return "\n".join([*lines, "---", "", ""])
+
+
 def readme(content: Mapping, student: Student, name: str) -> str:
     """The card as Markdown."""
     settings, check, needs = content["settings"], content["check"], student.needs

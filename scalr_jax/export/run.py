@@ -17,6 +17,7 @@ Flags:
     --fold           fold batch norms and merge layer scales where that is exact; outputs are equal
     --overwrite      replace an exported folder of that name
     --licence        of the weights, for the model card, as in --licence="CC BY 4.0"
+    --push           hf://OWNER/NAME: upload the folder there, too, into a private repository if there is none
 
 Exit codes: 0 done; 2 bad arguments or input, no space, or interrupted (one sentence on stderr); 1 a defect.
 """
@@ -46,6 +47,7 @@ from scalr_jax.interop.exported import FILES, READABLE
 from scalr_jax.interop.finite import check_outputs
 from scalr_jax.interop.model import student_of
 from scalr_jax.models.student import Student, Variables, outputs_of
+from scalr_jax.runtime import hub
 from scalr_jax.runtime.command_line import define_model, exit_codes, model_arguments, parse_flags, require, use_cache
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import checksums, write_arrays
@@ -63,6 +65,7 @@ flags.DEFINE_string("output", None, "The folder to write.", flag_values=FLAGS)
 flags.DEFINE_boolean("fold", False, "Fold batch norms and merge layer scales.", flag_values=FLAGS)
 flags.DEFINE_boolean("overwrite", False, "Replace an exported folder.", flag_values=FLAGS)
 flags.DEFINE_string("licence", "", "Of the weights.", flag_values=FLAGS)
+flags.DEFINE_string("push", "", "Repository to upload to.", flag_values=FLAGS)
 
 
 def run(arguments: list[str]) -> None:
@@ -70,6 +73,8 @@ def run(arguments: list[str]) -> None:
     parse_flags(FLAGS, arguments, __doc__)
     example = "--model=runs/pretrain --format=onnx --output=exports/a"
     require(FLAGS, "model", "format", "output", example=example)
+    if FLAGS.push:
+        hub.check_repository(FLAGS.push)
     output, suffix = Path(FLAGS.output), Path(FILES[FLAGS.format]).suffix
     if suffix and output.suffix == suffix:
         raise InputError(f"--output={output} is the folder that will hold {FILES[FLAGS.format]}; leave out {suffix}")
@@ -89,6 +94,9 @@ def run(arguments: list[str]) -> None:
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(f"largest difference to the original: {difference:.2g} of the largest value (or of 1)")
     print(f"{output}: {size / 1e6:.1f} MB; its README.md says how to use it")
+    if FLAGS.push:
+        export_card.add_front_matter(output)
+        print(f"pushed to {hub.push(output, FLAGS.push, f'scalr_jax.export --format={FLAGS.format}')}")
 
 
 def main(arguments: list[str]) -> None:

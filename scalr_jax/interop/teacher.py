@@ -23,6 +23,7 @@ from scalr_jax.interop.safetensors_file import read_safetensors
 from scalr_jax.interop.vit import load_dinov2
 from scalr_jax.models import vit
 from scalr_jax.models.build import compute_dtype
+from scalr_jax.runtime import hub
 from scalr_jax.runtime.errors import InputError
 from scalr_jax.runtime.storage import checksum, read_json, written_whole
 
@@ -35,13 +36,13 @@ def make_teacher(settings: TeacherSettings, image_size: tuple[int, int], platfor
 
     Raises `InputError` for a file that is missing or no ViT, or an `image_size` that is no whole number of patches.
     """
-    checkpoint = Path(settings.checkpoint)
+    checkpoint = _local(settings.checkpoint)
     if settings.checkpoint == "demo":
         vit_config, params = load_demo_teacher()
     elif checkpoint.name == ASSET and checkpoint.is_file():
         vit_config, params = load_teacher(checkpoint)  # of a run with config.task = "teacher"
     elif settings.checkpoint and checkpoint.is_file():
-        vit_config, params = load_dinov2(settings.checkpoint, num_heads=settings.num_heads)
+        vit_config, params = load_dinov2(checkpoint, num_heads=settings.num_heads)
     else:
         raise InputError(
             f"teacher.checkpoint = {settings.checkpoint!r} is not a file; fetch dinov2_vitl14_pretrain.pth from the "
@@ -59,13 +60,18 @@ def make_teacher(settings: TeacherSettings, image_size: tuple[int, int], platfor
     return vit_config, jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
 
 
+def _local(checkpoint: str) -> Path:
+    """The file of `teacher.checkpoint`, from the hub where it says so. Raises `InputError`."""
+    return hub.weights_file(checkpoint) if hub.is_address(checkpoint) else Path(checkpoint)
+
+
 def teacher_digest(settings: TeacherSettings) -> str:
     """SHA-256 of the teacher's file. Raises `InputError` when it is missing."""
     if settings.checkpoint == "demo":
         with resources.as_file(resources.files("scalr_jax") / "assets" / ASSET) as path:
             return checksum(path)
     try:
-        return checksum(Path(settings.checkpoint))
+        return checksum(_local(settings.checkpoint))
     except OSError as error:
         sentence = f"teacher.checkpoint = {settings.checkpoint!r} cannot be read ({error.strerror}); give a DINO file"
         raise InputError(sentence) from error

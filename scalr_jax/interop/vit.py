@@ -1,12 +1,12 @@
-"""Published ViT weights to `scalr_jax.models.vit`: DINO, DINOv2 (with and without registers) and DINOv3.
+"""Published ViT weights to `scalr_jax.models.vit`: DINO, DINOv2 (with and without registers), Franca, DINOv3, SigLIP 2
+and C-RADIO.
 
-A layout is a table: for each parameter of ours, the names it may have in a file. What a parameter is made of is a tuple
-of names, concatenated along the outputs (split queries, keys, values; the two halves of SwiGLU); None is a part that
-the file leaves out because it is zero. All names a file must hold, and their shapes, follow from the table and the
-config read off the file; every difference is listed before anything is converted.
+All names a file must hold, and their shapes, follow from its project's table (`vit_names.py`) and the config read off
+the file; every difference is listed before anything is converted.
 
 What no file says is how its code interpolates the position table, so it is set to what the code that wrote the file
-does (2026-11): Meta's DINO and DINOv2 "dinov2", timm and everything with registers "antialias", transformers "size".
+does (2026-11): Meta's DINO and DINOv2 "dinov2", timm and everything with registers "antialias", transformers "size",
+C-RADIO "radio", SigLIP 2's NaFlex "naflex".
 """
 
 from __future__ import annotations
@@ -23,110 +23,20 @@ from flax.traverse_util import unflatten_dict
 from scalr_jax.interop import torch_file
 from scalr_jax.interop.finite import check_weights
 from scalr_jax.interop.model import flat_shapes, unwrapped
-from scalr_jax.interop.transformers_config import read_beside
+from scalr_jax.interop.vit_names import IGNORED, Family, Parts, find
 from scalr_jax.models import vit
 from scalr_jax.runtime.errors import InputError
+from scalr_jax.runtime.storage import read_json
 
-Parts = tuple[str | None, ...]  # file names (or None) that, concatenated along the outputs, are one parameter
-Layout = dict[str, tuple[Parts, ...]]  # path of a parameter -> its possible parts; "{n}" is the block
-
-
-def _linear(path: str, *alternatives: Parts, norm: bool = False) -> Layout:
-    """A kernel and a bias from the names of PyTorch modules."""
-
-    def leaves(leaf: str) -> tuple[Parts, ...]:
-        return tuple(tuple(module and f"{module}.{leaf}" for module in parts) for parts in alternatives)
-
-    return {f"{path}/{'scale' if norm else 'kernel'}": leaves("weight"), f"{path}/bias": leaves("bias")}
-
-
-def _each(prefix: str, *names: str) -> Parts:
-    return tuple(f"{prefix}.{name}" for name in names)
-
-
-def _without_bias(layout: Layout, query: str, value: str) -> Layout:
-    """DINOv3: rotary positions instead of a table; no key bias, and none at all in the 7B."""
-    bias = "blocks/attention/qkv/bias"
-    layout = {target: alternatives for target, alternatives in layout.items() if target != "positions"}
-    return {**layout, bias: (*layout[bias], (query, None, value), (None,))}
-
-
-_DINO: Layout = {  # Meta's DINO and DINOv2, timm's copies of them
-    "cls": (("cls_token",),),
-    "registers": (("register_tokens",), ("storage_tokens",), ("reg_token",)),  # DINOv2, DINOv3, timm
-    "positions": (("pos_embed",),),
-    **_linear("patch", ("patch_embed.proj",)),
-    **_linear("blocks/norm_1/layer", ("blocks.{n}.norm1",), norm=True),
-    **_linear("blocks/attention/qkv", ("blocks.{n}.attn.qkv",)),
-    **_linear("blocks/attention/projection", ("blocks.{n}.attn.proj",)),
-    "blocks/scale_1": (("blocks.{n}.ls1.gamma",), ("blocks.{n}.gamma_1",)),  # the latter in timm's DINOv3
-    **_linear("blocks/norm_2/layer", ("blocks.{n}.norm2",), norm=True),
-    **_linear(
-        "blocks/mlp/linear_1",
-        ("blocks.{n}.mlp.fc1",),
-        ("blocks.{n}.mlp.w12",),  # DINOv2 g
-        ("blocks.{n}.mlp.w1", "blocks.{n}.mlp.w2"),  # DINOv3
-        ("blocks.{n}.mlp.fc1_g", "blocks.{n}.mlp.fc1_x"),  # timm's DINOv3
-    ),
-    **_linear("blocks/mlp/linear_2", ("blocks.{n}.mlp.fc2",), ("blocks.{n}.mlp.w3",)),
-    "blocks/scale_2": (("blocks.{n}.ls2.gamma",), ("blocks.{n}.gamma_2",)),
-    **_linear("norm/layer", ("norm",), norm=True),
+BESIDE = "config.json"
+AGAIN = "copy it again from where the weights are, or take it away (the published models' settings then hold)"
+KINDS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "radio", "siglip_vision_model", "siglip2_vision_model")
+WHOLE = ("siglip", "siglip2")  # with a text model: what is said of the images stands in `vision_config`
+NUMBERS = {"num_attention_heads": "num_heads", "layer_norm_eps": "norm_eps", "rope_theta": "rotary_base"}
+FEED_FORWARD = {  # by activation, gated
+    **{("gelu", False): "mlp", ("gelu_pytorch_tanh", False): "mlp_tanh"},
+    **{("silu", True): "swiglu", ("gelu", True): "geglu", ("gelu_pytorch_tanh", True): "geglu_tanh"},
 }
-
-_DINOV3 = _without_bias(_DINO, "blocks.{n}.attn.q_bias", "blocks.{n}.attn.v_bias")  # timm's names of the two
-
-_LAYER = "encoder.layer.{n}"
-
-_TRANSFORMERS_DINOV2: Layout = {  # as published; the last of several is what transformers 5 has inside
-    "cls": (("embeddings.cls_token",),),
-    "registers": (("embeddings.register_tokens",),),
-    "positions": (("embeddings.position_embeddings",),),
-    **_linear("patch", ("embeddings.patch_embeddings.projection",)),
-    **_linear("blocks/norm_1/layer", (f"{_LAYER}.norm1",), norm=True),
-    **_linear(
-        "blocks/attention/qkv",
-        _each(f"{_LAYER}.attention.attention", "query", "key", "value"),
-        _each(f"{_LAYER}.attention", "q_proj", "k_proj", "v_proj"),
-    ),
-    **_linear("blocks/attention/projection", (f"{_LAYER}.attention.output.dense",), (f"{_LAYER}.attention.o_proj",)),
-    "blocks/scale_1": ((f"{_LAYER}.layer_scale1.lambda1",),),
-    **_linear("blocks/norm_2/layer", (f"{_LAYER}.norm2",), norm=True),
-    **_linear(
-        "blocks/mlp/linear_1",
-        (f"{_LAYER}.mlp.fc1",),
-        (f"{_LAYER}.mlp.weights_in",),  # g
-        _each(f"{_LAYER}.mlp", "gate_proj", "up_proj"),
-    ),
-    **_linear(
-        "blocks/mlp/linear_2", (f"{_LAYER}.mlp.fc2",), (f"{_LAYER}.mlp.weights_out",), (f"{_LAYER}.mlp.down_proj",)
-    ),
-    "blocks/scale_2": ((f"{_LAYER}.layer_scale2.lambda1",),),
-    **_linear("norm/layer", ("layernorm",), norm=True),
-}
-
-_TRANSFORMERS_DINOV3 = _without_bias(
-    {
-        "cls": (("embeddings.cls_token",),),
-        "registers": (("embeddings.register_tokens",),),
-        **_linear("patch", ("embeddings.patch_embeddings",)),
-        **_linear("blocks/norm_1/layer", ("layer.{n}.norm1",), norm=True),
-        **_linear("blocks/attention/qkv", _each("layer.{n}.attention", "q_proj", "k_proj", "v_proj")),
-        **_linear("blocks/attention/projection", ("layer.{n}.attention.o_proj",)),
-        "blocks/scale_1": (("layer.{n}.layer_scale1.lambda1",),),
-        **_linear("blocks/norm_2/layer", ("layer.{n}.norm2",), norm=True),
-        **_linear("blocks/mlp/linear_1", _each("layer.{n}.mlp", "gate_proj", "up_proj"), ("layer.{n}.mlp.up_proj",)),
-        **_linear("blocks/mlp/linear_2", ("layer.{n}.mlp.down_proj",)),
-        "blocks/scale_2": (("layer.{n}.layer_scale2.lambda1",),),
-        **_linear("norm/layer", ("norm",), norm=True),
-    },
-    "layer.{n}.attention.q_proj.bias",
-    "layer.{n}.attention.v_proj.bias",
-)
-
-# Used in training only, or heads of other tasks; `rope_embed.periods` goes into the config.
-_IGNORED = re.compile(
-    r"(embeddings\.)?mask_token|(head|fc_norm|pooler|classifier|local_cls_norm)\..*|rope_embed\.periods"
-)
 
 
 def load_dinov2(path: str | Path, *, num_heads: int | None = None) -> tuple[vit.ViTConfig, dict]:
@@ -148,9 +58,9 @@ def load_dinov2(path: str | Path, *, num_heads: int | None = None) -> tuple[vit.
       InputError: not a readable checkpoint, no ViT, heads that the file does not say, or weights that are missing,
         unknown, of another shape (all are listed, with both shapes) or not finite.
     """
-    weights = _weights(unwrapped(torch_file.read_weights_file(path), str(path)), path)
-    chosen = {target: _choose(alternatives, weights) for target, alternatives in _layout(weights).items()}
-    config = _config(weights, chosen, num_heads, path)
+    weights, family = _weights(unwrapped(torch_file.read_weights_file(path), str(path)), path)
+    chosen = {target: _choose(alternatives, weights) for target, alternatives in family.layout.items()}
+    config = _config(weights, family, chosen, num_heads, path)
     shapes = jax.eval_shape(lambda: vit.init(config, jax.random.key(0), (config.patch_size, config.patch_size)))
     leaves = flat_shapes(shapes)
     _check(weights, chosen, leaves, config, path)
@@ -158,46 +68,43 @@ def load_dinov2(path: str | Path, *, num_heads: int | None = None) -> tuple[vit.
     params: dict = unflatten_dict(flat, sep="/")
     if config.positions == "learned":
         positions = weights[str(chosen["positions"][0])][0]
-        if len(positions) > math.prod(config.position_grid):  # the CLS token's own position comes first
+        if config.cls and len(positions) > math.prod(config.position_grid):  # the CLS token's own position comes first
             params["cls"] = params["cls"] + positions[:1].astype(np.float32)
     return config, params
 
 
-def _weights(contents: dict, path: str | Path) -> dict[str, np.ndarray]:
+def _weights(contents: dict, path: str | Path) -> tuple[dict[str, np.ndarray], Family]:
     """The ViT's weights, without the prefix they have inside a larger model or a training checkpoint."""
-    for key in ("teacher", "state_dict", "model"):
+    for key in ("teacher", "state_dict_ema", "state_dict", "model"):
         if isinstance(contents.get(key), dict):
             contents = contents[key]
     arrays = {str(name): value for name, value in contents.items() if isinstance(value, np.ndarray)}
-    tokens = [name for name in arrays if re.fullmatch(r"(.*\.)?cls_token", name)]
-    if len(tokens) != 1:
-        raise InputError(f"{path} holds no ViT: it has {len(tokens)} weights named cls_token among {len(arrays)}")
-    prefix = tokens[0].removesuffix("cls_token").removesuffix("embeddings.")
-    arrays = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
-    # DINOv2 trains with blocks in chunks, blocks.CHUNK.N; transformers 5 has model.layer.N inside
-    arrays = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): value for name, value in arrays.items()}
-    return {re.sub(r"^model\.(?=layer\.)", "", name): value for name, value in arrays.items()}
-
-
-def _layout(weights: dict[str, np.ndarray]) -> Layout:
-    if "embeddings.cls_token" in weights:
-        return _TRANSFORMERS_DINOV3 if any(name.startswith("layer.") for name in weights) else _TRANSFORMERS_DINOV2
-    return _DINOV3 if "storage_tokens" in weights or "blocks.0.gamma_1" in weights else _DINO
+    try:
+        found = find(arrays)
+    except (KeyError, IndexError) as error:
+        raise InputError(f"{path} holds no ViT that is known here: {error} is missing or of another kind") from None
+    if found is None:
+        tokens = sum(name.endswith("cls_token") for name in arrays)
+        raise InputError(
+            f"{path} holds no ViT that is known here: it has {tokens} weights named cls_token among {len(arrays)}, and "
+            "no other name of one alone"
+        )
+    return found
 
 
 def _choose(alternatives: tuple[Parts, ...], weights: dict[str, np.ndarray]) -> Parts:
     """The first alternative of which the file holds all parts in some block, else the first."""
-    names = {re.sub(r"(blocks|layer)\.\d+\.", r"\1.{n}.", name) for name in weights}
+    names = {re.sub(r"(blocks|layers?)\.\d+\.", r"\1.{n}.", name) for name in weights}
     held = (parts for parts in alternatives if all(part is None or part in names for part in parts))
     return next(held, alternatives[0])
 
 
 def _config(
-    weights: dict[str, np.ndarray], chosen: dict[str, Parts], num_heads: int | None, path: str | Path
+    weights: dict[str, np.ndarray], family: Family, chosen: dict[str, Parts], num_heads: int | None, path: str | Path
 ) -> vit.ViTConfig:
     """The architecture, from names and shapes of the first block."""
     first = {target: tuple(part and part.format(n=0) for part in parts) for target, parts in chosen.items()}
-    has_registers = first["registers"][0] in weights
+    has_registers = "registers" in first and first["registers"][0] in weights
     dims = {"registers": 3} if has_registers else {}
     dims |= {"patch/kernel": 4, "positions": 3, "blocks/mlp/linear_1/kernel": 2, "blocks/mlp/linear_2/kernel": 2}
     needed = {str(name): num for target, num in dims.items() if target in first for name in first[target]}
@@ -213,22 +120,29 @@ def _config(
     outputs = sum(len(weights[str(name)]) for name in first["blocks/mlp/linear_1/kernel"])
     periods = weights.get("rope_embed.periods")
     rotary, gated = "positions" not in chosen, outputs == 2 * hidden
-    beside = read_beside(Path(path), gated=gated) if "embeddings.cls_token" in weights else {}
-    said = beside.pop("num_heads", None)
+    ffn = "swiglu" if gated else family.ffn
+    beside = read_beside(Path(path), gated=gated, default=ffn) if family.from_transformers else {}
+    said = beside.pop("num_heads", family.heads.get(width))
     num_heads = said if num_heads is None else num_heads
     config = {
         "patch_size": patch_size,
         "width": width,
-        "depth": len({match[0] for match in (re.search(r"(blocks|layer)\.\d+\.", name) for name in weights) if match}),
+        "depth": len(
+            {match[0] for match in (re.search(r"(blocks|layers?)\.\d+\.", name) for name in weights) if match}
+        ),
         "num_heads": _num_heads(width, num_heads, periods, rotary, path),
         "hidden": hidden,
-        "ffn": "swiglu" if gated else "mlp",
+        "ffn": ffn,
         "num_registers": shape("registers")[1] if has_registers else 0,
-        "layer_scale": first["blocks/scale_1"][0] in weights,
+        "layer_scale": "blocks/scale_1" in first and first["blocks/scale_1"][0] in weights,
+        "cls": "cls" in first,
+        "final_norm": "norm/layer/scale" in first,
     }
+    if family.image:
+        config |= {"image_mean": family.image[:3], "image_std": family.image[3:]}
     if not rotary:
         config["position_grid"] = _grid(shape("positions")[1], path)
-        config["position_interpolation"] = _interpolation(weights, config, path)
+        config["position_interpolation"] = family.interpolation or _interpolation(weights, config, path)
         return vit.ViTConfig(**{**config, **beside})
     if periods is not None:  # Meta's files hold them rounded to bfloat16; timm and transformers compute them
         config["rotary_periods"] = tuple(periods.astype(float).tolist())
@@ -289,7 +203,7 @@ def _check(
     for name in sorted({*needed, *weights}):
         if name not in weights:
             problems.append(f"{name}: missing, needs {needed[name]}")
-        elif name not in needed and not _IGNORED.fullmatch(name):
+        elif name not in needed and not IGNORED.fullmatch(name):
             problems.append(f"{name}: unknown, has {weights[name].shape}")
         elif name in needed and weights[name].shape != needed[name]:
             problems.append(f"{name}: has {weights[name].shape}, needs {needed[name]}")
@@ -331,3 +245,38 @@ def _masked(weights: dict[str, np.ndarray], name: str) -> np.ndarray:
     """A weight; where DINOv3 masks a bias (that of the keys), zero."""
     mask = weights.get(f"{name}_mask") if name.endswith(".bias") else None
     return weights[name] if mask is None else np.where(mask == 1, weights[name], 0)
+
+
+def read_beside(weights: Path, *, gated: bool, default: str) -> dict[str, Any]:
+    """Fields of `ViTConfig` that the config.json which transformers wrote beside a file of `weights` says, for what
+    names and shapes do not say; {} without one.
+
+    gated: whether the MLP has a gate. DINOv2's is SiLU whatever `hidden_act` says, DINOv3's is `hidden_act`. default:
+    the `ffn` where nothing is said.
+
+    Raises:
+      InputError: the file is damaged, or says an activation or a number that is not known here.
+    """
+    path = weights.with_name(BESIDE)
+    if not path.is_file():
+        return {}
+    said = read_json(path, AGAIN)
+    if said.get("model_type") in WHOLE and isinstance(said.get("vision_config"), dict):
+        said = {"model_type": f"{said['model_type']}_vision_model", **said["vision_config"]}
+    if said.get("model_type") not in KINDS:
+        return {}
+    rotary = said.get("rope_parameters")  # where transformers 5 says `rope_theta`
+    said |= rotary if isinstance(rotary, dict) else {}
+    numbers = {ours: said[theirs] for theirs, ours in NUMBERS.items() if said.get(theirs) is not None}
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf or (name == "num_heads" and value % 1):
+            raise InputError(f"{path}: {value!r} is no value for {name} of a ViT; {AGAIN}")
+    activation = None if gated and said["model_type"] != "dinov3_vit" else said.get("hidden_act")
+    if activation is None:
+        return {**numbers, "ffn": default}
+    if not isinstance(activation, str) or (activation, gated) not in FEED_FORWARD:
+        raise InputError(
+            f"{path}: hidden_act = {activation!r} of {'a gated' if gated else 'a plain'} MLP is not known here, which "
+            f"has gelu, gelu_pytorch_tanh{' and silu' if gated else ''}; take another teacher"
+        )
+    return {**numbers, "ffn": FEED_FORWARD[activation, gated]}

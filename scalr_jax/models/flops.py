@@ -144,7 +144,7 @@ def step_flops(student: Student, batch: Batch) -> int | None:
 def teacher_flops(config: ViTConfig, num_images: int, image_size: tuple[int, int]) -> int:
     """Forward pass of a ViT: patches, and a block's four products and two of attention."""
     tokens = num_tokens(config, image_size)
-    patches = tokens - 1 - config.num_registers
+    patches = tokens - config.num_prefix
     c = config.width
     mlp = (2 if config.ffn == "mlp" else 3) * c * config.hidden
     block = 2 * tokens * (4 * c * c + mlp) + 4 * tokens * tokens * c

@@ -1,4 +1,4 @@
-"""The teacher: a Vision Transformer as DINO, DINOv2 and DINOv3 publish it.
+"""The teacher: a Vision Transformer as DINO, DINOv2, DINOv3, SigLIP 2 and C-RADIO publish it.
 
     tokens = [CLS, registers, patch(image)] + positions
     tokens = tokens + scale1 * attention(norm1(tokens))        depth times, scanned
@@ -62,13 +62,15 @@ class ViTConfig:
     depth: int = 12
     num_heads: int = 6
     hidden: int = 1536  # channels between the two linear layers of the MLP (SwiGLU: of each of the two halves)
-    ffn: str = "mlp"  # mlp, swiglu, geglu: see `Mlp`
+    ffn: str = "mlp"  # mlp, mlp_tanh, swiglu, geglu, geglu_tanh: see `Mlp`
+    cls: bool = True  # whether a class token comes first (not in SigLIP)
     num_registers: int = 0
+    final_norm: bool = True  # without it (C-RADIO) x is x_pre_norm
     layer_scale: bool = True
     norm_eps: float = 1e-6  # DINOv3: 1e-5
     positions: str = "learned"  # learned, rotary (DINOv3)
     position_grid: tuple[int, int] = (37, 37)  # rows, columns of the learned table
-    position_interpolation: str = "dinov2"  # dinov2, size, antialias: see ops/positions.py
+    position_interpolation: str = "dinov2"  # dinov2, size, antialias, radio, naflex: see ops/positions.py
     rotary_base: float = 100.0
     rotary_periods: tuple[float, ...] = ()  # [C / heads / 4] in half images; (): powers of `rotary_base`
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's red, green, blue, of images in 0..1;
@@ -80,6 +82,11 @@ class ViTConfig:
         return self.width // self.num_heads
 
     @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches: CLS and registers."""
+        return self.cls + self.num_registers
+
+    @property
     def block(self) -> BlockConfig:
         layer_scale = 1.0 if self.layer_scale else None
         return BlockConfig(self.width, self.num_heads, self.hidden, self.ffn, self.norm_eps, layer_scale)
@@ -88,7 +95,7 @@ class ViTConfig:
         if self.width % self.num_heads:
             raise ValueError(f"width = {self.width} is not a multiple of num_heads = {self.num_heads}")
         for name, known in (
-            ("ffn", ("mlp", "swiglu", "geglu")),
+            ("ffn", ("mlp", "mlp_tanh", "swiglu", "geglu", "geglu_tanh")),
             ("positions", ("learned", "rotary")),
             ("position_interpolation", INTERPOLATIONS),
             ("dtype", ("params", "float32", "bfloat16")),
@@ -100,7 +107,7 @@ class ViTConfig:
 
 
 def features(vit_config: ViTConfig, params: Any, images: Array | np.ndarray, *, which: str = "x_pre_norm") -> Array:
-    """Tokens of the last block, float32 [B, 1 + registers + th * tw, C]: CLS, registers, patches row by row.
+    """Tokens of the last block, float32 [B, prefix + th * tw, C]: CLS, registers, patches row by row.
 
     Args:
       vit_config: the architecture.
@@ -137,12 +144,12 @@ def patch_grid(vit_config: ViTConfig, image_size: tuple[int, int]) -> tuple[int,
 def num_tokens(vit_config: ViTConfig, image_size: tuple[int, int]) -> int:
     """Tokens of one image: CLS, registers and patches."""
     rows, columns = patch_grid(vit_config, image_size)
-    return 1 + vit_config.num_registers + rows * columns
+    return vit_config.num_prefix + rows * columns
 
 
 def patch_tokens(tokens: Array, vit_config: ViTConfig) -> Array:
     """Drops CLS and registers: [B, tokens, C] -> [B, th * tw, C]."""
-    return tokens[:, 1 + vit_config.num_registers :]
+    return tokens[:, vit_config.num_prefix :]
 
 
 class Dense(nn.Module):
@@ -208,7 +215,7 @@ def rotate(x: Array | np.ndarray, angles: Array | np.ndarray, axes: int = 1) -> 
 
 class Mlp(nn.Module):
     """mlp: linear(gelu(linear(x))), exact GELU; swiglu, geglu: linear(act(a) * b), [a, b] = linear(x), with SiLU or
-    GELU. [B, tokens, C]; `scale` [C] multiplies the result."""
+    GELU; _tanh: with the approximate GELU. [B, tokens, C]; `scale` [C] multiplies the result."""
 
     config: BlockConfig
     dtype: DTypeLike | None
@@ -216,11 +223,12 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array, scale: Array | None) -> Array:
         width, config = x.shape[-1], self.config
-        if config.ffn == "mlp":
-            x = gelu(config.dense(config.hidden, self.dtype, "linear_1")(x))
+        act = jax.nn.silu if config.ffn == "swiglu" else jax.nn.gelu if config.ffn.endswith("_tanh") else gelu
+        if config.ffn.startswith("mlp"):
+            x = act(config.dense(config.hidden, self.dtype, "linear_1")(x))
         else:
             a, b = jnp.split(config.dense(2 * config.hidden, self.dtype, "linear_1")(x), 2, axis=-1)
-            x = (jax.nn.silu if config.ffn == "swiglu" else gelu)(a) * b
+            x = act(a) * b
         return config.dense(width, self.dtype, "linear_2")(x, scale)
 
 
@@ -279,7 +287,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images [B, h, w, 3] in 0..1 -> float32 tokens [B, 1 + registers + th * tw, C]; see `features`."""
+    """Images [B, h, w, 3] in 0..1 -> float32 tokens [B, prefix + th * tw, C]; see `features`."""
 
     config: ViTConfig
 
@@ -295,8 +303,7 @@ class ViT(nn.Module):
         axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
         blocks: Any = nn.scan(Block, length=config.depth, **axes)  # type: ignore[arg-type]
         x, _ = blocks(config.block, dtype, name="blocks")(x, angles)
-        norm = Norm(config.norm_eps, name="norm")
-        return norm(x) if normalise else x
+        return Norm(config.norm_eps, name="norm")(x) if normalise and config.final_norm else x
 
     def embed(self, images: Array, grid: tuple[int, int], dtype: Any) -> Array:
         """[B, h, w, 3] -> float32 [B, tokens, C]: patches with positions, after CLS and registers."""
@@ -310,9 +317,12 @@ class ViT(nn.Module):
             num_rows, num_columns = config.position_grid
             table = self.param("positions", INIT, (num_rows * num_columns, config.width))
             x += resample_positions(table, config, grid)
-        prefix = self.param("cls", INIT, (1, config.width))
+        prefix = [self.param("cls", INIT, (1, config.width))] if config.cls else []
         if config.num_registers:
-            prefix = jnp.concatenate([prefix, self.param("registers", INIT, (config.num_registers, config.width))])
+            prefix.append(self.param("registers", INIT, (config.num_registers, config.width)))
+        if not prefix:
+            return x
+        prefix = jnp.concatenate(prefix)
         prefix = jnp.broadcast_to(prefix.astype(jnp.float32), (len(x), *prefix.shape))
         return jnp.concatenate([prefix, x], axis=1)
 
@@ -323,7 +333,7 @@ def resample_positions(table: Array, config: ViTConfig, grid: tuple[int, int]) -
     if grid == config.position_grid:
         return table
     rows, columns = (
-        resample_matrix(num_in, num_out, config.position_interpolation)
+        resample_matrix(num_in, num_out, config.position_interpolation, longest=max(grid))
         for num_in, num_out in zip(config.position_grid, grid, strict=True)
     )  # [th, rows], [tw, columns]
     table = table.reshape(*config.position_grid, -1)

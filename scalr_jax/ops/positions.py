@@ -1,20 +1,26 @@
 """Where a ViT's patches are: resampled position tables and rotary angles, as constants in NumPy.
 
-A table of 37 x 37 learned positions serves a grid of th x tw patches through separable bicubic interpolation. The
-weights depend on sizes only, so each axis is one constant matrix: positions = rows @ table @ columns^T. Three codes do
-it in three ways, a few 1e-3 apart; they are named after what they do (Keys, "Cubic convolution interpolation", 1981):
+A table of 37 x 37 learned positions serves a grid of th x tw patches through separable interpolation. The weights
+depend on sizes only, so each axis is one constant matrix: positions = rows @ table @ columns^T. Three codes do it
+bicubically in three ways, a few 1e-3 apart, and two bilinearly; they are named after what they do (Keys, "Cubic
+convolution interpolation", 1981):
 
     "dinov2"     scale factor (size + 0.1)/37, also for the coordinates; a = -0.75, clamped borders (DINO, DINOv2)
     "size"       scale factor size/37; a = -0.75, clamped borders (transformers' DINOv2)
     "antialias"  scale factor size/37; a = -0.5, widened by the scale when shrinking, weights cut at the border and
                  normalised (DINOv2 with registers, timm)
+    "radio"      bilinear, to a square as large as the longer side, of which the rest is cut off (C-RADIO)
+    "naflex"     bilinear, widened as above (SigLIP 2 of any size)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
-INTERPOLATIONS = ("dinov2", "size", "antialias")
+INTERPOLATIONS = ("dinov2", "size", "antialias", "radio", "naflex")
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
@@ -36,25 +42,41 @@ def _clamped(num_in: int, num_out: int, scale: float) -> np.ndarray:
     return matrix
 
 
-def _antialiased(num_in: int, num_out: int) -> np.ndarray:
-    """[num_out, num_in] bicubic weights of a kernel as wide as the scale, cut at the border and normalised."""
+def _tent(x: np.ndarray) -> np.ndarray:
+    """The kernel of linear interpolation; x in samples."""
+    return np.maximum(1 - np.abs(x), 0.0)
+
+
+def _bilinear(num_in: int, num_out: int) -> np.ndarray:
+    """[num_out, num_in] weights of the two nearest samples; beyond the borders these alone."""
+    center = np.clip((np.arange(num_out) + 0.5) * num_in / num_out - 0.5, 0, num_in - 1)
+    return _tent(center[:, None] - np.arange(num_in))
+
+
+def _antialiased(num_in: int, num_out: int, kernel: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """[num_out, num_in] weights of a kernel as wide as the scale, cut at the border and normalised."""
     scale = num_in / num_out
     center = (np.arange(num_out) + 0.5) * scale  # [num_out]
     distance = (np.arange(num_in) + 0.5 - center[:, None]) / max(scale, 1.0)  # [num_out, num_in]
-    weights = _cubic(distance, a=-0.5)
+    weights = kernel(distance)
     return weights / weights.sum(1, keepdims=True)
 
 
-def resample_matrix(num_in: int, num_out: int, interpolation: str) -> np.ndarray:
+def resample_matrix(num_in: int, num_out: int, interpolation: str, *, longest: int = 0) -> np.ndarray:
     """[num_out, num_in] float32: one axis of the interpolation. The identity when the sizes are equal.
+
+    longest: patches of the longer side, of both axes ("radio").
 
     Raises:
       ValueError: `interpolation` is not one of INTERPOLATIONS.
     """
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"position_interpolation = {interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
-    if interpolation == "antialias":
-        return _antialiased(num_in, num_out).astype(np.float32)
+    if interpolation in ("antialias", "naflex"):
+        kernel = _tent if interpolation == "naflex" else partial(_cubic, a=-0.5)
+        return _antialiased(num_in, num_out, kernel).astype(np.float32)
+    if interpolation == "radio":
+        return _bilinear(num_in, max(num_out, longest))[:num_out].astype(np.float32)
     offset = 0.1 if interpolation == "dinov2" else 0.0
     return _clamped(num_in, num_out, num_in / (num_out + offset)).astype(np.float32)
 

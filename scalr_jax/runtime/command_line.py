@@ -24,7 +24,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SPACE = "free space on the disk and run the same command again"
 ANOTHER_CONFIG = "correct it, or give another file, as in --config=configs/demo.py"
 MODEL_FLAGS = """\
-    --model          a workdir of distill, probe or finetune, an exported folder, or a published .pth or .safetensors
+    --model          a workdir of distill, probe or finetune, an exported folder, or a published .pth or .safetensors;
+                     or one of the last two on the Hugging Face Hub, hf://OWNER/NAME or hf://OWNER/NAME/FILE
     --sensor         whose intensity (and for a published file field of view and grids) apply: nuscenes,
                      semantic_kitti, pandar64 or pandargt; needed for published files and runs on several sensors
     --intensity      mean,deviation of the raw intensity, instead of the sensor's

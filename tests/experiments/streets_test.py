@@ -23,12 +23,13 @@ def test_every_part_starts_from_an_earlier_one(tmp_path):
         assert part.name not in known
         if not part.name.startswith(("gap_", "corrupted_")) or "probe" in part.name:
             config = part.make()
-            for path in (config.checkpoint, config.teacher.checkpoint):
+            several = [teacher["checkpoint"] for teacher in config.teachers]
+            for path in (config.checkpoint, config.teacher.checkpoint, *several):
                 if path.startswith(str(tmp_path)):
                     assert Path(path).relative_to(tmp_path).parts[0] in known, part.name
             assert config.seed == 3
         known.add(part.name)
-    assert {"probe_random_1p", "supervised_100p_0.025", "finetuned_10p_0.004", "teacher64"} <= known
+    assert {"probe_random_1p", "supervised_100p_0.025", "finetuned_10p_0.004", "teacher64", "probe_by_both"} <= known
 
 
 def test_pandaset_is_validated_on_later_frames_of_its_scene(tmp_path):

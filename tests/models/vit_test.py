@@ -184,7 +184,7 @@ def test_initial_parameters():
     ("change", "message"),
     [
         ({"num_heads": 3}, mentions("width", 32, "num_heads", 3)),
-        ({"ffn": "relu"}, mentions("ffn", "relu", "mlp, swiglu")),
+        ({"ffn": "relu"}, mentions("ffn", "relu", "swiglu")),
         ({"positions": "none"}, mentions("positions", "none")),
         ({"position_interpolation": "nearest"}, mentions("nearest", "dinov2, size, antialias")),
         ({"dtype": "float16"}, mentions("dtype", "float16")),
