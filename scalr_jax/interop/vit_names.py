@@ -145,7 +145,7 @@ RADIO: Layout = {  # its own names, and inside what transformers writes with the
 
 
 class Family(NamedTuple):
-    """What is known of a project's files beside their names."""
+    """Facts about a project's files beside their names."""
 
     layout: Layout
     interpolation: str | None = None  # None: as `vit._interpolation` finds

@@ -144,7 +144,7 @@ window.addEventListener('load', async () => {
 
 
 def dumped(page, folder, *flags):
-    """What a browser makes of a page, without a network."""
+    """A page as a browser shows it, without a network."""
     quiet = ("background-networking", "component-update", "sync", "quic", "gpu", "extensions")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
     command += [*flags, f"--user-data-dir={folder / 'profile'}", "--window-size=1000,700"]
