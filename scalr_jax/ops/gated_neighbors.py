@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from scalr_jax.ops.runs import add_at
@@ -95,6 +96,13 @@ def _moments(form: Form, u: Array, neighbors: Array, mask: Array) -> tuple[Array
     return mean, squares.sum(0) / count - jnp.square(mean), count
 
 
+def _first_of_largest(a: tuple[Array, Array, Array], b: tuple[Array, Array, Array]) -> tuple:
+    """Of two (value, gate, place): that of the larger value, of equal ones the first. As one reduction XLA makes one
+    pass of it on a GPU, and two of a chain of choices (compiled, 2026-11-29)."""
+    better = (b[0] > a[0]) | ((b[0] == a[0]) & (b[2] < a[2]))
+    return jax.tree.map(functools.partial(jnp.where, better), b, a)
+
+
 def _affine(norm: Norm, mean: Array, variance: Array) -> tuple[Array, Array]:
     multiplier = norm.scale * jax.lax.rsqrt(variance + EPS)
     return multiplier, norm.bias - mean * multiplier
@@ -105,6 +113,7 @@ def _forward(form: Form, u: Array, norm: Norm, gate: Gate, neighbors: Array, mas
     moments = _moments(form, u, neighbors, mask) if form.train else (norm.mean, norm.variance, zero)
     multiplier, shift = _affine(norm, *moments[:2])
     kernel = gate.kernel.astype(form.dtype)
+    nothing = (np.array(-1, form.dtype), np.array(0, form.dtype), np.uint8(0))
 
     def of_shard(u: Array, neighbors: Array) -> tuple[Array, Array, Array]:
         def visit(best: tuple[Array, Array, Array], inputs: tuple[Array, Array]) -> tuple[tuple, None]:
@@ -112,13 +121,12 @@ def _forward(form: Form, u: Array, norm: Norm, gate: Gate, neighbors: Array, mas
             r = jax.nn.relu(_differences(u, index) * multiplier + shift).astype(form.dtype)
             opened = jax.nn.sigmoid((r @ kernel).astype(jnp.float32) + gate.bias)
             y = (r.astype(jnp.float32) * opened).astype(form.dtype)
-            for n in range(len(k)):
-                better = y[n] > best[0]
-                new = (y[n], opened[n].astype(form.dtype), k[n])
-                best = jax.tree.map(functools.partial(jnp.where, better), new, best)
-            return best, None
+            places = jnp.broadcast_to(k[:, None, None], y.shape)
+            found = jax.lax.reduce((y, opened.astype(form.dtype), places), nothing, _first_of_largest, (0,))
+            better = found[0] > best[0]
+            return jax.tree.map(functools.partial(jnp.where, better), found, best), None
 
-        start = jnp.full(u.shape, -1.0, form.dtype), jnp.zeros(u.shape, form.dtype), jnp.zeros(u.shape, jnp.uint8)
+        start = jax.tree.map(lambda x: jnp.full(u.shape, x), nothing)
         return _visit(form, neighbors, visit, start)[0]
 
     y, opened, winner = per_shard(of_shard, u, neighbors)
@@ -148,17 +156,17 @@ def _backward(form: Form, saved: tuple, gradients: tuple) -> tuple:
             rows = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
             parts = (
                 jnp.matmul(rows(r).T, rows(of_gate), preferred_element_type=jnp.float32),
-                of_gate.sum((0, 1), dtype=jnp.float32),
                 of_norm.sum((0, 1), dtype=jnp.float32),
                 (of_norm * d).sum((0, 1)),
             )
             return jax.tree.map(jnp.add, sums, parts), of_norm
 
         zeros = jnp.zeros(u.shape[-1], jnp.float32)
-        return _visit(form, neighbors, visit, (jnp.zeros(kernel.shape, jnp.float32), zeros, zeros, zeros))
+        return _visit(form, neighbors, visit, (jnp.zeros(kernel.shape, jnp.float32), zeros, zeros))
 
     sums, of_norm = per_shard(of_shard, u, neighbors, winner, into_gate, into_product)
-    of_kernel, of_gate_bias, of_bias, with_d = jax.tree.map(lambda x: x.sum(0), sums)
+    of_kernel, of_bias, with_d = jax.tree.map(lambda x: x.sum(0), sums)
+    of_gate_bias = into_gate.sum((0, 1), dtype=jnp.float32)  # each point's is of one pair
     of_scale = deviation * (with_d - mean * of_bias)
 
     def to_points(u: Array, neighbors: Array, mask: Array, of_norm: Array) -> Array:
