@@ -127,13 +127,12 @@ class VavitSettings:
     channels: int = key(0, "features of a point, after the merge", low=0, high=16_384)
     pillar_size: float = key(0.5, "metres", low=0.05, high=100)
     padding_tokens: str = key("none", "published: scenes of a shard are filled up", choices=("none", "published"))
-    residual_dtype: str = key("float32", "of the sum that its blocks add to", choices=("float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
 class StudentSettings:
     """`config.model`. A MinkUNet uses name, field_of_view, heads, dtype and `minkunet`, and nothing else; a VaViT these
-    with `vavit` for `minkunet`, and num_neighbors, drop_path, remat."""
+    with `vavit` for `minkunet`, and num_neighbors, drop_path, remat, residual_dtype."""
 
     name: str = key("waffleiron", "the backbone", choices=BACKBONES)
     channels: int = key(768, "features of a point", low=1, high=16_384)
@@ -155,6 +154,7 @@ class StudentSettings:
     )
     remat: str = key("none", "computed again in the backward pass, to save memory", choices=("none", "layer", "group"))
     dtype: str = key("auto", "auto: bfloat16, on a CPU float32", choices=DTYPES)
+    residual_dtype: str = key("float32", "of the sum that layers add to", choices=("float32", "bfloat16"))
     minkunet: MinkunetSettings = dataclasses.field(default_factory=MinkunetSettings)
     vavit: VavitSettings = dataclasses.field(default_factory=VavitSettings)
     num_classes: int | None = key(None, "of the labels; None: the dataset's", low=1, high=255)

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from scalr_jax.models.layers import BATCH_NORM_EPS, Linear, norm_variables, to_rows, torch_uniform, update_running
-from scalr_jax.ops.neighbors import neighbor_max
-from scalr_jax.runtime.sharding import per_shard, whole
+from scalr_jax.ops.neighbors import Form, neighbor_max
+from scalr_jax.runtime.sharding import per_shard, platform_of, whole
 
 Array = jax.Array
 
@@ -79,7 +79,8 @@ class PointEmbedding(nn.Module):
         kernel = self.param("neighbor_out", torch_uniform(self.channels), (self.channels, self.channels))
         # By shards, so that the loop over neighbours adds up each shard's gradients and the devices meet once after it.
         weights = (whole(matrix), bias, whole(kernel))
-        neighborhood = per_shard(lambda o: neighbor_max(o, *weights, self.dtype), offsets)  # [D, P, C]
+        form = Form(self.dtype, 1 if platform_of(neighbors) == "cpu" else 4)
+        neighborhood = per_shard(lambda o: neighbor_max(o, *weights, form), offsets)  # [D, P, C]
         points = jnp.concatenate([points, to_rows(neighborhood)], axis=-1)
         return Linear(self.channels, dtype=self.dtype, name="final")(points)
 

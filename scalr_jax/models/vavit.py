@@ -247,7 +247,7 @@ class VaViTBackbone:
             )
         needs = SceneNeeds(settings.field_of_view, settings.num_neighbors, pillar_size=vavit.pillar_size)
         drop_path, remat = settings.drop_path, settings.remat
-        return cls(needs, *size, vavit.point_depth, vavit.padding_tokens, vavit.residual_dtype, drop_path, remat)
+        return cls(needs, *size, vavit.point_depth, vavit.padding_tokens, settings.residual_dtype, drop_path, remat)
 
     @property
     def block(self) -> BlockConfig:

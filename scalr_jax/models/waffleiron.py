@@ -137,7 +137,7 @@ class SpatialMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    """x [D * P, C], mask [D * P], keep [D * P] (or None: all ones) -> x + keep * branch, [D * P, C] float32.
+    """x [D * P, C], mask [D * P], keep [D * P] (or None: all ones) -> x + keep * branch, [D * P, C].
 
     The norm's scale and bias go into the first matrix and the layer scale into the second, so that neither their
     products nor what their gradients would need are ever [P, C].
@@ -165,7 +165,7 @@ class ChannelMix(nn.Module):
             points = normalize(x, mask, statistics).astype(self.dtype)
             hidden = checkpoint_name(linear(points, kernel1, bias1), "hidden")
             branch = linear(activation(hidden), kernel2, bias2).astype(x.dtype)
-            return x + (branch if keep is None else branch * keep[:, None])
+            return x + (branch if keep is None else branch * keep[:, None].astype(x.dtype))
 
         return map_blocks(mix, (x, mask, keep), self.block)
 
@@ -191,7 +191,7 @@ def map_blocks(function: Callable, rows: Any, block: int) -> Array:
 
 
 class Layer(nn.Module):
-    """One spatial and one channel mixing on one plane; the residual stream [D * P, C] is float32."""
+    """One spatial and one channel mixing on one plane; the residual stream [D * P, C] has `backbone.residual_dtype`."""
 
     grid: tuple[int, int]
     backbone: WaffleIronBackbone
@@ -205,7 +205,7 @@ class Layer(nn.Module):
         spatial = SpatialMix(self.grid, self.backbone, self.dtype, block, name="spatial")
         branch = spatial(x, plane, mask, num_scenes, train=train).astype(x.dtype)
         keep = keep_scenes(self, scene, num_scenes, drop_path, train)
-        x += branch if keep is None else branch * to_rows(keep)[:, None]
+        x += branch if keep is None else branch * to_rows(keep)[:, None].astype(x.dtype)
         keep = keep_scenes(self, scene, num_scenes, drop_path, train)
         keep = None if keep is None else to_rows(keep)
         return ChannelMix(self.backbone, self.dtype, block, name="channel")(x, mask, keep, train=train)
@@ -247,7 +247,8 @@ class WaffleIron(nn.Module):
             planes = tuple(plane._replace(order=order) for plane, order in zip(planes, orders, strict=True))
         settings = {"backbone": backbone, "dtype": self.dtype, "num_scenes": num_scenes, "train": train}
         num_groups, num_rest = divmod(backbone.depth, len(grids))
-        x = x.astype(jnp.float32)
+        unrolled = ("gpu", "cuda", "cpu") if num_groups <= UNROLLED else ("gpu", "cuda")
+        x = x.astype(backbone.residual_dtype)
         if num_groups:
             group = nn.remat(Group, prevent_cse=False) if backbone.remat == "group" else Group
             scanned = nn.scan(
@@ -258,7 +259,8 @@ class WaffleIron(nn.Module):
                 length=num_groups,
                 # A shallow student on CPU has no loop, which would stack and copy what each layer keeps: 1.6 s a layer
                 # of a step instead of 2.5 (62,592 points x 256, 2 busy cores, 2026-11-22), compiled 1.5 times as long.
-                unroll=num_groups if num_groups <= UNROLLED and platform_of(scene) == "cpu" else 1,
+                # On a GPU, likewise, a scan of any depth copies what its layers keep.
+                unroll=num_groups if train and platform_of(scene) in unrolled else 1,
             )
             x, _ = scanned(grids, name="groups", **settings)(x, planes, scene)
         if num_rest:
@@ -283,6 +285,7 @@ class WaffleIronBackbone:
     drop_path: float = 0.0
     implementation: str = "auto"
     remat: str = "none"
+    residual_dtype: str = "float32"
 
     exports: ClassVar[tuple[str, ...]] = ("torch", "safetensors", "orbax", "stablehlo", "onnx")
     folds: ClassVar[bool] = True

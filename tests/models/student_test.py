@@ -1,5 +1,7 @@
 """The student: published numbers, and the laws of packing and padding."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -203,3 +205,14 @@ def test_initialised_as_published():
         assert np.abs(array).max() <= bound
         assert np.abs(array).std() == pytest.approx(bound / 12**0.5, rel=0.25)
         assert array.std() == pytest.approx(bound / 3**0.5, rel=0.25)
+
+
+def test_a_residual_in_bfloat16_follows_the_one_in_float32(golden):
+    """Its dtype is that of the sum alone: an output off by the rounding of its layers."""
+    model, variables, layout = load_golden(golden("student_scalr_full"), "scalr")
+    batch, _ = published_batch(*layout)
+    exact = student_of(model, grids=np.asarray(layout[-1]).tolist())
+    rounded = exact.clone(backbone=dataclasses.replace(exact.backbone, residual_dtype="bfloat16"))
+    outputs = [apply(student, variables, batch) for student in (exact, rounded)]
+    assert 1e-6 < scale_error(outputs[1], outputs[0]) < 0.02
+    assert outputs[1].dtype == np.float32

@@ -11,7 +11,7 @@ from scalr_jax.data.grids import plane_tables
 from scalr_jax.models.layers import normalize
 from scalr_jax.models.waffleiron import flatten_normalized
 from scalr_jax.ops import cell_conv, cells
-from scalr_jax.ops.neighbors import neighbor_max
+from scalr_jax.ops.neighbors import Form, neighbor_max
 from tests.support.cell_planes import (
     ADVERSARIAL,
     AREA,
@@ -149,7 +149,7 @@ def _both_neighbor_max(offsets, arguments, weights):
         out, pull = jax.vjp(lambda *a: function(offsets, *a), *arguments)
         return out, pull(weights)
 
-    return of(neighbor_max), of(neighbor_max_reference)
+    return of(lambda *a: neighbor_max(*a, Form(jnp.float32, 2))), of(neighbor_max_reference)
 
 
 def test_gradients_are_deterministic():
