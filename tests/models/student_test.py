@@ -210,7 +210,7 @@ def test_initialised_as_published():
 def test_a_residual_in_bfloat16_follows_the_one_in_float32(golden):
     """Its dtype is that of the sum alone: an output off by the rounding of its layers."""
     model, variables, layout = load_golden(golden("student_scalr_full"), "scalr")
-    batch, _ = published_batch(*layout)
+    batch = published_batch(*layout)
     exact = student_of(model, grids=np.asarray(layout[-1]).tolist())
     rounded = exact.clone(backbone=dataclasses.replace(exact.backbone, residual_dtype="bfloat16"))
     outputs = [apply(student, variables, batch) for student in (exact, rounded)]
