@@ -13,6 +13,7 @@ from scalr_jax.interop import waffleiron as interop
 from scalr_jax.interop.layout import apply_published_layout, published_batch
 from scalr_jax.interop.model import student_of
 from scalr_jax.interop.published import published_state_dict
+from scalr_jax.models.waffleiron import WaffleIronBackbone
 from tests.support.random_scenes import GRIDS, pack, random_scene, stack
 from tests.support.small_student import init, small_student
 
@@ -212,6 +213,7 @@ def test_a_residual_in_bfloat16_follows_the_one_in_float32(golden):
     model, variables, layout = load_golden(golden("student_scalr_full"), "scalr")
     batch = published_batch(*layout)
     exact = student_of(model, grids=np.asarray(layout[-1]).tolist())
+    assert isinstance(exact.backbone, WaffleIronBackbone)
     rounded = exact.clone(backbone=dataclasses.replace(exact.backbone, residual_dtype="bfloat16"))
     outputs = [apply(student, variables, batch) for student in (exact, rounded)]
     assert 1e-6 < scale_error(outputs[1], outputs[0]) < 0.02
