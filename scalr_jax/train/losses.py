@@ -65,17 +65,17 @@ def best_constant(teacher: Array, mask: Array, groups: Groups | None = None, *, 
     """The distillation loss of the best constant prediction for these pairs: what a collapsed student reaches.
 
     The unit vector c that minimises the mean distance to the teacher's unit vectors, by Weiszfeld's iteration from
-    their mean direction.
+    their mean direction. In a loop, for XLA on a GPU computes a branch without one whether it is taken or not.
     """
     q = normalize(teacher, mask)
     axes = tuple(range(q.ndim - 1))
     share = mask if groups is None else groups.share
-    distance = weight = share.astype(jnp.float32)
-    for _ in range(iterations):
-        direction = jnp.sum(q * weight[..., None], axis=axes)
-        constant = direction / jnp.maximum(safe_norm(direction), EPS)
-        distance = safe_norm(q - constant)
-        weight = share / jnp.maximum(distance, 1e-3)
+
+    def closer(_: int, distance: Array) -> Array:
+        direction = jnp.sum(q * (share / jnp.maximum(distance, 1e-3))[..., None], axis=axes)
+        return safe_norm(q - direction / jnp.maximum(safe_norm(direction), EPS))
+
+    distance = jax.lax.fori_loop(0, iterations, closer, jnp.ones(mask.shape))
     return masked_mean(distance, mask, groups)
 
 
