@@ -19,7 +19,7 @@ Array = jax.Array
 
 
 class Form(NamedTuple):
-    """What of `neighbor_max` is no array."""
+    """Arguments of `neighbor_max` that are no arrays."""
 
     dtype: DTypeLike  # of products
     at_a_time: int = 1  # neighbours, of which XLA then reads and writes the maximum once
