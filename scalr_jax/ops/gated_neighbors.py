@@ -97,8 +97,8 @@ def _moments(form: Form, u: Array, neighbors: Array, mask: Array) -> tuple[Array
 
 
 def _first_of_largest(a: tuple[Array, Array, Array], b: tuple[Array, Array, Array]) -> tuple:
-    """The one of two (value, gate, place) with the larger value; of equal ones the first. As one reduction XLA makes one
-    pass of it on a GPU, and two of a chain of choices (compiled, 2026-11-29)."""
+    """The one of two (value, gate, place) with the larger value; of equal ones the first. As one reduction XLA makes
+    one pass of it on a GPU, and two of a chain of choices (compiled, 2026-11-29)."""
     better = (b[0] > a[0]) | ((b[0] == a[0]) & (b[2] < a[2]))
     return jax.tree.map(functools.partial(jnp.where, better), b, a)
 
