@@ -39,6 +39,17 @@ def runs(instruction: Instruction) -> bool:
     return instruction.opcode not in FREE and not instruction.opcode.endswith(("-done", "-update"))
 
 
+def estimated_cycles(program: Program) -> int | None:
+    """Cycles of a step as the TPU's compiler estimates them, loops times their trips; kernels of Pallas and collectives
+    are not in it. None where it says none, as of a GPU."""
+    found = [
+        times * int(cycles[1])
+        for _, instruction, times in walk(program)
+        if runs(instruction) and (cycles := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes))
+    ]
+    return sum(found) if found else None
+
+
 def _flops(program: Program, computation: Computation, instruction: Instruction) -> int:
     if instruction.opcode == "fusion":
         inner = program.computations[called(instruction, "calls")[0]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from scalr_jax import recipes
+from scalr_jax.compile import hlo_cost
 from scalr_jax.compile.hlo import Program
 from scalr_jax.compile.roofline import CONSTANTS, by_category, kernels
 from scalr_jax.data.packing import Capacities
@@ -55,7 +56,9 @@ def predict(program: Program, chip: Chip, num_devices: int, work: Useful | None)
     """Predicted time, MFU and scenes a second of all devices, and time, bytes and FLOPs by category."""
     categories = by_category(kernels(program, chip))
     milliseconds = sum(total["ms"] for total in categories.values())
-    result: dict = {"predicted_ms": milliseconds, "predicted_mfu": None, "scenes_per_s": None}
+    result: dict = {"predicted_ms": milliseconds, "predicted_mfu": None, "scenes_per_s": None, "xla_ms": None}
+    if chip.clock and (cycles := hlo_cost.estimated_cycles(program)) is not None:
+        result["xla_ms"] = 1e3 * cycles / chip.clock
     if work is not None:
         result["predicted_mfu"] = work.flops / (milliseconds * 1e-3) / chip.flops
         result["scenes_per_s"] = num_devices * work.scenes / (milliseconds * 1e-3)

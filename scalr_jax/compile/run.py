@@ -22,6 +22,7 @@ chip: any machine with the tpu or the cuda extra will do. A table comes first, o
                             `constants`, communication left out; categories: the same by kind of kernel
     predicted_mfu           useful FLOPs, of as many points and scenes as a pack has on average, over the peak
     scenes_per_s            of all devices
+    xla_ms                  v5e, v5p: by the compiler's own estimate, without Pallas kernels and collectives
     collectives             kind -> count a step, and bytes of the whole arrays
     parameter_bytes         the student's
     saved_bytes             with --save: of its file
@@ -70,7 +71,7 @@ flags.DEFINE_string("text", None, "Where to write the compiled program.", flag_v
 flags.DEFINE_string("save", "", "Where to write the compiled step.", flag_values=FLAGS)
 
 MEASURED = ("flops_per_device", "bytes_per_device", "predicted_ms", "predicted_mfu", "scenes_per_s", "categories")
-MEASURED += ("constants", "collectives")
+MEASURED += ("xla_ms", "constants", "collectives")
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -148,6 +149,8 @@ def show(result: dict, mesh: str) -> None:
             figures = f"{total['ms']:.2f} ms, {total['bytes'] / 1e9:.2f} GB, {total['flops'] / 1e12:.2f} TFLOP"
             rows.append((f"  {kind}", f"{figures} in {total['kernels']:,} kernels"))
         rows.append(("predicted", f"{result['predicted_ms']:.1f} ms a step; {_speed(result)}"))
+        if result["xla_ms"] is not None:
+            rows.append(("  by XLA's estimate", f"{result['xla_ms']:.1f} ms, without Pallas kernels and collectives"))
         rows.append(
             ("  by the constants", ", ".join(f"{name} {value:g}" for name, value in result["constants"].items()))
         )

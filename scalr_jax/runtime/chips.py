@@ -40,12 +40,15 @@ class Chip(NamedTuple):
     dcn_bytes: float  # a second, out of a chip
     examples: str  # of topologies
     gpu: str = ""  # a GPU's name, as its driver has it
+    clock: float = 0.0  # Hz of a TPU's cores, where it is known
 
 
 CHIPS = {
     "v4": Chip(1, int(30.75 * GIB), 1.228e12, 275e12, 3, 4, 4.5e10, 6.25e9, "2x2x1, 2x2x2, 4x4x4, 4x4x8, 8x8x16"),
-    "v5e": Chip(1, int(15.75 * GIB), 8.19e11, 197e12, 2, 16, 4.5e10, 3.125e9, "2x2, 4x4, 4x8, 8x8, 16x16"),
-    "v5p": Chip(1, int(95.74 * GIB), 2.765e12, 459e12, 3, 4, 9e10, 6.25e9, "2x2x1, 2x2x2, 4x4x4, 8x8x8, 8x8x16"),
+    "v5e": Chip(1, int(15.75 * GIB), 8.19e11, 197e12, 2, 16, 4.5e10, 3.125e9, "2x2, 4x4, 4x8, 8x8, 16x16", "", 1.5e9),
+    "v5p": Chip(
+        1, int(95.74 * GIB), 2.765e12, 459e12, 3, 4, 9e10, 6.25e9, "2x2x1, 2x2x2, 4x4x4, 8x8x8, 8x8x16", "", 1.75e9
+    ),
     "v6e": Chip(1, int(31.25 * GIB), 1.64e12, 918e12, 2, 16, 9e10, 12.5e9, "2x2, 4x4, 4x8, 8x8, 16x16"),
     "tpu7x": Chip(2, int(94.75 * GIB), 3.69e12, 1153.5e12, 3, 4, 9e10, 12.5e9, "2x2x1, 2x2x2, 4x4x4, 8x8x8"),
     "h100": Chip(1, 84_942_979_072, 3.352e12, 989e12, 1, 1, 2.25e11, 5e10, "1, 8", "NVIDIA H100 80GB HBM3"),

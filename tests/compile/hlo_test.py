@@ -236,3 +236,12 @@ def test_a_prediction_is_the_slower_of_bytes_and_flops():
     found = predict.predict(program, chip, 2, work)
     assert found["scenes_per_s"] == pytest.approx(6 / (found["predicted_ms"] * 1e-3))
     assert found["predicted_mfu"] == pytest.approx(1e6 / (found["predicted_ms"] * 1e-3) / 989e12)
+
+
+def test_the_tpu_compilers_cycles_count_every_trip():
+    """Of a v5p at 1.75 GHz; a GPU's program says none."""
+    told = ', backend_config={"flag_configs":[],"estimated_cycles":"350","iteration_bounds":[]}'
+    program = hlo.parse(TEXT.replace('metadata={op_name="jit(step)/while/body/sum"}', f"channel_id=2{told}"))
+    assert hlo_cost.estimated_cycles(program) == 5 * 3 * 350
+    assert predict.predict(program, CHIPS["v5p"], 1, None)["xla_ms"] == pytest.approx(3e-3)
+    assert predict.predict(hlo.parse(LIBRARIES), CHIPS["h100"], 1, None)["xla_ms"] is None
