@@ -1,7 +1,7 @@
 """How a step's time should grow with the chips: compute, plus what the devices wait for each other. Nothing overlaps.
 
     python experiments/scaling_model.py
-    python experiments/scaling_model.py --topologies=v6e:4x4,v6e:16x16 --slices=1,4 --mfu=0.4
+    python experiments/scaling_model.py --topologies=v6e:4x4,v6e:16x16 --slices=1,4 --mfu=0.05
     python experiments/scaling_model.py --picture=weak_scaling.png
 
 Weak scaling, every chip with the scenes of one pack:
@@ -12,6 +12,7 @@ Weak scaling, every chip with the scenes of one pack:
     between slices  each chip's share V / n of S slices: 2 (S - 1)/S V/n / its DCN, 100 microseconds a collective, and
                     an all-gather within the slice, half an all-reduce
     efficiency      compute / (compute + all-reduce + between slices)
+    cores           scenes a second of a chip / those that the loader makes on a core (--scenes_per_core)
 
 (Austin et al., "How to Scale Your Model", chapters 2 and 3.) V and the number of collectives are read off the compiled
 step (docs/measurements/scaling.md). Strong scaling keeps the scenes of a step and spreads them, down to one a chip.
@@ -19,7 +20,8 @@ step (docs/measurements/scaling.md). Strong scaling keeps the scenes of a step a
 Flags:
     --topologies   of one slice each, with commas between them (default: v5p from 4 to 1,024 chips)
     --slices       how many of each (default 1)
-    --mfu          share of the chip's peak that a step alone reaches (default 0.25)
+    --mfu          share of the chip's peak that a step alone reaches (default: the chip's, as predicted: `MFU`)
+    --scenes_per_core   what the loader makes a second on one core (default 80: prepared records of the mixture)
     --batch        scenes of a step that strong scaling spreads (default 128)
     --picture      also draw the efficiency over the chips into this file
 """
@@ -41,6 +43,12 @@ from scalr_jax.runtime.errors import InputError
 
 HOP_SECONDS = 1e-6
 DCN_SECONDS = 1e-4  # of one collective between slices; an assumption
+# MFU of WI-48-768 with ViT-L, predicted: of GPUs docs/measurements/predicted.md ("before"), of TPUs the lower end of a
+# roofline of the compiled step with its kernels' bundles (14 to 24 % on v5p, 5 to 9 % on v6e, 2026-11-28).
+MFU = {"h100": 0.130, "h200": 0.163, "v5p": 0.14, "v6e": 0.05}
+# A core makes 175, 51 and 50 samples a second of nuScenes, KITTI and PandaSet, records at 224 x 448
+# (docs/measurements/loader.md, 2026-11-22): in the mixture's proportions so many.
+SCENES_PER_CORE = 80.0
 V5P = ("2x2x1", "2x2x2", "2x2x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 
 
@@ -102,6 +110,13 @@ def between_slices_seconds(topology: Topology, num_slices: int, num_bytes: float
     return crossing + all_reduce_seconds(topology, num_bytes, count) / 2
 
 
+def mfu_of(topology: Topology, given: float | None) -> float:
+    """Raises `InputError` for a chip of which no MFU was predicted, where none is `given`."""
+    if given is None and topology.kind not in MFU:
+        raise InputError(f"no MFU was predicted for {topology.kind}, as for {', '.join(MFU)}; give one with --mfu")
+    return MFU[topology.kind] if given is None else given
+
+
 def weak(step: Step, topology: Topology, num_slices: int, mfu: float) -> Times:
     """Every chip computes `step`; a chip of two devices as one whose devices share its links."""
     chip = topology.chip
@@ -120,27 +135,28 @@ def strong(step: Step, topology: Topology, batch: int, mfu: float) -> Times | No
     return weak(part, topology, 1, mfu)
 
 
-def weak_table(step: Step, topologies: list[Topology], slices: list[int], mfu: float) -> str:
+def weak_table(step: Step, topologies: list[Topology], slices: list[int], mfu: float | None, a_core: float) -> str:
     lines = [
         "| chips | topology | compute ms | all-reduce ms | between slices ms | efficiency | scenes a step | "
-        "steps an epoch | an epoch |",
-        "| --- " * 9 + "|",
+        "steps an epoch | an epoch | cores a chip |",
+        "| --- " * 10 + "|",
     ]
     frames = sum(recipes.TRAIN_FRAMES.values())
     for num_slices in slices:
         for topology in topologies:
-            times = weak(step, topology, num_slices, mfu)
+            times = weak(step, topology, num_slices, mfu_of(topology, mfu))
             scenes = step.scenes * times.num_chips
             name = f"{num_slices} x {topology.name}" if num_slices > 1 else topology.name
             lines.append(
                 f"| {times.num_chips:,} | {name} | {1e3 * times.compute:.1f} | {1e3 * times.within:.2f} | "
                 f"{1e3 * times.between:.2f} | {times.efficiency:.1%} | {scenes:,.0f} | {frames / scenes:,.1f} | "
-                f"{frames / scenes * times.total:,.1f} s |"
+                f"{frames / scenes * times.total:,.1f} s | {step.scenes / times.total / a_core:.1f} |"
             )
     return "\n".join(lines)
 
 
-def strong_table(step: Step, topologies: list[Topology], batch: int, mfu: float) -> str:
+def strong_table(step: Step, topologies: list[Topology], batch: int, given: float | None) -> str:
+    mfu = mfu_of(topologies[0], given)
     lines = ["| chips | scenes a chip | step ms | all-reduce ms | speed-up | efficiency |", "| --- " * 6 + "|"]
     alone = strong(step, Topology("", topologies[0].kind, (1,)), batch, mfu)
     assert alone is not None
@@ -191,11 +207,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser("experiments/scaling_model.py", __doc__)
     parser.add_argument("--topologies", default=",".join(f"v5p:{dims}" for dims in V5P))
     parser.add_argument("--slices", default="1")
-    parser.add_argument("--mfu", type=float, default=0.25)
+    parser.add_argument("--mfu", type=float)
+    parser.add_argument("--scenes_per_core", type=float, default=SCENES_PER_CORE)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--picture", type=Path)
     found = parser.parse_args(arguments)
-    if not 0 < found.mfu <= 1:
+    if found.scenes_per_core <= 0:
+        raise InputError(f"--scenes_per_core={found.scenes_per_core} must be above 0")
+    if found.mfu is not None and not 0 < found.mfu <= 1:
         raise InputError(f"--mfu={found.mfu} is not a share in (0, 1]")
     slices = found.slices.split(",")
     if found.batch < 1 or not all(number.isdecimal() and int(number) for number in slices):
@@ -209,7 +228,7 @@ def main(arguments: list[str]) -> None:
     with exit_codes():
         found, step = parse(arguments), Step()
         print(f"{step.name}: {step.flops / 1e12:.1f} TFLOP a chip, all-reduces of {step.num_bytes / 1e6:.0f} MB\n")
-        print(weak_table(step, found.topologies, found.slices, found.mfu))
+        print(weak_table(step, found.topologies, found.slices, found.mfu, found.scenes_per_core))
         print(f"\nthe same, {found.batch:,} scenes a step on one slice:\n")
         print(strong_table(step, found.topologies, found.batch, found.mfu))
         if found.picture:
