@@ -33,7 +33,7 @@ TINY = VavitSettings(16, 1, num_heads=2, hidden=16, point_hidden=8, point_depth=
 TINY_TEACHER = ViTConfig(patch_size=14, width=24, depth=1, num_heads=2, hidden=24, position_grid=(2, 3))
 STUDENTS: dict[str, tuple[dict, tuple[int, int], tuple[str, ...]]] = {  # model settings, image size, variants
     "vavit_b": (VAVIT, (448, 896), (CACHED, RESIDUAL, LIVE)),
-    "waffleiron": ({}, (224, 448), (CACHED, LIVE)),
+    "waffleiron": ({}, (224, 448), (CACHED, RESIDUAL, LIVE)),
     "vavit_l": (VAVIT, (448, 896), (CACHED, RESIDUAL, LIVE)),
 }
 
@@ -72,8 +72,8 @@ def cases_of(name: str, grids: tuple[tuple[int, int], ...], dtype: str, *, tiny:
         settings, image_size, teacher = dataclasses.replace(settings, **small), (28, 42), TINY_TEACHER
     found = []
     for variant in variants:
-        vavit = dataclasses.replace(settings.vavit, residual_dtype="bfloat16" if variant == RESIDUAL else "float32")
-        found.append(Case(name, variant, dataclasses.replace(settings, vavit=vavit), image_size, teacher))
+        own = dataclasses.replace(settings, residual_dtype="bfloat16" if variant == RESIDUAL else "float32")
+        found.append(Case(name, variant, own, image_size, teacher))
     return found
 
 
