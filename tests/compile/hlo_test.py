@@ -239,7 +239,7 @@ def test_a_prediction_is_the_slower_of_bytes_and_flops():
 
 
 def test_the_tpu_compilers_cycles_count_every_trip():
-    """Of a v5p at 1.75 GHz; a GPU's program says none."""
+    """The estimate is that of a v5p at 1.75 GHz; a GPU's program says none."""
     told = ', backend_config={"flag_configs":[],"estimated_cycles":"350","iteration_bounds":[]}'
     program = hlo.parse(TEXT.replace('metadata={op_name="jit(step)/while/body/sum"}', f"channel_id=2{told}"))
     assert hlo_cost.estimated_cycles(program) == 5 * 3 * 350

@@ -1,4 +1,4 @@
-"""What `export --push` uploads: the folder, with a head on its card that the hub reads. A stand-in is the library."""
+"""`export --push` uploads the folder, with a head on its card that the hub reads. A stand-in is the library."""
 
 import json
 import sys
