@@ -6,7 +6,9 @@ Both sensors, all scenes and frames that are there; `--config.data.scenes="('002
 `--config.data.frames="(45, 48)"` take a subset. On one scene of 20 frames, 100 steps take about 2 minutes on 2 cores
 (2026-11-22) and end at a loss of 0.77 where the best constant prediction reaches 0.96 (means of the last 25 steps);
 the teacher has only seen generated streets. For a real result give DINOv2 as the teacher:
-`--config.teacher.checkpoint=dinov2_vits14_pretrain.pth --config.data.image_size="(224, 448)"`.
+`--config.teacher.checkpoint=dinov2_vits14_pretrain.pth --config.data.image_size="(224, 448)"`. As they are its features
+make so small a student collapse at this rate; docs/measurements/small_runs.md says what helped, a rate of 4e-3 and
+features whose components are alike (`teacher.normalize`).
 """
 
 from scalr_jax import config as defaults
