@@ -196,7 +196,7 @@ def test_a_published_file_needs_its_sensor(tmp_path):
         scalr_jax.load(path, **{k: v for k, v in EXPLICIT.items() if k != "grids"})
     with pytest.raises(ValueError, match="sensor = 'velodyne' is none of nuscenes"):
         scalr_jax.load(path, sensor="velodyne")
-    with pytest.raises(ValueError, match=r"no grids = .*no|no field_of_view"):
+    with pytest.raises(ValueError, match="field_of_view"):
         scalr_jax.load(path, sensor="nuscenes", field_of_view=((0, 0, 0), (0, 1, 1)))
     wrong: dict[str, Any] = {"intensity": 3}
     with pytest.raises(ValueError, match="is no intensity"):

@@ -16,6 +16,14 @@ flags = ["--xla_force_host_platform_device_count=8", *(FAST if os.environ["JAX_P
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])  # read when the first device is used
 
 
+LONGEST = ("notebooks_test.py", "processes_test.py", "demo_test.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: of two processes none is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture
 def golden():
     """name -> the arrays of tests/golden/<name>.npz."""

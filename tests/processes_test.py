@@ -99,11 +99,12 @@ def wait_for_step(workdir, step, resumes=None, timeout=240):
     raise AssertionError(f"{workdir} did not come to step {step}")
 
 
+def parameters(workdir):
+    return jax.tree.leaves(load_variables(workdir / "checkpoints"))
+
+
 def same_parameters(a, b, **tolerance):
-    for x, y in zip(
-        *(jax.tree.leaves(load_variables(path / "checkpoints")) for path in (a, b)),
-        strict=True,
-    ):
+    for x, y in zip(parameters(a), parameters(b), strict=True):
         np.testing.assert_allclose(x, y, **tolerance)
 
 
@@ -119,7 +120,9 @@ def test_one_or_two_processes_give_the_same_run(start, tmp_path):
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert sorted(one) == list(range(1, 5))
     np.testing.assert_allclose([two[k] for k in one], list(one.values()), rtol=0, atol=1e-5)
-    same_parameters(tmp_path / "1", tmp_path / "2", rtol=1e-4, atol=1e-5)
+    pairs = zip(*(map(np.asarray, parameters(tmp_path / name)) for name in "12"), strict=True)
+    # Of each array's scale: Adam divides a small gradient by its own size, so that an element shows its rounding.
+    assert max(np.abs(x - y).max() / max(np.abs(y).max(), 0.1) for x, y in pairs) < 1e-4
 
 
 @pytest.mark.slow

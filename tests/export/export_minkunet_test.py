@@ -112,10 +112,11 @@ def test_a_program_has_the_students_outputs_and_a_card_whose_code_runs(tmp_path)
     code, more = code.split("```")[0], more.split("```")[0]
     np.save(tmp_path / "points.npy", scan(300))
     check = "outputs = jax.jit(program.call)(weights, pad_inputs(inputs, settings))\nprint(outputs['features'].shape)\n"
-    script = f"{code}\npoints = np.load('points.npy')\n{more}\n{check}"
+    script = tmp_path / "program" / "as_printed.py"
+    script.write_text(f"{code}\npoints = np.load('../points.npy')\n{more}\n{check}")
     environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin"}
     result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, script.name], cwd=script.parent, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     assert "(4096, 9)" in result.stdout

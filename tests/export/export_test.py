@@ -425,7 +425,7 @@ def test_overwrite_replaces_an_export_and_an_interrupted_one(models, tmp_path):
         export.export_model(models["probed"], "orbax", output)
     export.export_model(models["probed"], "orbax", output, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert sorted(path.name for path in output.iterdir()) == ["README.md", "checkpoint", "config.json"]
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "checkpoint", "config.json", "run.py"]
 
 
 @pytest.mark.slow
