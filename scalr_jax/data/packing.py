@@ -52,6 +52,7 @@ class Pack(NamedTuple):
 
     scenes: tuple[SceneView, ...]
     waiting: tuple[int, ...]  # positions of the scenes read but in no pack yet; from the last on the stream is unread
+    need: Capacities  # of all its scenes together
 
 
 def sizes(scene: SceneView) -> Capacities:
@@ -98,9 +99,8 @@ def in_buckets(capacities: Capacities, shares: Sequence[float]) -> list[Capaciti
 
 def bucket_of(packs: Sequence[Pack], rooms: Sequence[Capacities]) -> int:
     """The first of `rooms` that holds each of the packs; the last one does."""
-    nothing = nothing_of(rooms[-1])
-    needs = [functools.reduce(add, map(sizes, pack.scenes), nothing) for pack in packs]
-    return next(k for k, room in enumerate(rooms) if not overflow(functools.reduce(largest, needs), room))
+    need = functools.reduce(largest, (pack.need for pack in packs))
+    return next(k for k, room in enumerate(rooms) if not overflow(need, room))
 
 
 def nothing_of(capacities: Capacities) -> Capacities:
@@ -241,7 +241,7 @@ def pack_stream(
                 break
         if not held:
             return
-        yield Pack(tuple(held), tuple(scene.stream_index for scene in waiting) or (end,))
+        yield Pack(tuple(held), tuple(scene.stream_index for scene in waiting) or (end,), need)
 
 
 def pack_shard(

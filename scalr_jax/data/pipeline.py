@@ -273,7 +273,7 @@ class Pipeline:
         With `shares` a batch has the smallest of `packing.in_buckets` that holds the scenes of this process. Ends after
         the longest stream of an evaluation; other shards, and other processes, then see empty packs.
         """
-        rooms = packing.in_buckets(capacities, shares)
+        rooms, ended = packing.in_buckets(capacities, shares), packing.Pack((), (), packing.nothing_of(capacities))
         positions = self.beginning() if positions is None else np.asarray(positions)
         bad: dict[str, str] = {}
         packed = functools.partial(
@@ -284,7 +284,7 @@ class Pipeline:
             for shard, position in zip(self.shards, positions, strict=True)
         ]
         while True:
-            packs = [next(stream, packing.Pack((), ())) for stream in streams]
+            packs = [next(stream, ended) for stream in streams]
             positions = np.stack(list(map(self._after, self.shards, packs, positions)))
             scenes, bucket = tuple(pack.scenes for pack in packs), packing.bucket_of(packs, rooms)
             arrays = self.batch(scenes, rooms[bucket], template)

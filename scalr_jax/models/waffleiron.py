@@ -248,7 +248,7 @@ class WaffleIron(nn.Module):
             planes = tuple(plane._replace(order=order) for plane, order in zip(planes, orders, strict=True))
         settings = {"backbone": backbone, "dtype": self.dtype, "num_scenes": num_scenes, "train": train}
         num_groups, num_rest = divmod(backbone.depth, len(grids))
-        unrolled = ("gpu", "cuda", "cpu") if num_groups <= UNROLLED else ("gpu", "cuda")
+        shallow = num_groups <= UNROLLED and platform_of(scene) == "cpu"
         x = x.astype(backbone.residual_dtype)
         if num_groups:
             group = nn.remat(Group, prevent_cse=False) if backbone.remat == "group" else Group
@@ -260,8 +260,8 @@ class WaffleIron(nn.Module):
                 length=num_groups,
                 # A shallow student on CPU has no loop, which would stack and copy what each layer keeps: 1.6 s a layer
                 # of a step instead of 2.5 (62,592 points x 256, 2 busy cores, 2026-11-22), compiled 1.5 times as long.
-                # On a GPU, likewise, at any depth: 97 GB a step of 12 layers instead of 102 (compiled, 2026-11-29).
-                unroll=num_groups if train and platform_of(scene) in unrolled else 1,
+                # Training on a GPU has none at any depth: 97 GB a step of 12 layers instead of 102 (compiled).
+                unroll=num_groups if shallow or (train and on_gpu(scene)) else 1,
             )
             x, _ = scanned(grids, name="groups", **settings)(x, planes, scene)
         if num_rest:

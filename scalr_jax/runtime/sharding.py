@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from scalr_jax.runtime.errors import InputError
 
+GPU = ("gpu", "cuda")  # the names that JAX has for one platform
+
 # Paths of parameters whose last axis is split over "fsdp"; others are replicated, as vectors and the kernels of the 3x3
 # convolutions are, 1 % of the parameters.
 SPLIT = r"/(kernel|neighbor_out)$"
@@ -81,8 +83,8 @@ def platform_of(array: jax.Array) -> str:
 
 
 def on_gpu(array: jax.Array) -> bool:
-    """Whether `platform_of` is a GPU, for which JAX has two names."""
-    return platform_of(array) in ("gpu", "cuda")
+    """Whether `platform_of` is a GPU."""
+    return platform_of(array) in GPU
 
 
 def device_kind_of(array: jax.Array) -> str:
